@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test lint golden benchmark clean
+
+quickstart: $(VENV)/core.installed
+	$(RUN) -m genai_jax.train --flagfile=experiments/quickstart/transformer.flags --workdir=runs/quickstart
+	$(RUN) -m genai_jax.sample --workdir=runs/quickstart --prompt="The " --temperature=0.7 --max_tokens=400
+
+test: $(VENV)/test.installed
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/test.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+golden: $(VENV)/test.installed  ## writes the golden files anew; read their diff before committing it
+	$(RUN) -m tests.make_golden
+
+benchmark: $(VENV)/test.installed
+	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.loss_memory
+	$(RUN) -m benchmarks.compile_time
+
+$(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/test.installed: setup.py pyproject.toml | $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@ $(VENV)/core.installed
+
+$(VENV):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .jax_cache

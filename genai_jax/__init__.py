@@ -1,0 +1,1 @@
+"""Generative models in pure JAX: one sharded training step for every family."""

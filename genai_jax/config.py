@@ -1,0 +1,218 @@
+"""Frozen dataclasses <-> plain absl flags named ``--component.field``.
+
+A component is a frozen dataclass whose fields are declared with `field`. `parse` turns a command
+line, flagfiles included, into a `Config`; `Config.to_flags` turns it back into a flagfile that
+reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebook can parse twice.
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line that names the value and what is allowed."""
+
+
+def field(
+    default: Any,
+    help: str,  # the word absl uses
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    changeable: bool = False,
+) -> Any:
+    """Declares one field of a component.
+
+    Args:
+      default: its value when no flag sets it.
+      help: one line for ``--help``.
+      choices: the allowed strings.
+      minimum: lower bound of a number, itself allowed.
+      maximum: upper bound of a number, itself allowed.
+      changeable: a run may be resumed with another value (a mesh, a logging interval).
+    """
+    metadata = dict(
+        help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable
+    )
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The resolved flags of a run: ``config.run.seed``, ``config.transformer.num_layers``.
+
+    The component ``run`` holds the flags that have no prefix.
+    """
+
+    components: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["components"][name]
+        except KeyError:
+            raise AttributeError(f"no component {name!r} in this configuration") from None
+
+    def replace(self, component: str, **changes: Any) -> "Config":
+        """A copy with some fields of one component changed."""
+        changed = dataclasses.replace(self.components[component], **changes)
+        return Config({**self.components, component: changed})
+
+    def items(self) -> dict[str, Any]:
+        """Flag name -> value, for every field."""
+        return {
+            _flag_name(component, f.name): getattr(value, f.name)
+            for component, value in self.components.items()
+            for f in dataclasses.fields(value)
+        }
+
+    def to_flags(self, *, leave_out: Sequence[str] = ()) -> str:
+        """A flagfile that sets every field, except those named in `leave_out`."""
+        lines = []
+        for name, value in self.items().items():
+            if name in leave_out or value is None:
+                continue
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"--{name}={text}")
+        return "\n".join(lines) + "\n"
+
+    def changeable(self) -> set[str]:
+        """Names of the flags that may differ when a run is resumed."""
+        return {
+            _flag_name(component, f.name)
+            for component, value in self.components.items()
+            for f in dataclasses.fields(value)
+            if f.metadata["changeable"]
+        }
+
+
+def parse(argv: Sequence[str], components: Mapping[str, type]) -> tuple[Config, set[str]]:
+    """Parses a command line (without the program's name).
+
+    Args:
+      argv: the arguments; ``--flagfile=PATH`` is replaced by the lines of that file.
+      components: name -> dataclass; the name ``run`` gives flags without a prefix.
+
+    Returns:
+      The configuration, and the names of the flags that were set.
+
+    Raises:
+      ConfigError: an unknown flag, a value of the wrong type or out of range, a bad flagfile.
+    """
+    values = _define(components)
+    try:
+        rest = values(["program", *expand_flagfiles(argv)])[1:]
+    except flags.Error as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    if rest:
+        raise ConfigError(f"argument {rest[0]!r} is not a flag; flags look like --name=value")
+    config = Config({name: _read(values, name, cls) for name, cls in components.items()})
+    return config, {name for name in config.items() if values[name].present}
+
+
+def help_text(usage: str, components: Mapping[str, type]) -> str:
+    """All flags with their defaults and allowed values, grouped by component."""
+    lines = [usage, ""]
+    for component, cls in components.items():
+        for f in dataclasses.fields(cls):
+            notes = [f"default {f.default}"]
+            if f.metadata["choices"]:
+                notes.append("one of " + "|".join(f.metadata["choices"]))
+            if f.metadata["minimum"] is not None:
+                notes.append(f"at least {f.metadata['minimum']}")
+            if f.metadata["maximum"] is not None:
+                notes.append(f"at most {f.metadata['maximum']}")
+            name = _flag_name(component, f.name)
+            lines.append(f"  --{name}\n      {f.metadata['help']} ({'; '.join(notes)})")
+        lines.append("")
+    lines.append("  --flagfile\n      a file of flags, one a line; # starts a comment; may nest")
+    return "\n".join(lines)
+
+
+def expand_flagfiles(argv: Sequence[str], _including: tuple[str, ...] = ()) -> list[str]:
+    """Replaces each ``--flagfile=PATH`` by the flags in it, in place, so that the later one wins.
+
+    A nested path is looked up beside the file that names it, then in the working directory.
+    """
+    expanded = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, _, path = argument.partition("=")
+        if name not in ("--flagfile", "-flagfile"):
+            expanded.append(argument)
+            continue
+        path = os.path.expanduser(path or next(arguments, ""))
+        if _including:
+            beside = os.path.join(os.path.dirname(_including[-1]), path)
+            path = beside if os.path.exists(beside) else path
+        expanded += _read_flagfile(path, _including)
+    return expanded
+
+
+def _read_flagfile(path: str, including: tuple[str, ...]) -> list[str]:
+    if path in including:
+        raise ConfigError(f"flagfile {path} includes itself: {' -> '.join((*including, path))}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read flagfile {path!r}: {reason}") from None
+    lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+    if not lines:
+        raise ConfigError(f"flagfile {path} sets no flag")
+    for line in lines:
+        if not line.startswith("-"):
+            raise ConfigError(f"flagfile {path}: {line!r} is not a flag; write --name=value")
+    return expand_flagfiles(lines, (*including, path))
+
+
+def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
+    fields = {f.name: values[_flag_name(component, f.name)].value for f in dataclasses.fields(cls)}
+    try:
+        return cls(**fields)
+    except ValueError as error:  # fields that contradict each other
+        raise ConfigError(str(error)) from None
+
+
+def _flag_name(component: str, name: str) -> str:
+    return name if component == "run" else f"{component}.{name}"
+
+
+def _define(components: Mapping[str, type]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    for component, cls in components.items():
+        for f in dataclasses.fields(cls):
+            _define_flag(values, _flag_name(component, f.name), f)
+    return values
+
+
+def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> None:
+    kind, meta = _plain_type(f.type), f.metadata
+    common = dict(help=meta["help"], flag_values=values)
+    bounds = dict(lower_bound=meta["minimum"], upper_bound=meta["maximum"])
+    if meta["choices"]:
+        flags.DEFINE_enum(name, f.default, list(meta["choices"]), **common)
+    elif kind is bool:
+        flags.DEFINE_boolean(name, f.default, **common)
+    elif kind is int:
+        flags.DEFINE_integer(name, f.default, **bounds, **common)
+    elif kind is float:
+        flags.DEFINE_float(name, f.default, **bounds, **common)
+    elif kind is str:
+        flags.DEFINE_string(name, f.default, **common)
+    else:
+        raise TypeError(f"--{name}: a field of type {f.type} cannot be a flag")
+
+
+def _plain_type(annotation: Any) -> type:
+    """``int`` for ``int`` and for ``int | None``."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        (annotation,) = (a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation

@@ -1,0 +1,177 @@
+"""Batches of packed text: the same global batches for any number of processes."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from genai_jax.config import ConfigError, field
+from genai_jax.data.packing import Batch, Packer
+from genai_jax.data.shuffle import permuted
+from genai_jax.data.sources import SPLITS, Source, open_source
+from genai_jax.data.tokenization import load_tokenizer
+
+if TYPE_CHECKING:
+    from genai_jax.data.prefetch import BatchIterator
+
+_CACHED_BYTES = 64 * 2**20  # text of a source whose token ids are kept: four bytes a token
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    dataset: str = field("python_docs", "TFDS name, python_docs, python_source, or text:PATH")
+    batch_size: int = field(8, "sequences in a step, over all devices", minimum=1)
+    sequence_length: int = field(256, "tokens in a sequence", minimum=1)
+    tokenizer: str = field(
+        "bytes", "bytes, a tokenizers .json file, or a SentencePiece .model file"
+    )
+    data_dir: str | None = field(None, "folder of prepared TFDS data sets")
+    text_key: str = field("text", "TFDS feature that holds the text")
+    validation_percent: int = field(
+        5, "documents held out if the data has no validation split", minimum=1, maximum=50
+    )
+    prefetch: int = field(
+        4, "batches made ahead in a background thread", minimum=0, changeable=True
+    )
+
+
+class TextLoader:
+    """Makes this process's rows of the global batches.
+
+    Args:
+      config: what to read and in which shape.
+      seed: decides on the order of the documents.
+      process_index: which of `process_count` equal shares of the rows to make.
+      process_count: how many processes share a batch.
+    """
+
+    def __init__(
+        self, config: DataConfig, seed: int, *, process_index: int = 0, process_count: int = 1
+    ):
+        if config.batch_size % process_count:
+            raise ConfigError(
+                f"--data.batch_size={config.batch_size} is not divisible by the {process_count} "
+                "processes"
+            )
+        self.config = config
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self._seed = seed % 2**32
+        share = config.batch_size // process_count
+        self._rows = range(process_index * share, (process_index + 1) * share)
+        self._documents = {"train": _TokenizedSource(open_source(config, "train"), self.tokenizer)}
+
+    def batches(self, split: str = "train") -> "BatchIterator":
+        """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``: see `Packer`.
+
+        Each pass over the documents has an order of its own. Close the iterator to end its thread.
+        """
+        from genai_jax.data.prefetch import BatchIterator
+
+        documents = self._open(split)
+
+        def get_document(ordinal: int) -> np.ndarray:
+            epoch, index = divmod(ordinal, len(documents))
+            return documents[permuted(index, len(documents), (self._seed, epoch))]
+
+        packer = Packer(
+            get_document, self._rows, self.config.batch_size, self.config.sequence_length
+        )
+        return BatchIterator(packer, self.config.prefetch)
+
+    def evaluation_batches(self, max_batches: int = -1) -> Iterator[Batch]:
+        """One pass over the validation split, in order.
+
+        All processes get the same number of batches: a row that has no documents left is padding.
+
+        Args:
+          max_batches: stop after so many; -1 for the whole split, every token exactly once.
+        """
+        documents = self._open("validation")
+        config, rows = self.config, self._rows
+
+        def get_document(ordinal: int) -> np.ndarray | None:
+            return documents[ordinal] if ordinal < len(documents) else None
+
+        packer = Packer(get_document, rows, config.batch_size, config.sequence_length)
+        done = 0
+        while done != max_batches:
+            batch = packer.next_batch()
+            if batch is None:
+                break
+            yield batch
+            done += 1
+        # The rows of other processes may have more: pad until the longest of them ends.
+        others = [row for row in range(config.batch_size) if row not in rows]
+        if done != max_batches and others:
+            total = max(self._evaluation_length(documents, row, max_batches) for row in others)
+            for _ in range(done, total):
+                yield _padding(len(rows), config.sequence_length)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data of a run, for ``run.json``."""
+        facts: dict[str, Any] = {
+            "dataset": self.config.dataset,
+            "tokenizer": self.tokenizer.spec,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer_sha256": self.tokenizer.fingerprint(),
+        }
+        for split in SPLITS:
+            try:
+                source = self._open(split).source
+            except ConfigError:  # one document only: a run without evaluation may train on it
+                facts |= {split: None, f"{split}_documents": 0, f"{split}_sha256": None}
+                continue
+            facts |= {
+                split: source.name,
+                f"{split}_documents": len(source),
+                f"{split}_sha256": source.fingerprint(),
+            }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        return facts | {"sha256": digest.hexdigest()}
+
+    def _open(self, split: str) -> "_TokenizedSource":
+        if split not in self._documents:
+            source = open_source(self.config, split)
+            self._documents[split] = _TokenizedSource(source, self.tokenizer)
+        return self._documents[split]
+
+    def _evaluation_length(self, documents: "_TokenizedSource", row: int, limit: int) -> int:
+        """In how many batches of an evaluation `row` has tokens; counts no further than `limit`."""
+        length = self.config.sequence_length
+        tokens = 0
+        for ordinal in range(row, len(documents), self.config.batch_size):
+            tokens += len(documents[ordinal]) - 1
+            if 0 <= limit * length <= tokens:
+                return limit
+        return -(-tokens // length)
+
+
+class _TokenizedSource:
+    """The documents of a source as int32 ids with a boundary at either end."""
+
+    def __init__(self, source: Source, tokenizer):
+        self.source = source
+        self._tokenizer = tokenizer
+        small = source.size_bytes is not None and source.size_bytes <= _CACHED_BYTES
+        self._cache: dict[int, np.ndarray] | None = {} if small else None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        boundary = self._tokenizer.boundary_id
+        ids = np.pad(self._tokenizer.encode(self.source[index]), 1, constant_values=boundary)
+        if self._cache is not None:
+            self._cache[index] = ids
+        return ids
+
+
+def _padding(rows: int, length: int) -> Batch:
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: np.zeros((rows, length), np.int32) for name in names}
+    return batch | {"loss_mask": np.zeros((rows, length), np.float32)}

@@ -1,0 +1,109 @@
+"""Packs documents into rows of a fixed length, every token predicted exactly once.
+
+Row r of the global batch reads the documents r, r + batch_size, r + 2 batch_size, ... of one order
+that all processes share. A document is ``x = [boundary, tokens..., boundary]``, with inputs
+``x[:-1]`` and targets ``x[1:]``. What does not fit into a row goes on in the same row of the next
+batch, as a new segment with positions from 0, for its context is gone.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+
+Batch = dict[str, np.ndarray]
+
+
+class Packer:
+    """Fills batches; what it still has to do is two integers a row.
+
+    Args:
+      get_document: ordinal in the global order -> ids with both boundaries ``[length]``, or None if
+        there are no more documents.
+      rows: which rows of the global batch to fill.
+      batch_size: rows of the global batch.
+      length: tokens in a row.
+    """
+
+    def __init__(
+        self,
+        get_document: Callable[[int], np.ndarray | None],
+        rows: Sequence[int],
+        batch_size: int,
+        length: int,
+    ):
+        self._get_document = get_document
+        self._rows = list(rows)
+        self._batch_size = batch_size
+        self._length = length
+        self._cursors = [(0, 0) for _ in self._rows]  # documents finished, tokens into the next
+        self._current: list[np.ndarray | None] = [None] * len(self._rows)
+
+    def next_batch(self) -> Batch | None:
+        """The next batch, or None when all of its rows are at their end.
+
+        Returns:
+          Arrays ``[rows, length]``: tokens, targets, segment_ids (from 1; 0 is padding) and
+          positions, all int32, and loss_mask, float32 (1 where a target counts).
+        """
+        shape = (len(self._rows), self._length)
+        names = ("tokens", "targets", "segment_ids", "positions")
+        batch = {name: np.zeros(shape, np.int32) for name in names}
+        for index in range(len(self._rows)):
+            self._fill(index, {name: array[index] for name, array in batch.items()})
+        if not batch["segment_ids"].any():
+            return None
+        batch["loss_mask"] = (batch["segment_ids"] > 0).astype(np.float32)
+        return batch
+
+    def get_state(self) -> dict:
+        """Where the rows are, JSON serialisable."""
+        return {"rows": self._rows.copy(), "cursors": [list(cursor) for cursor in self._cursors]}
+
+    def set_state(self, state: dict) -> None:
+        """Goes on from `get_state`, of another process of the same program too.
+
+        Raises:
+          ConfigError: the state is that of other rows.
+        """
+        if list(state["rows"]) != self._rows:
+            raise ConfigError(
+                f"the saved data position is that of batch rows {_span(state['rows'])}, but this "
+                f"process fills rows {_span(self._rows)}: resume with the same batch size and the "
+                "same number of processes"
+            )
+        self._cursors = [(int(finished), int(offset)) for finished, offset in state["cursors"]]
+        self._current = [None] * len(self._rows)
+
+    def _fill(self, index: int, row: dict[str, np.ndarray]) -> None:
+        start, segment = 0, 1
+        while start < self._length:
+            document = self._document(index)
+            if document is None:
+                return
+            finished, offset = self._cursors[index]
+            left = len(document) - 1 - offset
+            size = min(left, self._length - start)
+            stop = start + size
+            row["tokens"][start:stop] = document[offset : offset + size]
+            row["targets"][start:stop] = document[offset + 1 : offset + 1 + size]
+            row["segment_ids"][start:stop] = segment
+            row["positions"][start:stop] = np.arange(size)
+            if size == left:
+                self._cursors[index] = (finished + 1, 0)
+                self._current[index] = None
+            else:
+                self._cursors[index] = (finished, offset + size)
+            start, segment = stop, segment + 1
+
+    def _document(self, index: int) -> np.ndarray | None:
+        if self._current[index] is None:
+            finished, _ = self._cursors[index]
+            ordinal = self._rows[index] + finished * self._batch_size
+            self._current[index] = self._get_document(ordinal)
+        return self._current[index]
+
+
+def _span(rows: Sequence[int]) -> str:
+    return f"{rows[0]} to {rows[-1]}" if rows else "none"

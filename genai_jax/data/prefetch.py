@@ -1,0 +1,82 @@
+"""Makes batches ahead in a thread. Apart from the loader, so that its flags do not import Grain."""
+
+import weakref
+
+import grain
+
+from genai_jax.data.packing import Batch, Packer
+
+
+class BatchIterator:
+    """The batches of a packer, some of them made ahead.
+
+    Grain keeps the state of every batch beside it, so `get_state` is that of the last batch handed
+    out, whatever the thread has made since.
+
+    Args:
+      packer: makes the batches; belongs to the iterator from here on.
+      buffer_size: how many batches to make ahead; 0 for none, and no thread.
+    """
+
+    def __init__(self, packer: Packer, buffer_size: int):
+        dataset = grain.experimental.ThreadPrefetchIterDataset(
+            _Packed(packer), prefetch_buffer_size=buffer_size
+        )
+        self._inner = [iter(dataset)]
+        # Grain's own clean-up fails when it runs as late as the end of the interpreter.
+        self._finalizer = weakref.finalize(self, _close, self._inner)
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._open())
+
+    def get_state(self) -> dict:
+        """The position after the last batch handed out, JSON serialisable."""
+        return self._open().get_state()
+
+    def set_state(self, state: dict) -> None:
+        """Goes on from `state`; ConfigError if it is that of other rows."""
+        self._open().set_state(state)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._finalizer()
+
+    def _open(self) -> grain.DatasetIterator:
+        if not self._inner:
+            raise ValueError("the batch iterator is closed")
+        return self._inner[0]
+
+
+def _close(inner: list[grain.DatasetIterator]) -> None:
+    inner[0].close()
+    inner.clear()
+
+
+class _Packed(grain.IterDataset):
+    def __init__(self, packer: Packer):
+        super().__init__()
+        self._packer = packer
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self._packer)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    def __init__(self, packer: Packer):
+        super().__init__()
+        self._packer = packer
+
+    def __next__(self) -> Batch:
+        batch = self._packer.next_batch()
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def get_state(self) -> dict:
+        return self._packer.get_state()
+
+    def set_state(self, state: dict) -> None:
+        self._packer.set_state(state)

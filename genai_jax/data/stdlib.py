@@ -1,0 +1,74 @@
+"""Text that comes with every Python: the documentation and the source of its standard library.
+
+There is nothing to download, which makes it right for a first run and for tests. The text differs
+between Python versions; the fingerprint of the source tells.
+"""
+
+import ast
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Iterator
+
+from genai_jax.config import ConfigError
+
+_SKIPPED = {
+    "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3",
+    "pydoc_data", "site-packages", "test", "tests", "turtledemo",
+}  # fmt: skip
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def docs() -> list[str]:
+    """The language reference topics, and one document of docstrings a module."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        topics = {}
+    documents = [topics[name].strip() + "\n" for name in sorted(topics)]
+    for module, source in _modules():
+        sections = list(_sections(module, ast.parse(source)))
+        if sections:
+            documents.append("\n".join(sections))
+    return documents
+
+
+def source() -> list[str]:
+    """One document a module: its source."""
+    return [text for _, text in _modules()]
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    """Yields (module name, source text) in the order of the names."""
+    root = sysconfig.get_path("stdlib")
+    files = sorted(_python_files(root), key=lambda file: file.split(os.sep))
+    if not files:
+        raise ConfigError(f"this Python has no source of its standard library in {root}")
+    for file in files:
+        with open(os.path.join(root, file), "rb") as stream:
+            text = importlib.util.decode_source(stream.read())
+        if text.strip():
+            yield file.removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__"), text
+
+
+def _python_files(root: str) -> Iterator[str]:
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _skipped(name)]
+        for name in names:
+            if name.endswith(".py") and not _skipped(name):
+                yield os.path.relpath(os.path.join(parent, name), root)
+
+
+def _skipped(name: str) -> bool:
+    private = name.startswith("_") and name not in ("__init__.py", "__future__.py")
+    return private or name in _SKIPPED or name.startswith("config-")
+
+
+def _sections(name: str, node: ast.AST) -> Iterator[str]:
+    """Yields the docstrings of a module, class or function, each under its qualified name."""
+    text = ast.get_docstring(node)
+    if text:
+        yield f"{name}\n{'-' * len(name)}\n{text}\n"
+    for child in node.body:
+        if isinstance(child, _DEFINITIONS):
+            yield from _sections(f"{name}.{child.name}", child)

@@ -1,0 +1,56 @@
+"""Position encodings."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> jax.Array:
+    """Rotates pairs of channels by an angle proportional to the position.
+
+    Su et al. 2021, "RoFormer", equation 34, with channel i paired with i + head_dim / 2.
+
+    Args:
+      x: queries or keys, [batch, length, heads, head_dim], head_dim even.
+      positions: [batch, length] integers.
+      theta: base of the geometric sequence of wavelengths.
+
+    Returns:
+      An array like `x`; the angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)  # [batch, length, 1, half]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.astype(x.dtype)
+
+
+def sinusoidal(positions: jax.Array, dim: int) -> jax.Array:
+    """Sines and cosines of the position at geometric wavelengths, [batch, length, dim], float32.
+
+    Vaswani et al. 2017, section 3.5: sines fill the first half of the channels, cosines the second.
+    """
+    half = dim // 2
+    frequencies = 10_000.0 ** (-np.arange(half, dtype=np.float32) / max(half - 1, 1))
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    encoding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return jnp.pad(encoding, ((0, 0), (0, 0), (0, dim % 2)))
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """One slope a head, [heads], float32: the geometric sequence of Press et al. 2022, section 3.
+
+    For a number of heads that is not a power of two, the sequence of the next smaller power is
+    completed by every second slope of the next larger one, as the authors' code does.
+    """
+
+    def powers(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
+
+    whole = 2 ** math.floor(math.log2(num_heads))
+    extra = powers(2 * whole)[::2][: num_heads - whole]
+    return np.array(powers(whole) + extra, np.float32)

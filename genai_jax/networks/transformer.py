@@ -1,0 +1,304 @@
+"""A decoder-only transformer: tokens in, hidden states out."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+import kernels_pallas
+from genai_jax.config import field
+from genai_jax.networks.layers import ACTIVATIONS, NORMS, Dense, Mlp, Norm
+from genai_jax.networks.positions import alibi_slopes, rotary, sinusoidal
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "attention_mlp": jax.checkpoint_policies.save_only_these_names("attention", "mlp_hidden"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shapes and choices of a transformer; its defaults are a small Llama-like model."""
+
+    num_layers: int = field(4, "blocks", minimum=1)
+    embed_dim: int = field(256, "width of the residual stream", minimum=1)
+    num_heads: int = field(4, "query heads", minimum=1)
+    num_kv_heads: int | None = field(
+        None, "key and value heads; fewer than num_heads is grouped, 1 multi-query", minimum=1
+    )
+    head_dim: int | None = field(None, "width of a head; embed_dim / num_heads if unset", minimum=1)
+    mlp_dim: int | None = field(
+        None, "hidden width of the MLP; 4 embed_dim if unset, 8/3 of it when gated", minimum=1
+    )
+    positions: str = field(
+        "rope", "position encoding", choices=("rope", "learned", "sinusoidal", "alibi", "none")
+    )
+    rope_theta: float = field(10_000.0, "base of the rotary wavelengths", minimum=1)
+    max_length: int = field(2048, "rows of the learned position table", minimum=1)
+    norm: str = field("rmsnorm", "normalization", choices=NORMS)
+    norm_placement: str = field("pre", "normalize inputs or outputs", choices=("pre", "post"))
+    activation: str = field("swiglu", "activation of the MLP", choices=ACTIVATIONS)
+    use_bias: bool = field(False, "biases in dense layers")
+    tie_embeddings: bool = field(False, "output embedding is the input embedding")
+    qk_norm: bool = field(False, "RMSNorm on queries and keys")
+    logits_soft_cap: float | None = field(None, "tanh cap of the output logits", minimum=0)
+    attention_soft_cap: float | None = field(None, "tanh cap of the attention scores", minimum=0)
+    window: int | None = field(None, "a token sees itself and this many before it", minimum=0)
+    dropout: float = field(0.0, "rate on embeddings and residual branches", minimum=0, maximum=1)
+    scan_layers: bool = field(True, "one compiled block looped over; off unrolls it")
+    remat: str = field("none", "what the backward pass recomputes", choices=tuple(REMAT))
+
+    def __post_init__(self):
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"--transformer.embed_dim={self.embed_dim} is not divisible by "
+                f"--transformer.num_heads={self.num_heads}; change one or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"--transformer.num_heads={self.num_heads} is not a multiple of "
+                f"--transformer.num_kv_heads={self.num_kv_heads}"
+            )
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """The hidden width; for a gated MLP the default keeps the parameters of the plain one."""
+        if self.mlp_dim:
+            return self.mlp_dim
+        if self.activation in ("swiglu", "geglu"):
+            return max(8, round(self.embed_dim * 8 / 3 / 32) * 32)
+        return 4 * self.embed_dim
+
+
+# Parameter path -> logical axes. The first pattern found in the path decides.
+PARTITION_RULES = (
+    (r"embed/embedding", ("vocabulary", "embed")),
+    (r"position_embed/embedding", (None, "embed")),
+    (r"attention/query/kernel", ("layers", "embed", "heads", "head_dim")),
+    (r"attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_dim")),
+    (r"attention/out/kernel", ("layers", "heads", "head_dim", "embed")),
+    (r"attention/query/bias", ("layers", "heads", "head_dim")),
+    (r"attention/(key|value)/bias", ("layers", "kv_heads", "head_dim")),
+    (r"attention/(query|key)_norm/scale", ("layers", "head_dim")),
+    (r"mlp/(up|gate)/kernel", ("layers", "embed", "mlp")),
+    (r"mlp/down/kernel", ("layers", "mlp", "embed")),
+    (r"mlp/(up|gate)/bias", ("layers", "mlp")),
+    (r"(attention/out|mlp/down)/bias", ("layers", "embed")),
+    (r"layers/\w+_norm/(scale|bias)", ("layers", "embed")),
+    (r"final_norm/(scale|bias)", ("embed",)),
+    (r"head/kernel", ("embed", "vocabulary")),
+)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen, each [layers, batch, max_length, kv_heads, head_dim]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+def make_cache(config: TransformerConfig, batch: int, max_length: int, dtype) -> Cache:
+    shape = (config.num_layers, batch, max_length, config.kv_heads, config.head_width)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes [batch, length, ...] into [batch, max_length, ...] at a start of each row's own."""
+    write_row = lambda row, values, at: jax.lax.dynamic_update_slice_in_dim(row, values, at, 0)
+    return jax.vmap(write_row)(buffer, new.astype(buffer.dtype), start)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    config: TransformerConfig
+    backend: str = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, cache):
+        c = self.config
+
+        def project(heads: int, name: str) -> jax.Array:
+            shape = (heads, c.head_width)
+            return Dense(shape, use_bias=c.use_bias, dtype=self.dtype, name=name)(x)
+
+        q = project(c.num_heads, "query")
+        k, v = project(c.kv_heads, "key"), project(c.kv_heads, "value")
+        if c.qk_norm:
+            q = Norm(dtype=self.dtype, name="query_norm")(q)
+            k = Norm(dtype=self.dtype, name="key_norm")(k)
+        if c.positions == "rope":
+            q = rotary(q, positions, theta=c.rope_theta)
+            k = rotary(k, positions, theta=c.rope_theta)
+        q_offset = 0
+        if cache is not None:
+            q_offset = positions[:, 0]
+            cache = Cache(_write(cache.key, k, q_offset), _write(cache.value, v, q_offset))
+            k, v = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
+        mask = kernels_pallas.Causal()
+        if c.window is not None:
+            mask = mask & kernels_pallas.Window(c.window, 0)
+        out = kernels_pallas.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=kernels_pallas.Alibi(alibi_slopes(c.num_heads))
+            if c.positions == "alibi"
+            else None,
+            segment_ids=segment_ids,
+            logits_soft_cap=c.attention_soft_cap,
+            q_offset=q_offset,
+            backend=self.backend,
+        )
+        out = checkpoint_name(out, "attention")
+        out_scale = 1 / (2 * c.num_layers)
+        out = Dense(
+            (c.embed_dim,), 2, use_bias=c.use_bias, init_scale=out_scale, dtype=self.dtype,
+            name="out",
+        )(out)  # fmt: skip
+        return out, cache
+
+
+class Block(nn.Module):
+    """Attention and MLP, each a residual branch normalized before (pre) or after it (post)."""
+
+    config: TransformerConfig
+    backend: str = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, cache, positions, segment_ids):
+        c = self.config
+        pre = c.norm_placement == "pre"
+        dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        attention_norm = Norm(c.norm, dtype=self.dtype, name="attention_norm")
+        mlp_norm = Norm(c.norm, dtype=self.dtype, name="mlp_norm")
+        attention = Attention(c, self.backend, self.dtype, name="attention")
+        mlp = Mlp(
+            c.mlp_width, c.activation, c.use_bias, 1 / (2 * c.num_layers), self.dtype, name="mlp"
+        )
+        update, cache = attention(attention_norm(x) if pre else x, positions, segment_ids, cache)
+        x = x + dropout(update)
+        if not pre:
+            x = attention_norm(x)
+        x = x + dropout(mlp(mlp_norm(x) if pre else x))
+        if not pre:
+            x = mlp_norm(x)
+        return nn.with_logical_constraint(x, ("batch", "length", "activation_embed")), cache
+
+
+class Transformer(nn.Module):
+    """Embeds tokens, applies the blocks, normalizes. `head` maps the result to logits.
+
+    Parameters of the blocks are stacked on a leading axis [num_layers, ...], scanned or not, so a
+    checkpoint does not depend on `scan_layers`.
+    """
+
+    config: TransformerConfig
+    vocab_size: int
+    backend: str = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.embed = nn.Embed(self.vocab_size, c.embed_dim, embedding_init=init, dtype=self.dtype)
+        if c.positions == "learned":
+            self.position_embed = nn.Embed(
+                c.max_length, c.embed_dim, embedding_init=init, dtype=self.dtype
+            )
+        if not c.tie_embeddings:
+            self.head = Head(self.vocab_size)
+        self.dropout = nn.Dropout(c.dropout)
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            unroll=1 if c.scan_layers else c.num_layers,
+        )(c, self.backend, self.dtype)
+        self.final_norm = Norm(c.norm, dtype=self.dtype)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [batch, length, embed_dim], and the cache with these tokens added.
+
+        Dropout acts when an rng named "dropout" is given.
+
+        Args:
+          tokens: [batch, length] integers.
+          positions: [batch, length]; counted from 0 if not given.
+          segment_ids: [batch, length]; a token sees only tokens of its own segment.
+          cache: keys and values of earlier tokens; positions[:, 0] says where each row goes on.
+        """
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embed(tokens)
+        if c.positions == "learned":
+            x = x + self.position_embed(positions)
+        elif c.positions == "sinusoidal":
+            x = x + sinusoidal(positions, c.embed_dim).astype(self.dtype)
+        x = self.dropout(x, deterministic=not self.has_rng("dropout"))
+        x = nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
+        x, cache = self.layers(x, cache, positions, segment_ids)
+        return self.final_norm(x), cache
+
+    def head_kernel(self) -> jax.Array:
+        """The output embedding, [embed_dim, vocab_size], float32."""
+        if self.config.tie_embeddings:
+            return self.embed.embedding.T
+        return self.head(self.config.embed_dim)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[batch, length, embed_dim] -> [batch, length, vocab_size], float32."""
+        return output_logits(hidden, self.head_kernel(), self.config.logits_soft_cap)
+
+    def init_all(self, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter; call `init` with it."""
+        return self.logits(self(tokens)[0])
+
+
+class Head(nn.Module):
+    """The untied output embedding."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, embed_dim: int) -> jax.Array:
+        init = nn.initializers.lecun_normal()
+        return self.param("kernel", init, (embed_dim, self.vocab_size), jnp.float32)
+
+
+def output_logits(hidden: jax.Array, kernel: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Logits in float32, the matmul in the dtype of `hidden`."""
+    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits

@@ -1,0 +1,232 @@
+"""Next-token prediction on packed text with a decoder-only transformer."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.decoding.generate import generate
+from genai_jax.networks import transformer
+from genai_jax.networks.transformer import Transformer, TransformerConfig
+from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
+from genai_jax.tasks.cross_entropy import cross_entropy
+from genai_jax.training.optimizer import make_optimizer
+from genai_jax.training.phase import Phase
+from genai_jax.training.sharding import logical_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    z_loss: float = field(0.0, "weight of the squared log-normalizer", minimum=0)
+    loss_chunk: int = field(512, "positions whose logits exist at once; 0: all of them", minimum=0)
+
+
+class LanguageModel:
+    """The task behind ``--task=language_model``; see `genai_jax.training.phase.Task`."""
+
+    components: ClassVar = {"transformer": TransformerConfig, "language_model": LanguageModelConfig}
+    partition_rules: ClassVar = tuple(
+        (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.PARTITION_RULES
+    )
+    batch_axes: ClassVar = {
+        name: ("batch", "length")
+        for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    }
+    loss_unit = "nats per token"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.dtype = jnp.dtype(config.run.dtype)
+        shape = config.transformer
+        length = config.data.sequence_length
+        if shape.positions == "learned" and length > shape.max_length:
+            raise ConfigError(
+                f"--data.sequence_length={length} is longer than the learned positions: "
+                f"--transformer.max_length={shape.max_length}"
+            )
+        self.model = Transformer(shape, self.tokenizer.vocab_size, config.run.attention, self.dtype)
+
+    @functools.cached_property
+    def tokenizer(self):
+        from genai_jax.data.tokenization import load_tokenizer
+
+        return load_tokenizer(self.config.data.tokenizer)
+
+    @functools.cached_property
+    def _loader(self):
+        from genai_jax.data.loader import TextLoader
+
+        return TextLoader(
+            self.config.data,
+            self.config.run.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def train_batches(self):
+        return self._loader.batches("train")
+
+    def evaluation_batches(self, max_batches: int) -> Iterator[dict]:
+        return self._loader.evaluation_batches(max_batches)
+
+    def data_record(self) -> dict:
+        return self._loader.fingerprint()
+
+    def check_data(self, trained_on: dict):
+        """Raises `ConfigError` if the tokenizer is not that of the record of a run's data."""
+        now = self.tokenizer.fingerprint()
+        before = trained_on.get("tokenizer_sha256", now)
+        if before != now:
+            raise ConfigError(
+                f"--data.tokenizer={self.tokenizer.spec} is not the one the checkpoint was trained "
+                f"with: sha256 {now[:12]} now, {before[:12]} then"
+            )
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.config.data.batch_size, self.config.data.sequence_length)
+        dtypes = {name: jnp.int32 for name in self.batch_axes} | {"loss_mask": jnp.float32}
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        tokens = jnp.zeros((1, min(self.config.data.sequence_length, 8)), jnp.int32)
+        return {"model": self.model.init(rng, tokens, method="init_all")["params"]}, {}
+
+    def phases(self, params: Any) -> tuple[Phase, ...]:
+        axes = logical_axes(params, self.partition_rules)
+        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        return (Phase("next_token", ("model",), self._loss, optimizer),)
+
+    def _loss(self, params, mutables, batch, rng):
+        loss, nll, right = self._sums(params, batch, {"dropout": rng})
+        weight = jnp.sum(batch["loss_mask"])
+        count = jnp.maximum(weight, 1)
+        metrics = {"nll": nll / count, "accuracy": right / count, "weight": weight}
+        return loss / count, (metrics, mutables)
+
+    def _sums(self, params, batch, rngs=None):
+        """(loss, nll, right) summed over the targets of a batch."""
+        variables = {"params": params["model"]}
+        rngs = rngs if self.config.transformer.dropout else None
+        hidden, _ = self.model.apply(
+            variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs
+        )
+        return cross_entropy(
+            hidden,
+            self.model.apply(variables, method="head_kernel"),
+            batch["targets"],
+            batch["loss_mask"],
+            z_loss=self.config.language_model.z_loss,
+            soft_cap=self.config.transformer.logits_soft_cap,
+            chunk_size=self.config.language_model.loss_chunk,
+        )
+
+    @functools.cached_property
+    def _evaluation_step(self):
+        token_bytes = np.asarray(self.tokenizer.token_bytes(), np.float32)
+
+        @jax.jit
+        def evaluation_step(params, batch):
+            _, nll, right = self._sums(params, batch)
+            mask = batch["loss_mask"]
+            size = jnp.sum(jnp.asarray(token_bytes)[batch["targets"]] * mask)
+            return jnp.stack([nll, right, mask.sum(), size])
+
+        return evaluation_step
+
+    def evaluate(self, params, mutables, batches) -> dict:
+        """Loss in nats a token, perplexity, bits per byte, over all targets of `batches`.
+
+        Bits per byte divides the bits of every target, ends of documents included, by the UTF-8
+        bytes of the text.
+        """
+        del mutables
+        sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
+        nll, right, tokens, size = np.sum(np.asarray(sums, np.float64).reshape(-1, 4), 0)
+        if not size:
+            raise ConfigError("the held-out data has no text to score")
+        loss = nll / tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": nll / size / math.log(2),
+            "accuracy": right / tokens,
+            "tokens": int(tokens),
+            "bytes": int(size),
+        }
+
+    def sample(self, params, mutables, request) -> list[str]:
+        """Continues each prompt `num_samples` times; returns the texts, prompts included."""
+        del mutables
+        prompts = [p for p in request.prompts() for _ in range(request.num_samples)]
+        ids = [
+            np.concatenate([[self.tokenizer.boundary_id], self.tokenizer.encode(p)])
+            for p in prompts
+        ]
+        lengths = np.array([len(i) for i in ids], np.int32)
+        padded = np.zeros((len(ids), lengths.max()), np.int32)
+        for row, prompt in zip(padded, ids, strict=True):
+            row[: len(prompt)] = prompt
+        total = padded.shape[1] + request.max_tokens
+        shape = self.config.transformer
+        if shape.positions == "learned" and total > shape.max_length:
+            raise ConfigError(
+                f"prompt and --max_tokens={request.max_tokens} need {total} positions; "
+                f"the model learned --transformer.max_length={shape.max_length}"
+            )
+        result = self._generate(request, len(ids), total)(
+            params["model"], padded, lengths, jax.random.key(request.seed)
+        )
+        tokens, ends = jax.device_get((result.tokens, result.lengths))
+        texts = []
+        for row, end, prompt in zip(tokens, ends, prompts, strict=True):
+            new = row[len(self.tokenizer.encode(prompt)) + 1 : end]
+            text = self.tokenizer.decode(new[new != self.tokenizer.boundary_id])
+            texts.append(prompt + (text.split(request.stop)[0] if request.stop else text))
+        return texts
+
+    def _generate(self, request, batch: int, total: int):
+        """The compiled loop for one shape of prompts."""
+        stops = [self.tokenizer.boundary_id]
+        if request.stop and len(self.tokenizer.encode(request.stop)) == 1:
+            stops.append(int(self.tokenizer.encode(request.stop)[0]))
+
+        def run(params, prompts, lengths, rng):
+            variables = {"params": params}
+
+            def step(tokens, positions, select, cache):
+                hidden, cache = self.model.apply(variables, tokens, positions, cache=cache)
+                chosen = jnp.take_along_axis(hidden, select[:, None, None], 1)
+                return self.model.apply(variables, chosen, method="logits")[:, 0], cache
+
+            cache = transformer.make_cache(self.config.transformer, batch, total, self.dtype)
+            return generate(
+                step,
+                cache,
+                prompts,
+                lengths,
+                rng,
+                max_new_tokens=request.max_tokens,
+                stop_tokens=tuple(stops),
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+            )
+
+        return jax.jit(run)
+
+    def flops_per_step(self) -> dict:
+        data = self.config.data
+        flops = transformer_training_flops(
+            self.config.transformer, self.tokenizer.vocab_size, data.batch_size,
+            data.sequence_length,
+        )  # fmt: skip
+        return {"flops_per_step": flops, "convention": CONVENTION}
+
+    def tokens_per_step(self) -> int:
+        return self.config.data.batch_size * self.config.data.sequence_length

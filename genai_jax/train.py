@@ -1,0 +1,29 @@
+"""Trains or resumes a run: python -m genai_jax.train --flagfile=F --workdir=D [--flag=value]"""
+
+import sys
+from collections.abc import Sequence
+
+from genai_jax.command import run
+from genai_jax.components import all_components, parse_run
+from genai_jax.config import ConfigError, help_text
+from genai_jax.tasks import TASKS
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(help_text(__doc__, all_components()))
+        return 0
+    config = parse_run(argv)
+    if not config.run.workdir:
+        raise ConfigError("--workdir is not set: say where the run's files go")
+    from genai_jax.training.loop import train
+    from genai_jax.training.workdir import claim
+
+    task = TASKS[config.run.task](config)
+    for change in claim(config):
+        print(f"changed since the run began: {change}", file=sys.stderr)
+    return train(task, config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""Checkpoints: train state, data iterator and clock as one object, by orbax."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from genai_jax.config import ConfigError, field
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = field(
+        500, "steps between checkpoints; 0 saves the last step alone", minimum=0, changeable=True
+    )
+    keep: int = field(2, "newest checkpoints kept", minimum=1, changeable=True)
+    keep_best: bool = field(
+        True, "also keep the checkpoint with the lowest held-out loss", changeable=True
+    )
+
+
+class Checkpointer:
+    """Saves in the background and restores the newest checkpoint that can be read."""
+
+    def __init__(
+        self, directory: str | pathlib.Path, config: CheckpointConfig, *, read_only: bool = False
+    ):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        self._ocp = ocp
+        keep = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"],
+                    reverse=True,  # the lowest is the best
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+            item_names=("state", "data", "clock"),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, data: dict, clock: dict, loss: float | None = None):
+        """Starts saving; `state` may be donated once this returns.
+
+        Raises:
+          OSError: this save, or the one before it, could not be written.
+        """
+        args = self._ocp.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                state=args.StandardSave(state),
+                data=args.JsonSave(data),
+                clock=args.JsonSave(clock),
+            ),
+            metrics=None if loss is None else {"loss": loss},
+            force=True,
+        )
+
+    def restore(self, shapes: Any, step: int | None = None) -> tuple[int, Any, dict, dict] | None:
+        """(step, state, data, clock) of a step, or of the newest that is whole, or None.
+
+        Args:
+          shapes: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto, which may
+            belong to another mesh than the one that saved it.
+          step: a certain step.
+
+        Raises:
+          ConfigError: `step` does not exist, or there are checkpoints but none can be read.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ConfigError(f"no checkpoint of step {step}; there are {steps or 'none'}")
+        candidates = [step] if step is not None else steps[::-1]
+        problem = None
+        for candidate in candidates:
+            try:
+                return candidate, *self._restore(candidate, shapes)
+            except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
+                print(f"warning: {problem}", file=sys.stderr)
+        if problem:
+            raise ConfigError(
+                f"{problem}; no other checkpoint is left in {self._manager.directory}"
+            )
+        return None
+
+    def _restore(self, step: int, shapes: Any) -> tuple[Any, dict, dict]:
+        args = self._ocp.args
+        restored = self._manager.restore(
+            step,
+            args=args.Composite(
+                state=args.StandardRestore(shapes),
+                data=args.JsonRestore(),
+                clock=args.JsonRestore(),
+            ),
+        )
+        state = jax.block_until_ready(restored["state"])
+        return state, restored["data"], restored["clock"]
+
+    def delete_after(self, step: int):
+        """Removes checkpoints that are newer than `step`: damaged ones, skipped by `restore`."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
+    def wait(self):
+        """Blocks until the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        self._manager.close()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type; at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,289 @@
+"""The training loop: restore, step, log, evaluate, save."""
+
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.training.batches import DeviceBatches, to_devices
+from genai_jax.training.checkpoint import Checkpointer, first_line
+from genai_jax.training.hardware import peak_of
+from genai_jax.training.metrics_log import MetricsLog, plot_loss
+from genai_jax.training.phase import Task
+from genai_jax.training.progress import Progress
+from genai_jax.training.restore import state_shapes
+from genai_jax.training.sharding import (
+    batch_shardings,
+    make_mesh,
+    mesh_context,
+    path_name,
+)
+from genai_jax.training.step import init_state, make_step, phase_ran
+from genai_jax.training.stop_signal import Stopped, StopSignal
+from genai_jax.training.workdir import environment, write_record
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = field(1000, "steps of the whole run", minimum=1, changeable=True)
+    log_every: int = field(10, "steps between rows of metrics.jsonl", minimum=1, changeable=True)
+    accumulate: int = field(1, "microbatches a step, one in memory at a time", minimum=1)
+    progress: bool = field(True, "show a progress bar", changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = field(
+        0, "steps between evaluations; 0 evaluates the last step alone", minimum=0, changeable=True
+    )
+    batches: int = field(-1, "held-out batches an evaluation; -1: all", minimum=-1, changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    start: int = field(0, "first step of the profile", minimum=0, changeable=True)
+    steps: int = field(0, "steps to profile into workdir/profile", minimum=0, changeable=True)
+
+
+class Compiled(NamedTuple):
+    """What stays the same while a run goes on."""
+
+    mesh: Mesh
+    phases: tuple
+    shapes: Any  # the state's shapes, with shardings
+    batch_shardings: dict[str, NamedSharding]
+    init: Any  # rng -> state
+    step: Any  # (state, batch) -> (state, metrics)
+
+
+def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
+    """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
+    decays = config.ema.decays()
+    batch = task.batch_shapes()
+    rows = next(iter(batch.values())).shape[0]
+    with mesh_context(mesh):
+        shapes = state_shapes(task, config, mesh)
+        phases = task.phases(shapes.params)
+        for phase in phases:
+            check_rows(rows, phase.repeats * config.train.accumulate, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        batch_in = batch_shardings(batch, task.batch_axes, mesh)
+        step = jax.jit(
+            make_step(phases, accumulate=config.train.accumulate, decays=decays),
+            in_shardings=(shardings, batch_in),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        init = jax.jit(lambda rng: init_state(task, rng, decays), out_shardings=shardings)
+    return Compiled(mesh, phases, shapes, batch_in, init, step)
+
+
+def check_rows(rows: int, parts: int, mesh: Mesh):
+    """The batch divides into microbatches, and each of them over the devices that share it."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * parts):
+        raise ConfigError(
+            f"--data.batch_size={rows} is not divisible by {shards} device(s) of the data and fsdp "
+            f"axes x {parts} part(s) a step"
+        )
+
+
+def train(task: Task, config: Config) -> int:
+    """Trains to the end, or until a signal; resumes what the workdir holds.
+
+    Returns:
+      0, or 128 + the number of the signal that ended it.
+
+    Raises:
+      ConfigError: a mistake in the flags or the data, or a loss that is not finite.
+    """
+    with StopSignal() as stop:
+        return Run(task, config, stop).go()
+
+
+class Run:
+    """One process's life of a run."""
+
+    def __init__(self, task: Task, config: Config, stop: StopSignal):
+        self.task, self.config, self.stop = task, config, stop
+        self.workdir = pathlib.Path(config.run.workdir)
+        self.main = jax.process_index() == 0
+        self.mesh = make_mesh(config.mesh)
+        self.compiled = build(task, config, self.mesh)
+        self.source = task.train_batches()
+        self.peak = peak_of(self.mesh.devices.flatten().tolist())
+        self.flops = task.flops_per_step()
+        if self.main:
+            write_record(self.workdir, self._record())
+        self.checkpointer = Checkpointer(self.workdir / "checkpoints", config.checkpoint)
+        self.seconds = 0.0  # spent in earlier processes
+        self.began = time.perf_counter()
+        self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
+
+    def go(self) -> int:
+        with mesh_context(self.mesh):
+            start, state = self._restore_or_init()
+            self.log = MetricsLog(self.workdir, start) if self.main else None
+            self.batches = DeviceBatches(self.source, self.compiled.batch_shardings)
+            rows = self.config.data.batch_size
+            self.progress = Progress(
+                start, self.config.train.steps, rows, self.task.tokens_per_step(),
+                self.flops["flops_per_step"], self.peak, self.main and self.config.train.progress,
+            )  # fmt: skip
+            try:
+                self._steps(start, state)
+                self._wait_for_checkpoint()
+            finally:
+                self.progress.close()
+                self.source.close()
+                if self.log:
+                    self.log.close()
+                    plot_loss(self.workdir, self.task.loss_unit)
+                self.checkpointer.close()
+        return 128 + self.stop.received if self.stop.received else 0
+
+    def _restore_or_init(self):
+        restored = self.checkpointer.restore(self.compiled.shapes)
+        if restored is None:
+            return 0, self.compiled.init(jax.random.key(self.config.run.seed))
+        step, state, data, clock = restored
+        self.checkpointer.delete_after(step)
+        self.source.set_state(data)
+        self.seconds = clock["seconds"]
+        self.unfinished_row = clock["unfinished_row"]
+        print(f"resuming {self.workdir} at step {step}", file=sys.stderr)
+        return step, state
+
+    def _steps(self, start: int, state):
+        """Dispatches step after step; the metrics of one are read while the next one runs."""
+        config = self.config
+        if start >= config.train.steps and self.main:
+            print(f"{self.workdir} is trained to step {start} already", file=sys.stderr)
+        if self.unfinished_row is not None:
+            self._evaluate_and_log(start, state, self.unfinished_row)
+        waiting = None  # (step, metrics) not read yet
+        for step in range(start + 1, config.train.steps + 1):
+            self._profile(step)
+            batch = next(self.batches)
+            with jax.transfer_guard("disallow"):
+                state, metrics = self.compiled.step(state, batch)
+            if waiting:
+                self._report(*waiting)
+            waiting = (step, metrics)
+            last = step == config.train.steps
+            evaluates = last or _due(step, config.eval.every)
+            saves = last or _due(step, config.checkpoint.every)
+            if not (evaluates or saves or self.stop.received):
+                continue
+            row = self._report(*waiting, write=not evaluates)
+            waiting = None
+            loss = self._evaluate_and_log(step, state, row) if evaluates else None
+            if saves or self.stop.received:
+                self._save(step, state, loss)
+            self.progress.restart_clock()
+            if self.stop.received:
+                print(f"stopped by signal {self.stop.received} at step {step}", file=sys.stderr)
+                return
+
+    def _report(self, step: int, metrics: dict, write: bool = True) -> dict:
+        """Reads the metrics of a step, checks them, and writes its row if it is a logged one."""
+        metrics = {
+            name: float(value)
+            for name, value in jax.device_get(metrics).items()
+            if phase_ran(self.compiled.phases, name, step - 1)
+        }
+        self._check_finite(step, metrics)
+        row = {"step": step} | {f"train/{n}": v for n, v in metrics.items() if "weight" not in n}
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps or not write:
+            speeds = self.progress.measure(step)
+            row |= speeds
+            self.progress.show(step, next(v for n, v in metrics.items() if "loss" in n), speeds)
+            if self.log and write:
+                self.log.write(row)
+        return row
+
+    def _check_finite(self, step: int, metrics: dict):
+        for name, value in metrics.items():
+            if ("loss" in name or "grad_norm" in name) and not math.isfinite(value):
+                self.checkpointer.wait()
+                good = self.checkpointer.steps()
+                kept = (
+                    f"the last good checkpoint is step {good[-1]}" if good else "nothing is saved"
+                )
+                raise ConfigError(f"{name} is {value} at step {step}; {kept}")
+
+    def _evaluate_and_log(self, step: int, state, row: dict) -> float | None:
+        """Scores `state` and writes the row; returns the loss, None if a signal cut it short."""
+        batches = self.task.evaluation_batches(self.config.eval.batches)
+        on_devices = (to_devices(b, self.compiled.batch_shardings) for b in batches)
+        try:
+            scores = self.task.evaluate(state.params, state.mutables, self.stop.watch(on_devices))
+        except Stopped:
+            self.unfinished_row = row
+            return None
+        self.unfinished_row = None
+        row = row | {f"eval/{name}": value for name, value in scores.items()}
+        if self.log:
+            self.log.write(row)
+        return scores["loss"]
+
+    def _save(self, step: int, state, loss: float | None):
+        elapsed = self.seconds + time.perf_counter() - self.began
+        clock = {"seconds": elapsed, "unfinished_row": self.unfinished_row}
+        try:
+            self.checkpointer.save(step, state, self.batches.get_state(), clock, loss)
+        except Exception as error:
+            raise self._not_saved(error) from None
+
+    def _wait_for_checkpoint(self):
+        try:
+            self.checkpointer.wait()
+        except Exception as error:
+            raise self._not_saved(error) from None
+
+    def _not_saved(self, error: Exception) -> ConfigError:
+        steps = self.checkpointer.steps()
+        kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved"
+        return ConfigError(
+            f"cannot save a checkpoint in {self.workdir}: {first_line(error)}; {kept}"
+        )
+
+    def _profile(self, step: int):
+        """Opens and closes the profile window, steps counted from 1."""
+        window = self.config.profile
+        if not window.steps or not self.main:
+            return
+        if step == window.start + 1:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif step == window.start + window.steps + 1:
+            jax.profiler.stop_trace()
+
+    def _record(self) -> dict:
+        params = self.compiled.shapes.params
+        return {
+            **environment(),
+            "mesh": {axis: size for axis, size in self.mesh.shape.items() if size > 1},
+            "data": self.task.data_record(),
+            "parameters": {
+                "total": sum(x.size for x in jax.tree.leaves(params)),
+                **{group: sum(x.size for x in jax.tree.leaves(p)) for group, p in params.items()},
+                "embedding": sum(
+                    x.size
+                    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+                    if path_name(path).endswith("embedding")
+                ),
+            },
+            **self.flops,
+            "peak": self.peak._asdict() if self.peak else None,
+            "mfu": "flops_per_step / step_time_s / peak.flops_per_second",
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,0 +1,173 @@
+"""Optimizers and learning-rate schedules, from optax, chosen by flags."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from genai_jax.config import ConfigError, field
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = field("adamw", "optimizer", choices=OPTIMIZERS)
+    learning_rate: float = field(1e-3, "peak learning rate", minimum=0)
+    schedule: str = field(
+        "cosine", "shape after the warm-up; wsd is warm-up, stable, decay", choices=SCHEDULES
+    )
+    warmup_steps: int = field(100, "steps of linear warm-up", minimum=0)
+    decay_fraction: float = field(
+        0.2, "share of the steps in which wsd decays", minimum=0, maximum=1
+    )
+    final_fraction: float = field(
+        0.1, "learning rate at the end, relative to the peak", minimum=0, maximum=1
+    )
+    weight_decay: float = field(0.1, "decoupled decay of matrices", minimum=0)
+    momentum: float = field(0.95, "of sgd and muon", minimum=0, maximum=1)
+    beta1: float = field(0.9, "decay of the first moment", minimum=0, maximum=1)
+    beta2: float = field(0.95, "decay of the second moment", minimum=0, maximum=1)
+    epsilon: float = field(1e-8, "added to the root of the second moment", minimum=0)
+    clip_norm: float = field(1.0, "largest norm of the gradient; 0 does not clip", minimum=0)
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate, for a run of `steps` steps.
+
+    `rsqrt` falls as the inverse root of the step after the warm-up (Vaswani et al. 2017) and has no
+    end; the others reach final_fraction of the peak at the last step.
+    """
+    peak = config.learning_rate
+    warmup = min(config.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    final = peak * config.final_fraction
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    elif config.schedule == "rsqrt":
+        shift = max(warmup, 1)
+        after = lambda step: peak * (shift / (shift + step)) ** 0.5
+    else:
+        decay = max(round(config.decay_fraction * steps), 1)
+        after = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
+            [max(rest - decay, 0)],
+        )
+    if warmup == 0:
+        return after
+    # The first step already learns: it takes 1 / warmup of the peak, not 0.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, axes: Any, *, every: int = 1
+) -> optax.GradientTransformation:
+    """The optimizer of one phase.
+
+    Args:
+      config: flags.
+      steps: steps of the run, for the schedule.
+      axes: logical axes of every parameter, a tree like the parameters with tuples as leaves. They
+        say what is a matrix: weight decay and muon act on those alone.
+      every: of the phase; the schedule advances by it at each update.
+    """
+    rate = learning_rate_schedule(config, steps)
+    schedule = rate if every == 1 else (lambda count: rate(count * every))
+    decayed = _map_axes(lambda a: _is_matrix(a), axes)
+    name, decay = config.name, config.weight_decay
+    if name == "adamw":
+        core = optax.adamw(
+            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=decayed
+        )
+    elif name == "lion":
+        core = optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decayed)
+    elif name == "sgd":
+        core = optax.chain(
+            optax.add_decayed_weights(decay, decayed),
+            optax.sgd(schedule, momentum=config.momentum or None),
+        )
+    elif name == "adafactor":
+        # optax decays by an unscaled rate here; like the others, ours follows the learning rate.
+        core = optax.adafactor(schedule, multiply_by_parameter_scale=False)
+        if decay:
+            core = optax.chain(core, _decay_at_rate(schedule, decay, decayed))
+    else:
+        core = _muon(config, schedule, axes, decayed)
+    if config.clip_norm:
+        core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+    return core
+
+
+def _muon(config, schedule, axes, decayed):
+    """Muon (Jordan et al. 2024) for hidden matrices, Adam for the rest."""
+    dimensions = _map_axes(_muon_dimensions, axes)
+    if not any(d is not None for d in jax.tree.leaves(dimensions, is_leaf=_is_dimension)):
+        raise ConfigError("--optimizer.name=muon needs a network with hidden matrices")
+    return optax.contrib.muon(
+        schedule,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        consistent_rms=0.2,  # one learning rate serves both (Liu et al. 2025, section 2.2)
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+    )
+
+
+def _decay_at_rate(schedule, decay, mask):
+    """Decoupled weight decay at the learning rate, for an optimizer without its own."""
+    negative = lambda count: -schedule(count)
+    decay_alone = optax.chain(
+        optax.add_decayed_weights(decay, mask), optax.scale_by_schedule(negative)
+    )
+
+    def update(updates, state, params):
+        zeros = jax.tree.map(jax.numpy.zeros_like, updates)
+        shrink, state = decay_alone.update(zeros, state, params)
+        return jax.tree.map(lambda u, s: u + s, updates, shrink), state
+
+    return optax.GradientTransformation(decay_alone.init, update)
+
+
+_BATCH_AXES = ("layers", "experts", "stage")
+
+
+def _map_axes(function, axes):
+    return jax.tree.map(function, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _is_matrix(axes: tuple) -> bool:
+    """Not a scale nor a bias: those have one axis, or a head's two."""
+    inner = [a for a in axes if a not in _BATCH_AXES]
+    return len(inner) >= 2 and inner not in (["heads", "head_dim"], ["kv_heads", "head_dim"])
+
+
+def _is_dimension(x) -> bool:
+    return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+
+
+def _muon_dimensions(axes: tuple):
+    """Which axes a matrix reduces and which it makes; None for what muon leaves to Adam.
+
+    A hidden matrix has the residual stream ("embed") on one side; the rest is the other side.
+    """
+    inner = [i for i, a in enumerate(axes) if a not in _BATCH_AXES]
+    names = [axes[i] for i in inner]
+    if len(inner) < 2 or "vocabulary" in names or names.count("embed") != 1:
+        return None
+    side = [i for i in inner if axes[i] == "embed"]
+    other = [i for i in inner if axes[i] != "embed"]
+    if names[0] == "embed":
+        return optax.contrib.MuonDimensionNumbers(tuple(side), tuple(other))
+    if names[-1] == "embed":
+        return optax.contrib.MuonDimensionNumbers(tuple(other), tuple(side))
+    return None

@@ -1,0 +1,71 @@
+"""What a family gives to the shared training step: phases, and a task that makes them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import optax
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Params = Mapping[str, PyTree]  # top-level group -> parameters
+LossFn = Callable[[Params, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[dict, PyTree]]]
+
+
+class Phase(NamedTuple):
+    """One kind of update within a step.
+
+    The loss maps (params, mutables, batch, rng) to (loss, (metrics, mutables)). A metric named
+    "weight" says how much the batch counts when microbatches are averaged (its number of targets).
+    """
+
+    name: str  # metric prefix, RNG fold-in, optimizer slot
+    trains: tuple[str, ...]  # parameter groups that it updates; all others are constants to it
+    loss: LossFn
+    optimizer: optax.GradientTransformation
+    every: int = 1  # run once in so many steps (lazy regularization)
+    repeats: int = 1  # updates in one step, each on its own slice of the batch (critic steps)
+
+
+class Task(Protocol):
+    """A family: its networks, losses, data, and how to draw from it and score it.
+
+    Attributes:
+      components: flag component -> dataclass, for the flags that only this task uses.
+      partition_rules: (parameter path pattern, logical axes), in order.
+      batch_axes: batch entry -> logical axes.
+    """
+
+    components: ClassVar[Mapping[str, type]]
+    partition_rules: ClassVar[tuple]
+    batch_axes: ClassVar[Mapping[str, tuple]]
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and dtype of every entry of the global batch."""
+
+    def init(self, rng: jax.Array) -> tuple[Params, PyTree]:
+        """Fresh parameters and mutables."""
+
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        """The phases of a step; `params` may be shapes."""
+
+    def train_batches(self) -> Any:
+        """An endless checkpointable iterator: `next`, `get_state`, `set_state`, `close`."""
+
+    def evaluation_batches(self, max_batches: int) -> Iterator[Batch]:
+        """Held-out batches, always the same ones in the same order."""
+
+    def evaluate(self, params: Params, mutables: PyTree, batches: Iterator[Batch]) -> dict:
+        """Scores: metric name -> number."""
+
+    def sample(self, params: Params, mutables: PyTree, request: Any) -> list:
+        """Draws what `request` (the flags of the sample command) asks for."""
+
+    def data_record(self) -> dict:
+        """Names, sizes and fingerprints of the data, for run.json."""
+
+    def check_data(self, trained_on: dict):
+        """Raises `ConfigError` if a model whose `data_record` this was cannot be used here."""
+
+    def flops_per_step(self) -> dict:
+        """Model FLOPs of one step and the convention they were counted by."""

@@ -1,0 +1,159 @@
+"""Sharding is a table: parameter path -> logical axes -> mesh axes."""
+
+import contextlib
+import dataclasses
+import math
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from genai_jax.config import ConfigError, field
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence", "stage")
+
+# Logical axis -> mesh axes. What is not named here is never split.
+LOGICAL_AXES = {
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    "embed": ("fsdp",),
+    "vocabulary": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "stage": ("stage",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = field(
+        -1, "copies of the parameters; -1: the devices left", minimum=-1, changeable=True
+    )
+    fsdp: int = field(1, "shards of parameters and moments", minimum=-1, changeable=True)
+    tensor: int = field(1, "shards of heads and MLP", minimum=-1, changeable=True)
+    expert: int = field(1, "shards of experts", minimum=-1, changeable=True)
+    sequence: int = field(1, "shards of the length", minimum=-1, changeable=True)
+    stage: int = field(1, "pipeline stages", minimum=-1, changeable=True)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of the flags over `devices` (all of them by default)."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or 0 in sizes.values():
+        raise ConfigError(f"mesh {_say(sizes)}: sizes are at least 1, and one of them may be -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh {_say(dataclasses.asdict(config))} does not fit {len(devices)} device(s)"
+        )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    # Linen's partitioning needs Auto axes; the default became Explicit in jax 0.9.
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    if len(devices) == jax.device_count():
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=kinds)
+
+
+def _say(sizes: dict[str, int]) -> str:
+    return " x ".join(f"--mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
+
+
+def logical_rules(mesh: Mesh) -> list[tuple[str, tuple[str, ...] | None]]:
+    """The table for `flax.linen.logical_axis_rules`, less the mesh axes of size 1."""
+    return [(name, _active(axes, mesh) or None) for name, axes in LOGICAL_AXES.items()]
+
+
+def _active(axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def logical_axes(params: Any, rules) -> Any:
+    """A tree like `params` with a tuple of logical axes for every parameter.
+
+    Raises:
+      ConfigError: a parameter that no rule matches, or one of another rank than its rule says.
+    """
+
+    def find(path, leaf):
+        name = path_name(path)
+        for pattern, axes in rules:
+            if re.search(pattern, name):
+                if len(axes) != len(leaf.shape):
+                    raise ConfigError(f"parameter {name} {leaf.shape} does not fit its axes {axes}")
+                return axes
+        raise ConfigError(f"no sharding rule matches parameter {name} {leaf.shape}")
+
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
+def path_name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(name: str, shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> PartitionSpec:
+    """The partition of one array; a size that its mesh axes do not divide is an error."""
+    parts = []
+    for size, axis in zip(shape, axes, strict=True):
+        mesh_axes = _active(LOGICAL_AXES.get(axis, ()), mesh)
+        count = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % count:
+            flags = " x ".join(f"--mesh.{a}={mesh.shape[a]}" for a in mesh_axes)
+            raise ConfigError(f"{name} {shape}: {axis} of size {size} is not divisible by {flags}")
+        parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
+    return PartitionSpec(*parts)
+
+
+def batch_shardings(shapes: dict, axes: dict, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Shardings of the global batch."""
+    return {
+        name: NamedSharding(mesh, spec_of(f"batch entry {name}", x.shape, axes[name], mesh))
+        for name, x in shapes.items()
+    }
+
+
+def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
+    """Shardings of a whole `TrainState` of shapes.
+
+    Parameters follow the table. A leaf of an average or of an optimizer state follows the parameter
+    that its path ends with, if it has its shape; everything else is on every device.
+    """
+    axes = logical_axes(state.params, rules)
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, a: spec_of(f"parameter {path_name(path)}", leaf.shape, a, mesh),
+        state.params,
+        axes,
+    )
+    by_name = {
+        path_name(path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_flatten_with_path(state.params)[0],
+            jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)),
+            strict=True,
+        )
+    }
+
+    def place(path, leaf):
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            shape, spec = by_name.get("/".join(parts[start:]), (None, None))
+            if shape is not None and shape == leaf.shape:
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+@contextlib.contextmanager
+def mesh_context(mesh: Mesh):
+    """Inside, the networks' logical axes mean axes of this mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(mesh)):
+        yield

@@ -1,0 +1,136 @@
+"""The files that say what a run is: ``flags.txt`` and ``run.json``."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+
+import jax
+
+from genai_jax.config import Config, ConfigError
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def claim(config: Config) -> list[str]:
+    """Makes the workdir of a run, or checks that it belongs to the same configuration.
+
+    Returns:
+      What changed since the run began, among the flags that may change.
+
+    Raises:
+      ConfigError: it belongs to a run with other flags (they are named), or cannot be written.
+    """
+    workdir = pathlib.Path(config.run.workdir)
+    path = workdir / "flags.txt"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    changes = []
+    saved = has_checkpoints(workdir)
+    if path.exists() and saved:
+        old, new = _flag_texts(path.read_text()), _flag_texts(config.to_flags())
+        names = [n for n in old | new if n != "workdir" and old.get(n) != new.get(n)]
+        changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
+        fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
+        if fixed:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run with other flags: {', '.join(fixed)}; "
+                "use another workdir or the same flags"
+            )
+    elif saved:
+        raise ConfigError(
+            f"--workdir={workdir} holds checkpoints but no flags.txt to check against"
+        )
+    write_atomically(path, config.to_flags(leave_out=("workdir",)))
+    return changes
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether there is anything to protect: a run that never saved may be started over."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def flags_path(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The file with the flags of an existing run.
+
+    Raises:
+      ConfigError: there is no run in `workdir`.
+    """
+    path = pathlib.Path(workdir) / "flags.txt"
+    if not path.exists():
+        raise ConfigError(f"no run in --workdir={workdir}: it has no flags.txt")
+    return path
+
+
+def write_record(workdir: pathlib.Path, record: dict):
+    """Writes ``run.json``.
+
+    Raises:
+      ConfigError: the data or the tokenizer are not those that the run began with.
+    """
+    old = read_record(workdir) if has_checkpoints(workdir) else {}
+    for name, value in record["data"].items():
+        before = old.get("data", {}).get(name, value)
+        if before != value:
+            raise ConfigError(
+                f"the data changed since the run in --workdir={workdir} began: "
+                f"{name} was {before}, is {value}"
+            )
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"began": old.get("began", now), "last_started": now, **record}
+    write_atomically(workdir / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _flag_texts(flagfile: str) -> dict[str, str]:
+    """Flag name -> value as text, of a file that `Config.to_flags` wrote."""
+    return dict(line.removeprefix("--").split("=", 1) for line in flagfile.splitlines())
+
+
+def read_record(workdir: str | pathlib.Path) -> dict:
+    """``run.json`` of a run, empty if there is none."""
+    path = pathlib.Path(workdir) / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_atomically(path: pathlib.Path, text: str):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def environment() -> dict:
+    """Versions, git commit and devices."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "git_commit": _git_commit(),
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+    }
+
+
+def _git_commit() -> str | None:
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,170 @@
+"""The public call: checks its arguments, chooses a backend, runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from . import chunked, reference
+from .masks import Causal
+from .spec import Operands, Spec, Unsupported
+from .validate import prepare
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`run(operands, spec) -> (out, lse)`; `check(operands, spec)` raises Unsupported(reason)."""
+
+    run: Callable
+    platforms: tuple[str, ...] | None = None  # None: all
+    check: Callable = lambda operands, spec: None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`auto` takes `backend` where `when(operands, spec, platform)` holds, because of `reason`."""
+
+    backend: str
+    reason: str
+    when: Callable
+
+
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(reference.attention),
+    "xla_chunked": Backend(chunked.attention),
+}
+
+# The first rule that holds, and whose backend can run the call, decides.
+AUTO: tuple[Rule, ...] = (
+    Rule(
+        "xla",
+        "q_length <= 16: decoding, nothing to cut into blocks",
+        lambda x, spec, platform: x.q.shape[1] <= 16,
+    ),
+    Rule(
+        "xla",
+        "q_offset is an array and q_length <= 1024: no keys to skip, and the scores are small",
+        lambda x, spec, platform: spec.q_offset is None and x.q.shape[1] <= 1024,
+    ),
+    Rule(
+        "xla_chunked",
+        "on cpu blocks of queries are faster and skip what the mask hides",
+        lambda x, spec, platform: platform == "cpu",
+    ),
+    Rule(
+        "xla_chunked",
+        "kv_length >= 2048: memory linear in length",
+        lambda x, spec, platform: x.k.shape[1] >= 2048,
+    ),
+    Rule("xla", "short: all scores at once", lambda x, spec, platform: True),
+)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    mask=Causal(),  # noqa: B008 (frozen)
+    bias=None,
+    segment_ids=None,
+    scale=None,
+    logits_soft_cap=None,
+    sinks=None,
+    q_offset=0,
+    backend="auto",
+    return_lse=False,
+):
+    """Softmax attention; scale, then soft cap, bias and mask, softmax in float32.
+
+    q            [batch, q_length, heads, head_dim]: float32, bfloat16, float16 (float64 under x64)
+    k, v         [batch, kv_length, kv_heads, head_dim]; heads a multiple of kv_heads (grouped
+                 queries: head h uses key head h // (heads // kv_heads)); never repeated in memory
+    mask         what `kernels_pallas.masks` offers, over positions (query i is at q_offset + i)
+    bias         None, Alibi(slopes [heads]), or an array that broadcasts to
+                 [batch, heads, q_length, kv_length]
+    segment_ids  None, ints [batch, length] for equal lengths, or a pair ([batch, q_length],
+                 [batch, kv_length]): a query sees keys of its own id
+    scale        None for head_dim**-0.5, or a number
+    logits_soft_cap  None, or cap: logits become cap * tanh(logits / cap)
+    sinks        None, or [heads]: one more logit a head that joins the softmax's denominator
+    q_offset     position of the first query, key 0 being at 0: an int, or ints [batch] (or a traced
+                 scalar), with which no keys can be skipped
+    backend      "auto" or one of `backends()`
+    return_lse   also return the log of the softmax's denominator, sink included
+
+    Returns out like q, or (out, lse [batch, heads, q_length] float32). A query that sees no key has
+    out 0 and lse -inf (the sink if there is one). What does not fit is a ValueError of one line.
+    """
+    operands, spec = prepare(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        segment_ids=segment_ids,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        q_offset=q_offset,
+    )
+    operands = jax.tree.map(jnp.asarray, operands)
+    name, _ = _choose(backend, operands, spec)
+    out, lse = BACKENDS[name].run(operands, spec)
+    return (out, lse) if return_lse else out
+
+
+def explain(q, k, v, *, backend="auto", return_lse=False, **call) -> str:
+    """Which backend `attention` would take for the same arguments, and why; runs nothing.
+
+    Takes jax.ShapeDtypeStruct in place of arrays. Errors as `attention`.
+    """
+    name, reason = _choose(backend, *prepare(q, k, v, **call))
+    return f"{name} on {_platform()}: {reason}"
+
+
+def backends(platform: str | None = None) -> tuple[str, ...]:
+    """The names of the backends that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
+    platform = platform or _platform()
+    return tuple(
+        name for name, b in BACKENDS.items() if b.platforms is None or platform in b.platforms
+    )
+
+
+def _platform() -> str:
+    """What is compiled for: the devices of the mesh in use (`jax.set_mesh`), else jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _choose(backend: str, operands: Operands, spec: Spec) -> tuple[str, str]:
+    """(name, reason). ValueError if a backend asked for by name cannot run the call."""
+    platform = _platform()
+    here = backends(platform)
+    if backend == "auto":
+        return _choose_auto(operands, spec, platform, here)
+    if backend not in here:
+        what = "is not available on" if backend in BACKENDS else "is unknown; for"
+        raise ValueError(f"backend {backend!r} {what} {platform}: allowed: auto, {', '.join(here)}")
+    try:
+        BACKENDS[backend].check(operands, spec)
+    except Unsupported as error:
+        raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
+    return backend, "asked for"
+
+
+def _choose_auto(operands, spec, platform, here) -> tuple[str, str]:
+    passed = []
+    for rule in AUTO:
+        if rule.backend not in here or not rule.when(operands, spec, platform):
+            continue
+        try:
+            BACKENDS[rule.backend].check(operands, spec)
+        except Unsupported as error:
+            passed.append(f"; not {rule.backend}: {error}")
+            continue
+        return rule.backend, rule.reason + "".join(passed)
+    raise ValueError(f"no backend of {platform} can run this call" + "".join(passed))

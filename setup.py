@@ -1,0 +1,35 @@
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "ruff>=0.6"]
+TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
+
+setup(
+    name="genai_jax",
+    version="0.1.0",
+    description="Generative models in pure JAX: one sharded training step for every family",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "tensorflow-datasets>=4.9.8",
+        "array_record>=0.7; platform_system == 'Linux'",
+        "grain>=0.2.12",
+        "chex>=0.1.90",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": TEST + TEXT,
+        "text": TEXT,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "colab": ["nbclient>=0.10", "ipykernel>=6.29"],
+    },
+)

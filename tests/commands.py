@@ -1,0 +1,38 @@
+"""The commands, run as a user runs them."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+# A model so small that a command's time is its imports.
+TINY = (
+    "--data.batch_size=8",
+    "--data.sequence_length=32",
+    "--transformer.num_layers=2",
+    "--transformer.embed_dim=16",
+    "--transformer.num_heads=2",
+    "--train.progress=false",
+    "--optimizer.warmup_steps=2",
+)
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The tests' environment with so many simulated devices."""
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+
+
+def start(module: str, *flags: str, devices: int = 1, **options) -> subprocess.Popen:
+    """Starts ``python -m genai_jax.<module> flags`` in the background."""
+    command = [sys.executable, "-m", f"genai_jax.{module}", *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(devices), cwd=ROOT, **pipes, **options)
+
+
+def run(module: str, *flags: str, code: int = 0, devices: int = 1, **options) -> tuple[str, str]:
+    """Runs a command to its end, checks its exit code, returns (stdout, stderr)."""
+    process = start(module, *flags, devices=devices, **options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
