@@ -1,32 +1,46 @@
 """Position encodings."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def rotary(x: jax.Array, positions: jax.Array, *, theta: float = 10_000.0) -> jax.Array:
-    """Rotates pairs of channels by an angle proportional to the position.
+class Rotation(NamedTuple):
+    """Cosines and signed sines, each [batch, length, 1, 2, head_dim / 2], float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) -> Rotation:
+    """The rotary angles of positions [batch, length], to be computed once for all layers.
 
     Su et al. 2021, "RoFormer", equation 34, with channel i paired with i + head_dim / 2.
 
     Args:
-      x: queries or keys, [batch, length, heads, head_dim], head_dim even.
       positions: [batch, length] integers.
+      head_dim: width of a head, even.
       theta: base of the geometric sequence of wavelengths.
-
-    Returns:
-      An array like `x`; the angles are computed in float32.
     """
-    half = x.shape[-1] // 2
+    half = head_dim // 2
     frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)  # [batch, length, 1, half]
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return rotated.astype(x.dtype)
+    angles = positions[..., None, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(jnp.concatenate([cos, cos], -2), jnp.concatenate([-sin, sin], -2))
+
+
+def rotary(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotates pairs of channels of queries or keys, [batch, length, heads, head_dim], in float32.
+
+    The partner of each channel is reached by reversing an axis of 2, which XLA fuses; joining two
+    rotated halves would write them twice.
+    """
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    rotated = pairs * by.cos + jnp.flip(pairs, -2) * by.sin
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def sinusoidal(positions: jax.Array, dim: int) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import kernels_pallas
 from genai_jax.config import field
 from genai_jax.networks.layers import ACTIVATIONS, NORMS, Dense, Mlp, Norm
-from genai_jax.networks.positions import alibi_slopes, rotary, sinusoidal
+from genai_jax.networks.positions import alibi_slopes, rotary, rotation, sinusoidal
 
 REMAT = {
     "none": None,
@@ -133,7 +133,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, cache):
+    def __call__(self, x, cache, positions, segment_ids, rotate_by):
         c = self.config
 
         def project(heads: int, name: str) -> jax.Array:
@@ -146,8 +146,7 @@ class Attention(nn.Module):
             q = Norm(dtype=self.dtype, name="query_norm")(q)
             k = Norm(dtype=self.dtype, name="key_norm")(k)
         if c.positions == "rope":
-            q = rotary(q, positions, theta=c.rope_theta)
-            k = rotary(k, positions, theta=c.rope_theta)
+            q, k = rotary(q, rotate_by), rotary(k, rotate_by)
         q_offset = 0
         if cache is not None:
             q_offset = positions[:, 0]
@@ -186,7 +185,7 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, cache, positions, segment_ids):
+    def __call__(self, x, cache, *context):
         c = self.config
         pre = c.norm_placement == "pre"
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
@@ -196,7 +195,7 @@ class Block(nn.Module):
         mlp = Mlp(
             c.mlp_width, c.activation, c.use_bias, 1 / (2 * c.num_layers), self.dtype, name="mlp"
         )
-        update, cache = attention(attention_norm(x) if pre else x, positions, segment_ids, cache)
+        update, cache = attention(attention_norm(x) if pre else x, cache, *context)
         x = x + dropout(update)
         if not pre:
             x = attention_norm(x)
@@ -236,7 +235,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
         )(c, self.backend, self.dtype)
@@ -269,7 +268,10 @@ class Transformer(nn.Module):
             x = x + sinusoidal(positions, c.embed_dim).astype(self.dtype)
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         x = nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
-        x, cache = self.layers(x, cache, positions, segment_ids)
+        rotate_by = None
+        if c.positions == "rope":
+            rotate_by = rotation(positions, c.head_width, theta=c.rope_theta)
+        x, cache = self.layers(x, cache, positions, segment_ids, rotate_by)
         return self.final_norm(x), cache
 
     def head_kernel(self) -> jax.Array:

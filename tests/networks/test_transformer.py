@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from genai_jax.networks import transformer
-from genai_jax.networks.positions import alibi_slopes, rotary
+from genai_jax.networks.positions import alibi_slopes, rotary, rotation
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 
 TINY = TransformerConfig(num_layers=2, embed_dim=16, num_heads=4, max_length=64)
@@ -174,7 +174,8 @@ def test_logits_are_capped():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    score = lambda i, j: float(jnp.sum(rotary(q, jnp.array([[i]])) * rotary(k, jnp.array([[j]]))))
+    at = lambda i: rotation(jnp.array([[i]]), 8)
+    score = lambda i, j: float(jnp.sum(rotary(q, at(i)) * rotary(k, at(j))))
     assert score(7, 3) == pytest.approx(score(104, 100), rel=1e-4)
     assert score(7, 3) != pytest.approx(score(7, 4), rel=1e-3)
 
