@@ -16,7 +16,8 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
         "tensorflow-datasets>=4.9.8",
-        "array_record>=0.7; platform_system == 'Linux'",
+        "array_record>=0.7",
+        "importlib_resources>=6",  # TFDS asks for it and does not install it
         "grain>=0.2.12",
         "chex>=0.1.90",
         "absl-py>=2.1",

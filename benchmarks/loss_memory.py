@@ -1,0 +1,61 @@
+"""Temporary memory of the compiled step, chunked loss against all logits at once.
+
+    python -m benchmarks.loss_memory
+
+Batch 8, length 1024, vocabulary 32,768, a small body so that the loss decides. Nothing runs: the
+figures are the compiler's own (`memory_analysis`).
+"""
+
+import json
+import sys
+
+import jax
+
+from genai_jax.components import parse_run
+from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.training.loop import build
+from genai_jax.training.sharding import make_mesh, mesh_context
+
+VOCABULARY = 32_768
+FLAGS = (
+    "--data.batch_size=8",
+    "--data.sequence_length=1024",
+    "--transformer.num_layers=2",
+    "--transformer.embed_dim=128",
+    "--transformer.num_heads=2",
+    "--transformer.remat=full",
+)
+
+
+class WideModel(LanguageModel):
+    """A language model of `VOCABULARY` tokens, without data to make them from."""
+
+    class tokenizer:
+        vocab_size = VOCABULARY
+
+
+def temporary_bytes(chunk: int, flags: tuple[str, ...] = ()) -> int:
+    config = parse_run([*FLAGS, f"--language_model.loss_chunk={chunk}", *flags])
+    task = WideModel(config)
+    mesh = make_mesh(config.mesh)
+    compiled = build(task, config, mesh)
+    with mesh_context(mesh):
+        program = compiled.step.lower(compiled.shapes, task.batch_shapes()).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def main(flags: tuple[str, ...] = ()) -> dict:
+    default = LanguageModel.components["language_model"]().loss_chunk
+    sizes = {f"chunk_{n}": temporary_bytes(n, flags) for n in (0, default, 128)}
+    whole = sizes["chunk_0"]
+    return {
+        "temporary_mib": {name: size / 2**20 for name, size in sizes.items()},
+        "share_of_unchunked": {name: size / whole for name, size in sizes.items()},
+        "default": f"chunk_{default}",
+        "logits_mib": 8 * 1024 * VOCABULARY * 4 / 2**20,
+        "versions": {"jax": jax.__version__},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(tuple(sys.argv[1:])), indent=2))

@@ -1,0 +1,19 @@
+"""Writes tests/golden/ anew: python -m tests.make_golden. Read the diff before committing it."""
+
+import json
+
+from tests.golden_values import GOLDEN, STEP_FLAGS, flagfiles, one_step, resolved
+
+
+def main():
+    GOLDEN.mkdir(exist_ok=True)
+    for old in GOLDEN.glob("*.flags"):
+        old.unlink()
+    for name, path in flagfiles().items():
+        (GOLDEN / name).write_text(resolved(path))
+    numbers = {name: one_step(flags) for name, flags in STEP_FLAGS.items()}
+    (GOLDEN / "one_step.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

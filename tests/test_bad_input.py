@@ -1,0 +1,162 @@
+"""Every mistake: one clear line, a non-zero exit, nothing written over."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from genai_jax import command, evaluate, sample, train
+from tests.commands import TINY, run
+
+COMMANDS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Runs a command in this process; returns the one line it is refused with."""
+
+    def refuse(name: str, *flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        with pytest.raises(SystemExit) as stop:
+            command.run(COMMANDS[name])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return refuse
+
+
+@pytest.fixture
+def base(text_folder, tmp_path):
+    return (*TINY, f"--data.dataset=text:{text_folder}", f"--workdir={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--flagfile=/no/such.flags"], "cannot read flagfile '/no/such.flags'"),
+        (["--transformer.num_layer=3"], "transformer.num_layer"),
+        (["--transformer.num_layers=three"], "three"),
+        (["--transformer.num_layers=0"], "num_layers"),
+        (["--optimizer.name=adamx"], "adamw|sgd|lion|adafactor|muon"),
+        (["--task=poetry"], "language_model"),
+        (["stray"], "'stray' is not a flag"),
+        (["--transformer.embed_dim=30", "--transformer.num_heads=4"], "30 is not divisible by"),
+        (["--transformer.positions=learned", "--transformer.max_length=16"], "longer than the"),
+        (["--data.dataset=no_such_dataset_x"], "no_such_dataset_x"),
+        (["--data.dataset=text:/no/such/file"], "/no/such/file"),
+        (["--train.steps=0"], "train.steps"),
+        (["--data.tokenizer=/no/such.json"], "/no/such.json"),
+        (["--train.accumulate=3"], "--data.batch_size=8 is not divisible by"),
+        (["--mesh.tensor=2"], "does not fit 1 device"),
+        (["--attention=tpu"], "tpu"),
+        (["--ema.decay=2"], "--ema.decay=2"),
+    ],
+)  # fmt: skip
+def test_training_refuses(refuse, base, tmp_path, flags, said):
+    assert said in refuse("train", *base, *flags)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_flag_of_another_task_is_refused(refuse, base, monkeypatch):
+    import dataclasses
+
+    from genai_jax import tasks
+    from genai_jax.config import field
+
+    @dataclasses.dataclass(frozen=True)
+    class OtherConfig:
+        width: int = field(1, "")
+
+    other = type("Other", (), {"components": {"other": OtherConfig}})
+    monkeypatch.setitem(tasks.TASKS, "other", other)
+    said = refuse("train", *base, "--other.width=2")
+    assert "--other.width is not used by --task=language_model" in said and "transformer" in said
+
+
+def test_flagfiles_that_are_empty_or_circular(refuse, base, tmp_path):
+    empty, circle = tmp_path / "empty.flags", tmp_path / "circle.flags"
+    empty.write_text("# nothing\n\n")
+    circle.write_text("--flagfile=circle.flags\n")
+    assert "sets no flag" in refuse("train", *base, f"--flagfile={empty}")
+    assert "includes itself" in refuse("train", *base, f"--flagfile={circle}")
+
+
+def test_text_that_is_empty_or_not_utf8(refuse, base, tmp_path):
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_bytes(b"")
+    latin.write_bytes(b"caf\xe9 " * 3000)
+    assert "empty.txt" in refuse("train", *base, f"--data.dataset=text:{empty}")
+    tokenizer = tmp_path / "tok.json"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(tokenizer))
+    said = refuse(
+        "train", *base, f"--data.dataset=text:{latin}", f"--data.tokenizer={tokenizer}"
+    )
+    assert "latin.txt" in said and "UTF-8" in said and "--data.tokenizer=bytes" in said
+
+
+def test_no_workdir_and_one_that_cannot_be_written(refuse, base, tmp_path):
+    assert "--workdir is not set" in refuse("train", *base, "--workdir=")
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --workdir" in refuse("train", *base, f"--workdir={tmp_path / 'file'}")
+
+
+def test_a_batch_that_the_devices_do_not_divide(base):
+    _, err = run("train", *base, "--data.batch_size=6", code=2, devices=4)
+    assert err.count("\n") == 1
+    assert "--data.batch_size=6 is not divisible by 4 device(s)" in err
+    _, err = run("train", *base, "--mesh.tensor=4", code=2, devices=4)
+    assert "heads of size 2 is not divisible by --mesh.tensor=4" in err and "query/kernel" in err
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_commands_on_what_is_not_a_run(refuse, tmp_path, name):
+    assert "--workdir is not set" in refuse(name)
+    assert "it has no flags.txt" in refuse(name, f"--workdir={tmp_path}")
+
+
+def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):
+    run("train", *base, "--train.steps=1", "--transformer.positions=learned",
+        "--transformer.max_length=40", "--eval.batches=1")  # fmt: skip
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "no checkpoint of step 7; there are [1]" in refuse(
+        "sample", workdir, "--checkpoint_step=7"
+    )
+    assert "--ema=0.5 is not an average of this run" in refuse("evaluate", workdir, "--ema=0.5")
+    assert "need 301 positions" in refuse("sample", workdir, "--max_tokens=300")
+    assert "top_p" in refuse("sample", workdir, "--top_p=1.5")
+    assert "cannot read --prompt_file" in refuse("sample", workdir, "--prompt_file=/no/such")
+    flags = tmp_path / "run" / "flags.txt"
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
+    assert "is not the one the checkpoint was trained with" in refuse("sample", workdir)
+    assert "tokenizer_sha256 was 0" in refuse(
+        "train", f"--flagfile={flags}", workdir
+    )
+
+
+def test_data_that_changed_under_a_run_is_refused(refuse, base, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"document {i} " * 20)
+    data = (*base, f"--data.dataset=text:{folder}", "--train.steps=1")
+    run("train", *data)
+    (folder / "3.txt").write_text("another text")
+    assert "the data changed since the run" in refuse("train", *data)
+
+
+def test_help_answers_within_three_seconds():
+    run("train", "--help")  # files in the cache of the system
+    begin = time.monotonic()
+    out, _ = run("train", "--help")
+    seconds = time.monotonic() - begin
+    assert "--transformer.num_layers" in out and "at least 1" in out
+    assert seconds < (3 if os.environ.get("STRICT_TIMES") else 6), seconds

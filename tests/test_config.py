@@ -1,0 +1,76 @@
+"""Dataclasses to flags and back."""
+
+import dataclasses
+
+import pytest
+
+from genai_jax.components import all_components, parse_run
+from genai_jax.config import ConfigError, field, help_text, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = field(3, "a number", minimum=1, maximum=9)
+    rate: float | None = field(None, "a rate", minimum=0)
+    kind: str = field("a", "a choice", choices=("a", "b"))
+    deep: bool = field(True, "a switch")
+
+
+COMPONENTS = {"inner": Inner}
+
+
+def read(*argv):
+    return parse(argv, COMPONENTS)[0].inner
+
+
+def test_values_have_the_type_of_their_field():
+    assert read() == Inner()
+    given = read("--inner.size=4", "--inner.rate=1e-3", "--inner.kind=b", "--noinner.deep")
+    assert given == Inner(4, 0.001, "b", False)
+    assert read("--inner.size", "4", "--inner.deep=false") == Inner(4, deep=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--inner.size=x", "inner.size=x"),
+        ("--inner.size=1.5", "inner.size=1.5"),
+        ("--inner.size=10", r"\[1, 9\]"),
+        ("--inner.rate=-1", "non-negative|inner.rate"),
+        ("--inner.kind=c", "<a|b>"),
+        ("--inner.deep=maybe", "inner.deep=maybe"),
+        ("--inner.sizes=1", "Unknown command line flag 'inner.sizes'.*inner.size"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_what_is_allowed(flag, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        read(flag)
+    assert "\n" not in str(error.value)
+
+
+def test_flagfiles_nest_and_the_later_line_wins(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.flags").write_text("# base\n--inner.size=5\n--inner.kind=b\n")
+    (tmp_path / "sub" / "run.flags").write_text(
+        "--flagfile=../base.flags\n\n// another comment\n--inner.size=6\n"
+    )
+    monkeypatch.chdir("/")
+    flagfile = f"--flagfile={tmp_path / 'sub' / 'run.flags'}"
+    assert read(flagfile) == Inner(6, kind="b")
+    assert read(flagfile, "--inner.size=7") == Inner(7, kind="b")
+    assert read("--inner.size=7", flagfile) == Inner(6, kind="b")
+    assert read("--flagfile", str(tmp_path / "base.flags")) == Inner(5, kind="b")
+
+
+def test_to_flags_reproduces_any_configuration(tmp_path):
+    changed = ("--transformer.num_kv_heads=2", "--ema.decay=0.9,0.99", "--notrain.progress")
+    config = parse_run(changed)
+    path = tmp_path / "flags.txt"
+    path.write_text(config.to_flags())
+    assert parse_run([f"--flagfile={path}"]) == config
+
+
+def test_help_names_every_flag_with_its_default():
+    text = help_text("usage", all_components())
+    for name, value in parse_run([]).items().items():
+        assert f"  --{name}\n" in text and str(value) in text

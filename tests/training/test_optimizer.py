@@ -1,0 +1,103 @@
+"""Schedules against their formulas; optimizers on what they may touch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genai_jax.training.optimizer import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+
+AXES = {
+    "embed": ("vocabulary", "embed"),
+    "kernel": ("layers", "embed", "mlp"),
+    "out": ("layers", "heads", "head_dim", "embed"),
+    "scale": ("layers", "embed"),
+}
+PARAMS = {
+    name: 0.1 * jax.random.normal(jax.random.key(i), shape)
+    for i, (name, shape) in enumerate(
+        dict(embed=(5, 4), kernel=(2, 4, 6), out=(2, 2, 3, 4), scale=(2, 4)).items()
+    )
+}
+
+
+def test_schedules_follow_their_formulas():
+    def at(steps, **changes):
+        config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, **changes)
+        schedule = learning_rate_schedule(config, 110)
+        return [float(schedule(step)) for step in steps]
+
+    for name in ("constant", "cosine", "linear", "rsqrt", "wsd"):
+        np.testing.assert_allclose(at([0, 4, 9], schedule=name), [0.2, 1.0, 2.0], rtol=1e-5)
+    assert at([10, 109], schedule="constant") == [2.0, 2.0]
+    np.testing.assert_allclose(at([60, 110], schedule="cosine"), [1.1, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(at([60, 110], schedule="linear"), [1.1, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(at([10, 40], schedule="rsqrt"), [2.0, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(
+        at([88, 99, 110], schedule="wsd", decay_fraction=0.2), [2.0, 1.1, 0.2], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_lowers_a_loss(name):
+    rate = 0.5 if name == "sgd" else 0.02
+    config = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=0, weight_decay=0.0)
+    optimizer = make_optimizer(config, 50, AXES)
+    target = jax.tree.map(lambda x: x + 0.3, PARAMS)
+    loss = lambda p: sum(
+        jnp.sum(jnp.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True)
+    )
+
+    @jax.jit
+    def run(params):
+        def body(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 50, body, (params, optimizer.init(params)))[0]
+
+    assert float(loss(run(PARAMS))) < 0.3 * float(loss(PARAMS))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_shrinks_matrices_alone(name):
+    config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    optimizer = make_optimizer(config, 10, AXES)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(PARAMS), PARAMS)
+    for key in ("embed", "kernel", "out"):
+        np.testing.assert_allclose(updates[key], -0.1 * 0.5 * PARAMS[key], rtol=1e-4)
+    np.testing.assert_array_equal(updates["scale"], 0)
+
+
+def test_muon_makes_every_layer_of_a_stack_orthogonal_on_its_own():
+    config = OptimizerConfig(
+        name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0
+    )
+    grads = jax.tree.map(lambda x: 3 * x, PARAMS)
+    optimizer = make_optimizer(config, 10, AXES)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(PARAMS), PARAMS)
+    for layer in range(2):
+        for matrix in (updates["kernel"][layer], updates["out"][layer].reshape(6, 4)):
+            scale = 0.2 * max(matrix.shape) ** 0.5
+            singular = np.linalg.svd(matrix, compute_uv=False) / scale
+            # Five Newton-Schulz steps bring singular values near 1, not to it.
+            assert np.all((singular > 0.6) & (singular < 1.3)), singular
+
+
+def test_clipping_bounds_the_update():
+    config = OptimizerConfig(
+        name="sgd", learning_rate=1.0, warmup_steps=0, weight_decay=0, clip_norm=0.5, momentum=0
+    )
+    optimizer = make_optimizer(config, 10, AXES)
+    updates, _ = optimizer.update(
+        jax.tree.map(lambda x: 100 * x, PARAMS), optimizer.init(PARAMS), PARAMS
+    )
+    assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)

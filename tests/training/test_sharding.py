@@ -1,0 +1,51 @@
+"""The sharding table: what it refuses, and that a mesh changes nothing but the placement."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.training.sharding import MeshConfig, logical_axes, make_mesh, spec_of
+from tests.commands import environment
+from tests.conftest import ROOT
+
+
+def test_a_parameter_that_no_rule_matches_is_named():
+    params = {"model": {"odd": {"kernel": jnp.zeros((2, 3))}}}
+    with pytest.raises(ConfigError, match=r"no sharding rule matches parameter model/odd/kernel"):
+        logical_axes(params, ((r"even/kernel", ("embed", "mlp")),))
+    with pytest.raises(ConfigError, match=r"model/odd/kernel \(2, 3\) does not fit its axes"):
+        logical_axes(params, ((r"odd/kernel", ("embed",)),))
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"--mesh.tensor=3 does not fit 1 device"):
+        make_mesh(MeshConfig(data=1, tensor=3), jax.devices()[:1])
+    with pytest.raises(ConfigError, match="one of them may be -1"):
+        make_mesh(MeshConfig(data=-1, tensor=-1))
+
+
+def test_a_size_that_its_axis_does_not_divide_is_named():
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 1, 1, 1), tuple(MeshConfig.__dataclass_fields__))
+    with pytest.raises(
+        ConfigError, match=r"parameter x \(6, 4\): embed of size 6 .* --mesh.fsdp=4"
+    ):
+        spec_of("parameter x", (6, 4), ("embed", "mlp"), mesh)
+
+
+def test_eight_devices_equal_one_in_the_whole_state():
+    script = ROOT / "tests" / "training" / "eight_devices.py"
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert set(report) == {"data", "fsdp", "tensor", "mixed", "dirac"}
+    for name, facts in report.items():
+        assert facts["difference"] < 2e-5, (name, facts)
+    assert report["fsdp"]["sharded"] and report["tensor"]["sharded"]

@@ -1,0 +1,166 @@
+"""The shared step: phases, lazy phases, repeats, microbatches, averages."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.training.ema import EmaConfig
+from genai_jax.training.phase import Phase
+from genai_jax.training.step import init_state, make_step, phase_ran
+
+RATE = 0.1
+
+
+def dirac_gan(penalty: float) -> tuple[Phase, ...]:
+    """The Dirac-GAN of Mescheder et al. 2018: real data at 0, a generator theta, a critic psi x."""
+
+    def critic_loss(params, mutables, batch, rng):
+        psi, theta = params["critic"], params["generator"]
+        loss = -jax.nn.log_sigmoid(psi * 0.0) - jax.nn.log_sigmoid(-psi * theta)
+        return loss + penalty / 2 * psi**2, ({}, mutables)
+
+    def generator_loss(params, mutables, batch, rng):
+        return jax.nn.log_sigmoid(-params["critic"] * params["generator"]), ({}, mutables)
+
+    return (
+        Phase("critic", ("critic",), critic_loss, optax.sgd(RATE)),
+        Phase("generator", ("generator",), generator_loss, optax.sgd(RATE)),
+    )
+
+
+class Toy:
+    """A task of given phases and parameters, enough for `init_state`."""
+
+    partition_rules: ClassVar = ()
+
+    def __init__(self, phases, params, mutables=()):
+        self._phases, self._params, self._mutables = phases, params, mutables
+
+    def init(self, rng):
+        return jax.tree.map(jnp.float32, self._params), self._mutables
+
+    def phases(self, params):
+        return self._phases
+
+
+def begin(phases, params, mutables=(), decays=None):
+    return init_state(Toy(phases, params, mutables), jax.random.key(0), decays or {})
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"), [(1.0, [0.9375, 0.96]), (0.0, [1.0, 1.0])], ids=["r1", "none"]
+)
+def test_alternating_dirac_gan_has_the_eigenvalues_of_the_closed_form(penalty, expected):
+    """Near (0, 0) the step is [[1-hg, h/2], [-h/2 (1-hg), 1-h^2/4]] on (psi, theta)."""
+    phases = dirac_gan(penalty)
+    step = jax.jit(make_step(phases))
+    tiny = 1e-2
+
+    def moved(critic, generator):
+        state, _ = step(begin(phases, {"critic": critic, "generator": generator}), {})
+        return np.array([state.params["critic"], state.params["generator"]], np.float64) / tiny
+
+    jacobian = np.stack([moved(tiny, 0.0), moved(0.0, tiny)], 1)
+    eigenvalues = np.linalg.eigvals(jacobian)
+    np.testing.assert_allclose(np.sort(np.abs(eigenvalues)), expected, atol=2e-4)
+
+
+def quadratic(name, group, every=1, repeats=1, optimizer=None):
+    """Half the squared distance of params[group] to the mean of the batch."""
+
+    def loss(params, mutables, batch, rng):
+        value = 0.5 * jnp.mean(jnp.square(params[group] - batch["x"]))
+        return value, ({"mean": batch["x"].mean(), "noise": jax.random.normal(rng)}, mutables + 1)
+
+    return Phase(name, (group,), loss, optimizer or optax.sgd(RATE), every, repeats)
+
+
+BATCH = {"x": jnp.arange(8.0)}
+
+
+def test_a_phase_changes_its_own_groups_alone():
+    phases = (quadratic("a", "one"),)
+    state = begin(phases, {"one": 1.0, "two": 2.0}, 0)
+    state, metrics = jax.jit(make_step(phases))(state, BATCH)
+    assert float(state.params["one"]) == pytest.approx(1 - RATE * (1 - 3.5))
+    assert float(state.params["two"]) == 2.0
+    assert set(metrics) == {"loss", "grad_norm", "mean", "noise"}
+
+
+def test_a_lazy_phase_runs_on_its_steps_exactly():
+    phases = (quadratic("a", "one"), quadratic("b", "two", every=3))
+    state = begin(phases, {"one": 1.0, "two": 2.0}, 0)
+    step = jax.jit(make_step(phases))
+    for i in range(7):
+        before = float(state.params["two"])
+        state, metrics = step(state, BATCH)
+        assert (float(state.params["two"]) != before) == (i % 3 == 0)
+        assert phase_ran(phases, "b/loss", i) == (i % 3 == 0) and phase_ran(phases, "a/loss", i)
+        assert (float(metrics["b/loss"]) != 0) == (i % 3 == 0)
+    assert int(state.mutables) == 7 + 3
+
+
+def test_repeats_see_different_slices_of_the_batch():
+    phases = (quadratic("a", "one", repeats=4),)
+    state, metrics = jax.jit(make_step(phases))(begin(phases, {"one": 0.0}, 0), BATCH)
+    expected = 0.0
+    for i in range(4):
+        expected -= RATE * (expected - np.mean(np.arange(8.0)[i::4]))
+    assert float(state.params["one"]) == pytest.approx(expected, rel=1e-6)
+    assert float(metrics["mean"]) == 5.0  # rows 3 and 7
+    assert int(state.mutables) == 4
+
+
+def test_microbatches_give_the_gradient_of_the_whole_batch_weighted_by_targets():
+    def loss(params, mutables, batch, rng):
+        weight = batch["mask"].sum()
+        total = jnp.sum(batch["mask"] * jnp.square(params["one"] - batch["x"]))
+        return total / jnp.maximum(weight, 1), ({"weight": weight}, mutables)
+
+    batch = {"x": jnp.arange(8.0), "mask": jnp.array([1.0, 1, 0, 1, 0, 0, 0, 1])}
+    phases = (Phase("a", ("one",), loss, optax.sgd(RATE)),)
+    results = [
+        jax.jit(make_step(phases, accumulate=n))(begin(phases, {"one": 0.5}), batch)
+        for n in (1, 2, 4)
+    ]
+    for state, metrics in results[1:]:
+        assert float(state.params["one"]) == pytest.approx(float(results[0][0].params["one"]))
+        assert float(metrics["weight"]) == 4
+        assert float(metrics["loss"]) == pytest.approx(float(results[0][1]["loss"]))
+
+
+def test_randomness_differs_by_step_and_phase_and_repeats_by_seed():
+    phases = (quadratic("a", "one"), quadratic("b", "one"))
+    step = jax.jit(make_step(phases))
+    state, seen = begin(phases, {"one": 0.0}, 0), []
+    for _ in range(2):
+        state, metrics = step(state, BATCH)
+        seen += [float(metrics["a/noise"]), float(metrics["b/noise"])]
+    assert len(set(seen)) == 4
+    _, again = step(begin(phases, {"one": 0.0}, 0), BATCH)
+    assert float(again["a/noise"]) == seen[0]
+
+
+def test_averages_start_at_the_parameters_and_follow_the_closed_form():
+    decays = EmaConfig(decay="0.9,0.5").decays()
+    phases = (quadratic("a", "one"),)
+    state = begin(phases, {"one": 1.0}, 0, decays)
+    assert float(state.ema["0.9"]["one"]) == 1.0
+    step = jax.jit(make_step(phases, decays=decays))
+    expected = {"0.9": 1.0, "0.5": 1.0}
+    for _ in range(5):
+        state, _ = step(state, BATCH)
+        for name, decay in decays.items():
+            expected[name] = decay * expected[name] + (1 - decay) * float(state.params["one"])
+            assert float(state.ema[name]["one"]) == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("decay", ["1.0", "-0.1", "x"])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ConfigError, match=f"--ema.decay={decay}"):
+        EmaConfig(decay=decay).decays()
