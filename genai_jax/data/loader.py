@@ -10,6 +10,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.data.packing import Batch, Packer
+from genai_jax.data.passages import Passages
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.sources import SPLITS, Source, open_source
 from genai_jax.data.tokenization import load_tokenizer
@@ -33,9 +34,19 @@ class DataConfig:
     validation_percent: int = field(
         5, "documents held out if the data has no validation split", minimum=1, maximum=50
     )
+    passage_length: int | None = field(
+        None,
+        "characters after which a training document in memory is cut, so that batches mix; "
+        "4 sequence_length if unset, 0 never",
+        minimum=0,
+    )
     prefetch: int = field(
         4, "batches made ahead in a background thread", minimum=0, changeable=True
     )
+
+    @property
+    def passage_characters(self) -> int:
+        return 4 * self.sequence_length if self.passage_length is None else self.passage_length
 
 
 class TextLoader:
@@ -61,7 +72,11 @@ class TextLoader:
         self._seed = seed % 2**32
         share = config.batch_size // process_count
         self._rows = range(process_index * share, (process_index + 1) * share)
-        self._documents = {"train": _TokenizedSource(open_source(config, "train"), self.tokenizer)}
+        self._documents = {
+            "train": _TokenizedSource(
+                open_source(config, "train"), self.tokenizer, config.passage_characters
+            )
+        }
 
     def batches(self, split: str = "train") -> "BatchIterator":
         """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``: see `Packer`.
@@ -150,22 +165,25 @@ class TextLoader:
 
 
 class _TokenizedSource:
-    """The documents of a source as int32 ids with a boundary at either end."""
+    """The passages of a source as int32 ids, a boundary before each and behind a document's end."""
 
-    def __init__(self, source: Source, tokenizer):
+    def __init__(self, source: Source, tokenizer, passage_length: int = 0):
         self.source = source
         self._tokenizer = tokenizer
         small = source.size_bytes is not None and source.size_bytes <= _CACHED_BYTES
         self._cache: dict[int, np.ndarray] | None = {} if small else None
+        # Only of a source in memory are the lengths known without reading all of it.
+        self._passages = Passages(source, passage_length if source.size_bytes is not None else 0)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._passages)
 
     def __getitem__(self, index: int) -> np.ndarray:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         boundary = self._tokenizer.boundary_id
-        ids = np.pad(self._tokenizer.encode(self.source[index]), 1, constant_values=boundary)
+        text, ends = self._passages[index]
+        ids = np.pad(self._tokenizer.encode(text), (1, int(ends)), constant_values=boundary)
         if self._cache is not None:
             self._cache[index] = ids
         return ids

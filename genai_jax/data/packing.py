@@ -1,9 +1,10 @@
 """Packs documents into rows of a fixed length, every token predicted exactly once.
 
 Row r of the global batch reads the documents r, r + batch_size, r + 2 batch_size, ... of one order
-that all processes share. A document is ``x = [boundary, tokens..., boundary]``, with inputs
-``x[:-1]`` and targets ``x[1:]``. What does not fit into a row goes on in the same row of the next
-batch, as a new segment with positions from 0, for its context is gone.
+that all processes share (a document here may be a passage of a longer one). A document is
+``x = [boundary, tokens..., boundary]``, with inputs ``x[:-1]`` and targets ``x[1:]``. What does not
+fit into a row goes on in the same row of the next batch, as a new segment with positions from 0,
+for its context is gone.
 """
 
 from collections.abc import Callable, Sequence

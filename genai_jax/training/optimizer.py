@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from genai_jax.config import ConfigError, field
@@ -52,7 +53,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "rsqrt":
         shift = max(warmup, 1)
-        after = lambda step: peak * (shift / (shift + step)) ** 0.5
+        # join_schedules also asks for steps before the boundary, and drops what it gets.
+        after = lambda step: peak * (shift / (shift + jnp.maximum(step, 0))) ** 0.5
     else:
         decay = max(round(config.decay_fraction * steps), 1)
         after = optax.join_schedules(
@@ -96,16 +98,16 @@ def make_optimizer(
     elif name == "adafactor":
         # optax decays by an unscaled rate here; like the others, ours follows the learning rate.
         core = optax.adafactor(schedule, multiply_by_parameter_scale=False)
-        if decay:
-            core = optax.chain(core, _decay_at_rate(schedule, decay, decayed))
+        core = optax.chain(core, _decay_at_rate(schedule, decay, decayed))
     else:
-        core = _muon(config, schedule, axes, decayed)
+        # optax masks the decay of the matrices alone, and decays scales through its Adam.
+        core = optax.chain(_muon(config, schedule, axes), _decay_at_rate(schedule, decay, decayed))
     if config.clip_norm:
         core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
     return core
 
 
-def _muon(config, schedule, axes, decayed):
+def _muon(config, schedule, axes):
     """Muon (Jordan et al. 2024) for hidden matrices, Adam for the rest."""
     dimensions = _map_axes(_muon_dimensions, axes)
     if not any(d is not None for d in jax.tree.leaves(dimensions, is_leaf=_is_dimension)):
@@ -113,12 +115,9 @@ def _muon(config, schedule, axes, decayed):
     return optax.contrib.muon(
         schedule,
         beta=config.momentum,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
         consistent_rms=0.2,  # one learning rate serves both (Liu et al. 2025, section 2.2)
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=dimensions,
     )
 
@@ -131,7 +130,7 @@ def _decay_at_rate(schedule, decay, mask):
     )
 
     def update(updates, state, params):
-        zeros = jax.tree.map(jax.numpy.zeros_like, updates)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
         shrink, state = decay_alone.update(zeros, state, params)
         return jax.tree.map(lambda u, s: u + s, updates, shrink), state
 

@@ -64,18 +64,23 @@ TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, VOCABULARY)
 def test_no_output_depends_on_a_later_input(changes):
     model, variables = make(**changes)
 
-    def through_embeddings(offset):
-        """Hidden states as a function of what is added to each position's embedding."""
-        table = variables["params"]["embed"]["embedding"][TOKENS[0]] + offset
-        # A vocabulary in which every position has a word of its own.
-        params = variables["params"] | {"embed": {"embedding": table}}
-        wide = model.clone(vocab_size=TOKENS.shape[1])
-        return wide.apply({"params": params}, jnp.arange(TOKENS.shape[1])[None])[0][0]
+    length = TOKENS.shape[1]
+    wide = model.clone(vocab_size=length)
 
-    zero = jnp.zeros((TOKENS.shape[1], TINY.embed_dim))
-    jacobian = np.abs(jax.jit(jax.jacobian(through_embeddings))(zero)).sum(
-        (1, 3)
-    )  # [output, input]
+    @jax.jit
+    def influence(output):
+        """How much a random direction of one output feels each input, [length]."""
+
+        def projected(offset):
+            # A vocabulary in which every position has a word of its own.
+            table = variables["params"]["embed"]["embedding"][TOKENS[0]] + offset
+            params = variables["params"] | {"embed": {"embedding": table}}
+            hidden = wide.apply({"params": params}, jnp.arange(length)[None])[0][0]
+            return jnp.vdot(hidden[output], jax.random.normal(jax.random.key(1), hidden[0].shape))
+
+        return jnp.abs(jax.grad(projected)(jnp.zeros((length, TINY.embed_dim)))).sum(-1)
+
+    jacobian = np.stack([influence(output) for output in range(length)])  # [output, input]
     assert np.all(jacobian[np.triu_indices(12, 1)] == 0)
     visible = np.tril(np.ones((12, 12), bool))
     if changes.get("window"):

@@ -46,7 +46,7 @@ def test_schedules_follow_their_formulas():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_a_loss(name):
-    rate = 0.5 if name == "sgd" else 0.02
+    rate = {"sgd": 0.5, "muon": 0.1}.get(name, 0.02)
     config = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=0, weight_decay=0.0)
     optimizer = make_optimizer(config, 50, AXES)
     target = jax.tree.map(lambda x: x + 0.3, PARAMS)
