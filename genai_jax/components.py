@@ -73,5 +73,9 @@ def parse_run_of(argv: Sequence[str], cls: type) -> Any:
 
 
 def read_config(workdir: str) -> Config:
-    """The configuration of the run in `workdir`."""
-    return parse_run([f"--flagfile={flags_path(workdir)}", f"--workdir={workdir}"])
+    """The configuration of the run in `workdir`, to be read on this machine.
+
+    Attention is chosen anew: the run's own backend may not exist here, or not decode.
+    """
+    flagfile = f"--flagfile={flags_path(workdir)}"
+    return parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])

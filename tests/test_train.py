@@ -1,4 +1,7 @@
-"""The commands on a tiny run: files, resuming exactly, faults."""
+"""The commands on a tiny run: files, resuming exactly, faults.
+
+The flags below give one compiled step to all tests: each other step costs a compilation.
+"""
 
 import json
 import os
@@ -9,6 +12,9 @@ import time
 
 import pytest
 
+from genai_jax import evaluate, sample, train
+from genai_jax.config import ConfigError
+from genai_jax.tasks.language_model import LanguageModel
 from tests.commands import TINY, run, start
 
 SPEED = ("perf/",)
@@ -23,7 +29,8 @@ def rows(workdir) -> list[dict]:
 
 def flags(text_folder, **changes) -> tuple[str, ...]:
     every = {"train.steps": 12, "train.log_every": 2, "eval.every": 6, "checkpoint.every": 4}
-    every |= {"ema.decay": 0.9, "transformer.dropout": 0.1, "checkpoint.keep": 3} | changes
+    every |= {"ema.decay": 0.9, "transformer.dropout": 0.1, "checkpoint.keep": 3}
+    every |= {"optimizer.schedule": "rsqrt"} | changes  # the one that does not depend on steps
     settings = [f"--{name}={value}" for name, value in every.items()]
     return (*TINY, f"--data.dataset=text:{text_folder}", *settings)
 
@@ -47,51 +54,70 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
     assert written[-1]["train/loss"] < written[0]["train/loss"]
     record = json.loads((whole / "run.json").read_text())
     assert record["parameters"]["total"] == record["parameters"]["model"] > 256 * 16
-    assert record["data"]["train_documents"] == 38 and record["flops_per_step"] > 0
+    documents = [record["data"][f"{split}_documents"] for split in ("train", "validation")]
+    assert sum(documents) == 40 and min(documents) > 0 and record["flops_per_step"] > 0
     assert "measured on this machine" in record["peak"]["source"]
     assert (whole / "plots" / "loss.png").stat().st_size > 10_000
     assert list((whole / "tensorboard").glob("events.*"))
-    kept = sorted(int(p.name) for p in (whole / "checkpoints").iterdir() if p.name.isdigit())
-    assert kept == [4, 8, 12]
+    assert steps_in(whole) == [4, 8, 12]
 
 
 @pytest.mark.smoke
-def test_sample_and_evaluate_work_on_it(whole, tmp_path):
+def test_sample_and_evaluate_work_on_it(whole, tmp_path, capsys):
+    def output(command, *flags):
+        assert command.main([f"--workdir={whole}", *flags]) == 0
+        return capsys.readouterr().out
+
     text, _ = run("sample", f"--workdir={whole}", "--prompt=the cat", "--max_tokens=20")
     assert text.startswith("the cat") and len(text) > 10
-    again, _ = run("sample", f"--workdir={whole}", "--prompt=the cat", "--max_tokens=20")
-    assert again == text
+    assert output(sample, "--prompt=the cat", "--max_tokens=20") == text
     (tmp_path / "prompts").write_text("a\nlonger prompt\n")
-    output = tmp_path / "out.txt"
-    run(
-        "sample", f"--workdir={whole}", f"--prompt_file={tmp_path / 'prompts'}", "--num_samples=2",
-        f"--output={output}", "--ema=0.9", "--temperature=0", "--max_tokens=5",
+    file = tmp_path / "out.txt"
+    output(
+        sample, f"--prompt_file={tmp_path / 'prompts'}", "--num_samples=2", f"--output={file}",
+        "--ema=0.9", "--temperature=0", "--max_tokens=5",
     )  # fmt: skip
-    parts = output.read_text().split("--- sample ")[1:]
+    parts = file.read_text().split("--- sample ")[1:]
     assert len(parts) == 4 and parts[0][7:] == parts[1][7:] and "longer prompt" in parts[2]
-    out, _ = run("evaluate", f"--workdir={whole}")
-    scores = json.loads(out)
+    scores = json.loads(output(evaluate))
     assert scores["step"] == 12 and scores["tokens_per_second"] > 0
     assert scores["bits_per_byte"] == pytest.approx(rows(whole)[-1]["eval/bits_per_byte"])
-    average = json.loads(run("evaluate", f"--workdir={whole}", "--ema=0.9")[0])
+    average = json.loads(output(evaluate, "--ema=0.9"))
     assert average["loss"] != scores["loss"] and average["ema"] == "0.9"
 
 
-def test_flags_txt_reproduces_the_run_by_itself(whole, tmp_path):
-    run("train", f"--flagfile={whole / 'flags.txt'}", f"--workdir={tmp_path}")
+def test_flags_txt_reproduces_the_run_with_a_profile_window_too(whole, tmp_path):
+    window = ("--profile.start=1", "--profile.steps=2")
+    run("train", f"--flagfile={whole / 'flags.txt'}", f"--workdir={tmp_path}", *window)
     assert rows(tmp_path) == rows(whole)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_finished_run_is_left_alone(whole, text_folder):
+def test_a_finished_run_is_left_alone(whole, text_folder, capsys):
     before = rows(whole)
-    _, err = run("train", *flags(text_folder), f"--workdir={whole}")
-    assert "trained to step 12 already" in err and rows(whole) == before
+    assert train.main([*flags(text_folder), f"--workdir={whole}", "--data.prefetch=0"]) == 0
+    err = capsys.readouterr().err
+    assert "trained to step 12 already" in err and "--data.prefetch=4 -> 0" in err
+    assert rows(whole) == before
 
 
 def test_other_flags_in_the_same_workdir_are_named(whole, text_folder):
     changed = flags(text_folder, **{"optimizer.learning_rate": 0.5})
-    _, err = run("train", *changed, f"--workdir={whole}", code=2)
-    assert err.count("\n") == 1 and "--optimizer.learning_rate=0.001 -> 0.5" in err
+    with pytest.raises(ConfigError, match=r"--optimizer.learning_rate=0.001 -> 0.5"):
+        train.main([*changed, f"--workdir={whole}"])
+
+
+def steps_in(workdir) -> list[int]:
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def copy_until(whole, step, workdir):
+    """A copy of the run as it was when `step` was saved; its metrics go further."""
+    shutil.copytree(whole, workdir, dirs_exist_ok=True)
+    for later in steps_in(workdir):
+        if later > step:
+            shutil.rmtree(workdir / "checkpoints" / str(later))
 
 
 def wait_for(condition, process, seconds=120):
@@ -106,31 +132,43 @@ def reached(workdir, step):
     return lambda: path.exists() and f'"step": {step},' in path.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "moment"), [(signal.SIGTERM, "training"), (signal.SIGINT, "first compilation")]
+)
 def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
-    whole, text_folder, tmp_path, number
+    whole, text_folder, tmp_path, number, moment
 ):
     command = (*flags(text_folder), f"--workdir={tmp_path}")
     process = start("train", *command)
-    wait_for(reached(tmp_path, 2), process)
+    compiling = lambda: (tmp_path / "run.json").exists()
+    wait_for(reached(tmp_path, 2) if moment == "training" else compiling, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err
     assert f"stopped by signal {int(number)} at step" in err
-    stopped_at = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert 2 <= stopped_at <= 12
+    stopped_at = max(steps_in(tmp_path))
+    assert 1 <= stopped_at < 12 and f"at step {stopped_at}\n" in err
     run("train", *command)
     assert rows(tmp_path) == rows(whole)
 
 
-def test_a_signal_during_the_first_compilation_saves_too(whole, text_folder, tmp_path):
-    command = (*flags(text_folder), f"--workdir={tmp_path}")
-    process = start("train", *command)
-    wait_for(lambda: (tmp_path / "run.json").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    run("train", *command)
+def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp_path, monkeypatch):
+    batches = LanguageModel.evaluation_batches
+
+    def interrupted(task, count):
+        for i, batch in enumerate(batches(task, count)):
+            assert i < 2, "the evaluation went on"
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends it
+            yield batch
+
+    command = [*flags(text_folder), f"--workdir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "evaluation_batches", interrupted)
+        assert train.main(command) == 143
+    assert steps_in(tmp_path) == [4, 6] and [row["step"] for row in rows(tmp_path)] == [2, 4]
+    assert train.main([*command, "--data.prefetch=0"]) == 0
     assert rows(tmp_path) == rows(whole)
 
 
@@ -166,66 +204,68 @@ def damage(checkpoint: pathlib.Path, how: str):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, text_folder, tmp_path, how):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, text_folder, tmp_path, how, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoints" / "12", how)
-    _, err = run("train", *flags(text_folder), f"--workdir={tmp_path}")
+    assert train.main([*flags(text_folder), f"--workdir={tmp_path}"]) == 0
+    err = capsys.readouterr().err
     assert "warning: checkpoint 12 cannot be restored" in err
     assert "at step 8" in err
-    assert rows(tmp_path) == rows(whole)
+    assert rows(tmp_path) == rows(whole) and steps_in(tmp_path) == [4, 8, 12]
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(whole, text_folder, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    for checkpoint in (tmp_path / "checkpoints").iterdir():
-        if checkpoint.name.isdigit():
-            damage(checkpoint, "missing")
+    for step in steps_in(tmp_path):
+        damage(tmp_path / "checkpoints" / str(step), "missing")
     before = (tmp_path / "metrics.jsonl").read_text()
-    _, err = run("train", *flags(text_folder), f"--workdir={tmp_path}", code=2)
-    assert "no other checkpoint is left" in err
+    with pytest.raises(ConfigError, match="no other checkpoint is left"):
+        train.main([*flags(text_folder), f"--workdir={tmp_path}"])
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert steps_in(tmp_path) == [4, 8, 12]
 
 
-def test_a_run_goes_on_and_is_sampled_on_another_mesh(whole, text_folder, tmp_path):
+def test_a_run_goes_on_for_longer(whole, text_folder, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     longer = flags(text_folder, **{"train.steps": 18})
-    one, eight = tmp_path / "one", tmp_path / "eight"
-    for workdir, extra, devices in [
-        (one, (), 1),
-        (eight, ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"), 8),
-    ]:
-        shutil.copytree(whole, workdir)
-        _, err = run("train", *longer, *extra, f"--workdir={workdir}", devices=devices)
-        assert "at step 12" in err and "--train.steps=12 -> 18" in err
-    for a, b in zip(rows(one), rows(eight), strict=True):
-        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
-    out, _ = run("evaluate", f"--workdir={eight}")
-    assert json.loads(out)["loss"] == pytest.approx(rows(eight)[-1]["eval/loss"], rel=1e-5)
+    assert train.main([*longer, f"--workdir={tmp_path}"]) == 0
+    err = capsys.readouterr().err
+    assert "at step 12" in err and "--train.steps=12 -> 18" in err
+    assert rows(tmp_path)[:6] == rows(whole) and rows(tmp_path)[-1]["step"] == 18
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(text_folder, tmp_path):
+def test_a_run_goes_on_and_is_scored_on_another_mesh(whole, text_folder, tmp_path):
+    copy_until(whole, 4, tmp_path)
+    mesh = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2")
+    _, err = run("train", *flags(text_folder), *mesh, f"--workdir={tmp_path}", devices=8)
+    assert "at step 4" in err and "--mesh.tensor=1 -> 2" in err
+    for one, eight in zip(rows(whole), rows(tmp_path), strict=True):
+        assert eight["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+    out, _ = run("evaluate", f"--workdir={tmp_path}")
+    assert json.loads(out)["loss"] == pytest.approx(rows(tmp_path)[-1]["eval/loss"], rel=1e-5)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(whole, text_folder, tmp_path):
     import resource
 
-    whole = (*flags(text_folder), f"--workdir={tmp_path}")
-    run("train", *whole, "--train.steps=4")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-    _, err = run("train", *whole, code=2, preexec_fn=limit)
+    copy_until(whole, 4, tmp_path)
+    command = (*flags(text_folder), f"--workdir={tmp_path}")
+    process = start("train", *command)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: cannot save a checkpoint") and "step 4 is the last one" in line
-    assert len(rows(tmp_path)) >= 2
-    run("train", *whole)
-    assert rows(tmp_path)[-1]["step"] == 12
+    assert "File too large" in line and "Traceback" not in err
+    assert [row["step"] for row in rows(tmp_path)][:2] == [2, 4]
+    assert train.main(command) == 0
+    assert rows(tmp_path) == rows(whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
     wild = {"optimizer.learning_rate": 1e18, "optimizer.clip_norm": 0, "checkpoint.every": 1}
     command = (*flags(text_folder, **wild), f"--workdir={tmp_path}", "--optimizer.name=sgd")
-    _, err = run("train", *command, code=2)
-    line = err.strip().splitlines()[-1]
-    assert "at step" in line and "the last good checkpoint is step" in line, err
-    assert any(name in line for name in ("nan", "inf"))
-
-
-def test_a_profile_window_is_written(text_folder, tmp_path):
-    settings = {"train.steps": 4, "profile.start": 1, "profile.steps": 2, "eval.batches": 1}
-    run("train", *flags(text_folder, **settings), f"--workdir={tmp_path}")
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    small = ("--ema.decay=", "--transformer.dropout=0", "--transformer.num_layers=1")
+    said = r"(loss|nll|grad_norm) is (nan|-?inf) at step \d+; the last good checkpoint is step \d+"
+    with pytest.raises(ConfigError, match=said):
+        train.main([*command, *small])

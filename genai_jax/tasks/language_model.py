@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
+from genai_jax.networks.positions import alibi_slopes
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
 from genai_jax.tasks.cross_entropy import cross_entropy
@@ -50,7 +52,34 @@ class LanguageModel:
                 f"--data.sequence_length={length} is longer than the learned positions: "
                 f"--transformer.max_length={shape.max_length}"
             )
+        self._check_attention()
         self.model = Transformer(shape, self.tokenizer.vocab_size, config.run.attention, self.dtype)
+
+    def _check_attention(self):
+        """Raises `ConfigError` if the backend asked for cannot run the attention of a step."""
+        shape, data, backend = self.config.transformer, self.config.data, self.config.run.attention
+        batch = (data.batch_size, data.sequence_length)
+        q, k = (
+            jax.ShapeDtypeStruct((*batch, heads, shape.head_width), self.dtype)
+            for heads in (shape.num_heads, shape.kv_heads)
+        )
+        mask = kernels_pallas.Causal()
+        if shape.window is not None:
+            mask &= kernels_pallas.Window(shape.window, 0)
+        alibi = shape.positions == "alibi"
+        try:
+            kernels_pallas.explain(
+                q,
+                k,
+                k,
+                mask=mask,
+                bias=kernels_pallas.Alibi(alibi_slopes(shape.num_heads)) if alibi else None,
+                segment_ids=jax.ShapeDtypeStruct(batch, jnp.int32),
+                logits_soft_cap=shape.attention_soft_cap,
+                backend=backend,
+            )
+        except ValueError as error:
+            raise ConfigError(f"--attention={backend}: {error}") from None
 
     @functools.cached_property
     def tokenizer(self):

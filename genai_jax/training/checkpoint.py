@@ -5,9 +5,8 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
-
 from genai_jax.config import ConfigError, field
+from genai_jax.training.checksum import checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
-            item_names=("state", "data", "clock"),
+            item_names=("state", "data", "clock", "checksums"),
         )
 
     def steps(self) -> list[int]:
@@ -68,6 +67,7 @@ class Checkpointer:
                 state=args.StandardSave(state),
                 data=args.JsonSave(data),
                 clock=args.JsonSave(clock),
+                checksums=args.JsonSave(checksums(state, data=data, clock=clock)),
             ),
             metrics=None if loss is None else {"loss": loss},
             force=True,
@@ -109,10 +109,15 @@ class Checkpointer:
                 state=args.StandardRestore(shapes),
                 data=args.JsonRestore(),
                 clock=args.JsonRestore(),
+                checksums=args.JsonRestore(),
             ),
         )
-        state = jax.block_until_ready(restored["state"])
-        return state, restored["data"], restored["clock"]
+        state, data, clock = restored["state"], restored["data"], restored["clock"]
+        found, saved = checksums(state, data=data, clock=clock), restored["checksums"]
+        damaged = [name for name in found | saved if found.get(name) != saved.get(name)]
+        if damaged:
+            raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
+        return state, data, clock
 
     def delete_after(self, step: int):
         """Removes checkpoints that are newer than `step`: damaged ones, skipped by `restore`."""
@@ -129,6 +134,6 @@ class Checkpointer:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type; at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
+    """The first line of an error's message, or its type; the middle of a long one is left out."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:130]} ... {line[-160:]}"

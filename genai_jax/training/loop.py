@@ -145,13 +145,23 @@ class Run:
                 self._steps(start, state)
                 self._wait_for_checkpoint()
             finally:
-                self.progress.close()
-                self.source.close()
-                if self.log:
-                    self.log.close()
-                    plot_loss(self.workdir, self.task.loss_unit)
-                self.checkpointer.close()
+                self._close()
         return 128 + self.stop.received if self.stop.received else 0
+
+    def _close(self):
+        """Leaves all files in order; what ended the run is not hidden by an error in here."""
+        self.progress.close()
+        self.source.close()
+        try:
+            if self.log:
+                self.log.close()
+                plot_loss(self.workdir, self.task.loss_unit)
+        except OSError as error:
+            print(f"warning: no plot in {self.workdir}: {error}", file=sys.stderr)
+        try:
+            self.checkpointer.close()
+        except Exception as error:  # orbax and tensorstore raise many types for a failed save
+            print(f"warning: {self._not_saved(error)}", file=sys.stderr)
 
     def _restore_or_init(self):
         restored = self.checkpointer.restore(self.compiled.shapes)
@@ -216,7 +226,7 @@ class Run:
     def _check_finite(self, step: int, metrics: dict):
         for name, value in metrics.items():
             if ("loss" in name or "grad_norm" in name) and not math.isfinite(value):
-                self.checkpointer.wait()
+                self._wait_for_checkpoint()
                 good = self.checkpointer.steps()
                 kept = (
                     f"the last good checkpoint is step {good[-1]}" if good else "nothing is saved"

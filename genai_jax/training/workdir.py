@@ -56,7 +56,7 @@ def claim(config: Config) -> list[str]:
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether there is anything to protect: a run that never saved may be started over."""
     folder = workdir / "checkpoints"
-    return folder.is_dir() and any(folder.iterdir())
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def flags_path(workdir: str | pathlib.Path) -> pathlib.Path:
