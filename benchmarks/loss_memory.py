@@ -34,8 +34,8 @@ class WideModel(LanguageModel):
         vocab_size = VOCABULARY
 
 
-def temporary_bytes(chunk: int, flags: tuple[str, ...] = ()) -> int:
-    config = parse_run([*FLAGS, f"--language_model.loss_chunk={chunk}", *flags])
+def temporary_bytes(*flags: str) -> int:
+    config = parse_run([*FLAGS, *flags])
     task = WideModel(config)
     mesh = make_mesh(config.mesh)
     compiled = build(task, config, mesh)
@@ -45,13 +45,14 @@ def temporary_bytes(chunk: int, flags: tuple[str, ...] = ()) -> int:
 
 
 def main(flags: tuple[str, ...] = ()) -> dict:
-    default = LanguageModel.components["language_model"]().loss_chunk
-    sizes = {f"chunk_{n}": temporary_bytes(n, flags) for n in (0, default, 128)}
-    whole = sizes["chunk_0"]
+    sizes = {
+        "unchunked": temporary_bytes("--language_model.loss_chunk=0", *flags),
+        "default": temporary_bytes(*flags),
+        "chunk_32": temporary_bytes("--language_model.loss_chunk=32", *flags),
+    }
     return {
         "temporary_mib": {name: size / 2**20 for name, size in sizes.items()},
-        "share_of_unchunked": {name: size / whole for name, size in sizes.items()},
-        "default": f"chunk_{default}",
+        "share_of_unchunked": {name: size / sizes["unchunked"] for name, size in sizes.items()},
         "logits_mib": 8 * 1024 * VOCABULARY * 4 / 2**20,
         "versions": {"jax": jax.__version__},
     }

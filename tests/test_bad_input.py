@@ -1,6 +1,5 @@
 """Every mistake: one clear line, a non-zero exit, nothing written over."""
 
-import os
 import sys
 import time
 
@@ -115,6 +114,8 @@ def test_a_batch_that_the_devices_do_not_divide(base):
     _, err = run("train", *base, "--data.batch_size=6", code=2, devices=4)
     assert err.count("\n") == 1
     assert "--data.batch_size=6 is not divisible by 4 device(s)" in err
+    _, err = run("train", *base, "--mesh.data=2", "--mesh.expert=2", code=2, devices=4)
+    assert err == "error: --mesh.expert=2 splits nothing of this task\n"
     _, err = run("train", *base, "--mesh.tensor=4", code=2, devices=4)
     assert "heads of size 2 is not divisible by --mesh.tensor=4" in err
     assert "parameter model/layers/attention/" in err and err.count("\n") == 1
@@ -155,9 +156,10 @@ def test_data_that_changed_under_a_run_is_refused(refuse, base, tmp_path):
 
 
 def test_help_answers_within_three_seconds():
-    run("train", "--help")  # files in the cache of the system
-    begin = time.monotonic()
-    out, _ = run("train", "--help")
-    seconds = time.monotonic() - begin
+    seconds = []
+    for _ in range(3):  # the first finds no file in the system's cache
+        begin = time.monotonic()
+        out, _ = run("train", "--help")
+        seconds.append(time.monotonic() - begin)
     assert "--transformer.num_layers" in out and "at least 1" in out
-    assert seconds < (3 if os.environ.get("STRICT_TIMES") else 6), seconds
+    assert min(seconds) < 3, seconds

@@ -89,8 +89,8 @@ class TransformerConfig:
 
 # Parameter path -> logical axes. The first pattern found in the path decides.
 PARTITION_RULES = (
-    (r"embed/embedding", ("vocabulary", "embed")),
     (r"position_embed/embedding", (None, "embed")),
+    (r"embed/embedding", ("vocabulary", "embed")),
     (r"attention/query/kernel", ("layers", "embed", "heads", "head_dim")),
     (r"attention/(key|value)/kernel", ("layers", "embed", "kv_heads", "head_dim")),
     (r"attention/out/kernel", ("layers", "heads", "head_dim", "embed")),

@@ -14,7 +14,6 @@ import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
-from genai_jax.networks.positions import alibi_slopes
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
 from genai_jax.tasks.cross_entropy import cross_entropy
@@ -26,7 +25,11 @@ from genai_jax.training.sharding import logical_axes
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig:
     z_loss: float = field(0.0, "weight of the squared log-normalizer", minimum=0)
-    loss_chunk: int = field(512, "positions whose logits exist at once; 0: all of them", minimum=0)
+    loss_chunk: int | None = field(
+        None,
+        "positions whose logits exist at once, 0 for all; as many as make 2**25 logits if unset",
+        minimum=0,
+    )
 
 
 class LanguageModel:
@@ -58,26 +61,14 @@ class LanguageModel:
     def _check_attention(self):
         """Raises `ConfigError` if the backend asked for cannot run the attention of a step."""
         shape, data, backend = self.config.transformer, self.config.data, self.config.run.attention
-        batch = (data.batch_size, data.sequence_length)
         q, k = (
-            jax.ShapeDtypeStruct((*batch, heads, shape.head_width), self.dtype)
+            jax.ShapeDtypeStruct(
+                (data.batch_size, data.sequence_length, heads, shape.head_width), self.dtype
+            )
             for heads in (shape.num_heads, shape.kv_heads)
         )
-        mask = kernels_pallas.Causal()
-        if shape.window is not None:
-            mask &= kernels_pallas.Window(shape.window, 0)
-        alibi = shape.positions == "alibi"
         try:
-            kernels_pallas.explain(
-                q,
-                k,
-                k,
-                mask=mask,
-                bias=kernels_pallas.Alibi(alibi_slopes(shape.num_heads)) if alibi else None,
-                segment_ids=jax.ShapeDtypeStruct(batch, jnp.int32),
-                logits_soft_cap=shape.attention_soft_cap,
-                backend=backend,
-            )
+            kernels_pallas.explain(q, k, k, backend=backend)
         except ValueError as error:
             raise ConfigError(f"--attention={backend}: {error}") from None
 
@@ -152,8 +143,14 @@ class LanguageModel:
             batch["loss_mask"],
             z_loss=self.config.language_model.z_loss,
             soft_cap=self.config.transformer.logits_soft_cap,
-            chunk_size=self.config.language_model.loss_chunk,
+            chunk_size=self._loss_chunk(batch["tokens"].shape[0]),
         )
+
+    def _loss_chunk(self, rows: int) -> int:
+        chosen = self.config.language_model.loss_chunk
+        if chosen is not None:
+            return chosen
+        return max(1, 2**25 // (rows * self.model.vocab_size))
 
     @functools.cached_property
     def _evaluation_step(self):
@@ -214,10 +211,17 @@ class LanguageModel:
         tokens, ends = jax.device_get((result.tokens, result.lengths))
         texts = []
         for row, end, prompt in zip(tokens, ends, prompts, strict=True):
-            new = row[len(self.tokenizer.encode(prompt)) + 1 : end]
-            text = self.tokenizer.decode(new[new != self.tokenizer.boundary_id])
+            text = self._continuation(prompt, row[1:end])
             texts.append(prompt + (text.split(request.stop)[0] if request.stop else text))
         return texts
+
+    def _continuation(self, prompt: str, row: np.ndarray) -> str:
+        """What was drawn behind the prompt, decoded with it: a token may carry a leading space."""
+        row = row[row != self.tokenizer.boundary_id]
+        whole = self.tokenizer.decode(row)
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        return self.tokenizer.decode(row[len(self.tokenizer.encode(prompt)) :])
 
     def _generate(self, request, batch: int, total: int):
         """The compiled loop for one shape of prompts."""

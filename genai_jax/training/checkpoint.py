@@ -2,8 +2,11 @@
 
 import dataclasses
 import pathlib
+import shutil
 import sys
 from typing import Any
+
+import jax
 
 from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
@@ -119,11 +122,19 @@ class Checkpointer:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
         return state, data, clock
 
-    def delete_after(self, step: int):
-        """Removes checkpoints that are newer than `step`: damaged ones, skipped by `restore`."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+    def set_aside_after(self, step: int):
+        """Moves checkpoints newer than `step` to the folder ``damaged`` beside the others'."""
+        later = [other for other in self.steps() if other > step]
+        if not later or jax.process_index() != 0:
+            return
+        folder = pathlib.Path(self._manager.directory)
+        aside = folder.with_name("damaged")
+        aside.mkdir(exist_ok=True)
+        for other in later:
+            shutil.rmtree(aside / str(other), ignore_errors=True)
+            shutil.move(folder / str(other), aside / str(other))
+            print(f"warning: checkpoint {other} is moved to {aside}", file=sys.stderr)
+        self._manager.reload()
 
     def wait(self):
         """Blocks until the last save is on disk; raises what went wrong with it."""

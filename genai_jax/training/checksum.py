@@ -11,19 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genai_jax.training.sharding import path_name
+
 
 def checksums(state: Any, **records: Any) -> dict[str, int]:
     """Path -> checksum of every array of `state`, and name -> checksum of every JSON record."""
-    arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _checksum(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
-    }
-    found = {name: int(value) for name, value in jax.device_get(arrays).items()}
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    sums = jax.device_get(_checksums(jax.tree.leaves(state)))
+    found = {path: int(value) for path, value in zip(paths, sums, strict=True)}
     texts = {name: json.dumps(record, sort_keys=True) for name, record in records.items()}
     return found | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
 
 
 @jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_checksum(array) for array in arrays]
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     """Sum of the scrambled bits of every element and its index: any one changed element shows."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -1,5 +1,6 @@
 """What a device could do at most: the number that MFU is divided by."""
 
+import re
 import time
 from typing import NamedTuple
 
@@ -7,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Dense bfloat16 FLOP/s of one JAX device, by a part of `device_kind`; the first match counts.
+# Dense bfloat16 FLOP/s of one JAX device, by words of `device_kind`; the first match counts.
 # TPU: "TPU versions" and the system architecture pages of Google Cloud's documentation; a v4 or v5p
 # chip is one device, a 7x chip (2307e12) is two. NVIDIA: the SXM column of each data sheet.
 PEAK_BFLOAT16 = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
+    ("TPU v5p?", 459e12),
     ("TPU v6", 918e12),
-    ("TPU7x", 1153.5e12),
+    ("TPU7x?", 1153.5e12),
     ("B200", 2250e12),
     ("H200", 989.4e12),
     ("H100", 989.4e12),
@@ -43,8 +44,8 @@ def peak_of(devices: list) -> Peak | None:
             "float32 2048x2048x2048 matmul measured on this machine",
         )
     for name, rate in PEAK_BFLOAT16:
-        if name.lower() in kind.lower():
-            return Peak(rate * len(devices), f"published dense bfloat16 peak of {name}")
+        if re.search(rf"\b{name}\b", kind, re.IGNORECASE):
+            return Peak(rate * len(devices), f"published dense bfloat16 peak of {kind}")
     return None
 
 

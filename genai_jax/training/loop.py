@@ -42,12 +42,14 @@ class EvalConfig:
     every: int = field(
         0, "steps between evaluations; 0 evaluates the last step alone", minimum=0, changeable=True
     )
-    batches: int = field(-1, "held-out batches an evaluation; -1: all", minimum=-1, changeable=True)
+    batches: int = field(
+        -1, "held-out batches an evaluation; -1: all; 0: no evaluation", minimum=-1, changeable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    start: int = field(0, "first step of the profile", minimum=0, changeable=True)
+    start: int = field(0, "steps before the profile", minimum=0, changeable=True)
     steps: int = field(0, "steps to profile into workdir/profile", minimum=0, changeable=True)
 
 
@@ -78,6 +80,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             check_rows(rows, phase.repeats * config.train.accumulate, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         batch_in = batch_shardings(batch, task.batch_axes, mesh)
+        check_mesh_is_used(mesh, [*jax.tree.leaves(shardings), *batch_in.values()])
         step = jax.jit(
             make_step(phases, accumulate=config.train.accumulate, decays=decays),
             in_shardings=(shardings, batch_in),
@@ -87,6 +90,18 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
         )
         init = jax.jit(lambda rng: init_state(task, rng, decays), out_shardings=shardings)
     return Compiled(mesh, phases, shapes, batch_in, init, step)
+
+
+def check_mesh_is_used(mesh: Mesh, shardings: list[NamedSharding]):
+    """An axis that splits nothing would only repeat the work of its devices."""
+    used = {name for s in shardings for part in s.spec for name in _names(part)}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
+
+
+def _names(part) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def check_rows(rows: int, parts: int, mesh: Mesh):
@@ -124,11 +139,14 @@ class Run:
         self.source = task.train_batches()
         self.peak = peak_of(self.mesh.devices.flatten().tolist())
         self.flops = task.flops_per_step()
+        if config.eval.batches:  # held-out data that is missing is found now, not at the end
+            next(iter(task.evaluation_batches(1)), None)
         if self.main:
             write_record(self.workdir, self._record())
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", config.checkpoint)
         self.seconds = 0.0  # spent in earlier processes
         self.began = time.perf_counter()
+        self.profiling = False
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
 
     def go(self) -> int:
@@ -150,6 +168,7 @@ class Run:
 
     def _close(self):
         """Leaves all files in order; what ended the run is not hidden by an error in here."""
+        self._stop_profile()
         self.progress.close()
         self.source.close()
         try:
@@ -168,7 +187,7 @@ class Run:
         if restored is None:
             return 0, self.compiled.init(jax.random.key(self.config.run.seed))
         step, state, data, clock = restored
-        self.checkpointer.delete_after(step)
+        self.checkpointer.set_aside_after(step)
         self.source.set_state(data)
         self.seconds = clock["seconds"]
         self.unfinished_row = clock["unfinished_row"]
@@ -182,9 +201,11 @@ class Run:
             print(f"{self.workdir} is trained to step {start} already", file=sys.stderr)
         if self.unfinished_row is not None:
             self._evaluate_and_log(start, state, self.unfinished_row)
+            if self.unfinished_row is not None:  # stopped again; the checkpoint still says so
+                return
         waiting = None  # (step, metrics) not read yet
         for step in range(start + 1, config.train.steps + 1):
-            self._profile(step)
+            self._profile(step, state)
             batch = next(self.batches)
             with jax.transfer_guard("disallow"):
                 state, metrics = self.compiled.step(state, batch)
@@ -192,16 +213,16 @@ class Run:
                 self._report(*waiting)
             waiting = (step, metrics)
             last = step == config.train.steps
-            evaluates = last or _due(step, config.eval.every)
+            evaluates = config.eval.batches != 0 and (last or _due(step, config.eval.every))
             saves = last or _due(step, config.checkpoint.every)
             if not (evaluates or saves or self.stop.received):
                 continue
             row = self._report(*waiting, write=not evaluates)
-            waiting = None
+            waiting, paused = None, time.perf_counter()
             loss = self._evaluate_and_log(step, state, row) if evaluates else None
             if saves or self.stop.received:
                 self._save(step, state, loss)
-            self.progress.restart_clock()
+            self.progress.leave_out(time.perf_counter() - paused)
             if self.stop.received:
                 print(f"stopped by signal {self.stop.received} at step {step}", file=sys.stderr)
                 return
@@ -218,7 +239,8 @@ class Run:
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or not write:
             speeds = self.progress.measure(step)
             row |= speeds
-            self.progress.show(step, next(v for n, v in metrics.items() if "loss" in n), speeds)
+            loss = next((v for n, v in metrics.items() if "loss" in n), math.nan)
+            self.progress.show(step, loss, speeds)
             if self.log and write:
                 self.log.write(row)
         return row
@@ -227,9 +249,10 @@ class Run:
         for name, value in metrics.items():
             if ("loss" in name or "grad_norm" in name) and not math.isfinite(value):
                 self._wait_for_checkpoint()
-                good = self.checkpointer.steps()
+                good = last_good(self.checkpointer.steps(), step, "loss" in name)
+                self.checkpointer.set_aside_after(good or 0)
                 kept = (
-                    f"the last good checkpoint is step {good[-1]}" if good else "nothing is saved"
+                    f"the last good checkpoint is step {good}" if good else "none is saved before"
                 )
                 raise ConfigError(f"{name} is {value} at step {step}; {kept}")
 
@@ -269,15 +292,20 @@ class Run:
             f"cannot save a checkpoint in {self.workdir}: {first_line(error)}; {kept}"
         )
 
-    def _profile(self, step: int):
-        """Opens and closes the profile window, steps counted from 1."""
+    def _profile(self, step: int, state):
+        """Opens the profile window before its first step, closes it when its last one is done."""
         window = self.config.profile
-        if not window.steps or not self.main:
-            return
-        if step == window.start + 1:
+        if window.steps and self.main and step == window.start + 1:
             jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif step == window.start + window.steps + 1:
+            self.profiling = True
+        elif self.profiling and step == window.start + window.steps + 1:
+            jax.block_until_ready(state)
+            self._stop_profile()
+
+    def _stop_profile(self):
+        if self.profiling:
             jax.profiler.stop_trace()
+            self.profiling = False
 
     def _record(self) -> dict:
         params = self.compiled.shapes.params
@@ -298,6 +326,15 @@ class Run:
             "peak": self.peak._asdict() if self.peak else None,
             "mfu": "flops_per_step / step_time_s / peak.flops_per_second",
         }
+
+
+def last_good(steps: list[int], failed: int, loss_failed: bool) -> int | None:
+    """The newest of the saved `steps` known to be sound when step `failed` is not finite.
+
+    The loss of a step is that of the parameters saved at the step before, which are bad with it.
+    """
+    good = [step for step in steps if step < failed - loss_failed]
+    return good[-1] if good else None
 
 
 def _due(step: int, every: int) -> bool:

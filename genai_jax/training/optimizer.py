@@ -29,9 +29,9 @@ class OptimizerConfig:
     )
     weight_decay: float = field(0.1, "decoupled decay of matrices", minimum=0)
     momentum: float = field(0.95, "of sgd and muon", minimum=0, maximum=1)
-    beta1: float = field(0.9, "decay of the first moment", minimum=0, maximum=1)
-    beta2: float = field(0.95, "decay of the second moment", minimum=0, maximum=1)
-    epsilon: float = field(1e-8, "added to the root of the second moment", minimum=0)
+    beta1: float = field(0.9, "of the first moment: adamw, lion, muon", minimum=0, maximum=1)
+    beta2: float = field(0.95, "of the second moment: adamw, lion, muon", minimum=0, maximum=1)
+    epsilon: float = field(1e-8, "added to the root of the second moment: adamw, muon", minimum=0)
     clip_norm: float = field(1.0, "largest norm of the gradient; 0 does not clip", minimum=0)
 
 
@@ -39,7 +39,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Step -> learning rate, for a run of `steps` steps.
 
     `rsqrt` falls as the inverse root of the step after the warm-up (Vaswani et al. 2017) and has no
-    end; the others reach final_fraction of the peak at the last step.
+    end, `constant` stays; the others reach final_fraction of the peak at the last step.
     """
     peak = config.learning_rate
     warmup = min(config.warmup_steps, steps)
@@ -56,7 +56,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         # join_schedules also asks for steps before the boundary, and drops what it gets.
         after = lambda step: peak * (shift / (shift + jnp.maximum(step, 0))) ** 0.5
     else:
-        decay = max(round(config.decay_fraction * steps), 1)
+        decay = min(max(round(config.decay_fraction * steps), 1), rest)
         after = optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
             [max(rest - decay, 0)],
@@ -92,8 +92,8 @@ def make_optimizer(
         core = optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decayed)
     elif name == "sgd":
         core = optax.chain(
-            optax.add_decayed_weights(decay, decayed),
             optax.sgd(schedule, momentum=config.momentum or None),
+            _decay_at_rate(schedule, decay, decayed),
         )
     elif name == "adafactor":
         # optax decays by an unscaled rate here; like the others, ours follows the learning rate.
@@ -115,6 +115,7 @@ def _muon(config, schedule, axes):
     return optax.contrib.muon(
         schedule,
         beta=config.momentum,
+        eps=config.epsilon,
         consistent_rms=0.2,  # one learning rate serves both (Liu et al. 2025, section 2.2)
         adam_b1=config.beta1,
         adam_b2=config.beta2,
@@ -161,7 +162,7 @@ def _muon_dimensions(axes: tuple):
     """
     inner = [i for i, a in enumerate(axes) if a not in _BATCH_AXES]
     names = [axes[i] for i in inner]
-    if len(inner) < 2 or "vocabulary" in names or names.count("embed") != 1:
+    if len(inner) < 2 or {"vocabulary", None} & set(names) or names.count("embed") != 1:
         return None
     side = [i for i in inner if axes[i] == "embed"]
     other = [i for i in inner if axes[i] != "embed"]

@@ -34,11 +34,13 @@ class Task(Protocol):
       components: flag component -> dataclass, for the flags that only this task uses.
       partition_rules: (parameter path pattern, logical axes), in order.
       batch_axes: batch entry -> logical axes.
+      loss_unit: of the losses, for the axis of the plot.
     """
 
     components: ClassVar[Mapping[str, type]]
     partition_rules: ClassVar[tuple]
     batch_axes: ClassVar[Mapping[str, tuple]]
+    loss_unit: ClassVar[str]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every entry of the global batch."""
@@ -56,13 +58,16 @@ class Task(Protocol):
         """Held-out batches, always the same ones in the same order."""
 
     def evaluate(self, params: Params, mutables: PyTree, batches: Iterator[Batch]) -> dict:
-        """Scores: metric name -> number."""
+        """Scores: metric name -> number; "loss" among them, the lower the better."""
 
     def sample(self, params: Params, mutables: PyTree, request: Any) -> list:
         """Draws what `request` (the flags of the sample command) asks for."""
 
     def data_record(self) -> dict:
         """Names, sizes and fingerprints of the data, for run.json."""
+
+    def tokens_per_step(self) -> int | None:
+        """Tokens of one global batch, None where there are none."""
 
     def check_data(self, trained_on: dict):
         """Raises `ConfigError` if a model whose `data_record` this was cannot be used here."""

@@ -25,9 +25,9 @@ class Progress:
             dynamic_ncols=terminal,
         )
 
-    def restart_clock(self):
-        """Leaves the time since the last measurement (evaluation, saving) out of the next one."""
-        self._last_time = time.perf_counter()
+    def leave_out(self, seconds: float):
+        """Leaves time that was not spent on steps (evaluating, saving) out of the measurement."""
+        self._last_time += seconds
 
     def measure(self, step: int) -> dict[str, float]:
         """``perf/*`` over the steps since the last measurement, of which `step` is the newest."""

@@ -35,6 +35,18 @@ class Restored(NamedTuple):
     mesh: Mesh
 
 
+def _mesh_here(config: Config) -> Mesh:
+    """The run's own mesh; where that does not fit, the devices that share the batch evenly."""
+    try:
+        mesh = make_mesh(config.mesh)
+        if config.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+            return mesh
+    except ConfigError:
+        pass
+    count = math.gcd(len(jax.devices()), config.data.batch_size)
+    return make_mesh(MeshConfig(), jax.devices()[:count])
+
+
 def restore_model(
     task: Task, config: Config, *, step: int | None = None, ema: str | None = None
 ) -> Restored:
@@ -48,9 +60,7 @@ def restore_model(
     if ema is not None and ema not in config.ema.decays():
         kept = ", ".join(config.ema.decays()) or "none"
         raise ConfigError(f"--ema={ema} is not an average of this run; it kept: {kept}")
-    # As many devices as share the batch evenly: the run's own mesh may not exist here.
-    count = math.gcd(len(jax.devices()), config.data.batch_size)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:count])
+    mesh = _mesh_here(config)
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True)
     restored = checkpointer.restore(state_shapes(task, config, mesh), step)
     checkpointer.close()

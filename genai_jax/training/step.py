@@ -75,8 +75,9 @@ def make_step(
 
 def phase_ran(phases: tuple[Phase, ...], metric: str, step: int) -> bool:
     """Whether a metric of step `step` (counted from 0) is a number of a phase that ran in it."""
-    owner = {phase.name: phase for phase in phases}.get(metric.split("/")[0])
-    return owner is None or step % owner.every == 0
+    named = {phase.name: phase for phase in phases}
+    owner = phases[0] if len(phases) == 1 else named[metric.split("/")[0]]
+    return step % owner.every == 0
 
 
 def _run_phase(phase, state, batch, rng, accumulate):

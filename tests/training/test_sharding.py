@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from genai_jax.config import ConfigError
+from genai_jax.tasks.language_model import LanguageModel
 from genai_jax.training.sharding import MeshConfig, logical_axes, make_mesh, spec_of
 from tests.commands import environment
 from tests.conftest import ROOT
@@ -20,6 +21,12 @@ def test_a_parameter_that_no_rule_matches_is_named():
         logical_axes(params, ((r"even/kernel", ("embed", "mlp")),))
     with pytest.raises(ConfigError, match=r"model/odd/kernel \(2, 3\) does not fit its axes"):
         logical_axes(params, ((r"odd/kernel", ("embed",)),))
+
+
+def test_position_tables_are_not_split_as_vocabulary():
+    params = {"model": {"position_embed": {"embedding": jnp.zeros((5, 4))}}}
+    axes = logical_axes(params, LanguageModel.partition_rules)
+    assert axes["model"]["position_embed"]["embedding"] == (None, "embed")
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

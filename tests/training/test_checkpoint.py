@@ -1,0 +1,58 @@
+"""Which checkpoints are kept, and which are trusted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from genai_jax.training.checksum import checksums
+from genai_jax.training.loop import last_good
+
+
+def state_of(step):
+    return {"w": jnp.full((3, 4), float(step)), "n": jnp.int32(step), "key": jax.random.key(step)}
+
+
+@pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 4]), (False, [4])])
+def test_the_newest_and_the_best_are_kept(tmp_path, keep_best, kept):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best))
+    for step, loss in [(1, 1.0), (2, 0.5), (3, 0.9), (4, None)]:
+        checkpointer.save(step, state_of(step), {"at": step}, {"seconds": 0}, loss)
+    checkpointer.wait()
+    assert checkpointer.steps() == kept
+    step, state, data, _ = checkpointer.restore(state_of(0))
+    assert step == 4 and data == {"at": 4}
+    np.testing.assert_array_equal(state["w"], 4.0)
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 3; there are \["):
+        checkpointer.restore(state_of(0), 3)
+    checkpointer.close()
+
+
+def test_checkpoints_set_aside_are_moved_and_not_deleted(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=3))
+    for step in (1, 2, 3):
+        checkpointer.save(step, state_of(step), {}, {})
+    checkpointer.wait()
+    checkpointer.set_aside_after(1)
+    assert checkpointer.steps() == [1]
+    assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3"]
+    checkpointer.save(2, state_of(2), {}, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def test_a_checksum_sees_a_changed_bit_and_a_swap():
+    x = jnp.arange(6.0).reshape(2, 3)
+    sums = [checksums({"x": y})["x"] for y in (x, x.at[1, 2].add(1e-6), x[::-1], x.T)]
+    assert len(set(sums)) == 4 and checksums({"x": x + 0})["x"] == sums[0]
+
+
+@pytest.mark.parametrize(
+    ("failed", "loss_failed", "good"),
+    [(7, True, 5), (7, False, 6), (6, True, None), (6, False, 5), (2, True, None)],
+)
+def test_the_last_good_checkpoint_is_not_the_one_whose_loss_failed(failed, loss_failed, good):
+    assert last_good([5, 6] if failed == 7 else [5], failed, loss_failed) == good
