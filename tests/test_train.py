@@ -186,6 +186,7 @@ def test_kill_9_and_the_same_command_give_the_same_values(whole, text_folder, tm
         )
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL  # it had not come to its end by itself
     run("train", *command)
     assert rows(tmp_path) == rows(whole)
 

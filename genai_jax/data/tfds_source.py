@@ -82,7 +82,7 @@ def open_tfds(config, split: str, *, embedded: list[str]) -> TfdsSource:
     features = builder.info.features
     if config.text_key not in features:
         raise ConfigError(
-            f"--data.text_key={config.text_key}: {config.dataset} has {', '.join(features)}"
+            f"--data.text_key={config.text_key}: {config.dataset} has {', '.join(sorted(features))}"
         )
     own = [name for name in _VALIDATION_NAMES if name in splits]
     if split == "validation" and own:
