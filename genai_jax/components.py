@@ -1,11 +1,10 @@
 """The flags that every task has, and how a command line becomes the configuration of one task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from genai_jax.config import Config, ConfigError, field, parse
-from genai_jax.data.loader import DataConfig
+from genai_jax.config import Config, ConfigError, field, flag_names, parse
 from genai_jax.tasks import TASKS
 from genai_jax.training.checkpoint import CheckpointConfig
 from genai_jax.training.ema import EmaConfig
@@ -32,7 +31,6 @@ SHARED = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "checkpoint": CheckpointConfig,
-    "data": DataConfig,
     "optimizer": OptimizerConfig,
     "ema": EmaConfig,
     "mesh": MeshConfig,
@@ -40,36 +38,55 @@ SHARED = {
 }
 
 
+def components_of(task: str) -> dict[str, type]:
+    """Name -> dataclass of the flag components of one task."""
+    return SHARED | dict(TASKS[task].components)
+
+
 def all_components() -> dict[str, type]:
-    """Name -> dataclass of every flag component that any task has."""
-    return SHARED | {n: cls for task in TASKS.values() for n, cls in task.components.items()}
+    """Those of all tasks; where tasks have different ones of the same name, their fields joined."""
+    found: dict[str, list[type]] = {}
+    for task in TASKS:
+        for name, cls in components_of(task).items():
+            found.setdefault(name, []).append(cls)
+    return {name: _joined(classes) for name, classes in found.items()}
 
 
 def parse_run(argv: Sequence[str]) -> Config:
     """The configuration of a run: the shared components and those of its task.
 
     Raises:
-      ConfigError: as `genai_jax.config.parse`, or a flag for a component that the task has not.
+      ConfigError: as `genai_jax.config.parse`, or a flag that the task does not have.
     """
-    everything = all_components()
-    config, given = parse(argv, everything)
-    used = SHARED | dict(TASKS[config.run.task].components)
-    for name in sorted(given):
-        component = name.split(".")[0] if "." in name else "run"
-        if component not in used:
-            raise ConfigError(
-                f"--{name} is not used by --task={config.run.task}, "
-                f"whose components are {', '.join(c for c in used if c != 'run')}"
-            )
-    return Config({name: config.components[name] for name in used})
+    config, given = parse(argv, all_components())
+    task = config.run.task
+    components = components_of(task)
+    _refuse_others(given, components, f"--task={task}")
+    return parse(argv, components)[0]
 
 
-def parse_run_of(argv: Sequence[str], cls: type) -> Any:
-    """The flags of a command that works on an existing run: one dataclass with a `workdir`."""
-    request = parse(argv, {"run": cls})[0].run
-    if not request.workdir:
+def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
+    """The flags of a command that works on an existing run, and the configuration of that run.
+
+    Args:
+      argv: the command line.
+      kind: the attribute of a task that names its dataclass of flags: "sample_request" or
+        "evaluate_request".
+    """
+    every = {"run": all_requests(kind)}
+    found, given = parse(argv, every)
+    if not found.run.workdir:
         raise ConfigError("--workdir is not set: say which run")
-    return request
+    config = read_config(found.run.workdir)
+    task = config.run.task
+    components = {"run": getattr(TASKS[task], kind)}
+    _refuse_others(given, components, f"a run of --task={task}")
+    return parse(argv, components)[0].run, config
+
+
+def all_requests(kind: str) -> type:
+    """The flags that any task's requests of a kind have."""
+    return _joined([getattr(task, kind) for task in TASKS.values()])
 
 
 def read_config(workdir: str) -> Config:
@@ -79,3 +96,27 @@ def read_config(workdir: str) -> Config:
     """
     flagfile = f"--flagfile={flags_path(workdir)}"
     return parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
+
+
+def _refuse_others(given: set[str], components: Mapping[str, type], user: str):
+    """Raises `ConfigError` if a flag was given that none of the components has."""
+    names = flag_names(components)
+    for name in sorted(given - names):
+        component, _, rest = name.rpartition(".")
+        same = [n for n in sorted(names) if n.rpartition(".")[0] == component]
+        has = ", ".join(f"--{n}" for n in same) if same else ", ".join(n for n in components)
+        what = "flags there are" if rest and same else "components are"
+        raise ConfigError(f"--{name} is not used by {user}, whose {what} {has}")
+
+
+def _joined(classes: Iterable[type]) -> type:
+    """One dataclass with the fields of all, each as the first that has it declares it."""
+    fields = {f.name: f for cls in reversed(list(classes)) for f in dataclasses.fields(cls)}
+    return dataclasses.make_dataclass(
+        "Joined",
+        [
+            (name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+            for name, f in fields.items()
+        ],
+        frozen=True,
+    )

@@ -116,6 +116,11 @@ def parse(argv: Sequence[str], components: Mapping[str, type]) -> tuple[Config, 
     return config, {name for name in config.items() if values[name].present}
 
 
+def flag_names(components: Mapping[str, type]) -> set[str]:
+    """The names of all flags of the components, without the dashes."""
+    return {_flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
+
+
 def help_text(usage: str, components: Mapping[str, type]) -> str:
     """All flags with their defaults and allowed values, grouped by component."""
     lines = [usage, ""]

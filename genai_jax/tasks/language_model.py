@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -12,9 +14,11 @@ import numpy as np
 
 import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.data.loader import DataConfig
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
 from genai_jax.networks.transformer import Transformer, TransformerConfig
+from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
 from genai_jax.tasks.cross_entropy import cross_entropy
 from genai_jax.training.optimizer import make_optimizer
@@ -32,10 +36,40 @@ class LanguageModelConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TextRequest(SampleRequest):
+    num_samples: int = field(1, "draws, for each prompt", minimum=1)
+    prompt: str = field("", "text to continue")
+    prompt_file: str = field("", "file with a prompt on every line")
+    max_tokens: int = field(256, "tokens drawn at most, for each sample", minimum=1)
+    temperature: float = field(1.0, "divides the logits; 0 takes the likeliest token", minimum=0)
+    top_k: int = field(0, "draw among the k likeliest tokens; 0: all", minimum=0)
+    top_p: float = field(1.0, "draw among the likeliest whose mass reaches p", minimum=0, maximum=1)
+    stop: str = field("", "text that ends a sample, itself left out")
+
+    def prompts(self) -> list[str]:
+        """The prompts, at least one, perhaps empty."""
+        if not self.prompt_file:
+            return [self.prompt]
+        try:
+            lines = pathlib.Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read --prompt_file={self.prompt_file}: {error}") from None
+        if not lines:
+            raise ConfigError(f"--prompt_file={self.prompt_file} is empty")
+        return lines
+
+
 class LanguageModel:
     """The task behind ``--task=language_model``; see `genai_jax.training.phase.Task`."""
 
-    components: ClassVar = {"transformer": TransformerConfig, "language_model": LanguageModelConfig}
+    components: ClassVar = {
+        "data": DataConfig,
+        "transformer": TransformerConfig,
+        "language_model": LanguageModelConfig,
+    }
+    sample_request = TextRequest
+    evaluate_request = EvaluateRequest
     partition_rules: ClassVar = tuple(
         (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.PARTITION_RULES
     )
@@ -117,6 +151,9 @@ class LanguageModel:
         tokens = jnp.zeros((1, min(self.config.data.sequence_length, 8)), jnp.int32)
         return {"model": self.model.init(rng, tokens, method="init_all")["params"]}, {}
 
+    def pretrained(self) -> dict:
+        return {}
+
     def phases(self, params: Any) -> tuple[Phase, ...]:
         axes = logical_axes(params, self.partition_rules)
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
@@ -186,8 +223,15 @@ class LanguageModel:
             "bytes": int(size),
         }
 
-    def sample(self, params, mutables, request) -> list[str]:
-        """Continues each prompt `num_samples` times; returns the texts, prompts included."""
+    def score(self, params, mutables, batches, request) -> dict:
+        """As `evaluate`, and the speed of it."""
+        self.evaluate(params, mutables, batches(1))  # compiles, so that the speed is of scoring
+        start = time.perf_counter()
+        scores = self.evaluate(params, mutables, batches(request.batches))
+        return scores | {"tokens_per_second": scores["tokens"] / (time.perf_counter() - start)}
+
+    def sample(self, params, mutables, request) -> Texts:
+        """Continues each prompt `num_samples` times; the texts include their prompts."""
         del mutables
         prompts = [p for p in request.prompts() for _ in range(request.num_samples)]
         ids = [
@@ -213,7 +257,7 @@ class LanguageModel:
         for row, end, prompt in zip(tokens, ends, prompts, strict=True):
             text = self._continuation(prompt, row[1:end])
             texts.append(prompt + (text.split(request.stop)[0] if request.stop else text))
-        return texts
+        return Texts(texts)
 
     def _continuation(self, prompt: str, row: np.ndarray) -> str:
         """What was drawn behind the prompt, decoded with it: a token may carry a leading space."""

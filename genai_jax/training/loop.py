@@ -8,6 +8,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from genai_jax.config import Config, ConfigError, field
@@ -185,7 +186,7 @@ class Run:
     def _restore_or_init(self):
         restored = self.checkpointer.restore(self.compiled.shapes)
         if restored is None:
-            return 0, self.compiled.init(jax.random.key(self.config.run.seed))
+            return 0, self._begin()
         step, state, data, clock = restored
         self.checkpointer.set_aside_after(step)
         self.source.set_state(data)
@@ -193,6 +194,24 @@ class Run:
         self.unfinished_row = clock["unfinished_row"]
         print(f"resuming {self.workdir} at step {step}", file=sys.stderr)
         return step, state
+
+    def _begin(self):
+        """A fresh state; groups trained elsewhere are put in place, averages of them as well."""
+        state = self.compiled.init(jax.random.key(self.config.run.seed))
+        adopted = self.task.pretrained()
+        if not adopted:
+            return state
+
+        def place(groups: dict, shapes: dict) -> dict:
+            ours = {g: adopted[g] for g in groups if g in adopted}
+            where = jax.tree.map(lambda x: x.sharding, {g: shapes[g] for g in ours})
+            # A copy: what is donated to the step may not be the memory of somebody's array.
+            copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=where)
+            return {**groups, **copy(ours)}
+
+        shapes = self.compiled.shapes
+        ema = {name: place(average, shapes.ema[name]) for name, average in state.ema.items()}
+        return state.replace(params=place(state.params, shapes.params), ema=ema)
 
     def _steps(self, start: int, state):
         """Dispatches step after step; the metrics of one are read while the next one runs."""

@@ -35,18 +35,25 @@ class Task(Protocol):
       partition_rules: (parameter path pattern, logical axes), in order.
       batch_axes: batch entry -> logical axes.
       loss_unit: of the losses, for the axis of the plot.
+      sample_request: the flags of the sample command, a `SampleRequest`.
+      evaluate_request: the flags of the evaluate command, an `EvaluateRequest`.
     """
 
     components: ClassVar[Mapping[str, type]]
     partition_rules: ClassVar[tuple]
     batch_axes: ClassVar[Mapping[str, tuple]]
     loss_unit: ClassVar[str]
+    sample_request: ClassVar[type]
+    evaluate_request: ClassVar[type]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every entry of the global batch."""
 
     def init(self, rng: jax.Array) -> tuple[Params, PyTree]:
         """Fresh parameters and mutables."""
+
+    def pretrained(self) -> dict[str, Params]:
+        """Groups that begin as trained elsewhere: host arrays, shaped as those of `init`."""
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         """The phases of a step; `params` may be shapes."""
@@ -60,8 +67,13 @@ class Task(Protocol):
     def evaluate(self, params: Params, mutables: PyTree, batches: Iterator[Batch]) -> dict:
         """Scores: metric name -> number; "loss" among them, the lower the better."""
 
-    def sample(self, params: Params, mutables: PyTree, request: Any) -> list:
-        """Draws what `request` (the flags of the sample command) asks for."""
+    def score(
+        self, params: Params, mutables: PyTree, batches: Callable[[int], Iterator], request: Any
+    ) -> dict:
+        """What the evaluate command prints; `batches(count)` gives held-out batches, -1 for all."""
+
+    def sample(self, params: Params, mutables: PyTree, request: Any) -> Any:
+        """Draws what `request` (the flags of the sample command) asks for: a `Drawn`."""
 
     def data_record(self) -> dict:
         """Names, sizes and fingerprints of the data, for run.json."""

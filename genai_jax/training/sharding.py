@@ -87,6 +87,8 @@ def logical_axes(params: Any, rules) -> Any:
         name = path_name(path)
         for pattern, axes in rules:
             if re.search(pattern, name):
+                if axes[:1] == (...,):  # any number of axes that are never split
+                    axes = (None,) * (len(leaf.shape) - len(axes) + 1) + axes[1:]
                 if len(axes) != len(leaf.shape):
                     raise ConfigError(f"parameter {name} {leaf.shape} does not fit its axes {axes}")
                 return axes

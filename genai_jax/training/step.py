@@ -29,12 +29,17 @@ def init_state(task: Task, rng: jax.Array, decays: dict[str, float]) -> TrainSta
     """A fresh state; meant to be traced, so that it is born sharded."""
     init_rng, step_rng = jax.random.split(rng)
     params, mutables = task.init(init_rng)
+    phases = task.phases(params)
     opt_state = {
-        phase.name: phase.optimizer.init({g: params[g] for g in phase.trains})
-        for phase in task.phases(params)
+        phase.name: phase.optimizer.init({g: params[g] for g in phase.trains}) for phase in phases
     }
-    ema = init_ema(params, decays)
+    ema = init_ema(_trained(phases, params), decays)
     return TrainState(jnp.int32(0), params, mutables, opt_state, ema, step_rng)
+
+
+def _trained(phases: tuple[Phase, ...], params: Params) -> Params:
+    """The groups that some phase updates: only they are averaged."""
+    return {g: p for g, p in params.items() if any(g in phase.trains for phase in phases)}
 
 
 def make_step(
@@ -67,7 +72,7 @@ def make_step(
                 )
             prefix = f"{phase.name}/" if len(phases) > 1 else ""
             metrics.update({prefix + name: value for name, value in reported.items()})
-        ema = update_ema(state.ema, state.params, decays or {})
+        ema = update_ema(state.ema, _trained(phases, state.params), decays or {})
         return state.replace(step=state.step + 1, ema=ema), metrics
 
     return step

@@ -8,8 +8,7 @@ import pytest
 
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.sample import SampleConfig
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language_model import LanguageModel, TextRequest
 from tests.commands import TINY
 
 
@@ -43,19 +42,17 @@ def test_the_score_does_not_depend_on_how_the_text_is_batched(task, params, text
 
 
 def test_samples_begin_with_their_prompts_and_end_at_the_stop(task, params):
-    request = SampleConfig(prompt="né", num_samples=2, max_tokens=12, seed=4)
-    texts = task.sample(params, {}, request)
+    request = TextRequest(prompt="né", num_samples=2, max_tokens=12, seed=4)
+    texts = task.sample(params, {}, request).texts
     assert len(texts) == 2 and texts[0] != texts[1] and all(t.startswith("né") for t in texts)
-    assert task.sample(params, {}, request) == texts
+    assert task.sample(params, {}, request).texts == texts
     stop = texts[0][4]
-    cut = task.sample(params, {}, dataclasses.replace(request, stop=stop))
+    cut = task.sample(params, {}, dataclasses.replace(request, stop=stop)).texts
     assert cut[0] == "né" + texts[0][2:].split(stop)[0]
 
 
 def test_greedy_sampling_ignores_the_seed(task, params):
-    draw = lambda seed: task.sample(
-        params, {}, SampleConfig(temperature=0, max_tokens=5, seed=seed)
-    )
+    draw = lambda seed: task.sample(params, {}, TextRequest(temperature=0, max_tokens=5, seed=seed))
     assert draw(0) == draw(1)
 
 
