@@ -221,3 +221,26 @@ def _plain_type(annotation: Any) -> type:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         (annotation,) = (a for a in typing.get_args(annotation) if a is not type(None))
     return annotation
+
+
+def overrides(cls: type) -> type:
+    """A dataclass with the fields of `cls`, all unset, for a command that may change some."""
+    unset = [
+        (f.name, _plain_type(f.type) | None, dataclasses.field(default=None, metadata=f.metadata))
+        for f in dataclasses.fields(cls)
+    ]
+    return dataclasses.make_dataclass(f"{cls.__name__}Overrides", unset, frozen=True)
+
+
+def override(value: Any, request: Any) -> Any:
+    """`value` with the fields that are set in `request`, whose class has `overrides` of its own.
+
+    Raises:
+      ConfigError: fields that contradict each other.
+    """
+    names = [f.name for f in dataclasses.fields(value)]
+    changes = {n: getattr(request, n) for n in names if getattr(request, n) is not None}
+    try:
+        return dataclasses.replace(value, **changes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -1,0 +1,283 @@
+"""Noise schedules: how much of the data and how much noise there is at each time.
+
+x_t = alpha(t) x_0 + sigma(t) epsilon with t in [0, 1]: data at 0, noise at 1. A schedule is pure
+functions of t, a scalar or an array of any shape and float dtype; derivatives come from `jax.jvp`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Function = Callable[[jax.Array], jax.Array]
+
+BISECTIONS = 60  # halvings of [0, 1] when a schedule has no inverse in closed form
+
+
+class Schedule(NamedTuple):
+    """Signal and noise as functions of time.
+
+    Attributes:
+      alpha: t -> signal, decreasing or constant.
+      sigma: t -> standard deviation of the noise.
+      log_snr: t -> log(alpha^2 / sigma^2), strictly decreasing; infinite where one of them is 0.
+      time: log-SNR -> t, the inverse of `log_snr`, clipped to [0, 1].
+      num_times: how many times a discrete schedule has, 0 in continuous time.
+    """
+
+    alpha: Function
+    sigma: Function
+    log_snr: Function
+    time: Function
+    num_times: int = 0
+
+
+def derivative(function: Function, t: jax.Array) -> jax.Array:
+    """d function / dt at every element of t."""
+    return jax.jvp(function, (t,), (jnp.ones_like(t),))[1]
+
+
+def drift(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """f of the forward process dx = f x dt + g dW: d log alpha / dt (Song et al. 2021)."""
+    return derivative(schedule.alpha, t) / schedule.alpha(t)
+
+
+def diffusion_squared(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """g^2 of the forward process: -sigma^2 d log-SNR / dt (Kingma et al. 2021, appendix)."""
+    return -jnp.square(schedule.sigma(t)) * derivative(schedule.log_snr, t)
+
+
+def variance_preserving(log_snr: Function, time: Function | None = None) -> Schedule:
+    """The schedule with alpha^2 + sigma^2 = 1 and the given log-SNR."""
+    return Schedule(
+        lambda t: jnp.sqrt(jax.nn.sigmoid(log_snr(t))),
+        lambda t: jnp.sqrt(jax.nn.sigmoid(-log_snr(t))),
+        log_snr,
+        time or inverse(log_snr),
+    )
+
+
+def inverse(log_snr: Function) -> Function:
+    """The inverse of a decreasing function of [0, 1], by bisection."""
+
+    def time(value):
+        value = jnp.asarray(value)
+        low, high = jnp.zeros_like(value), jnp.ones_like(value)
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = (low + high) / 2
+            above = log_snr(middle) > value
+            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+        low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high))
+        return (low + high) / 2
+
+    return time
+
+
+def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """Noise rate linear in time: log alpha = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2.
+
+    Song et al. 2021, equation 33. At t = 0 there is no noise.
+    """
+    slope = beta_max - beta_min
+
+    def log_alpha(t):
+        return -t * (slope * t / 4 + beta_min / 2)
+
+    def log_snr(t):
+        return 2 * log_alpha(t) - jnp.log(-jnp.expm1(2 * log_alpha(t)))
+
+    def time(value):
+        # log alpha = -log(1 + exp(-log SNR)) / 2, a quadratic equation for t.
+        target = jax.nn.softplus(-value)
+        root = jnp.sqrt(beta_min**2 + 2 * slope * target)
+        return jnp.clip(2 * target / (root + beta_min), 0, 1)
+
+    return Schedule(
+        lambda t: jnp.exp(log_alpha(t)),
+        lambda t: jnp.sqrt(-jnp.expm1(2 * log_alpha(t))),
+        log_snr,
+        time,
+    )
+
+
+def cosine(shift: float = 0.0, log_snr_max: float = 20.0) -> Schedule:
+    """log-SNR = -2 log tan(pi t / 2) + shift, within +-log_snr_max.
+
+    Nichol and Dhariwal 2021 in continuous time; the shift is that of Hoogeboom et al. 2023 for high
+    resolutions (2 log(64 / resolution)), the truncation that of Kingma and Gao 2023.
+    """
+    t_min = math.atan(math.exp(-log_snr_max / 2))
+    t_max = math.atan(math.exp(log_snr_max / 2))
+
+    def log_snr(t):
+        return -2 * jnp.log(jnp.tan(t_min + t * (t_max - t_min))) + shift
+
+    def time(value):
+        angle = jnp.arctan(jnp.exp((shift - value) / 2))
+        return jnp.clip((angle - t_min) / (t_max - t_min), 0, 1)
+
+    return variance_preserving(log_snr, time)
+
+
+def sigmoid(start: float = -3.0, end: float = 3.0, clip: float = 1e-9) -> Schedule:
+    """alpha^2 falls as a sigmoid of time between `start` and `end` (Jabri et al. 2023)."""
+    top, bottom = (1 / (1 + math.exp(-x)) for x in (end, start))
+
+    def signal(t):
+        falling = (top - jax.nn.sigmoid(start + t * (end - start))) / (top - bottom)
+        return clip + (1 - 2 * clip) * falling
+
+    def time(value):
+        falling = (jax.nn.sigmoid(value) - clip) / (1 - 2 * clip)
+        level = jnp.clip(top - falling * (top - bottom), bottom, top)
+        return jnp.clip((jnp.log(level) - jnp.log1p(-level) - start) / (end - start), 0, 1)
+
+    return Schedule(
+        lambda t: jnp.sqrt(signal(t)),
+        lambda t: jnp.sqrt(1 - signal(t)),
+        lambda t: jnp.log(signal(t)) - jnp.log1p(-signal(t)),
+        time,
+    )
+
+
+def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
+    """Constant signal, noise growing geometrically (Song et al. 2021, equation 31)."""
+    low, ratio = math.log(sigma_min), math.log(sigma_max / sigma_min)
+    return Schedule(
+        jnp.ones_like,
+        lambda t: jnp.exp(low + ratio * t),
+        lambda t: -2 * (low + ratio * t),
+        lambda value: jnp.clip((-value / 2 - low) / ratio, 0, 1),
+    )
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """Constant signal, the rho-th root of the noise linear in time (Karras et al. 2022, eq. 5)."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def log_sigma(t):
+        return rho * jnp.log(low + t * (high - low))
+
+    return Schedule(
+        jnp.ones_like,
+        lambda t: jnp.exp(log_sigma(t)),
+        lambda t: -2 * log_sigma(t),
+        lambda value: jnp.clip((jnp.exp(-value / 2 / rho) - low) / (high - low), 0, 1),
+    )
+
+
+def linear_flow() -> Schedule:
+    """The straight path x_t = (1 - t) x_0 + t epsilon (Lipman et al. 2023, Liu et al. 2023)."""
+    return Schedule(
+        lambda t: 1 - t,
+        lambda t: t * jnp.ones_like(t),
+        lambda t: 2 * (jnp.log1p(-t) - jnp.log(t)),
+        lambda value: jax.nn.sigmoid(-value / 2),
+    )
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """Shifts and scales alpha so that alpha(1) = 0 and alpha(0) stays (Lin et al. 2024, alg. 1).
+
+    Raises:
+      ValueError: a schedule that does not preserve the variance has no such rescaling.
+    """
+    first, last, noise = (
+        float(f(jnp.float32(t)))
+        for f, t in ((schedule.alpha, 0), (schedule.alpha, 1), (schedule.sigma, 0))
+    )
+    variance = float(schedule.sigma(jnp.float32(1))) ** 2 + last**2
+    if abs(variance - 1) > 1e-3:
+        raise ValueError(
+            f"zero terminal SNR is for schedules that preserve the variance; this one ends at "
+            f"{variance:.4g}"
+        )
+
+    def alpha(t):
+        at_end = t >= 1  # exactly, whatever rounding leaves
+        return jnp.where(at_end, 0.0, (schedule.alpha(t) - last) * (first / (first - last)))
+
+    def variance_of_noise(t):
+        # 1 - alpha^2 without the cancellation: 1 - alpha = sigma^2 / (1 + alpha), before and after.
+        missing = jnp.square(schedule.sigma(t)) / (1 + schedule.alpha(t))
+        gap = (first * missing - last * noise**2 / (1 + first)) / (first - last)
+        return gap * (1 + alpha(t))
+
+    def log_snr(t):
+        return 2 * jnp.log(alpha(t)) - jnp.log(variance_of_noise(t))
+
+    return Schedule(alpha, lambda t: jnp.sqrt(variance_of_noise(t)), log_snr, inverse(log_snr))
+
+
+def discrete(schedule: Schedule, num_times: int) -> Schedule:
+    """The same schedule, of which only the times i / num_times, i = 1 .. num_times, are used."""
+    return schedule._replace(num_times=num_times)
+
+
+def snap(schedule: Schedule, t: jax.Array) -> jax.Array:
+    """The time of a discrete schedule that is not before t; t itself in continuous time."""
+    if not schedule.num_times:
+        return t
+    index = jnp.clip(jnp.ceil(t * schedule.num_times), 1, schedule.num_times)
+    return index / schedule.num_times
+
+
+# A learned schedule (Kingma et al. 2021): gamma, minus the log-SNR, is a monotone function of time.
+
+
+def learned(gamma: Function) -> Schedule:
+    """The variance-preserving schedule of an increasing function gamma(t) = -log-SNR."""
+    return variance_preserving(lambda t: -gamma(t))
+
+
+def init_monotone_gamma(rng: jax.Array, width: int = 1024) -> dict[str, Any]:
+    """Parameters of `monotone_gamma`, which is nearly linear at first."""
+    keys = jax.random.split(rng, 2)
+    hidden = jnp.log(jnp.expm1(jnp.full((width,), 1.0 / width)))  # softplus gives 1 / width
+    return {
+        "linear": jnp.log(jnp.expm1(jnp.float32(1.0))),
+        "scale": jax.random.uniform(keys[0], (width,), jnp.float32, -1, 1),
+        "shift": jax.random.uniform(keys[1], (width,), jnp.float32, -4, 4),
+        "hidden": hidden - 4,
+    }
+
+
+def monotone_gamma(
+    params: dict[str, Any], t: jax.Array, gamma_min: float, gamma_max: float
+) -> jax.Array:
+    """An increasing function of t with gamma(0) = gamma_min and gamma(1) = gamma_max exactly.
+
+    A line plus sigmoids, all with positive weights, then mapped to the end points (Kingma et al.
+    2021, appendix H, whose monotone network this simplifies to one hidden layer).
+    """
+
+    def raw(t):
+        slopes = jax.nn.softplus(params["scale"]) * 4
+        bends = jax.nn.sigmoid(slopes * (8 * t[..., None] - 4) + params["shift"])
+        return jax.nn.softplus(params["linear"]) * t + bends @ jax.nn.softplus(params["hidden"])
+
+    t = jnp.asarray(t)
+    start, end = raw(jnp.zeros((), t.dtype)), raw(jnp.ones((), t.dtype))
+    unit = (raw(t) - start) / (end - start)
+    return gamma_min + (gamma_max - gamma_min) * unit
+
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "vp_linear": vp_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "ve": ve,
+    "edm": edm,
+    "flow": linear_flow,
+}
+
+
+def time_table(schedule: Schedule) -> np.ndarray:
+    """The times of a discrete schedule, increasing."""
+    return np.arange(1, schedule.num_times + 1) / schedule.num_times

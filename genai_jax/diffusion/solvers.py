@@ -1,0 +1,204 @@
+"""Solvers of the reverse process: from noise to data, or back, along given times.
+
+A solver is three pure functions. `prepare` turns schedule and times into the coefficients of all
+steps at once, arrays [steps, ...]; `begin` makes the carry, whose first element is the state x and
+whose others are a multistep method's history; `advance` makes one step. `solve` scans over them, so
+that a step costs its network evaluations and one pass over x.
+
+`denoise(x, t)` gives the expected data x0 for x [batch, ...] and times t [batch].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.diffusion import multistep, stochastic
+from genai_jax.diffusion.schedule import Schedule
+from genai_jax.diffusion.steps import Interval, eps_of, intervals, step_noise
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Solver(NamedTuple):
+    """See the module; `evaluations` of the network in one step."""
+
+    prepare: Callable[..., Any]  # (schedule, times, **options) -> coefficients
+    advance: Callable[..., tuple]  # (denoise, carry, coefficients, key) -> carry
+    evaluations: int = 1
+    begin: Callable[[jax.Array], tuple] = lambda x: (x,)
+
+
+def solve(
+    name: str,
+    denoise: Denoise,
+    schedule: Schedule,
+    x: jax.Array,
+    times: jax.Array,
+    key: jax.Array,
+    *,
+    return_path: bool = False,
+    **options: float,
+) -> Any:
+    """Follows `times` [steps + 1] from x [batch, ...] at times[0]; decreasing times give data.
+
+    Args:
+      name: one of `SOLVERS`.
+      denoise: the model, guided or not.
+      schedule: of the noise.
+      x: state at times[0].
+      times: decreasing, or for a deterministic solver also increasing.
+      key: of the noise; a deterministic solver ignores it.
+      return_path: whether to return all states as well.
+      **options: of the solver: ddim `eta`; heun `s_churn`, `s_min`, `s_max`, `s_noise`;
+        predictor_corrector and langevin `snr`; langevin `corrections`.
+
+    Returns:
+      The state at times[-1]; with `return_path` also the states at all times [steps + 1, batch, ...].
+    """
+    solver = SOLVERS[name]
+    times = times.astype(x.dtype)
+    coefficients = solver.prepare(schedule, times, **options)
+    rows = x.shape[0]
+    at = lambda x, t: denoise(x, jnp.broadcast_to(t, (rows,)))
+
+    def body(carry, inputs):
+        carry = solver.advance(at, carry, *inputs)
+        return carry, carry[0] if return_path else None
+
+    count = jax.tree.leaves(coefficients)[0].shape[0]
+    keys = jax.random.split(key, count)
+    carry, path = jax.lax.scan(body, solver.begin(x), (coefficients, keys))
+    if not return_path:
+        return carry[0]
+    # A method that takes its first step twice has one state too many.
+    return carry[0], jnp.concatenate([x[None], path[-(times.shape[0] - 1) :]])
+
+
+# Ancestral sampling, and its deterministic relative.
+
+
+def _ddpm(denoise, carry, step: Interval, key):
+    """The posterior q(x_next | x, x0_hat) (Ho et al. 2020, equation 7; in the general form of
+    Kingma et al. 2021, equation 25)."""
+    (x,) = carry
+    x0 = denoise(x, step.t)
+    ratio = step.alpha / step.alpha_next  # alpha of the step from next to now
+    shrunk = jnp.square(step.sigma_next / step.sigma)
+    added = jnp.square(step.sigma) - jnp.square(ratio * step.sigma_next)
+    mean = ratio * shrunk * x + step.alpha_next * (1 - jnp.square(ratio) * shrunk) * x0
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    return (mean + jnp.sqrt(jnp.maximum(added * shrunk, 0)) * noise,)
+
+
+def _prepare_ddim(schedule, times, eta: float = 0.0):
+    return intervals(schedule, times), jnp.full(times.shape[0] - 1, eta, times.dtype)
+
+
+def _ddim(denoise, carry, coefficients, key):
+    """Song et al. 2021 (DDIM), equation 12: eta 0 is deterministic, 1 is ancestral sampling."""
+    (x,) = carry
+    step, eta = coefficients
+    x0 = denoise(x, step.t)
+    deviation = eta * step_noise(step)
+    kept = jnp.sqrt(jnp.maximum(jnp.square(step.sigma_next) - jnp.square(deviation), 0))
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    return (step.alpha_next * x0 + kept * eps_of(x, x0, step) + deviation * noise,)
+
+
+# Runge-Kutta methods on the probability-flow ODE.
+
+
+class Slopes(NamedTuple):
+    """dx / du = a x0 + b epsilon, now and next, and the size of the step in u."""
+
+    size: jax.Array
+    a: jax.Array
+    b: jax.Array
+    a_next: jax.Array
+    b_next: jax.Array
+
+
+def slopes(schedule: Schedule, step: Interval) -> Slopes:
+    """The ODE in u = t; where the signal is constant in u = sigma, as Karras et al. 2022 take it."""
+    derivative = lambda f, t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
+    a, a_next = derivative(schedule.alpha, step.t), derivative(schedule.alpha, step.t_next)
+    b, b_next = derivative(schedule.sigma, step.t), derivative(schedule.sigma, step.t_next)
+    constant = (a == 0) & (a_next == 0)
+    size = jnp.where(constant, step.sigma_next - step.sigma, step.t_next - step.t)
+    one = jnp.ones_like(b)
+    return Slopes(size, a, jnp.where(constant, one, b), a_next, jnp.where(constant, one, b_next))
+
+
+def _prepare_euler(schedule, times):
+    step = intervals(schedule, times)
+    return step, slopes(schedule, step)
+
+
+def _euler(denoise, carry, coefficients, key):
+    del key
+    (x,) = carry
+    step, slope = coefficients
+    x0 = denoise(x, step.t)
+    return (x + slope.size * (slope.a * x0 + slope.b * eps_of(x, x0, step)),)
+
+
+class Churn(NamedTuple):
+    """What raises x to the noise level at which a step begins: x * scale + deviation * noise."""
+
+    scale: jax.Array
+    deviation: jax.Array
+
+
+def _prepare_heun(
+    schedule, times, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = float("inf"),
+    s_noise: float = 1.0,
+):  # fmt: skip
+    """Coefficients of steps that begin at a raised noise level (Karras et al. 2022, algorithm 2)."""
+    step = intervals(schedule, times)
+    level = step.sigma / step.alpha
+    raised = min(s_churn / (times.shape[0] - 1), 2**0.5 - 1)
+    gamma = jnp.where((level >= s_min) & (level <= s_max), raised, 0.0)
+    if s_churn:
+        up = schedule.time(schedule.log_snr(step.t) - 2 * jnp.log1p(gamma))
+        up = jnp.where((gamma > 0) & jnp.isfinite(level), up, step.t)
+    else:
+        up = step.t
+    alpha, sigma = schedule.alpha(up), schedule.sigma(up)
+    scale = jnp.where(step.alpha > 0, alpha / step.alpha, 1.0)
+    added = jnp.maximum(jnp.square(sigma) - jnp.square(scale * step.sigma), 0)
+    churn = Churn(scale, s_noise * jnp.sqrt(added))
+    step = step._replace(t=up, alpha=alpha, sigma=sigma)
+    return step, slopes(schedule, step), churn
+
+
+def _heun(denoise, carry, coefficients, key):
+    """A trapezoidal step; an Euler step where the second slope is at no noise at all."""
+    (x,) = carry
+    step, slope, churn = coefficients
+    x = churn.scale * x + churn.deviation * jax.random.normal(key, x.shape, x.dtype)
+    x0 = denoise(x, step.t)
+    first = slope.a * x0 + slope.b * eps_of(x, x0, step)
+    predicted = x + slope.size * first
+    x0 = denoise(predicted, step.t_next)
+    usable = step.sigma_next > 0
+    sigma = jnp.where(usable, step.sigma_next, 1.0)
+    second = slope.a_next * x0 + slope.b_next * (predicted - step.alpha_next * x0) / sigma
+    return (jnp.where(usable, x + slope.size * (first + second) / 2, predicted),)
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddpm": Solver(intervals, _ddpm),
+    "ddim": Solver(_prepare_ddim, _ddim),
+    "euler": Solver(_prepare_euler, _euler),
+    "heun": Solver(_prepare_heun, _heun, 2),
+    "dpmpp_2m": Solver(multistep.prepare_2m, multistep.advance_2m, 1, multistep.begin_2m),
+    "dpmpp_3m": Solver(multistep.prepare_3m, multistep.advance_3m, 1, multistep.begin_3m),
+    "unipc": Solver(multistep.prepare_unipc, multistep.advance_unipc, 1, multistep.begin_unipc),
+    "euler_maruyama": Solver(stochastic.prepare_sde, stochastic.advance_sde),
+    "predictor_corrector": Solver(stochastic.prepare_corrector, stochastic.advance_corrector, 2),
+    "langevin": Solver(
+        stochastic.prepare_langevin, stochastic.advance_langevin, stochastic.CORRECTIONS
+    ),
+}
