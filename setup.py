@@ -22,6 +22,8 @@ setup(
         "chex>=0.1.90",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "scikit-learn>=1.4",
+        "pillow>=10",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "tqdm>=4.66",

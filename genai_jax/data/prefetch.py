@@ -1,26 +1,37 @@
 """Makes batches ahead in a thread. Apart from the loader, so that its flags do not import Grain."""
 
 import weakref
+from typing import Protocol
 
 import grain
 
-from genai_jax.data.packing import Batch, Packer
+from genai_jax.data.packing import Batch
+
+
+class Maker(Protocol):
+    """What makes batches: a packer of text, a shuffler of images."""
+
+    def next_batch(self) -> Batch | None: ...
+
+    def get_state(self) -> dict: ...
+
+    def set_state(self, state: dict) -> None: ...
 
 
 class BatchIterator:
-    """The batches of a packer, some of them made ahead.
+    """The batches of a maker, some of them made ahead.
 
     Grain keeps the state of every batch beside it, so `get_state` is that of the last batch handed
     out, whatever the thread has made since.
 
     Args:
-      packer: makes the batches; belongs to the iterator from here on.
+      maker: makes the batches; belongs to the iterator from here on.
       buffer_size: how many batches to make ahead; 0 for none, and no thread.
     """
 
-    def __init__(self, packer: Packer, buffer_size: int):
+    def __init__(self, maker: Maker, buffer_size: int):
         dataset = grain.experimental.ThreadPrefetchIterDataset(
-            _Packed(packer), prefetch_buffer_size=buffer_size
+            _Made(maker), prefetch_buffer_size=buffer_size
         )
         self._inner = [iter(dataset)]
         # Grain's own clean-up fails when it runs as late as the end of the interpreter.
@@ -55,28 +66,28 @@ def _close(inner: list[grain.DatasetIterator]) -> None:
     inner.clear()
 
 
-class _Packed(grain.IterDataset):
-    def __init__(self, packer: Packer):
+class _Made(grain.IterDataset):
+    def __init__(self, maker: Maker):
         super().__init__()
-        self._packer = packer
+        self._maker = maker
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackedIterator(self._packer)
+        return _MadeIterator(self._maker)
 
 
-class _PackedIterator(grain.DatasetIterator):
-    def __init__(self, packer: Packer):
+class _MadeIterator(grain.DatasetIterator):
+    def __init__(self, maker: Maker):
         super().__init__()
-        self._packer = packer
+        self._maker = maker
 
     def __next__(self) -> Batch:
-        batch = self._packer.next_batch()
+        batch = self._maker.next_batch()
         if batch is None:
             raise StopIteration
         return batch
 
     def get_state(self) -> dict:
-        return self._packer.get_state()
+        return self._maker.get_state()
 
     def set_state(self, state: dict) -> None:
-        self._packer.set_state(state)
+        self._maker.set_state(state)

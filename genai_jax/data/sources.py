@@ -74,7 +74,7 @@ def open_source(config, split: str) -> Source:
     else:
         from genai_jax.data import tfds_source
 
-        return tfds_source.open_tfds(config, split, embedded=sorted(EMBEDDED))
+        return tfds_source.open_tfds(config, split, embedded=[*sorted(EMBEDDED), "text:PATH"])
     held_out = hold_out(documents, config.validation_percent)
     chosen = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
     if not chosen:

@@ -15,7 +15,7 @@ from typing import Any
 from genai_jax.config import ConfigError
 from genai_jax.data.shuffle import permuted
 
-_VALIDATION_NAMES = ("validation", "valid", "test")
+VALIDATION_NAMES = ("validation", "valid", "test")
 
 
 class TfdsSource:
@@ -42,10 +42,9 @@ class TfdsSource:
         self._strict = config.tokenizer != "bytes"
         self._info = builder.info.splits[tfds_split]
         self._part = part
-        total = len(self._examples)
-        held_out = max(1, total * config.validation_percent // 100) if total > 1 else 0
-        self._start = held_out if part == "train" else 0
-        self._stop = held_out if part == "validation" else total
+        self._start, self._stop = held_out_range(
+            len(self._examples), config.validation_percent, part
+        )
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -71,20 +70,26 @@ class TfdsSource:
         return hashlib.sha256(json.dumps(facts, default=int).encode()).hexdigest()
 
 
+def held_out_range(total: int, percent: int, part: str | None) -> tuple[int, int]:
+    """Which of `total` examples, once shuffled, belong to a part; all of them without one."""
+    held_out = max(1, total * percent // 100) if total > 1 else 0
+    return (held_out if part == "train" else 0, held_out if part == "validation" else total)
+
+
 def open_tfds(config, split: str, *, embedded: list[str]) -> TfdsSource:
     """Opens `split` ("train" or "validation") of the TFDS data set ``config.dataset``.
 
     Raises:
       ConfigError: an unknown name, data that cannot be prepared, no text under ``config.text_key``.
     """
-    builder = _prepared_builder(config, embedded)
+    builder = prepared_builder(config, embedded)
     splits = list(builder.info.splits)
     features = builder.info.features
     if config.text_key not in features:
         raise ConfigError(
             f"--data.text_key={config.text_key}: {config.dataset} has {', '.join(sorted(features))}"
         )
-    own = [name for name in _VALIDATION_NAMES if name in splits]
+    own = [name for name in VALIDATION_NAMES if name in splits]
     if split == "validation" and own:
         return _open(config, builder, own[0])
     if "train" not in splits:
@@ -96,13 +101,13 @@ def _open(config, builder: Any, tfds_split: str, part: str | None = None) -> Tfd
     try:
         source = TfdsSource(config, builder, tfds_split, part)
     except (NotImplementedError, ValueError, OSError) as error:
-        raise ConfigError(f"cannot read {config.dataset}: {_reason(error)}") from None
+        raise ConfigError(f"cannot read {config.dataset}: {reason(error)}") from None
     if not len(source):
         raise ConfigError(f"{source.name} has no examples")
     return source
 
 
-def _prepared_builder(config, embedded: list[str]) -> Any:
+def prepared_builder(config, embedded: list[str]) -> Any:
     import tensorflow_datasets as tfds
 
     where = config.data_dir or "~/tensorflow_datasets"
@@ -111,17 +116,17 @@ def _prepared_builder(config, embedded: list[str]) -> Any:
     except tfds.core.registered.DatasetNotFoundError as error:
         raise ConfigError(_unknown(config.dataset, where, embedded, str(error))) from None
     except Exception as error:  # builders raise what they like; each is about the name or the data
-        reason = _reason(error)
-        if reason.startswith("Parsing builder name string"):
-            reason = "this is no TFDS name (name[/config][:version])"
-        raise ConfigError(f"cannot open data set {config.dataset!r}: {reason}") from None
+        problem = reason(error)
+        if problem.startswith("Parsing builder name string"):
+            problem = "this is no TFDS name (name[/config][:version])"
+        raise ConfigError(f"cannot open data set {config.dataset!r}: {problem}") from None
     try:
         if not builder.is_prepared():
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for what a command answers
                 builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise ConfigError(
-            f"{config.dataset} is not prepared in {where} and cannot be: {_reason(error)}"
+            f"{config.dataset} is not prepared in {where} and cannot be: {reason(error)}"
         ) from None
     return builder
 
@@ -131,11 +136,11 @@ def _unknown(name: str, where: str, embedded: list[str], message: str) -> str:
     near = difflib.get_close_matches(name.partition("/")[0], known, n=3)
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
     return (
-        f"unknown data set {name!r}{hint}: it is none of {', '.join(embedded)}, text:PATH, a TFDS "
+        f"unknown data set {name!r}{hint}: it is none of {', '.join(embedded)}, a TFDS "
         f"name, or data prepared in {where} (--data.data_dir)"
     )
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{' '.join(lines)[:300]} ({type(error).__name__})" if lines else type(error).__name__
