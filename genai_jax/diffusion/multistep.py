@@ -65,7 +65,7 @@ def _linear(h, h_before, constant, first):
 
 
 def prepare_2m(schedule, times):
-    """Lu et al. 2022, algorithm 2, where int exp(u - h) u du is taken as h / 2 int exp(u - h) du."""
+    """Lu et al. 2022, algorithm 2: int exp(u - h) u du is taken as h / 2 int exp(u - h) du."""
     step, ratio, constant, h = _base(schedule, times)
     return Weights(step.t, ratio, _linear(h, _before(h), constant, constant * h / 2))
 

@@ -55,7 +55,7 @@ def solve(
         predictor_corrector and langevin `snr`; langevin `corrections`.
 
     Returns:
-      The state at times[-1]; with `return_path` also the states at all times [steps + 1, batch, ...].
+      The state at times[-1]; with `return_path` also those at all times [steps + 1, batch, ...].
     """
     solver = SOLVERS[name]
     times = times.astype(x.dtype)
@@ -121,7 +121,7 @@ class Slopes(NamedTuple):
 
 
 def slopes(schedule: Schedule, step: Interval) -> Slopes:
-    """The ODE in u = t; where the signal is constant in u = sigma, as Karras et al. 2022 take it."""
+    """The ODE in u = t; where the signal is constant, in u = sigma (Karras et al. 2022)."""
     derivative = lambda f, t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
     a, a_next = derivative(schedule.alpha, step.t), derivative(schedule.alpha, step.t_next)
     b, b_next = derivative(schedule.sigma, step.t), derivative(schedule.sigma, step.t_next)
@@ -155,7 +155,7 @@ def _prepare_heun(
     schedule, times, s_churn: float = 0.0, s_min: float = 0.0, s_max: float = float("inf"),
     s_noise: float = 1.0,
 ):  # fmt: skip
-    """Coefficients of steps that begin at a raised noise level (Karras et al. 2022, algorithm 2)."""
+    """Steps that begin at a raised noise level (Karras et al. 2022, algorithm 2)."""
     step = intervals(schedule, times)
     level = step.sigma / step.alpha
     raised = min(s_churn / (times.shape[0] - 1), 2**0.5 - 1)

@@ -35,25 +35,27 @@ def _length_is_sharded() -> bool:
 
 
 class Dense(nn.Module):
-    """A linear map from the last `len(shape_in)` axes to `shape_out`."""
+    """A linear map from the last `num_in` axes to `shape_out`."""
 
     shape_out: Sequence[int]
     num_in: int = 1
     use_bias: bool = False
-    init_scale: float = 1.0  # variance of the kernel, times fan-in
+    init_scale: float = 1.0  # variance of the kernel, times fan-in; 0 starts it at zero
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.num_in :], *self.shape_out)
         axes = range(len(shape))
-        init = nn.initializers.variance_scaling(
-            self.init_scale,
-            "fan_in",
-            "truncated_normal",
-            in_axis=tuple(axes[: self.num_in]),
-            out_axis=tuple(axes[self.num_in :]),
-        )
+        init = nn.initializers.zeros
+        if self.init_scale:
+            init = nn.initializers.variance_scaling(
+                self.init_scale,
+                "fan_in",
+                "truncated_normal",
+                in_axis=tuple(axes[: self.num_in]),
+                out_axis=tuple(axes[self.num_in :]),
+            )
         kernel = self.param("kernel", init, shape, jnp.float32)
         y = contract(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
         if self.use_bias:

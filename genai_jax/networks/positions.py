@@ -32,6 +32,36 @@ def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) ->
     return Rotation(jnp.concatenate([cos, cos], -2), jnp.concatenate([-sin, sin], -2))
 
 
+def axial_rotation(shape: tuple[int, ...], head_dim: int, *, theta: float = 100.0) -> Rotation:
+    """The rotary angles of the points of a grid, [1, points, 1, 2, head_dim / 2].
+
+    Each axis of the grid turns an equal share of the pairs of channels; what is left over is not
+    turned.
+    """
+    half = head_dim // 2
+    share = half // len(shape)
+    frequencies = theta ** (-np.arange(share, dtype=np.float32) / max(share, 1))
+    grid = np.stack([x.ravel() for x in np.indices(shape)], 1).astype(np.float32)
+    angles = (grid[:, :, None] * frequencies).reshape(len(grid), -1)
+    angles = np.pad(angles, ((0, 0), (0, half - angles.shape[1])))[None, :, None, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(jnp.concatenate([cos, cos], -2), jnp.concatenate([-sin, sin], -2))
+
+
+def axial_sinusoidal(shape: tuple[int, ...], dim: int) -> np.ndarray:
+    """Sines and cosines of the coordinates of a grid, [points, dim]: an equal share for each axis.
+
+    The two-dimensional case is that of Dosovitskiy et al. 2021 in the fixed form of Peebles and Xie
+    2023.
+    """
+    share = dim // len(shape) // 2
+    frequencies = 10_000.0 ** (-np.arange(share, dtype=np.float32) / max(share, 1))
+    grid = np.stack([x.ravel() for x in np.indices(shape)], 1).astype(np.float32)
+    angles = grid[:, :, None] * frequencies
+    encoding = np.concatenate([np.sin(angles), np.cos(angles)], -1).reshape(len(grid), -1)
+    return np.pad(encoding, ((0, 0), (0, dim - encoding.shape[1])))
+
+
 def rotary(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates pairs of channels of queries or keys, [batch, length, heads, head_dim], in float32.
 

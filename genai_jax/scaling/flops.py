@@ -1,5 +1,9 @@
 """Model FLOPs, counted from a network's own shapes."""
 
+import math
+
+import jax
+
 from genai_jax.networks.transformer import TransformerConfig
 
 
@@ -34,3 +38,40 @@ CONVENTION = (
     "6 x matmul parameters (head counted, input embedding not) x tokens + causal attention "
     "halved; as if one document filled each row; no rematerialization"
 )
+
+
+def count_flops(function, *shapes) -> int:
+    """FLOPs of the matmuls and convolutions of `function`, from its jaxpr: 2 a multiply-add.
+
+    Loops are counted as often as they run, both sides of a branch as the dearer one. Every product
+    counts, also those with padding and above a causal diagonal.
+
+    Raises:
+      ValueError: a loop of unknown length.
+    """
+    return _jaxpr_flops(jax.make_jaxpr(function)(*shapes).jaxpr)
+
+
+def _jaxpr_flops(jaxpr) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (left, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * equation.outvars[0].aval.size * math.prod(shape[i] for i in left)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * equation.outvars[0].aval.size * math.prod(kernel) // out_features
+    if name == "while":
+        if _jaxpr_flops(params["body_jaxpr"].jaxpr):
+            raise ValueError("a while loop with matmuls runs an unknown number of times")
+        return 0
+    if name == "cond":
+        return max(_jaxpr_flops(branch.jaxpr) for branch in params["branches"])
+    inner = [p for p in params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
+    total = sum(_jaxpr_flops(getattr(p, "jaxpr", p)) for p in inner[:1])
+    return total * params["length"] if name == "scan" else total
