@@ -1,7 +1,7 @@
 """The 8x8 handwritten digits that come with scikit-learn: real data without a download.
 
-1,797 images of 17 grey levels: the test part of "Optical Recognition of Handwritten Digits" (Alpaydin
-and Kaynak 1998).
+1,797 images of 17 grey levels: the test part of "Optical Recognition of Handwritten Digits"
+(Alpaydin and Kaynak 1998).
 """
 
 import functools

@@ -19,8 +19,8 @@ def coefficients(
 
     Args:
       target: "x0"; "eps"; "v" = (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2) (Salimans and Ho
-        2022 where the variance is preserved); "score" = -eps / sigma; "velocity" = dx_t / dt; "edm",
-        the raw output of the network in the preconditioning of Karras et al. 2022, table 1.
+        2022 where the variance is preserved); "score" = -eps / sigma; "velocity" = dx_t / dt;
+        "edm", the output of the network in the preconditioning of Karras et al. 2022, table 1.
       schedule: of the noise.
       t: times.
       sigma_data: standard deviation of the data, for "edm".

@@ -107,6 +107,7 @@ class Level(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.blocks_per_level,
+            unroll=self.config.blocks_per_level,
         )
         return blocks(self.dtype, name="blocks")(x)[0]
 

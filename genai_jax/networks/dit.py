@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Two streams, image and text, each with weights of its own, in one attention (Esser et al. 2024).
+    """Two streams, image and text, with weights of their own in one attention (Esser et al. 2024).
 
     The tokens of the image are [batch, 1, space, dim], those of the text [batch, length, dim].
     """

@@ -1,9 +1,9 @@
 """Quantization of vectors: learned codebooks, residual stacks of them, and a fixed grid.
 
-A codebook is not trained by gradients: each code follows an exponential moving average of the vectors
-that were nearest to it (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019). It starts by
-k-means on the first batch, and a code that is hardly used starts anew at a vector of the batch
-(Zeghidour et al. 2021, section III-C). All sums go over the whole batch, however it is sharded.
+A codebook is not trained by gradients: each code follows an exponential moving average of the
+vectors that were nearest to it (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019). It
+starts by k-means on the first batch, and a code that is hardly used starts anew at a vector of the
+batch (Zeghidour et al. 2021, section III-C). Sums go over the whole batch, however it is sharded.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Quantized(NamedTuple):
 
     vectors: jax.Array  # [..., dim]; their gradient passes straight through to the input
     codes: jax.Array  # [..., codebooks], int32
-    commitment: jax.Array  # mean squared distance of the input to its codes, summed over codebooks
+    commitment: jax.Array  # [...], mean squared distance to the codes, summed over codebooks
 
 
 def init_codebooks(codebooks: int, codes: int, dim: int) -> Codebooks:
@@ -122,7 +122,7 @@ def _through(books, z, begin, follow=lambda book, x, chosen, index: book):
         book = begin(book, x, index)
         chosen = nearest(x, book.vectors)
         vectors = book.vectors[chosen].reshape(z.shape)
-        distance = jnp.mean(jnp.square(left - vectors))
+        distance = jnp.mean(jnp.square(left - vectors), -1)
         book = follow(book, x, chosen, index)
         return (left - vectors, total + vectors), (book, chosen.reshape(z.shape[:-1]), distance)
 
@@ -130,7 +130,7 @@ def _through(books, z, begin, follow=lambda book, x, chosen, index: book):
     indices = jnp.arange(books.started.size)
     start = (z.astype(jnp.float32), jnp.zeros(z.shape))
     (_, total), (books, codes, distances) = jax.lax.scan(stage, start, (books, indices))
-    quantized = straight_through(z, total), jnp.moveaxis(codes, 0, -1), jnp.sum(distances)
+    quantized = straight_through(z, total), jnp.moveaxis(codes, 0, -1), jnp.sum(distances, 0)
     return Quantized(*quantized), books
 
 
@@ -209,7 +209,7 @@ def finite_scalar(z: jax.Array, levels: Sequence[int]) -> Quantized:
     half = count // 2
     places = jnp.array([math.prod(levels[:i]) for i in range(len(levels))], jnp.int32)
     codes = jnp.sum((whole + half).astype(jnp.int32) * places, -1, keepdims=True)
-    return Quantized(whole / half, codes, jnp.float32(0))
+    return Quantized(whole / half, codes, jnp.zeros(z.shape[:-1]))
 
 
 def to_grid(z: jax.Array, levels: Sequence[int]) -> jax.Array:
@@ -219,12 +219,19 @@ def to_grid(z: jax.Array, levels: Sequence[int]) -> jax.Array:
     return jnp.clip(jnp.round(z * half), -half, count - 1 - half) / half
 
 
-def code_counts(codes: jax.Array, size: int) -> jax.Array:
-    """How often each code occurs: int [..., codebooks] -> float32 [codebooks, size]."""
+def code_counts(codes: jax.Array, size: int, weights: jax.Array | None = None) -> jax.Array:
+    """How often each code occurs, [codebooks, size].
+
+    Args:
+      codes: int [batch, ..., codebooks].
+      size: codes in a codebook.
+      weights: [batch], what an occurrence counts; 1 if None.
+    """
     books = codes.shape[-1]
-    shifted = codes + size * jnp.arange(books)
-    counts = jnp.bincount(shifted.ravel(), length=books * size)
-    return counts.reshape(books, size).astype(jnp.float32)
+    weights = jnp.ones(codes.shape[0]) if weights is None else weights
+    weights = jnp.broadcast_to(weights.reshape(-1, *(1,) * (codes.ndim - 1)), codes.shape)
+    places = codes + size * jnp.arange(books)
+    return jnp.zeros(books * size).at[places].add(weights).reshape(books, size)
 
 
 def usage(counts: jax.Array) -> dict[str, jax.Array]:

@@ -1,5 +1,13 @@
 """The families. Each is one class; its name here is what ``--task`` takes."""
 
+from genai_jax.tasks.autoencoder import Autoencoder
+from genai_jax.tasks.diffusion import Diffusion
+from genai_jax.tasks.image_classifier import ImageClassifier
 from genai_jax.tasks.language_model import LanguageModel
 
-TASKS = {"language_model": LanguageModel}
+TASKS = {
+    "language_model": LanguageModel,
+    "diffusion": Diffusion,
+    "autoencoder": Autoencoder,
+    "image_classifier": ImageClassifier,
+}

@@ -1,0 +1,144 @@
+"""Arrays of levels to files that people look at, and back."""
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+
+GRID_PIXELS = 1024  # a grid is scaled up while it stays within this
+GAP = 1  # pixels between pictures, before scaling
+BACKGROUND = 90
+
+
+def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
+    """Values 0 .. levels - 1 to 0 .. 255."""
+    if levels == 256:
+        return images
+    return np.round(images.astype(np.float32) * (255 / (levels - 1))).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Images [n, height, width, channels], uint8, side by side: [height, width, 3].
+
+    Small ones are enlarged by a whole factor.
+    """
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full(
+        (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), BACKGROUND, np.uint8
+    )
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + GAP) + GAP, (i % columns) * (width + GAP) + GAP
+        sheet[y : y + height, x : x + width] = image  # one channel fills all three
+    factor = max(1, GRID_PIXELS // max(sheet.shape[:2]))
+    return sheet.repeat(factor, 0).repeat(factor, 1)
+
+
+def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
+    """Writes [height, width, 3], uint8."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(path, format="PNG")
+
+
+def write_gif(path: pathlib.Path, videos: np.ndarray, columns: int | None = None) -> None:
+    """Writes videos [n, time, height, width, channels], uint8, side by side, repeating."""
+    from PIL import Image
+
+    frames = [Image.fromarray(grid(videos[:, i], columns)) for i in range(videos.shape[1])]
+    frames[0].save(
+        path, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
+    )
+
+
+def write_signals(
+    path: pathlib.Path, signals: np.ndarray, levels: int, columns: int | None = None
+) -> None:
+    """Plots signals [n, length, channels] in small panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(signals)
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(2 * columns, 1.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for panel, signal in zip(panels.flat, signals, strict=False):
+        panel.plot(signal.astype(np.float32) * (2 / (levels - 1)) - 1, linewidth=0.9)
+        panel.set_ylim(-1.05, 1.05)
+    figure.savefig(path, dpi=100, format="png")
+
+
+def write_examples(
+    path: pathlib.Path, examples: np.ndarray, levels: int, columns: int | None = None
+) -> None:
+    """Writes examples [n, *space, channels] as their number of axes of space asks."""
+    if examples.ndim == 3:
+        write_signals(path, examples, levels, columns)
+    elif examples.ndim == 4:
+        write_png(path, grid(to_bytes(examples, levels), columns))
+    else:
+        write_gif(path, to_bytes(examples, levels), columns)
+
+
+def writers(
+    examples: np.ndarray, levels: int, strip: np.ndarray | None = None, columns: int | None = None
+) -> dict[str, Callable[[pathlib.Path], None]]:
+    """Suffix of the file -> what writes it; for `genai_jax.requests.Files`.
+
+    Args:
+      examples: [n, *space, channels] in levels.
+      levels: values are 0 .. levels - 1.
+      strip: [rows, columns, *space, channels], the way to some of the examples.
+      columns: of the grid.
+    """
+    kind = ".gif" if examples.ndim == 5 else ".png"
+    write = lambda examples, columns: functools.partial(
+        write_examples, examples=examples, levels=levels, columns=columns
+    )
+    found = {kind: write(examples, columns)}
+    if strip is not None:
+        flat = strip.reshape(-1, *strip.shape[2:])
+        found[f"_strip{kind}"] = write(flat, strip.shape[1])
+    return found
+
+
+def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> np.ndarray:
+    """An image file as levels, uint8 of `shape` (height, width, channels).
+
+    Raises:
+      ConfigError: no such image, another size, or other channels than `shape` has.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if len(shape) != 3:
+        raise ConfigError(f"--{flag} is for images, and this model's examples have shape {shape}")
+    height, width, channels = shape
+    try:
+        with Image.open(path) as file:
+            file.load()
+            bands = len(file.getbands())
+            picture = file.convert("RGB") if file.mode == "P" else file.copy()
+    except (OSError, UnidentifiedImageError) as error:
+        reason = getattr(error, "strerror", None) or "it is no image"
+        raise ConfigError(f"cannot read --{flag}={path}: {reason}") from None
+    bands = 3 if picture.mode == "RGB" else bands
+    if flag == "mask":
+        picture, bands = picture.convert("L"), 1
+    if (picture.height, picture.width, bands) != (height, width, channels):
+        raise ConfigError(
+            f"--{flag}={path} is {picture.height}x{picture.width} with {bands} channel(s); this "
+            f"model's images are {height}x{width} with {channels}"
+        )
+    values = np.asarray(picture).reshape(shape)
+    if levels == 256:
+        return values
+    return np.round(values.astype(np.float32) * ((levels - 1) / 255)).astype(np.uint8)
