@@ -188,11 +188,16 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     Raises:
       ValueError: a schedule that does not preserve the variance has no such rescaling.
     """
-    first, last, noise = (
-        float(f(jnp.float32(t)))
-        for f, t in ((schedule.alpha, 0), (schedule.alpha, 1), (schedule.sigma, 0))
-    )
-    variance = float(schedule.sigma(jnp.float32(1))) ** 2 + last**2
+    with jax.ensure_compile_time_eval():
+        first, last, noise, variance = (
+            float(f(jnp.float32(t)))
+            for f, t in (
+                (schedule.alpha, 0),
+                (schedule.alpha, 1),
+                (schedule.sigma, 0),
+                (lambda t: schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1),
+            )
+        )
     if abs(variance - 1) > 1e-3:
         raise ValueError(
             f"zero terminal SNR is for schedules that preserve the variance; this one ends at "

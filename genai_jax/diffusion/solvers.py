@@ -107,6 +107,13 @@ def _ddim(denoise, carry, coefficients, key):
     return (step.alpha_next * x0 + kept * eps_of(x, x0, step) + deviation * noise,)
 
 
+def _renoise(denoise, carry, step: Interval, key):
+    """All noise is drawn anew in every step: Song et al. 2023 (consistency models), algorithm 1."""
+    (x,) = carry
+    noise = jax.random.normal(key, x.shape, x.dtype)
+    return (step.alpha_next * denoise(x, step.t) + step.sigma_next * noise,)
+
+
 # Runge-Kutta methods on the probability-flow ODE.
 
 
@@ -191,6 +198,7 @@ def _heun(denoise, carry, coefficients, key):
 SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(intervals, _ddpm),
     "ddim": Solver(_prepare_ddim, _ddim),
+    "consistency": Solver(intervals, _renoise),
     "euler": Solver(_prepare_euler, _euler),
     "heun": Solver(_prepare_heun, _heun, 2),
     "dpmpp_2m": Solver(multistep.prepare_2m, multistep.advance_2m, 1, multistep.begin_2m),

@@ -1,7 +1,7 @@
 """Convolutional autoencoders of signals, images and video (as in Rombach et al. 2022, appendix G).
 
-The size in space halves from level to level; time is never strided. The blocks of a level are equal
-and one compiled block is looped over. What happens between encoder and decoder is not decided here.
+The size in space halves from level to level; time is never strided. The blocks of a level are
+equal, so that they can be looped over. What happens between the two halves is not decided here.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ class AutoencoderConfig:
     blocks_per_level: int = field(1, "residual blocks of a level, each way", minimum=1)
     attention: bool = field(False, "attend at the lowest level")
     head_dim: int = field(32, "width of an attention head", minimum=1)
+    scan_blocks: bool = field(False, "one compiled block a level looped over: not for CPUs")
     remat: bool = field(False, "recompute the blocks in the backward pass, to save memory")
 
     def __post_init__(self):
@@ -94,7 +95,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one level: parameters stacked on a leading axis [blocks, ...]."""
+    """The blocks of one level: parameters stacked on a leading axis [blocks, ...] if several."""
 
     config: AutoencoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -102,12 +103,15 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
+        length = self.config.blocks_per_level
+        if length == 1:  # XLA's convolutions on CPU are slow in a loop, even in one that runs once
+            return block(self.dtype, name="block")(x)[0]
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.config.blocks_per_level,
-            unroll=self.config.blocks_per_level,
+            length=length,
+            unroll=1 if self.config.scan_blocks else length,
         )
         return blocks(self.dtype, name="blocks")(x)[0]
 
@@ -233,7 +237,8 @@ _BLOCK = (
 # axes in front as there are of space, and of blocks.
 PARTITION_RULES = (
     (r"level_\d+/.*kernel", (..., "embed", "mlp")),
-    (r"level_\d+/.*(scale|bias)", ("layers", "embed")),
+    (r"level_\d+/blocks/.*(scale|bias)", ("layers", "embed")),
+    (r"level_\d+/block/.*(scale|bias)", ("embed",)),
     *((f"middle/.*{pattern}", axes) for pattern, axes in _BLOCK),
     (r"(down|up)_\d+/kernel", (..., "embed", "mlp")),
     (r"(down|up)_\d+/bias", ("embed",)),

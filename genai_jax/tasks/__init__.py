@@ -2,12 +2,14 @@
 
 from genai_jax.tasks.autoencoder import Autoencoder
 from genai_jax.tasks.diffusion import Diffusion
+from genai_jax.tasks.few_step import FewStep
 from genai_jax.tasks.image_classifier import ImageClassifier
 from genai_jax.tasks.language_model import LanguageModel
 
 TASKS = {
     "language_model": LanguageModel,
     "diffusion": Diffusion,
+    "few_step": FewStep,
     "autoencoder": Autoencoder,
     "image_classifier": ImageClassifier,
 }

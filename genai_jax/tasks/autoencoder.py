@@ -148,16 +148,18 @@ class Autoencoder(ImageTask):
         if bottleneck.codes is not None:
             metrics |= usage(code_counts(bottleneck.codes, self.codec.code_count))
         if self.adversarial:
-            fool = lambda: self._fooling(params, x, hidden, bottleneck)
-            fooling, scale = jax.lax.cond(begun, fool, lambda: (jnp.zeros(()), jnp.zeros(())))
-            loss += self.weights.discriminator_weight * scale * fooling
+            fooling, scale = self._fooling(params, x, hidden, bottleneck)
+            loss += begun * self.weights.discriminator_weight * scale * fooling
             metrics |= {"adversarial": fooling, "adversarial_scale": scale}
         return loss, (metrics, {**mutables, "calls": mutables["calls"] + 1})
 
     def _begun(self, mutables) -> jax.Array:
-        """Whether the discriminator counts; the counter also counts microbatches."""
+        """1 once the discriminator counts, else 0; the counter also counts microbatches.
+
+        A branch would save its work before the start, but convolutions in one are slow on CPU.
+        """
         steps = mutables["calls"] // self.config.train.accumulate
-        return steps >= self.weights.discriminator_start
+        return (steps >= self.weights.discriminator_start).astype(jnp.float32)
 
     def _terms(self, params, x, y, bottleneck: Bottleneck) -> dict[str, jax.Array]:
         """What the loss is made of, and the common measures of an error, each [batch]."""
@@ -213,15 +215,11 @@ class Autoencoder(ImageTask):
     def _discriminator_loss(self, params, mutables, batch, rng):
         x, group = self.scaled(batch["image"]), params["autoencoder"]
 
-        def judged():
-            bottleneck, _ = self.codec.bottleneck(group, mutables, x, rng)
-            y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
-            real, fake = self._verdict(params, x), self._verdict(params, y)
-            return hinge_loss(real, fake), jnp.mean(real), jnp.mean(fake)
-
-        idle = lambda: (jnp.zeros(()),) * 3
-        loss, real, fake = jax.lax.cond(self._begun(mutables), judged, idle)
-        return loss, ({"real": real, "fake": fake}, mutables)
+        bottleneck, _ = self.codec.bottleneck(group, mutables, x, rng)
+        y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
+        real, fake = self._verdict(params, x), self._verdict(params, y)
+        metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
+        return self._begun(mutables) * hinge_loss(real, fake), (metrics, mutables)
 
     # Scores and draws.
 

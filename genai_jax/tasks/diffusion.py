@@ -31,6 +31,7 @@ NETWORKS = {
     "dit": (Dit, DitConfig, dit.PARTITION_RULES),
 }
 OBJECTIVES = ("denoising", "bound", "flow_matching")
+BOUNDED = ("cosine", "sigmoid", "learned")
 CONDITIONS = ("none", "class", "text")
 
 
@@ -130,6 +131,18 @@ class Diffusion(ImageTask):
                 "--diffusion.schedule=learned needs --diffusion.objective=bound: other losses do "
                 "not say which schedule is better"
             )
+        if config.zero_terminal_snr and config.schedule not in ("vp_linear", "cosine", "sigmoid"):
+            raise ConfigError(
+                f"--diffusion.zero_terminal_snr does not apply to --diffusion.schedule="
+                f"{config.schedule}, but to vp_linear, cosine, sigmoid"
+            )
+        if config.objective == "bound" and (
+            config.zero_terminal_snr or config.schedule not in BOUNDED
+        ):
+            raise ConfigError(
+                "--diffusion.objective=bound needs a schedule that preserves the variance and has "
+                f"a finite log-SNR at both ends: one of {', '.join(BOUNDED)}, not rescaled"
+            )
         if config.objective == "bound" and config.autoencoder:
             raise ConfigError("--diffusion.objective=bound is of pixels, not of latents")
 
@@ -199,14 +212,14 @@ class Diffusion(ImageTask):
 
         return predict
 
-    def denoiser(self, params: dict, condition: Condition, group="model"):
+    def denoiser(self, params: dict, condition: Condition, group="model", rngs=None):
         """(x_t, t) -> the expected x0."""
         config = self.config.diffusion
         schedule = self.schedule(params)
-        predict = self.predictor(params, condition, group=group)
+        predict = self.predictor(params, condition, rngs, group)
 
-        def denoise(x, t):
-            output = predict(x, t)
+        def denoise(x, t, step_size=None):
+            output = predict(x, t, step_size)
             return convert(
                 output, config.parameterization, "x0", x, schedule, t, sigma_data=config.sigma_data
             )
@@ -288,6 +301,14 @@ class Diffusion(ImageTask):
             config.time_distribution, rng, count, schedule, mean=config.time_mean,
             std=config.time_std, low_discrepancy=config.low_discrepancy,
         )  # fmt: skip
+
+    def check_sampler(self, sampler: SamplerConfig):
+        """Raises `ConfigError` if this model cannot be drawn from so."""
+
+    def sampling_denoiser(self, params: dict, condition: Condition, steps: int):
+        """The denoiser for a solver of so many steps."""
+        del steps
+        return self.denoiser(params, condition)
 
     # Scores and draws.
 

@@ -184,6 +184,7 @@ class Drawer:
                 f"--steps={sampler.steps} is more than the {config.num_times} times of this "
                 "model's schedule (--diffusion.num_times)"
             )
+        self.task.check_sampler(sampler)
 
     def draw(
         self, key, count, condition, *, start=1.0, image=None, mask=None, strip=False
@@ -236,15 +237,15 @@ class Drawer:
     def _guided(self, params, weak, condition):
         """The denoiser of the whole model: guided, within the interval, rescaled."""
         task, sampler = self.task, self.sampler
-        plain = task.denoiser(params, condition)
+        plain = task.sampling_denoiser(params, condition, sampler.steps)
         if sampler.guidance == 1:
             return plain
         if self.weak_task:
-            other = self.weak_task.denoiser(weak, condition)
+            other = self.weak_task.sampling_denoiser(weak, condition, sampler.steps)
             guided = guidance.autoguidance(plain, other, sampler.guidance)
         else:
             null = task.null_condition(jax.tree.leaves(condition)[0].shape[0])
-            unconditional = task.denoiser(params, null)
+            unconditional = task.sampling_denoiser(params, null, sampler.steps)
             guided = guidance.classifier_free(plain, unconditional, sampler.guidance)
         if sampler.guidance_rescale:
             guided = guidance.rescaled(guided, plain, sampler.guidance_rescale)
