@@ -116,12 +116,20 @@ def consistency_loss(
 
 
 def shortcut_loss(
-    predict: Callable, x0: jax.Array, t: jax.Array, key: jax.Array, *, finest: int, bootstrap: int
+    predict: Callable,
+    predict_last: Callable,
+    x0: jax.Array,
+    t: jax.Array,
+    key: jax.Array,
+    *,
+    finest: int,
+    bootstrap: int,
 ) -> jax.Array:
     """Flow matching, and for a share of the batch: one step equals two of half its size, [batch].
 
     Args:
       predict: (x, t, step_size [batch]) -> velocity dx / dt on the straight path.
+      predict_last: the same for the last `bootstrap` examples alone.
       x0: data [batch, ...].
       t: times of the flow-matching examples [batch].
       key: of noise and step sizes.
@@ -142,7 +150,7 @@ def shortcut_loss(
     target = (
         (noise - x0)
         .at[rows - bootstrap :]
-        .set(_two_half_steps(predict, x[rows - bootstrap :], t_start, doubled / 2, finest))
+        .set(_two_half_steps(predict_last, x[rows - bootstrap :], t_start, doubled / 2, finest))
     )
     step_size = jnp.zeros(rows, x0.dtype).at[rows - bootstrap :].set(doubled)
     return mean_square(predict(x, t, step_size) - jax.lax.stop_gradient(target))

@@ -236,15 +236,15 @@ _BLOCK = (
 # Parameter path -> logical axes. The first pattern found in the path decides; kernels have as many
 # axes in front as there are of space, and of blocks.
 PARTITION_RULES = (
-    (r"level_\d+/.*kernel", (..., "embed", "mlp")),
+    (r"level_\d+/.*kernel", (..., None, "features")),
     (r"level_\d+/blocks/.*(scale|bias)", ("layers", "embed")),
     (r"level_\d+/block/.*(scale|bias)", ("embed",)),
     *((f"middle/.*{pattern}", axes) for pattern, axes in _BLOCK),
-    (r"(down|up)_\d+/kernel", (..., "embed", "mlp")),
+    (r"(down|up)_\d+/kernel", (..., None, "features")),
     (r"(down|up)_\d+/bias", ("embed",)),
-    (r"conv_in/kernel", (..., None, "mlp")),
+    (r"conv_in/kernel", (..., None, "features")),
     (r"conv_in/bias", ("embed",)),
-    (r"(encoder/conv_out|last)/kernel", (..., "embed", None)),
+    (r"(encoder/conv_out|last)/kernel", (..., None, None)),
     (r"(encoder/conv_out|last)/bias", (None,)),
     (r"norm_out/(scale|bias)", ("embed",)),
 )

@@ -85,8 +85,8 @@ def _extent(x: jax.Array) -> jax.Array:
 
 # Parameter path -> logical axes; kernels have as many axes in front as there are of space.
 PARTITION_RULES = (
-    (r"conv_in/kernel", (..., None, "mlp")),
-    (r"(down_\d+|conv_[ab])/kernel", (..., "embed", "mlp")),
+    (r"conv_in/kernel", (..., None, "features")),
+    (r"(down_\d+|conv_[ab])/kernel", (..., None, "features")),
     (r"features/kernel", ("embed", None)),
     (r"label_\d+/kernel", (None, None)),
     (r"/(scale|bias)", (None,)),

@@ -39,6 +39,7 @@ class ConditionEmbedding(nn.Module):
       label_sizes: number of values of each attribute; empty if there are no labels.
       vocab_size: of the text; 0 if there is none.
       text_layers: blocks of the text encoder.
+      text_heads: attention heads of the text encoder; they divide `dim`.
       uses_step_size: whether the size of a solver's step is given as well.
     """
 
@@ -46,6 +47,7 @@ class ConditionEmbedding(nn.Module):
     label_sizes: tuple[int, ...] = ()
     vocab_size: int = 0
     text_layers: int = 2
+    text_heads: int = 1
     uses_step_size: bool = False
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
@@ -67,9 +69,16 @@ class ConditionEmbedding(nn.Module):
         text = None
         if self.vocab_size:
             text, mean = TextEncoder(
-                self.vocab_size, self.dim, self.text_layers, self.backend, self.dtype, name="text"
+                self.vocab_size,
+                self.dim,
+                self.text_layers,
+                self.text_heads,
+                self.backend,
+                self.dtype,
+                name="text",
             )(condition.tokens, condition.token_mask)
             vector += mean
+        vector = nn.with_logical_constraint(vector, ("batch", "activation_embed"))
         return Embedded(vector, text, condition.token_mask)
 
 
@@ -95,6 +104,7 @@ class TextEncoder(nn.Module):
     vocab_size: int
     dim: int
     num_layers: int
+    num_heads: int
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
@@ -112,7 +122,9 @@ class TextEncoder(nn.Module):
                 in_axes=nn.broadcast,
                 length=self.num_layers,
             )
-            x, _ = blocks(self.num_layers, self.backend, self.dtype, name="blocks")(x, mask)
+            x, _ = blocks(self.num_layers, self.num_heads, self.backend, self.dtype, name="blocks")(
+                x, mask
+            )
         x = Norm(dtype=self.dtype, name="norm")(x)
         weights = mask.astype(jnp.float32)[..., None]
         total = jnp.sum(x.astype(jnp.float32) * weights, 1)
@@ -124,15 +136,13 @@ class TextBlock(nn.Module):
     """Attention and MLP on a residual stream."""
 
     num_layers: int
+    num_heads: int
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, mask):
-        dim = x.shape[-1]
-        heads = max(1, dim // 64)
-        while dim % heads:
-            heads -= 1
+        dim, heads = x.shape[-1], self.num_heads
         scale = 1 / (2 * self.num_layers)
         attend = Attention(
             heads, dim // heads, out_scale=scale, backend=self.backend, dtype=self.dtype,

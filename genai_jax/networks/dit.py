@@ -49,6 +49,9 @@ class DitConfig:
         return self.embed_dim // self.num_heads
 
 
+TOKEN_AXES = ("batch", None, "length", "activation_embed")  # [batch, time, space, dim]
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm without parameters, then scale and shift of each example [batch, dim]."""
     y = x.astype(jnp.float32)
@@ -72,9 +75,12 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, vector: jax.Array) -> list[jax.Array]:
         out = Dense(
-            (self.count * self.dim,), use_bias=True, init_scale=0.0, dtype=self.dtype, name="dense"
+            (self.count, self.dim), use_bias=True, init_scale=0.0, dtype=self.dtype, name="dense"
         )(nn.silu(vector))
-        return jnp.split(out.astype(jnp.float32), self.count, -1)
+        out = nn.with_logical_constraint(
+            out.astype(jnp.float32), ("batch", None, "activation_embed")
+        )
+        return [out[:, i] for i in range(self.count)]
 
 
 class Block(nn.Module):
@@ -117,7 +123,7 @@ class Block(nn.Module):
             x = x + dropout(gated(in_time[2], update))
         mlp = Mlp(c.mlp_dim or 4 * dim, "gelu", True, 1.0, self.dtype, name="mlp")
         x = x + dropout(gated(mlp_gate, mlp(modulate(x, mlp_shift, mlp_scale))))
-        return (x, None), None
+        return (nn.with_logical_constraint(x, TOKEN_AXES), None), None
 
 
 class JointBlock(nn.Module):
@@ -158,7 +164,8 @@ class JointBlock(nn.Module):
             x = x + dropout(gated(gate, update))
             mlp = Mlp(c.mlp_dim or 4 * dim, "gelu", True, 1.0, self.dtype, name=f"{name}_mlp")
             streams[name] = x + dropout(gated(mlp_gate, mlp(modulate(x, mlp_shift, mlp_scale))))
-        return (streams["image"][:, None], streams["text"]), None
+        image = nn.with_logical_constraint(streams["image"][:, None], TOKEN_AXES)
+        return (image, streams["text"]), None
 
 
 class Dit(nn.Module):
@@ -204,8 +211,8 @@ class Dit(nn.Module):
         c = self.config
         tokens, grid, frames = patches(x, c.patch_size)
         embedded = ConditionEmbedding(
-            c.embed_dim, self.label_sizes, self.vocab_size, c.text_layers, self.uses_step_size,
-            self.backend, self.dtype, name="condition",
+            c.embed_dim, self.label_sizes, self.vocab_size, c.text_layers, c.num_heads,
+            self.uses_step_size, self.backend, self.dtype, name="condition",
         )(noise, condition, step_size)  # fmt: skip
         joint = self.vocab_size > 0 and c.text_mode == "joint"
         if joint and frames > 1:
@@ -219,7 +226,7 @@ class Dit(nn.Module):
             if frames > 1:
                 in_time = axial_sinusoidal((frames,), c.embed_dim)[:, None]
                 h = h + in_time.astype(self.dtype)
-        h = nn.with_logical_constraint(h, ("batch", None, "length", "activation_embed"))
+        h = nn.with_logical_constraint(h, TOKEN_AXES)
         text = embedded.text
         (h, _), _ = self._blocks(JointBlock if joint else Block)(
             (h, text if joint else None), embedded.vector, None if joint else text,
@@ -289,16 +296,16 @@ _BLOCK = (
     (r"attention_out/kernel", ("heads", "head_dim", "embed")),
     (r"attention_out/bias", ("embed",)),
     *conditioning.MLP_RULES,
-    (r"modulation/dense/kernel", ("embed", "mlp")),
-    (r"modulation/dense/bias", ("mlp",)),
+    (r"modulation/dense/kernel", ("embed", None, "mlp")),
+    (r"modulation/dense/bias", (None, "mlp")),
 )
 
 # Parameter path -> logical axes. The first pattern found in the path decides.
 PARTITION_RULES = (
     *((f"condition/{path}", axes) for path, axes in conditioning.PARTITION_RULES),
     *attention.stacked("blocks/", _BLOCK),
-    (r"final_modulation/dense/kernel", ("embed", "mlp")),
-    (r"final_modulation/dense/bias", ("mlp",)),
+    (r"final_modulation/dense/kernel", ("embed", None, "mlp")),
+    (r"final_modulation/dense/bias", (None, "mlp")),
     (r"patch_embed/kernel", (None, "embed")),
     (r"patch_embed/bias", ("embed",)),
     (r"patch_out/kernel", ("embed", None)),

@@ -44,9 +44,9 @@ class PatchDiscriminator(nn.Module):
 
 # Parameter path -> logical axes. The first pattern found in the path decides.
 PARTITION_RULES = (
-    (r"conv_0/kernel", (..., None, "mlp")),
-    (r"conv_\d+/kernel", (..., "embed", "mlp")),
-    (r"conv_out/kernel", (..., "embed", None)),
+    (r"conv_0/kernel", (..., None, "features")),
+    (r"conv_\d+/kernel", (..., None, "features")),
+    (r"conv_out/kernel", (..., None, None)),
     (r"conv_out/bias", (None,)),
     (r"(conv|norm)_\d+/(bias|scale)", ("embed",)),
 )

@@ -81,13 +81,10 @@ class Block(nn.Module):
         c = self.config
         h = nn.silu(GroupNorm(dtype=self.dtype, name="norm_in")(x))
         h = Conv(self.channels, kernel_size(x.ndim - 2), dtype=self.dtype, name="conv_in")(h)
-        scale, shift = jnp.split(
-            Dense((2 * self.channels,), use_bias=True, dtype=self.dtype, name="modulation")(
-                nn.silu(vector)
-            ).astype(jnp.float32),
-            2,
-            -1,
-        )
+        modulation = Dense((2, self.channels), use_bias=True, dtype=self.dtype, name="modulation")(
+            nn.silu(vector)
+        ).astype(jnp.float32)
+        scale, shift = modulation[:, 0], modulation[:, 1]
         wide = lambda a: a.reshape(a.shape[0], *(1,) * (x.ndim - 2), -1)
         h = GroupNorm(affine=False, name="norm_out")(h)
         h = nn.silu(h * (1 + wide(scale)) + wide(shift)).astype(self.dtype)
@@ -184,8 +181,13 @@ class Unet(nn.Module):
         space = x.shape[1:-1]
         steps = _strides(len(space))
         check_size(space, len(c.level_channels))
+        embed_dim = c.embed_dim or 4 * c.channels
+        if self.vocab_size and embed_dim % c.head_dim:
+            raise ValueError(
+                f"--unet.head_dim={c.head_dim} does not divide the embedding of {embed_dim}"
+            )
         embedded = ConditionEmbedding(
-            c.embed_dim or 4 * c.channels, self.label_sizes, self.vocab_size, c.text_layers,
+            embed_dim, self.label_sizes, self.vocab_size, c.text_layers, embed_dim // c.head_dim,
             self.uses_step_size, self.backend, self.dtype, name="condition",
         )(noise, condition, step_size)  # fmt: skip
         kernel = kernel_size(len(space))
@@ -260,8 +262,8 @@ def check_size(space: tuple[int, ...], levels: int):
 
 _BLOCK = (
     *attention.PARTITION_RULES,
-    (r"modulation/kernel", ("embed", "mlp")),
-    (r"modulation/bias", ("mlp",)),
+    (r"modulation/kernel", ("embed", None, "mlp")),
+    (r"modulation/bias", (None, "mlp")),
     (r"frame_embedding", (None, "embed")),
     (r"(conv_\w+|shortcut)/bias", ("embed",)),
     (r"norm\w*/(scale|bias)", ("embed",)),
@@ -272,15 +274,15 @@ _KERNELS = r"(conv_\w+|shortcut|down_\d+|up_\d+)/kernel"
 # axes in front as there are of space, and of blocks.
 PARTITION_RULES = (
     *((f"condition/{path}", axes) for path, axes in conditioning.PARTITION_RULES),
-    (f"(encoder|decoder)_.*{_KERNELS}", (..., "embed", "mlp")),
-    (f"middle_.*{_KERNELS}", (..., "embed", "mlp")),
+    (f"(encoder|decoder)_.*{_KERNELS}", (..., None, "features")),
+    (f"middle_.*{_KERNELS}", (..., None, "features")),
     *attention.stacked(r"(encoder|decoder)_\d+/", _BLOCK),
     *((f"middle_.*{path}", axes) for path, axes in _BLOCK),
-    (r"(down|up)_\d+/kernel", (..., "embed", "mlp")),
+    (r"(down|up)_\d+/kernel", (..., None, "features")),
     (r"(down|up)_\d+/bias", ("embed",)),
-    (r"conv_in/kernel", (..., None, "mlp")),
+    (r"conv_in/kernel", (..., None, "features")),
     (r"conv_in/bias", ("embed",)),
-    (r"conv_out/kernel", (..., "embed", None)),
+    (r"conv_out/kernel", (..., None, None)),
     (r"conv_out/bias", (None,)),
     (r"norm_out/(scale|bias)", ("embed",)),
 )

@@ -275,9 +275,11 @@ class Autoencoder(ImageTask):
 
         @jax.jit
         def reconstruct(params, mutables, image):
-            return self.decode(params, mutables, self.encode(params, mutables, self.scaled(image)))
+            z = self.encode(params, mutables, self.scaled(image))
+            x = self.decode(params, mutables, z)
+            return jnp.round((x + 1) * ((levels - 1) / 2)).astype(jnp.uint8)
 
-        made = media.to_levels(np.asarray(reconstruct(params, mutables, originals)), levels)
+        made = np.asarray(reconstruct(params, mutables, originals))
         pairs = np.concatenate([originals, made], -2)
         return Files("reconstructions", media.writers(pairs, levels))
 

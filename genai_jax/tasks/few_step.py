@@ -123,10 +123,11 @@ class FewStep(Diffusion):
         time_key, key = jax.random.split(rng)
         t = self._times(time_key, x0.shape[0], schedule)
         if self.method == "shortcut":
-            predict = self.predictor(params, condition, rngs)
             count = round(few.bootstrap * x0.shape[0])
+            last = jax.tree.map(lambda x: x[x0.shape[0] - count :], condition)
+            predict, predict_last = (self.predictor(params, c, rngs) for c in (condition, last))
             return few_step.shortcut_loss(
-                predict, x0, t, key, finest=few.finest, bootstrap=count
+                predict, predict_last, x0, t, key, finest=few.finest, bootstrap=count
             ), {}
         student = self.denoiser(params, condition, rngs=rngs)
         teacher = self._guided_teacher(params, condition) if self.teacher else None

@@ -145,10 +145,13 @@ def _map_axes(function, axes):
     return jax.tree.map(function, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+_BIASES = (["heads", "head_dim"], ["kv_heads", "head_dim"], [None, "mlp"])
+
+
 def _is_matrix(axes: tuple) -> bool:
-    """Not a scale nor a bias: those have one axis, or a head's two."""
+    """Not a scale nor a bias: those have one axis, or a head's two, or one for each modulation."""
     inner = [a for a in axes if a not in _BATCH_AXES]
-    return len(inner) >= 2 and inner not in (["heads", "head_dim"], ["kv_heads", "head_dim"])
+    return len(inner) >= 2 and inner not in _BIASES
 
 
 def _is_dimension(x) -> bool:

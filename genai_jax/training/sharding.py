@@ -24,6 +24,9 @@ LOGICAL_AXES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    # Of a convolution only the output is split: XLA's partitioner gets the gradient of a strided
+    # convolution wrong when both sides of its kernel are (jax 0.10.2, 2 x 2 x 2 devices).
+    "features": ("fsdp", "tensor"),
     "experts": ("expert",),
     "stage": ("stage",),
 }
