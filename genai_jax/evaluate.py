@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     with mesh_context(model.mesh):
         scores = task.score(model.params, model.mutables, batches, request)
-    result = {"step": model.step, "ema": request.ema, "split": "validation", **scores}
+    result = {"step": model.step, "ema": model.ema, "split": "validation", **scores}
     print(json.dumps(result))
     return 0
 

@@ -17,7 +17,7 @@ class SampleRequest:
     workdir: str = field("", "folder of the run")
     checkpoint_step: int | None = field(None, "step to draw from; the newest if unset", minimum=0)
     ema: str | None = field(
-        None, "average to draw from: a decay that the run kept, or width:W; none if unset"
+        None, "average to draw from: one that the run kept, width:W, or none; --ema.use if unset"
     )
     seed: int = field(0, "of the draws", minimum=0)
     output: str = field("", "file to write")
@@ -28,7 +28,7 @@ class EvaluateRequest:
     workdir: str = field("", "folder of the run")
     checkpoint_step: int | None = field(None, "step to score; the newest if unset", minimum=0)
     ema: str | None = field(
-        None, "average to score: a decay that the run kept, or width:W; none if unset"
+        None, "average to score: one that the run kept, width:W, or none; --ema.use if unset"
     )
     seed: int = field(0, "of what is random in the scores", minimum=0)
     batches: int = field(-1, "held-out batches; -1: all", minimum=-1)

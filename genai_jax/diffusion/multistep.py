@@ -19,6 +19,9 @@ import jax.numpy as jnp
 from genai_jax.diffusion.schedule import Schedule
 from genai_jax.diffusion.steps import half_log_snr_steps, intervals
 
+# Of a step over the one before it: beyond, extrapolation does more harm than good.
+MOST_GROWTH = 3.0
+
 
 class Weights(NamedTuple):
     """x_next = ratio x + sum of newest[i] x0_hat[i], newest first; each [steps]."""
@@ -57,7 +60,7 @@ def _or_lower(weights: tuple, lower: tuple) -> tuple:
 def _linear(h, h_before, constant, first):
     """Weights of a line through the two newest estimates."""
     slope = first / h_before
-    known = jnp.isfinite(h_before) & jnp.isfinite(h)
+    known = jnp.isfinite(h_before) & jnp.isfinite(h) & (h / h_before < MOST_GROWTH)
     return _or_lower(
         (jnp.where(known, constant + slope, jnp.nan), jnp.where(known, -slope, jnp.nan)),
         (constant,),
@@ -97,6 +100,7 @@ def prepare_3m(schedule, times):
     bend = (second + h1 * first) / (h1 + h2)
     parabola = (constant + first / h1 + bend / h1, -first / h1 - bend / h1 - bend / h2, bend / h2)
     usable = jnp.isfinite(h) & jnp.isfinite(h1) & jnp.isfinite(h2)
+    usable &= (h / h1 < MOST_GROWTH) & (h1 / h2 < MOST_GROWTH)
     parabola = tuple(jnp.where(usable, w, jnp.nan) for w in parabola)
     newest = _or_lower(parabola, _linear(h, h1, constant, first))
     twice = lambda x: jnp.concatenate([x[:1], x])
@@ -158,7 +162,7 @@ def prepare_unipc(schedule, times):
         constant - first / h - bend / h - bend / before,
         bend / before,
     )
-    usable = jnp.isfinite(h) & jnp.isfinite(before)
+    usable = jnp.isfinite(h) & jnp.isfinite(before) & (h / before < MOST_GROWTH)
     parabola = tuple(jnp.where(usable, w, jnp.nan) for w in parabola)
     corrector = (ratio, *_or_lower(parabola, line))
     # The corrector of a step runs at the beginning of the next one; the first has none behind it.

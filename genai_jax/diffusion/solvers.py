@@ -114,41 +114,20 @@ def _renoise(denoise, carry, step: Interval, key):
     return (step.alpha_next * denoise(x, step.t) + step.sigma_next * noise,)
 
 
-# Runge-Kutta methods on the probability-flow ODE.
+# Runge-Kutta methods on the probability-flow ODE dx = x0_hat d alpha + eps_hat d sigma. The
+# increments of alpha and sigma are exact, so that a steep end of a schedule costs nothing.
 
 
-class Slopes(NamedTuple):
-    """dx / du = a x0 + b epsilon, now and next, and the size of the step in u."""
-
-    size: jax.Array
-    a: jax.Array
-    b: jax.Array
-    a_next: jax.Array
-    b_next: jax.Array
-
-
-def slopes(schedule: Schedule, step: Interval) -> Slopes:
-    """The ODE in u = t; where the signal is constant, in u = sigma (Karras et al. 2022)."""
-    derivative = lambda f, t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
-    a, a_next = derivative(schedule.alpha, step.t), derivative(schedule.alpha, step.t_next)
-    b, b_next = derivative(schedule.sigma, step.t), derivative(schedule.sigma, step.t_next)
-    constant = (a == 0) & (a_next == 0)
-    size = jnp.where(constant, step.sigma_next - step.sigma, step.t_next - step.t)
-    one = jnp.ones_like(b)
-    return Slopes(size, a, jnp.where(constant, one, b), a_next, jnp.where(constant, one, b_next))
-
-
-def _prepare_euler(schedule, times):
-    step = intervals(schedule, times)
-    return step, slopes(schedule, step)
-
-
-def _euler(denoise, carry, coefficients, key):
+def _euler(denoise, carry, step: Interval, key):
+    """With exact increments Euler's method is deterministic DDIM, on every path."""
     del key
     (x,) = carry
-    step, slope = coefficients
     x0 = denoise(x, step.t)
-    return (x + slope.size * (slope.a * x0 + slope.b * eps_of(x, x0, step)),)
+    return (x + _increment(step, x0, eps_of(x, x0, step)),)
+
+
+def _increment(step: Interval, x0, eps):
+    return (step.alpha_next - step.alpha) * x0 + (step.sigma_next - step.sigma) * eps
 
 
 class Churn(NamedTuple):
@@ -176,30 +155,31 @@ def _prepare_heun(
     scale = jnp.where(step.alpha > 0, alpha / step.alpha, 1.0)
     added = jnp.maximum(jnp.square(sigma) - jnp.square(scale * step.sigma), 0)
     churn = Churn(scale, s_noise * jnp.sqrt(added))
-    step = step._replace(t=up, alpha=alpha, sigma=sigma)
-    return step, slopes(schedule, step), churn
+    return step._replace(t=up, alpha=alpha, sigma=sigma), churn
 
 
 def _heun(denoise, carry, coefficients, key):
-    """A trapezoidal step; an Euler step where the second slope is at no noise at all."""
+    """A trapezoidal step, an Euler step where it ends without noise; with a constant signal it is
+    that of Karras et al. 2022, algorithm 2."""
     (x,) = carry
-    step, slope, churn = coefficients
+    step, churn = coefficients
     x = churn.scale * x + churn.deviation * jax.random.normal(key, x.shape, x.dtype)
     x0 = denoise(x, step.t)
-    first = slope.a * x0 + slope.b * eps_of(x, x0, step)
-    predicted = x + slope.size * first
-    x0 = denoise(predicted, step.t_next)
+    eps = eps_of(x, x0, step)
+    predicted = x + _increment(step, x0, eps)
+    x0_next = denoise(predicted, step.t_next)
     usable = step.sigma_next > 0
     sigma = jnp.where(usable, step.sigma_next, 1.0)
-    second = slope.a_next * x0 + slope.b_next * (predicted - step.alpha_next * x0) / sigma
-    return (jnp.where(usable, x + slope.size * (first + second) / 2, predicted),)
+    eps_next = (predicted - step.alpha_next * x0_next) / sigma
+    corrected = x + _increment(step, (x0 + x0_next) / 2, (eps + eps_next) / 2)
+    return (jnp.where(usable, corrected, predicted),)
 
 
 SOLVERS: dict[str, Solver] = {
     "ddpm": Solver(intervals, _ddpm),
     "ddim": Solver(_prepare_ddim, _ddim),
     "consistency": Solver(intervals, _renoise),
-    "euler": Solver(_prepare_euler, _euler),
+    "euler": Solver(intervals, _euler),
     "heun": Solver(_prepare_heun, _heun, 2),
     "dpmpp_2m": Solver(multistep.prepare_2m, multistep.advance_2m, 1, multistep.begin_2m),
     "dpmpp_3m": Solver(multistep.prepare_3m, multistep.advance_3m, 1, multistep.begin_3m),

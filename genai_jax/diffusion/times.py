@@ -8,6 +8,7 @@ from jax.scipy.special import ndtri
 from genai_jax.diffusion.schedule import Schedule, snap
 
 SPACINGS = ("uniform", "quadratic", "log_snr", "rho")
+FARTHEST = 7.0  # |log(sigma / alpha)| within which a grid in noise levels keeps its steps
 FAR = 1e-5  # training stays this far from both ends, where a target may be infinite
 
 
@@ -118,6 +119,7 @@ def _in_noise(schedule, unit, start, end, rho):
     ends = jnp.asarray([start, end]) * 1.0
     exact, inside = schedule.log_snr(ends), schedule.log_snr(jnp.clip(ends, 1e-4, 1 - 1e-4))
     noise = -jnp.where(jnp.isfinite(exact), exact, inside) / 2  # log(sigma / alpha)
+    noise = jnp.clip(noise, -FARTHEST, FARTHEST)
     if rho:
         root = jnp.exp(noise / rho)
         levels = rho * jnp.log(root[0] + (root[1] - root[0]) * unit)

@@ -41,7 +41,7 @@ def read_fitting(workdir: str, flag: str, task: str, loader: Any) -> Config:
 
 def restore_to_host(task: Any, config: Config) -> tuple[dict, Any]:
     """(params, mutables) of a run as numpy arrays; its average where it kept one."""
-    average = next(iter(config.ema.decays()), None)
+    average = config.ema.use or next(iter(config.ema.averages()), None)
     restored = restore_model(task, config, ema=average)
     everywhere = NamedSharding(restored.mesh, PartitionSpec())
     gather = jax.jit(lambda x: x, out_shardings=everywhere)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.training.batches import DeviceBatches, to_devices
 from genai_jax.training.checkpoint import Checkpointer, first_line
+from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_loss
 from genai_jax.training.phase import Task
@@ -71,7 +72,7 @@ class Compiled(NamedTuple):
 
 def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
-    decays = config.ema.decays()
+    averages = config.ema.averages()
     batch = task.batch_shapes()
     rows = next(iter(batch.values())).shape[0]
     with mesh_context(mesh):
@@ -83,13 +84,13 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
         batch_in = batch_shardings(batch, task.batch_axes, mesh)
         check_mesh_is_used(mesh, [*jax.tree.leaves(shardings), *batch_in.values()])
         step = jax.jit(
-            make_step(phases, accumulate=config.train.accumulate, decays=decays),
+            make_step(phases, accumulate=config.train.accumulate, averages=averages),
             in_shardings=(shardings, batch_in),
             out_shardings=(shardings, None),
             donate_argnums=0,
             compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
         )
-        init = jax.jit(lambda rng: init_state(task, rng, decays), out_shardings=shardings)
+        init = jax.jit(lambda rng: init_state(task, rng, averages), out_shardings=shardings)
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
 
@@ -234,6 +235,8 @@ class Run:
             last = step == config.train.steps
             evaluates = config.eval.batches != 0 and (last or _due(step, config.eval.every))
             saves = last or _due(step, config.checkpoint.every)
+            if self.main and _due(step, config.ema.snapshot_every):
+                write_snapshot(self.workdir, step, state.ema)
             if not (evaluates or saves or self.stop.received):
                 continue
             row = self._report(*waiting, write=not evaluates)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.training.checkpoint import Checkpointer
+from genai_jax.training.ema_profiles import reconstruct
 from genai_jax.training.phase import Params, PyTree, Task
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context, state_shardings
 from genai_jax.training.step import init_state
@@ -17,9 +18,9 @@ from genai_jax.training.workdir import read_record
 
 def state_shapes(task: Task, config: Config, mesh: Mesh) -> Any:
     """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
-    decays = config.ema.decays()
+    averages = config.ema.averages()
     with mesh_context(mesh):
-        shapes = jax.eval_shape(lambda rng: init_state(task, rng, decays), jax.random.key(0))
+        shapes = jax.eval_shape(lambda rng: init_state(task, rng, averages), jax.random.key(0))
     shardings = state_shardings(shapes, task.partition_rules, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -33,6 +34,7 @@ class Restored(NamedTuple):
     params: Params
     mutables: PyTree
     mesh: Mesh
+    ema: str | None  # the average that `params` is, None for the parameters themselves
 
 
 def _mesh_here(config: Config) -> Mesh:
@@ -52,14 +54,24 @@ def restore_model(
 ) -> Restored:
     """Restores the parameters of a run, or an average of them, copied to this machine's devices.
 
+    Args:
+      task: of the run.
+      config: of the run.
+      step: of the checkpoint; the newest if None.
+      ema: an average that the run kept, "width:W" for the power-function profile of that relative
+        width out of its snapshots, "none" for the parameters; None for what ``--ema.use`` says.
+
     Raises:
       ConfigError: no such checkpoint or average, or data that the run was not trained on.
     """
     workdir = pathlib.Path(config.run.workdir)
     task.check_data(read_record(workdir).get("data", {}))
-    if ema is not None and ema not in config.ema.decays():
-        kept = ", ".join(config.ema.decays()) or "none"
-        raise ConfigError(f"--ema={ema} is not an average of this run; it kept: {kept}")
+    ema = ema or config.ema.use or "none"
+    kept = config.ema.averages()
+    if ema != "none" and ema not in kept and not ema.startswith("width:"):
+        raise ConfigError(
+            f"--ema={ema} is not an average of this run; it kept: {', '.join(kept) or 'none'}"
+        )
     mesh = _mesh_here(config)
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True)
     restored = checkpointer.restore(state_shapes(task, config, mesh), step)
@@ -67,4 +79,22 @@ def restore_model(
     if restored is None:
         raise ConfigError(f"no checkpoint in --workdir={workdir}: the run has not saved one yet")
     step, state, _, _ = restored
-    return Restored(step, state.ema[ema] if ema else state.params, state.mutables, mesh)
+    # Groups that are never trained have no average.
+    params = {**state.params, **_average(workdir, ema, step, state)}
+    return Restored(step, params, state.mutables, mesh, None if ema == "none" else ema)
+
+
+def _average(workdir: pathlib.Path, ema: str, step: int, state) -> Params:
+    if ema == "none":
+        return {}
+    if not ema.startswith("width:"):
+        return state.ema[ema]
+    try:
+        width = float(ema.removeprefix("width:"))
+    except ValueError:
+        raise ConfigError(f"--ema={ema} is not width:W with a number W") from None
+    like = next((values for name, values in state.ema.items() if name.startswith("width")), None)
+    if like is None:
+        raise ConfigError(f"--ema={ema} needs a run with --ema.relative_width and snapshots")
+    profile = reconstruct(workdir, width, step, like)
+    return jax.device_put(profile, jax.tree.map(lambda x: x.sharding, like))

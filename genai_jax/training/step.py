@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genai_jax.training.ema import init_ema, update_ema
+from genai_jax.training.ema import Average, init_ema, update_ema
 from genai_jax.training.phase import Batch, Params, Phase, PyTree, Task
 
 
@@ -21,11 +21,11 @@ class TrainState:
     params: Params
     mutables: PyTree
     opt_state: dict[str, Any]  # phase name -> optimizer state
-    ema: dict[str, Params]  # decay -> average
+    ema: dict[str, Params]  # name -> average
     rng: jax.Array  # base key; a step folds its number in
 
 
-def init_state(task: Task, rng: jax.Array, decays: dict[str, float]) -> TrainState:
+def init_state(task: Task, rng: jax.Array, averages: dict[str, Average]) -> TrainState:
     """A fresh state; meant to be traced, so that it is born sharded."""
     init_rng, step_rng = jax.random.split(rng)
     params, mutables = task.init(init_rng)
@@ -33,7 +33,7 @@ def init_state(task: Task, rng: jax.Array, decays: dict[str, float]) -> TrainSta
     opt_state = {
         phase.name: phase.optimizer.init({g: params[g] for g in phase.trains}) for phase in phases
     }
-    ema = init_ema(_trained(phases, params), decays)
+    ema = init_ema(_trained(phases, params), averages)
     return TrainState(jnp.int32(0), params, mutables, opt_state, ema, step_rng)
 
 
@@ -43,7 +43,7 @@ def _trained(phases: tuple[Phase, ...], params: Params) -> Params:
 
 
 def make_step(
-    phases: tuple[Phase, ...], *, accumulate: int = 1, decays: dict[str, float] | None = None
+    phases: tuple[Phase, ...], *, accumulate: int = 1, averages: dict[str, Average] | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The step as a function (state, batch) -> (state, metrics), to be jitted.
 
@@ -72,8 +72,9 @@ def make_step(
                 )
             prefix = f"{phase.name}/" if len(phases) > 1 else ""
             metrics.update({prefix + name: value for name, value in reported.items()})
-        ema = update_ema(state.ema, _trained(phases, state.params), decays or {})
-        return state.replace(step=state.step + 1, ema=ema), metrics
+        done = state.step + 1
+        ema = update_ema(state.ema, _trained(phases, state.params), averages or {}, done)
+        return state.replace(step=done, ema=ema), metrics
 
     return step
 

@@ -48,8 +48,8 @@ class Toy:
         return self._phases
 
 
-def begin(phases, params, mutables=(), decays=None):
-    return init_state(Toy(phases, params, mutables), jax.random.key(0), decays or {})
+def begin(phases, params, mutables=(), averages=None):
+    return init_state(Toy(phases, params, mutables), jax.random.key(0), averages or {})
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,16 @@ def test_randomness_differs_by_step_and_phase_and_repeats_by_seed():
 
 
 def test_averages_start_at_the_parameters_and_follow_the_closed_form():
-    decays = EmaConfig(decay="0.9,0.5").decays()
+    averages = EmaConfig(decay="0.9,0.5").averages()
     phases = (quadratic("a", "one"),)
-    state = begin(phases, {"one": 1.0}, 0, decays)
+    state = begin(phases, {"one": 1.0}, 0, averages)
     assert float(state.ema["0.9"]["one"]) == 1.0
-    step = jax.jit(make_step(phases, decays=decays))
+    step = jax.jit(make_step(phases, averages=averages))
     expected = {"0.9": 1.0, "0.5": 1.0}
     for _ in range(5):
         state, _ = step(state, BATCH)
-        for name, decay in decays.items():
+        for name, average in averages.items():
+            decay = average.decay
             expected[name] = decay * expected[name] + (1 - decay) * float(state.params["one"])
             assert float(state.ema[name]["one"]) == pytest.approx(expected[name], rel=1e-6)
 
@@ -163,4 +164,4 @@ def test_averages_start_at_the_parameters_and_follow_the_closed_form():
 @pytest.mark.parametrize("decay", ["1.0", "-0.1", "x"])
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ConfigError, match=f"--ema.decay={decay}"):
-        EmaConfig(decay=decay).decays()
+        EmaConfig(decay=decay).averages()

@@ -1,0 +1,82 @@
+"""Scores of drawn examples, on features whose scores are known."""
+
+import numpy as np
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.metrics.frechet import frechet_distance, gaussian_distance
+from genai_jax.metrics.inception import inception_fid
+from genai_jax.metrics.kernel_distance import kernel_distance
+from genai_jax.metrics.precision_recall import precision_recall
+from genai_jax.metrics.sample_scores import sample_scores
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(400, 5))
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])  # variances that commute
+    wanted = 9.0 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    mean = np.array([3.0, 0, 0])
+    found = gaussian_distance(np.zeros(3), np.diag(a), mean, np.diag(b))
+    assert found == pytest.approx(wanted, rel=1e-12)
+    turn, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
+    rotated = gaussian_distance(
+        np.zeros(3), turn @ np.diag(a) @ turn.T, turn @ mean, turn @ np.diag(b) @ turn.T
+    )
+    assert rotated == pytest.approx(wanted, rel=1e-9)
+
+
+def test_frechet_distance_of_equal_and_of_shifted_features():
+    assert frechet_distance(FEATURES, FEATURES) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(FEATURES, FEATURES + 2) == pytest.approx(4 * 5, rel=1e-9)
+    with pytest.raises(ValueError, match="1 feature vector"):
+        frechet_distance(FEATURES[:1], FEATURES)
+
+
+def test_kernel_distance_is_unbiased_and_that_of_the_formula():
+    same = [
+        kernel_distance(
+            RNG.normal(size=(100, 3)), RNG.normal(size=(100, 3)), subsets=1, subset_size=100
+        )[0]
+        for _ in range(60)
+    ]
+    assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(60)
+    a, b = RNG.normal(size=(6, 2)), RNG.normal(size=(6, 2)) + 1
+    kernel = lambda x, y: (x @ y / 2 + 1) ** 3
+    within = lambda x: np.mean([kernel(p, q) for i, p in enumerate(x) for q in np.delete(x, i, 0)])
+    across = np.mean([kernel(p, q) for p in a for q in b])
+    found, _ = kernel_distance(a, b, subsets=1, subset_size=6)
+    assert found == pytest.approx(within(a) + within(b) - 2 * across)
+
+
+def test_precision_and_recall_of_half_the_data():
+    left = RNG.normal(size=(200, 2))
+    right = left + np.array([100.0, 0])
+    both = np.concatenate([left, right])
+    precision, recall = precision_recall(both, left)
+    assert precision == 1 and recall == pytest.approx(0.5, abs=0.02)
+    precision, recall = precision_recall(left, both)
+    assert precision == pytest.approx(0.5, abs=0.02) and recall == 1
+
+
+def test_scores_are_named_after_their_features_and_never_fid():
+    scores = sample_scores(FEATURES, FEATURES[:100] + 0.1, "classifier")
+    assert not any("fid" in name for name in scores)
+    assert scores["fd_classifier"] > 0 and scores["fd_classifier_real_halves"] > 0
+    assert scores["num_real"] == 400 and scores["num_drawn"] == 100
+
+
+def test_inception_needs_its_weights_rgb_images_and_its_package(tmp_path):
+    rgb = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(ConfigError, match="no such file of Inception weights"):
+        inception_fid(rgb, rgb, str(tmp_path / "none.pth"))
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    with pytest.raises(ConfigError, match="is for RGB images"):
+        inception_fid(rgb[..., :1], rgb[..., :1], str(weights))
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"pip install genai_jax\[fid\]"):
+            inception_fid(rgb, rgb, str(weights))
