@@ -22,6 +22,8 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.train_step
 	$(RUN) -m benchmarks.loss_memory
 	$(RUN) -m benchmarks.compile_time
+	$(RUN) -m benchmarks.solver_overhead
+	$(RUN) -m benchmarks.dit
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
