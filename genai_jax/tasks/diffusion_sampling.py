@@ -127,7 +127,8 @@ def requested_condition(task, request) -> Condition:
         wanted = [task.loader.parse_label(text) for text in request.label.split(",") if text]
         return task.condition(labels=in_turn(wanted or all_labels(task.loader.label_sizes), count))
     if kind == "text":
-        texts = [request.prompt] if request.prompt else task.loader.held_out_captions(count)
+        held_out = lambda: task.loader.examples("validation", count)["caption"]
+        texts = [request.prompt] if request.prompt else held_out()
         tokens, mask = task.loader.encode_captions(texts)
         return task.condition(tokens=in_turn(tokens, count), token_mask=in_turn(mask, count))
     return Condition()

@@ -49,10 +49,12 @@ def _held_out_condition(task, count: int) -> tuple[np.ndarray | None, Condition]
         labels = in_turn(all_labels(task.loader.label_sizes), count)
         return labels, task.condition(labels=labels)
     if kind == "text":
-        examples = task.loader.held_out(count)
-        labels, captions = examples["labels"], examples["captions"]
-        tokens, mask = task.loader.encode_captions(captions)
-        labels, tokens, mask = (in_turn(x, count) for x in (labels, tokens, mask))
+        examples = task.loader.examples("validation", count)
+        tokens, mask = task.loader.encode_captions(examples["caption"])
+        unlabelled = np.zeros((len(tokens), 0), np.int32)
+        labels, tokens, mask = (
+            in_turn(x, count) for x in (examples.get("labels", unlabelled), tokens, mask)
+        )
         return labels, task.condition(tokens=tokens, token_mask=mask)
     return np.zeros((count, 0), np.int32), Condition()
 

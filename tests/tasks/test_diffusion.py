@@ -1,12 +1,14 @@
 """The diffusion task: its conditions, its objectives, its latents' place, how it is drawn from."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from genai_jax import evaluate, sample, train
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.tasks import TASKS
@@ -260,6 +262,27 @@ def test_a_video_and_a_signal_go_through_the_same_task():
         drawn = draw(task, params, DiffusionRequest(workdir="x", num_samples=2, steps=2))
         (write,) = drawn.writers.values()
         assert write.keywords["examples"].shape == (2, *shape)
+
+
+def test_captions_are_drawn_and_scored_by_what_they_ask_for(tmp_path, capsys):
+    """A text-conditioned model, its draws and a classifier of a step, through the commands."""
+    shapes = ("--data.dataset=shapes", "--data.image_size=16", "--data.batch_size=8")
+    few = ("--train.steps=1", "--eval.batches=0", "--train.progress=false")
+    text = ("--data.captions", "--diffusion.condition=text", "--dit.text_layers=1")
+    small = ("--classifier.channels=4", "--classifier.num_stages=2", "--classifier.feature_dim=4")
+    run, judge = str(tmp_path / "run"), str(tmp_path / "judge")
+    assert train.main([*TINY_DIT, *shapes, *few, *text, f"--workdir={run}"]) == 0
+    judged = ["--task=image_classifier", *shapes, *few, *small, f"--workdir={judge}"]
+    assert train.main(judged) == 0
+    picture = tmp_path / "x.png"
+    flags = ["--prompt=a large red circle", "--num_samples=2", f"--output={picture}"]
+    assert sample.main([f"--workdir={run}", *flags]) == 0 and picture.stat().st_size > 100
+    capsys.readouterr()
+    flags = [f"--classifier={judge}", "--num_samples=12", "--batches=1"]
+    assert evaluate.main([f"--workdir={run}", *flags]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert 0 <= scores["agreement"] <= scores["agreement_0"] <= 1
+    assert scores["num_drawn"] == 12 and scores["fd_classifier"] > 0
 
 
 def test_the_forward_pass_is_counted(conditional):

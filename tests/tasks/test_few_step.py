@@ -108,6 +108,30 @@ def teacher(tmp_path_factory) -> str:
     return workdir
 
 
+def test_a_weaker_model_guides_a_stronger_one(teacher):
+    """Autoguidance by the workdir of a run; by the model itself it changes nothing."""
+    from genai_jax.tasks.diffusion_sampling import Drawer
+
+    task = task_of("--diffusion.condition=class")
+    sampler = task.config.sampler
+    labels = task.condition(labels=np.array([[1], [2]], np.int32))
+
+    def drawn(params, **changes):
+        drawer = Drawer(task, params, dataclasses.replace(sampler, **changes))
+        return drawer.draw(jax.random.key(0), 2, labels)[0]
+
+    params = random_params(task)
+    plain = drawn(params)
+    assert np.any(drawn(params, guidance=2.0, weak=teacher) != plain)
+    own = Drawer(task, params, dataclasses.replace(sampler, guidance=2.0, weak=teacher))
+    own.weak = params
+    difference = own.draw(jax.random.key(0), 2, labels)[0].astype(int) - plain
+    assert np.abs(difference).max() <= 1
+    with pytest.raises(ConfigError, match=r"has another --diffusion.schedule"):
+        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid")
+        Drawer(other, params, dataclasses.replace(sampler, guidance=2.0, weak=teacher))
+
+
 METHODS = {
     "progressive": ("--few_step.steps=4", "--sampler.solver=ddim", "--sampler.steps=4"),
     "consistency_distillation": ("--sampler.solver=consistency", "--sampler.steps=2"),
