@@ -104,6 +104,10 @@ class Diffusion(ImageTask):
             backend=config.run.attention,
             dtype=self.dtype,
         )
+        try:
+            jax.eval_shape(self._init_model, jax.random.key(0))
+        except ValueError as error:  # sizes that the network cannot take
+            raise ConfigError(f"--data.dataset={config.data.dataset}: {error}") from None
 
     def _check(self):
         config = self.config.diffusion

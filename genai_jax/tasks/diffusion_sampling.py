@@ -24,21 +24,39 @@ STRIP_ROWS = 8
 class SamplerConfig:
     """How images are drawn, unless a command says otherwise."""
 
-    solver: str = field("dpmpp_2m", "of the reverse process", choices=tuple(SOLVERS))
-    steps: int = field(30, "of the solver", minimum=1)
-    spacing: str = field("uniform", "of the solver's times", choices=SPACINGS)
-    eta: float = field(0.0, "noise of ddim: 0 none, 1 that of ddpm", minimum=0, maximum=1)
-    churn: float = field(0.0, "noise that heun adds over all its steps", minimum=0)
-    snr: float = field(0.16, "size of the Langevin steps of predictor_corrector", minimum=0)
+    solver: str = field(
+        "dpmpp_2m", "of the reverse process", choices=tuple(SOLVERS), changeable=True
+    )
+    steps: int = field(30, "of the solver", minimum=1, changeable=True)
+    spacing: str = field("uniform", "of the solver's times", choices=SPACINGS, changeable=True)
+    eta: float = field(
+        0.0, "noise of ddim: 0 none, 1 that of ddpm", minimum=0, maximum=1, changeable=True
+    )
+    churn: float = field(0.0, "noise that heun adds over all its steps", minimum=0, changeable=True)
+    snr: float = field(
+        0.16, "size of the Langevin steps of predictor_corrector", minimum=0, changeable=True
+    )
     guidance: float = field(
-        1.0, "weight of the condition, or of the model over a weaker one; 1: as trained"
+        1.0,
+        "weight of the condition, or of the model over a weaker one; 1: as trained",
+        changeable=True,
     )
-    guidance_interval: str = field("", "LOW,HIGH: log-SNR between which guidance acts; empty: all")
+    guidance_interval: str = field(
+        "", "LOW,HIGH: log-SNR between which guidance acts; empty: all", changeable=True
+    )
     guidance_rescale: float = field(
-        0.0, "share of the guided contrast set back to the unguided one's", minimum=0, maximum=1
+        0.0,
+        "share of the guided contrast set back to the unguided one's",
+        minimum=0,
+        maximum=1,
+        changeable=True,
     )
-    weak: str = field("", "workdir of a weaker model of the same kind to guide with (autoguidance)")
-    batch_size: int = field(250, "images drawn at once at most", minimum=1)
+    weak: str = field(
+        "",
+        "workdir of a weaker model of the same kind to guide with (autoguidance)",
+        changeable=True,
+    )
+    batch_size: int = field(250, "images drawn at once at most", minimum=1, changeable=True)
 
     def interval(self) -> tuple[float, float] | None:
         """The bounds of `guidance_interval`."""
@@ -202,12 +220,12 @@ class Drawer:
           strip: whether the way is wanted, [rows, columns, *space, channels].
         """
         rows = min(count, self.sampler.batch_size)
-        program = self._program(rows, start, strip)
+        program, times = self._program(rows, start < 1, strip), self._times(start)
         images, ways = [], []
         for i, begin in enumerate(range(0, count, rows)):
             part = jax.tree.map(lambda x, b=begin: in_turn(x[b : b + rows], rows), condition)
             drawn, way = program(
-                self.params, self.weak, part, jax.random.fold_in(key, i), image, mask
+                self.params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
             )
             images.append(np.asarray(drawn))
             ways.append(way)
@@ -215,20 +233,20 @@ class Drawer:
         return np.concatenate(images)[:count], shown
 
     @functools.cache  # noqa: B019  one for each kind of draw; it lives as long as the drawer
-    def _program(self, rows: int, start: float, strip: bool):
-        def program(params, weak, condition, key, image, mask):
+    def _program(self, rows: int, from_image: bool, strip: bool):
+        def program(params, weak, condition, key, times, image, mask):
             schedule = self.task.schedule(params)
             noise_key, solver_key = jax.random.split(key)
             shape = (rows, *self.task.sample_shape)
-            if start < 1:
+            if from_image:
                 image = jnp.broadcast_to(image, shape)
-                x = editing.noised_start(schedule, image, start, noise_key)
+                x = editing.noised_start(schedule, image, times[0], noise_key)
             else:
                 x = schedule.sigma(jnp.float32(1)) * jax.random.normal(noise_key, shape)
             denoise = self._guided(params, weak, condition)
             if mask is not None:
                 denoise = editing.inpaint(denoise, image, mask)
-            x, way = self._solve(denoise, schedule, x, solver_key, start)
+            x, way = self._solve(denoise, schedule, x, times, solver_key)
             columns = np.linspace(0, len(way) - 1, STRIP_COLUMNS).round().astype(int)
             shown = jax.vmap(lambda x: self._pixels(params, x))(way[columns]) if strip else None
             return self._pixels(params, x), jnp.moveaxis(shown, 0, 1) if strip else None
@@ -255,9 +273,16 @@ class Drawer:
             guided = guidance.limited_interval(guided, plain, task.schedule(params), *interval)
         return guided
 
-    def _solve(self, denoise, schedule, x, key, start=1.0):
+    def _times(self, start: float = 1.0) -> jax.Array:
+        """The solver's times; ConfigError where there are none such."""
+        schedule, sampler = self.task.schedule(self.params), self.sampler
+        try:
+            return time_grid(schedule, sampler.steps, sampler.spacing, start=start)
+        except ValueError as error:
+            raise ConfigError(f"--steps={sampler.steps} --strength={start}: {error}") from None
+
+    def _solve(self, denoise, schedule, x, times, key):
         sampler = self.sampler
-        times = time_grid(schedule, sampler.steps, sampler.spacing, start=start)
         settings = {
             "ddim": {"eta": sampler.eta},
             "heun": {"s_churn": sampler.churn},
@@ -275,10 +300,11 @@ class Drawer:
     def interpolate(self, first, second, count: int, condition) -> np.ndarray:
         """Images [count, ...] from `first` to `second`, on a great circle of their noise."""
 
+        times = self._times()
+
         @jax.jit
         def program(params, weak, condition, first, second):
             schedule = self.task.schedule(params)
-            times = time_grid(schedule, self.sampler.steps, self.sampler.spacing)
             one = jax.tree.map(lambda x: x[:1], condition)
             denoise = self._guided(params, weak, one)
             noises = [
