@@ -4,8 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from genai_jax.networks.dit import Dit, DitConfig
 from genai_jax.networks.transformer import Transformer, TransformerConfig
-from genai_jax.scaling.flops import transformer_forward_flops, transformer_training_flops
+from genai_jax.scaling.flops import (
+    count_flops,
+    transformer_forward_flops,
+    transformer_training_flops,
+)
 
 VOCABULARY, LENGTH = 512, 64
 
@@ -43,3 +48,33 @@ def test_training_is_six_times_parameters_and_tokens_plus_causal_attention():
 def test_a_window_counts_its_width():
     config = TransformerConfig(num_layers=1, embed_dim=64, num_heads=4, window=7)
     assert transformer_forward_flops(config, 2, 1024)["attention"] == 4 * 64 * 8
+
+
+def test_counting_the_products_of_a_jaxpr():
+    x, w = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+    product = 2 * 3 * 4 * 5
+    assert count_flops(lambda x, w: jnp.sin(x @ w), x, w) == product
+    gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w)), (0, 1))
+    assert count_flops(gradient, x, w) == 3 * product
+    looped = lambda x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ w @ w.T), None), x, None, length=7)
+    assert count_flops(looped, x) == 7 * 2 * product
+    branch = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w @ w.T, lambda x: x, x)
+    assert count_flops(jax.jit(branch), x) == 2 * product
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 6))
+    layout = ("NHWC", "HWIO", "NHWC")
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=layout)
+    assert count_flops(conv, image, kernel) == 2 * 2 * 4 * 4 * 6 * 27
+    with pytest.raises(ValueError, match="runs an unknown number of times"):
+        count_flops(
+            lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ c, x), w.T @ w
+        )
+
+
+def test_a_transformer_of_images_counts_within_three_percent_of_the_compiler():
+    model = Dit(DitConfig(num_layers=2, embed_dim=128, num_heads=2, scan_layers=False), 3)
+    x, t = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t)
+    plain = model.clone(backend="xla")
+    cost = jax.jit(plain.apply).lower(params, x, t).compile().cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    assert count_flops(plain.apply, params, x, t) == pytest.approx(cost["flops"], rel=0.03)
