@@ -110,13 +110,23 @@ def _refuse_others(given: set[str], components: Mapping[str, type], user: str):
 
 
 def _joined(classes: Iterable[type]) -> type:
-    """One dataclass with the fields of all, each as the first that has it declares it."""
-    fields = {f.name: f for cls in reversed(list(classes)) for f in dataclasses.fields(cls)}
+    """One dataclass with the fields of all, each as the first that has it declares it.
+
+    Where they allow different choices, all of them are allowed.
+    """
+    fields: dict[str, tuple] = {}
+    for cls in classes:
+        for f in dataclasses.fields(cls):
+            first, metadata = fields.get(f.name, (f, f.metadata))
+            if f.metadata["choices"]:
+                choices = dict.fromkeys((*(metadata["choices"] or ()), *f.metadata["choices"]))
+                metadata = {**metadata, "choices": tuple(choices)}
+            fields[f.name] = first, metadata
     return dataclasses.make_dataclass(
         "Joined",
         [
-            (name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
-            for name, f in fields.items()
+            (name, f.type, dataclasses.field(default=f.default, metadata=metadata))
+            for name, (f, metadata) in fields.items()
         ],
         frozen=True,
     )

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from genai_jax.networks.spectral import spectral_normalized
+
 
 class Conv(nn.Module):
     """A convolution whose output has the size of its input divided by the strides, rounded up.
@@ -16,6 +18,7 @@ class Conv(nn.Module):
       kernel_size: one size for each axis of space.
       strides: one for each axis of space; 1 if None.
       init_scale: variance of the kernel, times fan-in; 0 starts it at zero.
+      spectral_norm: whether the kernel is divided by its largest singular value.
     """
 
     features: int
@@ -23,31 +26,36 @@ class Conv(nn.Module):
     strides: Sequence[int] | None = None
     use_bias: bool = True
     init_scale: float = 1.0
+    spectral_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        space = x.ndim - 2
         shape = (*self.kernel_size, x.shape[-1], self.features)
         if self.init_scale:
             init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         else:
             init = nn.initializers.zeros
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        x = x.astype(self.dtype)
-        strides = tuple(self.strides or (1,) * space)
-        if math.prod(self.kernel_size) == 1 and math.prod(strides) == 1:
-            y = (x.reshape(-1, x.shape[-1]) @ kernel.reshape(-1, self.features)).reshape(
-                *x.shape[:-1], self.features
-            )
-        else:
-            letters = "TDHW"[-space:]
-            layout = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
-            y = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        if self.spectral_norm:
+            kernel = spectral_normalized(self, kernel)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
         return y
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int] | None = None) -> jax.Array:
+    """[batch, *space, channels] by a kernel [*size, channels, features], padded to "SAME"."""
+    space = x.ndim - 2
+    strides = tuple(strides or (1,) * space)
+    if math.prod(kernel.shape[:-2]) == 1 and math.prod(strides) == 1:
+        y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[-2:])
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    letters = "TDHW"[-space:]
+    layout = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=layout)
 
 
 class GroupNorm(nn.Module):

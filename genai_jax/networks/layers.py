@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from genai_jax.networks.spectral import spectral_normalized
+
 Initializer = Callable[..., jax.Array]
 
 NORMS = ("rmsnorm", "layernorm")
@@ -41,6 +43,7 @@ class Dense(nn.Module):
     num_in: int = 1
     use_bias: bool = False
     init_scale: float = 1.0  # variance of the kernel, times fan-in; 0 starts it at zero
+    spectral_norm: bool = False  # whether the kernel is divided by its largest singular value
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -57,6 +60,8 @@ class Dense(nn.Module):
                 out_axis=tuple(axes[self.num_in :]),
             )
         kernel = self.param("kernel", init, shape, jnp.float32)
+        if self.spectral_norm:
+            kernel = spectral_normalized(self, kernel)
         y = contract(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(self.shape_out), jnp.float32)

@@ -3,8 +3,10 @@
 from genai_jax.tasks.autoencoder import Autoencoder
 from genai_jax.tasks.diffusion import Diffusion
 from genai_jax.tasks.few_step import FewStep
+from genai_jax.tasks.gan import Gan
 from genai_jax.tasks.image_classifier import ImageClassifier
 from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.vae import Vae
 
 TASKS = {
     "language_model": LanguageModel,
@@ -12,4 +14,6 @@ TASKS = {
     "few_step": FewStep,
     "autoencoder": Autoencoder,
     "image_classifier": ImageClassifier,
+    "vae": Vae,
+    "gan": Gan,
 }

@@ -23,7 +23,7 @@ from genai_jax.networks.patch_discriminator import DiscriminatorConfig, PatchDis
 from genai_jax.networks.quantization import QuantizerConfig, code_counts, usage
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.scaling.flops import count_flops
-from genai_jax.tasks.adversarial import adaptive_weight, hinge_loss
+from genai_jax.tasks.adversarial import adaptive_weight, critic_loss
 from genai_jax.tasks.codec import Bottleneck, Codec
 from genai_jax.tasks.image_task import ImageTask
 from genai_jax.tasks.perceptual import Perceptual
@@ -219,7 +219,7 @@ class Autoencoder(ImageTask):
         y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
         real, fake = self._verdict(params, x), self._verdict(params, y)
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
-        return self._begun(mutables) * hinge_loss(real, fake), (metrics, mutables)
+        return self._begun(mutables) * critic_loss("hinge", real, fake) / 2, (metrics, mutables)
 
     # Scores and draws.
 
@@ -270,18 +270,16 @@ class Autoencoder(ImageTask):
 
     def sample(self, params, mutables, request) -> Files:
         """Held-out images, each with its reconstruction on its right."""
-        levels = self.loader.levels
         originals = self.loader.examples("validation", request.num_samples)["image"]
 
         @jax.jit
         def reconstruct(params, mutables, image):
             z = self.encode(params, mutables, self.scaled(image))
-            x = self.decode(params, mutables, z)
-            return jnp.round((x + 1) * ((levels - 1) / 2)).astype(jnp.uint8)
+            return self.to_levels(self.decode(params, mutables, z))
 
         made = np.asarray(reconstruct(params, mutables, originals))
         pairs = np.concatenate([originals, made], -2)
-        return Files("reconstructions", media.writers(pairs, levels))
+        return Files("reconstructions", media.writers(pairs, self.loader.levels))
 
     def flops_per_step(self) -> dict:
         shape = (self.config.data.batch_size, *self.loader.shape)

@@ -15,6 +15,7 @@ from genai_jax.diffusion.solvers import SOLVERS, solve
 from genai_jax.diffusion.times import SPACINGS, time_grid
 from genai_jax.networks.conditioning import Condition
 from genai_jax.requests import Files, SampleRequest
+from genai_jax.tasks.drawing import in_turn, requested_labels
 
 STRIP_COLUMNS = 9
 STRIP_ROWS = 8
@@ -142,25 +143,13 @@ def requested_condition(task, request) -> Condition:
             )
     count = request.num_samples
     if kind == "class":
-        wanted = [task.loader.parse_label(text) for text in request.label.split(",") if text]
-        return task.condition(labels=in_turn(wanted or all_labels(task.loader.label_sizes), count))
+        return task.condition(labels=requested_labels(task.loader, request.label, count))
     if kind == "text":
         held_out = lambda: task.loader.examples("validation", count)["caption"]
         texts = [request.prompt] if request.prompt else held_out()
         tokens, mask = task.loader.encode_captions(texts)
         return task.condition(tokens=in_turn(tokens, count), token_mask=in_turn(mask, count))
     return Condition()
-
-
-def all_labels(sizes: tuple[int, ...]) -> np.ndarray:
-    """Every combination of attributes, [combinations, attributes]."""
-    return np.stack([x.ravel() for x in np.indices(sizes)], 1).astype(np.int32)
-
-
-def in_turn(rows: Any, count: int) -> np.ndarray:
-    """The rows, again and again, until there are `count`."""
-    rows = np.asarray(rows)
-    return rows[np.arange(count) % len(rows)]
 
 
 def _image_of(task, params, path: str, flag: str):
@@ -294,8 +283,7 @@ class Drawer:
         """Images in levels, uint8."""
         if self.task.latents:
             x = self.task.latents.decode(params, x)
-        top = self.task.loader.levels - 1
-        return jnp.round((jnp.clip(x, -1, 1) + 1) * (top / 2)).astype(jnp.uint8)
+        return self.task.to_levels(x)
 
     def interpolate(self, first, second, count: int, condition) -> np.ndarray:
         """Images [count, ...] from `first` to `second`, on a great circle of their noise."""

@@ -13,7 +13,8 @@ from genai_jax.config import ConfigError, field, override
 from genai_jax.diffusion.likelihood import log_density
 from genai_jax.networks.conditioning import Condition
 from genai_jax.requests import EvaluateRequest
-from genai_jax.tasks.diffusion_sampling import Drawer, Overrides, all_labels, in_turn
+from genai_jax.tasks.diffusion_sampling import Drawer, Overrides
+from genai_jax.tasks.drawing import in_turn, requested_labels
 from genai_jax.tasks.image_scores import ScoreFlags, score_images
 
 
@@ -46,7 +47,7 @@ def _held_out_condition(task, count: int) -> tuple[np.ndarray | None, Condition]
     """What is asked for, and the labels that it stands for: every class in turn, or captions."""
     kind = task.config.diffusion.condition
     if kind == "class":
-        labels = in_turn(all_labels(task.loader.label_sizes), count)
+        labels = requested_labels(task.loader, "", count)
         return labels, task.condition(labels=labels)
     if kind == "text":
         examples = task.loader.examples("validation", count)

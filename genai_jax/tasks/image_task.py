@@ -15,6 +15,7 @@ class ImageTask:
     """The data half of a task; see `genai_jax.training.phase.Task`."""
 
     sample_shape: ClassVar[tuple[int, ...]]
+    curves: ClassVar = {}
 
     def __init__(self, config: Config):
         self.config = config
@@ -73,6 +74,12 @@ class ImageTask:
     def scaled(self, image: jax.Array) -> jax.Array:
         """Levels 0 .. levels - 1 to [-1, 1], float32."""
         return image.astype(jnp.float32) * (2 / (self.loader.levels - 1)) - 1
+
+    def to_levels(self, x: jax.Array) -> jax.Array:
+        """[-1, 1], clipped, to the nearest levels, uint8."""
+        return jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.loader.levels - 1) / 2)).astype(
+            jnp.uint8
+        )
 
 
 def _plain(value):

@@ -78,6 +78,7 @@ class LanguageModel:
         for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
     }
     loss_unit = "nats per token"
+    curves: ClassVar = {}
 
     def __init__(self, config: Config):
         self.config = config

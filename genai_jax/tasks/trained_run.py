@@ -39,9 +39,9 @@ def read_fitting(workdir: str, flag: str, task: str, loader: Any) -> Config:
     return config
 
 
-def restore_to_host(task: Any, config: Config) -> tuple[dict, Any]:
-    """(params, mutables) of a run as numpy arrays; its average where it kept one."""
-    average = config.ema.use or next(iter(config.ema.averages()), None)
+def restore_to_host(task: Any, config: Config, *, averaged: bool = True) -> tuple[dict, Any]:
+    """(params, mutables) of a run as numpy arrays; its average where it kept one, unless told."""
+    average = config.ema.use or next(iter(config.ema.averages()), None) if averaged else "none"
     restored = restore_model(task, config, ema=average)
     everywhere = NamedSharding(restored.mesh, PartitionSpec())
     gather = jax.jit(lambda x: x, out_shardings=everywhere)

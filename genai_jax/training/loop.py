@@ -16,7 +16,7 @@ from genai_jax.training.batches import DeviceBatches, to_devices
 from genai_jax.training.checkpoint import Checkpointer, first_line
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
-from genai_jax.training.metrics_log import MetricsLog, plot_loss
+from genai_jax.training.metrics_log import MetricsLog, plot_curves
 from genai_jax.training.phase import Task
 from genai_jax.training.progress import Progress
 from genai_jax.training.restore import state_shapes
@@ -176,7 +176,9 @@ class Run:
         try:
             if self.log:
                 self.log.close()
-                plot_loss(self.workdir, self.task.loss_unit)
+                plot_curves(self.workdir, "loss", ("loss",), f"loss ({self.task.loss_unit})")
+                for name, (ends, label) in self.task.curves.items():
+                    plot_curves(self.workdir, name, ends, label)
         except OSError as error:
             print(f"warning: no plot in {self.workdir}: {error}", file=sys.stderr)
         try:
@@ -256,8 +258,10 @@ class Run:
             for name, value in jax.device_get(metrics).items()
             if phase_ran(self.compiled.phases, name, step - 1)
         }
-        self._check_finite(step, metrics)
-        row = {"step": step} | {f"train/{n}": v for n, v in metrics.items() if "weight" not in n}
+        self._check_alive(step, metrics)
+        hidden = ("weight", "alive")
+        shown = {f"train/{n}": v for n, v in metrics.items() if not n.endswith(hidden)}
+        row = {"step": step} | shown
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or not write:
             speeds = self.progress.measure(step)
             row |= speeds
@@ -267,16 +271,20 @@ class Run:
                 self.log.write(row)
         return row
 
-    def _check_finite(self, step: int, metrics: dict):
+    def _check_alive(self, step: int, metrics: dict):
         for name, value in metrics.items():
-            if ("loss" in name or "grad_norm" in name) and not math.isfinite(value):
+            *phase, kind = name.split("/")
+            watched = "loss" in name or "grad_norm" in name or name.endswith("penalty")
+            if (watched and not math.isfinite(value)) or (kind == "alive" and value == 0):
                 self._wait_for_checkpoint()
                 good = last_good(self.checkpointer.steps(), step, "loss" in name)
                 self.checkpointer.set_aside_after(good or 0)
                 kept = (
                     f"the last good checkpoint is step {good}" if good else "none is saved before"
                 )
-                raise ConfigError(f"{name} is {value} at step {step}; {kept}")
+                where = f"at step {step}" + f" in phase {phase[0]}" * bool(phase)
+                what = "every verdict is the same" if kind == "alive" else f"{name} is {value}"
+                raise ConfigError(f"{what} {where}; {kept}")
 
     def _evaluate_and_log(self, step: int, state, row: dict) -> float | None:
         """Scores `state` and writes the row; returns the loss, None if a signal cut it short."""

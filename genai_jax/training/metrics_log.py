@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, and the plot of the loss."""
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, and plots of them."""
 
 import json
 import os
@@ -48,15 +48,22 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def plot_loss(workdir: pathlib.Path, unit: str = "nats per target"):
-    """Draws ``plots/loss.png`` from the metrics file: every train/* and eval/* loss over steps."""
+def plot_curves(workdir: pathlib.Path, plot: str, ends: tuple[str, ...], label: str):
+    """Draws ``plots/<plot>.png`` from the metrics file: all metrics whose names so end, over steps.
+
+    Args:
+      workdir: of the run.
+      plot: name of the file.
+      ends: of the names of the metrics.
+      label: of the vertical axis, with its unit.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = read_metrics(workdir / "metrics.jsonl")
-    names = sorted({name for row in rows for name in row if name.endswith("loss")}, reverse=True)
+    names = sorted({name for row in rows for name in row if name.endswith(ends)}, reverse=True)
     if not names:
         return
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -65,9 +72,9 @@ def plot_loss(workdir: pathlib.Path, unit: str = "nats per target"):
         marker = "o" if name.startswith("eval/") else None
         width = 1.0 if name.startswith("train/") else 1.8
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, lw=width)
-    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=workdir.name)
+    axes.set(xlabel="step", ylabel=label, title=workdir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     (workdir / "plots").mkdir(exist_ok=True)
-    figure.savefig(workdir / "plots" / "loss.png", dpi=150)
+    figure.savefig(workdir / "plots" / f"{plot}.png", dpi=150)
     plt.close(figure)

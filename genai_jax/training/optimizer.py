@@ -69,19 +69,33 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, axes: Any, *, every: int = 1
+    config: OptimizerConfig,
+    steps: int,
+    axes: Any,
+    *,
+    updates_per_step: float = 1,
+    correction: float = 1,
 ) -> optax.GradientTransformation:
-    """The optimizer of one phase.
+    """The optimizer of one phase, or of several that share it.
 
     Args:
       config: flags.
       steps: steps of the run, for the schedule.
       axes: logical axes of every parameter, a tree like the parameters with tuples as leaves. They
         say what is a matrix: weight decay and muon act on those alone.
-      every: of the phase; the schedule advances by it at each update.
+      updates_per_step: on average; the schedule advances by its inverse at each update.
+      correction: for lazy regularization, the share of the updates that are not for it: learning
+        rate x correction, momenta ^ correction (Karras et al. 2020, "Analyzing and improving the
+        image quality of StyleGAN", appendix B), so that a step does as much as without.
     """
     rate = learning_rate_schedule(config, steps)
-    schedule = rate if every == 1 else (lambda count: rate(count * every))
+    schedule = lambda count: correction * rate(count / updates_per_step)
+    config = dataclasses.replace(
+        config,
+        momentum=config.momentum**correction,
+        beta1=config.beta1**correction,
+        beta2=config.beta2**correction,
+    )
     decayed = _map_axes(lambda a: _is_matrix(a), axes)
     name, decay = config.name, config.weight_decay
     if name == "adamw":

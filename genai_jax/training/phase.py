@@ -17,6 +17,8 @@ class Phase(NamedTuple):
 
     The loss maps (params, mutables, batch, rng) to (loss, (metrics, mutables)). A metric named
     "weight" says how much the batch counts when microbatches are averaged (its number of targets).
+    A metric named "alive" that is 0 says that the phase can teach nothing any more; like a number
+    that is not finite in "loss", "grad_norm" or a "..._penalty" it ends the run.
     """
 
     name: str  # metric prefix, RNG fold-in, optimizer slot
@@ -25,6 +27,12 @@ class Phase(NamedTuple):
     optimizer: optax.GradientTransformation
     every: int = 1  # run once in so many steps (lazy regularization)
     repeats: int = 1  # updates in one step, each on its own slice of the batch (critic steps)
+    optimizer_of: str = ""  # phase whose optimizer it uses, state and all, instead of its own
+
+    @property
+    def slot(self) -> str:
+        """Of its optimizer's state."""
+        return self.optimizer_of or self.name
 
 
 class Task(Protocol):
@@ -35,6 +43,7 @@ class Task(Protocol):
       partition_rules: (parameter path pattern, logical axes), in order.
       batch_axes: batch entry -> logical axes.
       loss_unit: of the losses, for the axis of the plot.
+      curves: further plots, name -> (how the names of their metrics end, label of the axis).
       sample_request: the flags of the sample command, a `SampleRequest`.
       evaluate_request: the flags of the evaluate command, an `EvaluateRequest`.
     """
@@ -43,6 +52,7 @@ class Task(Protocol):
     partition_rules: ClassVar[tuple]
     batch_axes: ClassVar[Mapping[str, tuple]]
     loss_unit: ClassVar[str]
+    curves: ClassVar[Mapping[str, tuple[tuple[str, ...], str]]]
     sample_request: ClassVar[type]
     evaluate_request: ClassVar[type]
 

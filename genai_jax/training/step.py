@@ -31,7 +31,9 @@ def init_state(task: Task, rng: jax.Array, averages: dict[str, Average]) -> Trai
     params, mutables = task.init(init_rng)
     phases = task.phases(params)
     opt_state = {
-        phase.name: phase.optimizer.init({g: params[g] for g in phase.trains}) for phase in phases
+        phase.name: phase.optimizer.init({g: params[g] for g in phase.trains})
+        for phase in phases
+        if phase.slot == phase.name
     }
     ema = init_ema(_trained(phases, params), averages)
     return TrainState(jnp.int32(0), params, mutables, opt_state, ema, step_rng)
@@ -105,13 +107,13 @@ def _update(phase, state, batch, rng, accumulate):
     (loss, (metrics, mutables)), grads = _accumulated(
         gradient, trained, state.mutables, batch, rng, accumulate
     )
-    optimizer_state = state.opt_state[phase.name]
+    optimizer_state = state.opt_state[phase.slot]
     updates, optimizer_state = phase.optimizer.update(grads, optimizer_state, trained)
     trained = optax.apply_updates(trained, updates)
     state = state.replace(
         params={**state.params, **trained},
         mutables=mutables,
-        opt_state={**state.opt_state, phase.name: optimizer_state},
+        opt_state={**state.opt_state, phase.slot: optimizer_state},
     )
     return state, {**metrics, "loss": loss, "grad_norm": optax.tree.norm(grads)}
 

@@ -1,0 +1,31 @@
+"""Spectral normalization (Miyato et al. 2018): kernels divided by their largest singular value."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def spectral_normalized(module: nn.Module, kernel: jax.Array) -> jax.Array:
+    """The kernel [..., features] over its norm as a matrix with `features` columns, float32.
+
+    The norm is estimated by power iteration from a vector that the variable collection "spectral"
+    keeps; one iteration for each call in which that collection is mutable. To be called in a
+    compact method of `module`, once.
+    """
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    start = lambda: _unit(jax.random.normal(module.make_rng("params"), matrix.shape[-1:]))
+    vector = module.variable("spectral", "vector", start)
+    left, right = _iterate(jax.lax.stop_gradient(matrix), vector.value)
+    if module.is_mutable_collection("spectral") and not module.is_initializing():
+        vector.value = right
+    return kernel / (left @ matrix @ right)
+
+
+def _iterate(matrix: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One power iteration: unit vectors [rows], [columns]."""
+    left = _unit(matrix @ right)
+    return left, _unit(left @ matrix)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / (jnp.linalg.norm(x) + 1e-12)

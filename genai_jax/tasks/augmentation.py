@@ -1,0 +1,151 @@
+"""Augmenting what a critic sees, with a probability that follows how much it overfits.
+
+Karras et al. 2020, "Training generative adversarial networks with limited data". Each kind acts on
+an example with the same probability, below 1, so that a generator does not learn to draw augmented
+images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.config import field
+
+SHIFT = 1 / 8  # of the size, at most
+HIGHEST = 0.85  # probability: nearer to 1 the undistorted distribution cannot be told
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    kinds: str = field(
+        "", "comma-separated: flip, rotate, translate, scale, brightness, contrast, cutout; or none"
+    )
+    probability: float = field(
+        0.0, "of each kind, at the start where it adapts", minimum=0, maximum=HIGHEST
+    )
+    target: float | None = field(
+        None,
+        "mean sign of the verdicts on data that the probability is steered to; unset: it stays",
+        minimum=-1,
+        maximum=1,
+    )
+    ramp_images: int = field(
+        500_000, "images in which the probability would go from 0 to 1", minimum=1
+    )
+
+    def __post_init__(self):
+        for name in self.names:
+            if name not in KINDS:
+                raise ValueError(
+                    f"--augmentation.kinds={self.kinds}: {name!r} is not one of {', '.join(KINDS)}"
+                )
+        if self.names and not self.probability and self.target is None:
+            raise ValueError(
+                f"--augmentation.kinds={self.kinds} needs --augmentation.probability above 0, or "
+                "--augmentation.target"
+            )
+        if not self.names and (self.probability or self.target is not None):
+            raise ValueError(
+                "--augmentation.probability and --augmentation.target need --augmentation.kinds"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.kinds.split(",") if name]
+
+
+def steered(config: AugmentationConfig, probability: jax.Array, verdicts: jax.Array) -> jax.Array:
+    """The probability after an update: up where the critic is too sure of data, else down.
+
+    The measure is the mean sign of its verdicts on data (equation 1, r_t).
+    """
+    if config.target is None:
+        return probability
+    sure = jnp.mean(jnp.sign(verdicts))
+    step = jnp.sign(sure - config.target) * verdicts.shape[0] / config.ramp_images
+    return jnp.clip(probability + step, 0.0, HIGHEST)
+
+
+def augment(
+    config: AugmentationConfig, x: jax.Array, probability: jax.Array, rng: jax.Array
+) -> jax.Array:
+    """Images in [-1, 1], [batch, height, width, channels], each changed by some of the kinds."""
+    for i, name in enumerate(config.names):
+        coin_rng, rng_of_kind = jax.random.split(jax.random.fold_in(rng, i))
+        changed = KINDS[name](x, rng_of_kind)
+        chosen = jax.random.bernoulli(coin_rng, probability, (x.shape[0], *(1,) * (x.ndim - 1)))
+        x = jnp.where(chosen, changed, x)
+    return x
+
+
+def _each(x: jax.Array) -> tuple[int, ...]:
+    return (x.shape[0], *(1,) * (x.ndim - 1))
+
+
+def _flip(x, rng):
+    return jnp.where(jax.random.bernoulli(rng, 0.5, _each(x)), x[:, :, ::-1], x)
+
+
+def _rotate(x, rng):
+    """By a multiple of 90 degrees; images that are not square by 180."""
+    turns = jax.random.randint(rng, _each(x), 0, 4)
+    if x.shape[1] != x.shape[2]:
+        return jnp.where(turns % 2 == 1, x[:, ::-1, ::-1], x)
+    turned = [jnp.rot90(x, k, (1, 2)) for k in range(4)]
+    return jnp.select([turns == k for k in range(4)], turned)
+
+
+def _translate(x, rng):
+    """By whole pixels; the edge repeats."""
+    most = [max(1, round(n * SHIFT)) for n in x.shape[1:3]]
+    padded = jnp.pad(x, ((0, 0), *((m, m) for m in most), (0, 0)), mode="edge")
+    limits = jnp.array([2 * m + 1 for m in most])
+    starts = jax.random.randint(rng, (x.shape[0], 2), 0, limits)
+    cut = lambda image, start: jax.lax.dynamic_slice(image, (*start, 0), x.shape[1:])
+    return jax.vmap(cut)(padded, starts)
+
+
+def _scale(x, rng):
+    """About the middle, by 2^(0.2 n), n normal; beyond the edge it is black."""
+    size = jnp.array(x.shape[1:3], jnp.float32)
+
+    def resize(image, factor):
+        factors = jnp.stack([factor, factor])
+        moved = (1 - factors) * size / 2
+        return jax.image.scale_and_translate(
+            image + 1, image.shape, (0, 1), factors, moved, "linear", antialias=False
+        )
+
+    return jax.vmap(resize)(x, 2 ** (0.2 * jax.random.normal(rng, x.shape[:1]))) - 1
+
+
+def _brightness(x, rng):
+    return x + 0.2 * jax.random.normal(rng, _each(x))
+
+
+def _contrast(x, rng):
+    return x * 2 ** (0.5 * jax.random.normal(rng, _each(x)))
+
+
+def _cutout(x, rng):
+    """A grey rectangle of half the size."""
+    middle = jax.random.uniform(rng, (2, *_each(x)))
+    inside = True
+    for axis in (1, 2):
+        size = x.shape[axis]
+        places = (jnp.arange(size) + 0.5).reshape(-1, *(1,) * (x.ndim - axis - 1))
+        inside &= jnp.abs(places - size * middle[axis - 1]) < size / 4
+    return jnp.where(inside, 0.0, x)
+
+
+KINDS: dict[str, Callable] = {
+    "flip": _flip,
+    "rotate": _rotate,
+    "translate": _translate,
+    "scale": _scale,
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "cutout": _cutout,
+}
