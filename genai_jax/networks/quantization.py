@@ -219,6 +219,20 @@ def to_grid(z: jax.Array, levels: Sequence[int]) -> jax.Array:
     return jnp.clip(jnp.round(z * half), -half, count - 1 - half) / half
 
 
+def look_up(books: Codebooks, codes: jax.Array) -> jax.Array:
+    """Codes [..., codebooks] -> the sums of their vectors [..., dim]."""
+    each = [books.vectors[i][codes[..., i]] for i in range(codes.shape[-1])]
+    return sum(each[1:], each[0])
+
+
+def on_grid(codes: jax.Array, levels: Sequence[int]) -> jax.Array:
+    """Codes [..., 1] of `finite_scalar` -> its vectors [..., channels]."""
+    places = jnp.array([math.prod(levels[:i]) for i in range(len(levels))], jnp.int32)
+    count = jnp.array(levels, jnp.int32)
+    half = count // 2
+    return ((codes // places) % count - half) / half.astype(jnp.float32)
+
+
 def code_counts(codes: jax.Array, size: int, weights: jax.Array | None = None) -> jax.Array:
     """How often each code occurs, [codebooks, size].
 

@@ -63,14 +63,18 @@ class Codec:
             return math.prod(self.quantizer.level_counts)
         return self.quantizer.codes
 
+    @property
+    def codebooks(self) -> int:
+        """Codes of a place; 0 of a Gaussian latent."""
+        return {"kl": 0, "rvq": self.quantizer.codebooks}.get(self.config.latent, 1)
+
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """Fresh parameters, and mutables: the codebooks, if any are learned."""
         params = self.network.init(rng, jnp.zeros((1, *self.shape)))["params"]
-        kind, q = self.config.latent, self.quantizer
-        if kind not in ("vq", "rvq"):
+        if self.config.latent not in ("vq", "rvq"):
             return params, {}
         books = quantization.init_codebooks(
-            q.codebooks if kind == "rvq" else 1, q.codes, self.config.latent_channels
+            self.codebooks, self.quantizer.codes, self.config.latent_channels
         )
         return params, {"codebooks": books}
 
@@ -107,6 +111,18 @@ class Codec:
     def encode(self, params: dict, mutables: dict, x: jax.Array) -> jax.Array:
         """Images -> latents [batch, *small, latent_channels]: means, or quantized vectors."""
         return self.bottleneck(params, mutables, x)[0].latents
+
+    def codes(self, params: dict, mutables: dict, x: jax.Array) -> jax.Array:
+        """Images -> codes [batch, *small, codebooks], int32."""
+        return self.bottleneck(params, mutables, x)[0].codes
+
+    def decode_codes(self, params: dict, mutables: dict, codes: jax.Array) -> jax.Array:
+        """Codes [batch, *small, codebooks] -> images in [-1, 1]."""
+        if self.config.latent == "fsq":
+            z = quantization.on_grid(codes, self.quantizer.level_counts)
+        else:
+            z = quantization.look_up(mutables["codebooks"], codes)
+        return jnp.clip(self.output(params, self.hidden(params, z)), -1, 1)
 
     def decode(self, params: dict, mutables: dict, z: jax.Array) -> jax.Array:
         """Latents -> images in [-1, 1].

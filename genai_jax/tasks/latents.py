@@ -24,6 +24,7 @@ class Latents:
     Args:
       workdir: of the autoencoder.
       loader: an `ImageLoader` of the images to be encoded.
+      flag: that named the workdir.
 
     Attributes:
       shape: (*small, channels) of the latents of an image.
@@ -32,8 +33,8 @@ class Latents:
       ConfigError: there is no autoencoder in `workdir`, or one of other images.
     """
 
-    def __init__(self, workdir: str, loader: Any):
-        self.config = read_fitting(workdir, "--diffusion.autoencoder", "autoencoder", loader)
+    def __init__(self, workdir: str, loader: Any, flag: str = "--diffusion.autoencoder"):
+        self.config = read_fitting(workdir, flag, "autoencoder", loader)
         self.loader = loader
         self.codec = Codec(self.config, loader.shape)
         self.shape = self.codec.latent_shape
@@ -49,12 +50,15 @@ class Latents:
 
     def pretrained(self) -> dict:
         """The same groups as they were trained, and as measured on training images."""
-        task = Autoencoder(self.config)
-        params, mutables = restore_to_host(task, self.config)
-        codebooks = {name: x for name, x in mutables.items() if name == "codebooks"}
-        group = {"params": params["autoencoder"], "mutables": codebooks}
-        mean, std = self._measured(group, task.scaled)
+        group = self.trained_group()
+        mean, std = self._measured(group, Autoencoder(self.config).scaled)
         return {"autoencoder": group, "latents": {"mean": mean, "std": std}}
+
+    def trained_group(self) -> dict:
+        """The group `autoencoder` as it was trained: host arrays."""
+        params, mutables = restore_to_host(Autoencoder(self.config), self.config)
+        codebooks = {name: x for name, x in mutables.items() if name == "codebooks"}
+        return {"params": params["autoencoder"], "mutables": codebooks}
 
     def _measured(self, group: dict, scaled: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each channel, over images and space."""
