@@ -28,6 +28,8 @@ def score_images(
 ) -> dict:
     """Distances to the held-out images, and how well the images show what was asked for.
 
+    `modes` counts the labels, or combinations of them, that the classifier sees at least once.
+
     Args:
       loader: of the data.
       images: drawn, uint8 [n, *space, channels].
@@ -46,6 +48,8 @@ def score_images(
         scores["classifier_accuracy"] = float(np.mean(np.all(real_seen == real["labels"], 1)))
         shares = np.bincount(seen[:, 0], minlength=loader.label_sizes[0]) / len(seen)
         scores["smallest_class_share"] = float(shares.min())
+        modes = np.unique(seen, axis=0), np.unique(real["labels"], axis=0)
+        scores["modes"], scores["modes_real"] = map(len, modes)
         if labels is not None and labels.shape[1]:
             right = seen == labels
             scores["agreement"] = float(np.mean(np.all(right, 1)))

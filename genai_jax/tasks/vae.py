@@ -61,6 +61,7 @@ class VaeScoreRequest(ScoreFlags, EvaluateRequest):
         0, "also the importance-weighted bound with so many samples; 0: not", minimum=0
     )
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
+    pixels: str = field("mean", "expected values, or drawn ones", choices=("mean", "draw"))
 
 
 class Vae(ImageTask):
@@ -227,8 +228,9 @@ class Vae(ImageTask):
         if request.draws():
             key = jax.random.key(request.seed)
             images, labels = draw_images(
-                self, params, key, request.num_samples, temperature=request.temperature
-            )
+                self, params, key, request.num_samples, temperature=request.temperature,
+                pixels=request.pixels,
+            )  # fmt: skip
             scores |= score_images(self.loader, images, labels, request)
         return scores
 

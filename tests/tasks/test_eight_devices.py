@@ -10,18 +10,23 @@ from tests.commands import environment
 from tests.conftest import ROOT
 
 
-def report_of(script: str) -> dict:
+def report_of(script: str, *names: str) -> dict:
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "tasks" / script)],
+        [sys.executable, str(ROOT / "tests" / "tasks" / script), *names],
         env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_the_whole_state_of_every_image_task():
-    report = report_of("eight_devices.py")
-    assert set(report) == {"dit_text", "unet_class", "shortcut", "classifier"}
+@pytest.mark.parametrize(
+    "names",
+    [("dit_text", "unet_class", "shortcut"), ("classifier", "gan", "ladder", "flow", "rbm")],
+    ids=["diffusion", "others"],
+)
+def test_the_whole_state_of_every_image_task(names):
+    report = report_of("eight_devices.py", *names)
+    assert set(report) == set(names)
     for name, facts in report.items():
         assert facts["difference"] < 1e-5, (name, facts)
         assert facts["sharded"], name
