@@ -66,7 +66,7 @@ class Gan(ImageTask):
         *((f"^generator/.*{p}", axes) for p, axes in generator.PARTITION_RULES),
         *((f"^critic/.*{p}", axes) for p, axes in critic.PARTITION_RULES),
     )
-    loss_unit = "nats, or the loss's own"
+    loss_unit = "the players' own; eval: energy distance"
     curves: ClassVar = {"verdicts": (("/real", "/fake"), "mean verdict of the critic")}
     sample_request = GanRequest
     evaluate_request = GanScoreRequest
@@ -228,13 +228,13 @@ class Gan(ImageTask):
 
         return verdicts
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """How far as many draws are from the held-out images, and what the critic says of both.
 
         `loss` is the energy distance of pixels in [-1, 1], between at most 1,024 of each. Verdicts
         on held-out images that are far below those of training say that the critic overfits.
         """
-        key, found, images = jax.random.key(self.config.run.seed), [], []
+        key, found, images = jax.random.key(self.config.run.seed if seed is None else seed), [], []
         for i, batch in enumerate(batches):
             verdicts, made = self._verdicts(params, mutables, batch, jax.random.fold_in(key, i))
             found.append((verdicts, batch["loss_mask"]))
@@ -254,7 +254,7 @@ class Gan(ImageTask):
 
     def score(self, params, mutables, batches, request) -> dict:
         """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches))
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
         if request.draws():
             images, labels = draw_images(
                 self, params, mutables, jax.random.key(request.seed), request.num_samples,

@@ -118,10 +118,10 @@ class NormalizingFlow(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Negative log-likelihood of the held-out images, dequantized by a fixed key."""
         del mutables
-        key = jax.random.key(self.config.run.seed)
+        key = jax.random.key(self.config.run.seed if seed is None else seed)
         sums = [
             self._evaluation_step(params, batch, jax.random.fold_in(key, i))
             for i, batch in enumerate(batches)
@@ -132,7 +132,7 @@ class NormalizingFlow(ImageTask):
 
     def score(self, params, mutables, batches, request) -> dict:
         """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches))
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
         if request.draws():
             images, labels = self._drawn(params, request, "")
             scores |= score_images(self.loader, images, labels, request)

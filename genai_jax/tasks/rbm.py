@@ -130,14 +130,14 @@ class Rbm(ImageTask):
 
         return energies
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Log-likelihood of the held-out binarized images, with the normalizer by annealing.
 
         `loss` is in nats an image. Annealing is right on the mean of Z, so it tends to estimate
         log Z too low and the likelihood too high; `log_z_standard_error` is that of Z, relative.
         """
         del mutables
-        key = jax.random.key(self.config.run.seed)
+        key = jax.random.key(self.config.run.seed if seed is None else seed)
         sums = [
             self._energies(params, batch, jax.random.fold_in(key, i))
             for i, batch in enumerate(batches)
@@ -155,7 +155,7 @@ class Rbm(ImageTask):
 
     def score(self, params, mutables, batches, request) -> dict:
         """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches))
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
         if request.draws():
             images = self._drawn(params, mutables, request)
             scores |= score_images(self.loader, images, None, request)

@@ -196,14 +196,14 @@ class Vae(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """The evidence lower bound of the held-out images, from one draw of the latents of each.
 
         Binarization, dequantization and latents rest on fixed keys. `loss` is in nats a dimension,
         `kl` and `reconstruction` are in nats an image.
         """
         del mutables
-        key = jax.random.key(self.config.run.seed)
+        key = jax.random.key(self.config.run.seed if seed is None else seed)
         found = [
             (self._evaluation_step(params, batch, jax.random.fold_in(key, i)), batch["loss_mask"])
             for i, batch in enumerate(batches)
@@ -222,7 +222,7 @@ class Vae(ImageTask):
 
     def score(self, params, mutables, batches, request) -> dict:
         """As `evaluate`; the importance-weighted bound and scores of drawn images, if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches))
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
         if request.importance_samples:
             scores |= self._importance(params, batches, request)
         if request.draws():

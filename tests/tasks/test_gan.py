@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax import evaluate, sample, train
+from genai_jax import evaluate, sample
 from genai_jax.components import parse_run, read_config
 from genai_jax.config import ConfigError
 from genai_jax.metrics.energy_distance import energy_distance
@@ -16,6 +16,7 @@ from genai_jax.tasks.augmentation import KINDS, AugmentationConfig, augment, ste
 from genai_jax.tasks.gan import Gan
 from genai_jax.training.restore import restore_model
 from genai_jax.training.step import init_state, make_step
+from tests.tasks.runs import run_to
 
 TINY = (
     "--task=gan",
@@ -105,26 +106,18 @@ def test_the_energy_distance_tells_distributions_apart():
     assert energy_distance(np.zeros((2, 1)), np.full((2, 1), 3.0)) == 6
 
 
-def run_to(workdir, steps: int, *flags: str) -> list[dict]:
-    common = (f"--workdir={workdir}", "--train.progress=false", "--train.log_every=1")
-    assert train.main([*TINY, *common, f"--train.steps={steps}", *flags]) == 0
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k.startswith(("step", "train/"))} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("gan") / "whole"
     flags = (*STYLE, "--ema.decay=0.5", "--ema.use=0.5", "--eval.batches=2")
-    return workdir, flags, run_to(workdir, 6, *flags)
+    return workdir, flags, run_to(workdir, 6, *TINY, *flags)
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path):
     """Parameters, averages, spectral vectors and means; metrics show both optimizers."""
     workdir, flags, rows = whole
-    run_to(tmp_path, 4, *flags)
-    assert run_to(tmp_path, 6, *flags) == rows and len(rows) == 6
+    run_to(tmp_path, 4, *TINY, *flags)
+    assert run_to(tmp_path, 6, *TINY, *flags) == rows and len(rows) == 6
     models = []
     for folder in (workdir, tmp_path):
         config = read_config(str(folder))
@@ -168,7 +161,7 @@ def test_a_run_grows_from_one_on_smaller_images(tmp_path, capsys):
     base = ("--generator.base_height=8", "--critic.base_height=8")
     shapes = ("--data.dataset=shapes", "--eval.batches=0", *base)
     small = ("--data.image_size=16", "--generator.channels=8", "--critic.channels=8")
-    run_to(tmp_path / "small", 1, *shapes, *small)
+    run_to(tmp_path / "small", 1, *TINY, *shapes, *small)
     grow = (*shapes, "--data.image_size=32", f"--gan.grow_from={tmp_path / 'small'}")
     fading = (*grow, "--gan.fade_steps=2")
     task = make(*fading)
@@ -178,13 +171,29 @@ def test_a_run_grows_from_one_on_smaller_images(tmp_path, capsys):
     assert same(params["generator"]["block_16"], before["generator"]["block_16"])
     assert same(params["critic"]["conv_last"], before["critic"]["conv_last"])
     assert "block_32" in params["generator"] and "to_image_16" in params["generator"]
-    rows = run_to(tmp_path / "large", 2, *fading)
+    rows = run_to(tmp_path / "large", 2, *TINY, *fading)
     assert len(rows) == 2
     assert [float(task.fade({"steps": n})) for n in (0, 1, 2, 5)] == [0, 0.5, 1, 1]
     with pytest.raises(ConfigError, match=r"has shape .* half the channels at twice the size"):
         make(*fading, "--generator.channels=8").pretrained()
     with pytest.raises(ConfigError, match=r"was trained on images of .* grows from 32x32"):
         make(*fading, "--data.image_size=64").pretrained()
+
+
+def test_a_penalty_that_is_not_finite_stops_the_run(tmp_path):
+    said = r"r1/r1_penalty is inf|r1/loss is inf|r1/grad_norm is (nan|inf)"
+    with pytest.raises(
+        ConfigError, match=f"({said}) at step 1 in phase r1; none is saved"
+    ) as error:
+        run_to(tmp_path, 5, *TINY, "--gan.r1=1e38", "--gan.r1_every=2", "--eval.batches=0")
+    assert "\n" not in str(error.value)
+
+
+def test_a_collapsed_critic_stops_the_run(tmp_path, monkeypatch):
+    """Constant verdicts, whatever it is shown."""
+    monkeypatch.setattr(Gan, "_judge", lambda self, p, m, x, *_: 0 * x[:, 0, 0, 0] + 1.0)
+    with pytest.raises(ConfigError, match="every verdict is the same at step 1 in phase critic"):
+        run_to(tmp_path, 3, *TINY, "--eval.batches=0")
 
 
 @pytest.mark.parametrize(

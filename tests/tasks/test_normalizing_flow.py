@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax import evaluate, sample, train
+from genai_jax import evaluate, sample
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.glow import Glow, GlowConfig, squeeze, unsqueeze
 from genai_jax.tasks.normalizing_flow import NormalizingFlow
+from tests.tasks.runs import run_to
 
 TINY = (
     "--task=normalizing_flow",
     "--data.batch_size=8",
+    "--eval.batches=1",
     "--normalizing_flow.condition=class",
     "--glow.steps_per_level=1",
     "--glow.hidden_channels=4",
@@ -95,19 +97,10 @@ def test_the_density_of_a_fresh_flow_is_that_of_a_normal_fit():
     np.testing.assert_allclose(density, expected, atol=1e-3)
 
 
-def run_to(workdir, steps: int) -> list[dict]:
-    common = (f"--workdir={workdir}", "--train.progress=false", "--train.log_every=1")
-    shared = (*common, "--eval.batches=1", f"--train.steps={steps}")
-    assert train.main([*TINY, *shared]) == 0
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k.startswith(("step", "train/"))} for row in rows]
-
-
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    whole = run_to(tmp_path / "whole", 4)
-    run_to(tmp_path / "stopped", 2)
-    assert run_to(tmp_path / "stopped", 4) == whole and len(whole) == 4
+    whole = run_to(tmp_path / "whole", 4, *TINY)
+    run_to(tmp_path / "stopped", 2, *TINY)
+    assert run_to(tmp_path / "stopped", 4, *TINY) == whole and len(whole) == 4
     capsys.readouterr()
     workdir = f"--workdir={tmp_path / 'whole'}"
     assert evaluate.main([workdir, "--batches=1"]) == 0

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax import evaluate, sample, train
+from genai_jax import evaluate, sample
 from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
 from genai_jax.networks import rbm
 from genai_jax.tasks.rbm import Rbm
+from tests.tasks.runs import run_to
 
 TINY = (
     "--task=rbm",
@@ -115,18 +117,38 @@ def test_the_loss_is_a_contrast_and_its_chains_go_on():
     assert not np.array_equal(further["chains"], chains)
 
 
-def run_to(workdir, steps: int) -> list[dict]:
-    common = (f"--workdir={workdir}", "--train.progress=false", "--train.log_every=1")
-    assert train.main([*TINY, *common, f"--train.steps={steps}"]) == 0
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k.startswith(("step", "train/"))} for row in rows]
+def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_the_data():
+    task = Rbm(parse_run(TINY))
+    params, mutables = task.init(jax.random.key(0))
+    params = {"machine": machine(64, 6, 0.5)}
+    batch = task.loader.gather(task.loader.open("train"), np.arange(8))
+    key = jax.random.key(1)
+    gradient = jax.jit(jax.grad(task._loss, has_aux=True))
+    found, (_, after) = gradient(params, mutables, batch, key)
+
+    def statistics(v):
+        h = jax.nn.sigmoid(rbm.hidden_logits(params["machine"], v))
+        return {
+            "weights": v.T @ h / len(v), "visible_bias": v.mean(0), "hidden_bias": h.mean(0)
+        }  # fmt: skip
+
+    data = statistics(task._visible(batch["image"], jax.random.split(key, 3)[0]))
+    model = statistics(after["chains"])
+    for name, value in found["machine"].items():
+        np.testing.assert_allclose(value, model[name] - data[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("flag", ["chains", "num_hidden", "sweeps"])
+def test_bad_flags_are_refused_in_one_line(flag):
+    with pytest.raises(ConfigError, match=f"--rbm.{flag}=0: 0 is not a positive") as error:
+        parse_run([*TINY, f"--rbm.{flag}=0"])
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    whole = run_to(tmp_path / "whole", 4)
-    run_to(tmp_path / "stopped", 2)
-    assert run_to(tmp_path / "stopped", 4) == whole and len(whole) == 4
+    whole = run_to(tmp_path / "whole", 4, *TINY)
+    run_to(tmp_path / "stopped", 2, *TINY)
+    assert run_to(tmp_path / "stopped", 4, *TINY) == whole and len(whole) == 4
     capsys.readouterr()
     workdir = f"--workdir={tmp_path / 'whole'}"
     assert evaluate.main([workdir]) == 0

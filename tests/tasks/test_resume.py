@@ -7,6 +7,7 @@ import pytest
 
 from genai_jax import evaluate, sample, train
 from tests.tasks.eight_devices import TASK_FLAGS
+from tests.tasks.runs import run_to
 
 COMMON = (
     "--data.batch_size=8",
@@ -28,21 +29,13 @@ RUNS = {
 }  # fmt: skip
 
 
-def rows(workdir) -> list[dict]:
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    parsed = [json.loads(line) for line in lines]
-    keep = lambda name: name == "step" or name.startswith("train/")
-    return [{k: v for k, v in row.items() if keep(k)} for row in parsed]
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_metrics_equal_those_of_an_uninterrupted_run(name, tmp_path, capsys):
     flags = (*COMMON, *RUNS[name])
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train.main([*flags, "--train.steps=4", f"--workdir={whole}"]) == 0
-    assert train.main([*flags, "--train.steps=2", f"--workdir={stopped}"]) == 0
-    assert train.main([*flags, "--train.steps=4", f"--workdir={stopped}"]) == 0
-    assert rows(whole) == rows(stopped) and len(rows(whole)) == 4
+    rows = run_to(whole, 4, *flags)
+    run_to(stopped, 2, *flags)
+    assert run_to(stopped, 4, *flags) == rows and len(rows) == 4
     if name == "unet_class":
         return
     capsys.readouterr()

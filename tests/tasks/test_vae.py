@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from genai_jax import evaluate, sample, train
+from genai_jax import evaluate, sample
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.dense_vae import DenseVae, DenseVaeConfig
@@ -21,10 +21,12 @@ from genai_jax.tasks.vae import Vae, kl_of, log_ratio
 from genai_jax.tasks.walks import path, traversal
 from genai_jax.training.phase import Phase
 from genai_jax.training.step import init_state, make_step
+from tests.tasks.runs import run_to
 
 TINY = (
     "--task=vae",
     "--data.batch_size=8",
+    "--eval.batches=1",
     "--optimizer.warmup_steps=0",
     "--optimizer.schedule=constant",
 )
@@ -196,16 +198,8 @@ def test_the_weight_of_the_divergence_rises_and_the_bound_is_what_it_is_made_of(
         assert float(loss) == pytest.approx(float(expected), rel=1e-5) and int(after) == calls + 1
 
 
-def run_to(workdir, steps: int, *flags: str) -> list[dict]:
-    common = (f"--workdir={workdir}", "--train.progress=false", "--train.log_every=1")
-    assert train.main([*TINY, *common, "--eval.batches=1", f"--train.steps={steps}", *flags]) == 0
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k.startswith(("step", "train/"))} for row in rows]
-
-
 def test_a_ladder_is_trained_and_walked_through(tmp_path, capsys):
-    run_to(tmp_path, 1, *LADDER, "--eval.batches=0")
+    run_to(tmp_path, 1, *TINY, *LADDER, "--eval.batches=0")
     capsys.readouterr()
     request = ("--show=traversal", "--num_samples=3", "--columns=3")
     assert sample.main([f"--workdir={tmp_path}", *request]) == 0
@@ -214,9 +208,9 @@ def test_a_ladder_is_trained_and_walked_through(tmp_path, capsys):
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
     flags = (*DENSE, "--vae.likelihood=gaussian", "--vae.samples=2")
-    whole = run_to(tmp_path / "whole", 4, *flags)
-    run_to(tmp_path / "stopped", 2, *flags)
-    assert run_to(tmp_path / "stopped", 4, *flags) == whole and len(whole) == 4
+    whole = run_to(tmp_path / "whole", 4, *TINY, *flags)
+    run_to(tmp_path / "stopped", 2, *TINY, *flags)
+    assert run_to(tmp_path / "stopped", 4, *TINY, *flags) == whole and len(whole) == 4
     capsys.readouterr()
     request = (f"--workdir={tmp_path / 'whole'}", "--batches=1", "--importance_samples=4")
     assert evaluate.main(request) == 0
