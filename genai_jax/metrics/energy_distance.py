@@ -1,7 +1,6 @@
 """The energy distance of two sets of examples: a divergence that needs no network."""
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 
 def energy_distance(real: np.ndarray, drawn: np.ndarray) -> float:
@@ -13,6 +12,8 @@ def energy_distance(real: np.ndarray, drawn: np.ndarray) -> float:
       real: [n, ...].
       drawn: [m, ...], in the same unit.
     """
+    from scipy.spatial.distance import cdist  # slow to import
+
     x, y = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (real, drawn))
     within = lambda a: cdist(a, a).sum() / (len(a) * (len(a) - 1))
     return float(2 * cdist(x, y).mean() - within(x) - within(y))

@@ -40,14 +40,14 @@ class FlowRequest(SampleRequest):
         "draws", "draws, or walks between held-out images", choices=("draws", "interpolation")
     )
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
-    temperature: float = field(0.8, "of the latents that are drawn", minimum=0)
+    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
     path: str = field("linear", "of an interpolation", choices=PATHS)
     columns: int = field(11, "images of a walk", minimum=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowScoreRequest(ScoreFlags, EvaluateRequest):
-    temperature: float = field(0.8, "of the latents that are drawn", minimum=0)
+    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
 
 
 class NormalizingFlow(ImageTask):
