@@ -111,11 +111,13 @@ class Critic(nn.Module):
         h = nn.leaky_relu(last(h), 0.2).reshape(x.shape[0], -1)
         features = Dense((wide[-1],), use_bias=True, name="features", **shared)(h)
         features = nn.leaky_relu(features, 0.2)
+        # In float32, as a loss is: verdicts that differ little are not to be rounded to one.
+        features, shared = features.astype(jnp.float32), dict(spectral_norm=c.spectral_norm)
         verdict = Dense((1,), use_bias=True, name="verdict", **shared)(features)[:, 0]
         for i, size in enumerate(self.label_sizes):
             table = Dense((wide[-1],), name=f"embedding_{i}", **shared)
             verdict += jnp.sum(table(jax.nn.one_hot(labels[:, i], size)) * features, -1)
-        return verdict.astype(jnp.float32)
+        return verdict
 
 
 def _with_spread(x: jax.Array) -> jax.Array:

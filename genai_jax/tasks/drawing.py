@@ -1,5 +1,6 @@
 """Which classes are drawn, and drawing many images with one compiled program."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,22 @@ def check_label(text: str, conditional: bool):
     """Raises `ConfigError` if a class is asked of a model that was not told any."""
     if text and not conditional:
         raise ConfigError(f"--label={text}: this model was trained without a condition")
+
+
+def check_shown(request: Any, uses: dict[str, tuple[str, ...]]):
+    """Raises `ConfigError` if a flag is set that what is to be shown does not use.
+
+    Args:
+      request: flags of the sample command, among them `show`.
+      uses: what can be shown -> the flags that are for it; flags named nowhere are for all.
+    """
+    for f in dataclasses.fields(request):
+        users = [show for show, names in uses.items() if f.name in names]
+        if users and request.show not in users and getattr(request, f.name) != f.default:
+            raise ConfigError(
+                f"--{f.name}={getattr(request, f.name)} is for --show={' or '.join(users)}, "
+                f"not {request.show}"
+            )
 
 
 def in_batches(

@@ -98,7 +98,7 @@ class Gan(ImageTask):
                 f"--augmentation.kinds={config.augmentation.kinds} is for images, and "
                 f"{config.data.dataset} has examples of shape {self.loader.shape}"
             )
-        slice_size = config.data.batch_size // chosen.critic_updates
+        slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)
         if config.critic.minibatch_std and slice_size < 2:
             raise ConfigError(
                 f"--critic.minibatch_std needs 2 images, --data.batch_size={config.data.batch_size}"

@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax import media
-from genai_jax.config import ConfigError, field
+from genai_jax.config import field
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.drawing import check_label, in_batches, requested_labels
+from genai_jax.tasks.drawing import check_label, check_shown, in_batches, requested_labels
 from genai_jax.tasks.walks import PATHS, path, read_latents
 
-SHOWS = ("draws", "interpolation", "truncation")
+USES = {  # what can be shown -> the flags that are for it
+    "draws": ("latents", "truncation"),
+    "interpolation": ("truncation", "path", "columns"),
+    "truncation": ("columns",),
+}
 MOST_ROWS = 12  # of a walk or a grid
 
 
@@ -24,7 +28,7 @@ class GanRequest(SampleRequest):
     show: str = field(
         "draws",
         "draws; walks between two latents; the same draws truncated, from their mean to as drawn",
-        choices=SHOWS,
+        choices=tuple(USES),
     )
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
     truncation: float = field(1.0, "how far styles are from their mean; 1: as drawn", minimum=0)
@@ -33,15 +37,16 @@ class GanRequest(SampleRequest):
     columns: int = field(11, "images of a walk, steps of truncation", minimum=2)
 
     def __post_init__(self):
-        if self.show == "truncation" and self.truncation != 1:
-            raise ValueError(f"--truncation={self.truncation} is not for --show=truncation")
+        if self.latents and self.num_samples != type(self).num_samples:
+            raise ValueError(
+                f"--num_samples={self.num_samples}: the file --latents={self.latents} says how many"
+            )
 
 
 def draw(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
-    if request.latents and request.show != "draws":
-        raise ConfigError(f"--latents={request.latents} is for --show=draws, not {request.show}")
+    check_shown(request, USES)
     key, columns = jax.random.key(request.seed), request.columns
     if request.show == "draws":
         given, count, columns = None, request.num_samples, None

@@ -16,7 +16,7 @@ from genai_jax.networks import glow
 from genai_jax.networks.glow import Glow, GlowConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.scaling.flops import count_flops
-from genai_jax.tasks.drawing import check_label, in_batches, requested_labels
+from genai_jax.tasks.drawing import check_label, check_shown, in_batches, requested_labels
 from genai_jax.tasks.image_scores import ScoreFlags, score_images
 from genai_jax.tasks.image_task import ImageTask
 from genai_jax.tasks.walks import PATHS, path
@@ -26,6 +26,10 @@ from genai_jax.training.sharding import logical_axes
 
 START_IMAGES = 256  # from which the first scales and biases are set
 MOST_ROWS = 12  # of a walk
+USES = {  # what can be shown -> the flags that are for it
+    "draws": ("label", "temperature"),
+    "interpolation": ("path", "columns"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,7 @@ class FlowConfig:
 @dataclasses.dataclass(frozen=True)
 class FlowRequest(SampleRequest):
     num_samples: int = field(64, "images, or rows of a walk", minimum=1)
-    show: str = field(
-        "draws", "draws, or walks between held-out images", choices=("draws", "interpolation")
-    )
+    show: str = field("draws", "draws, or walks between held-out images", choices=tuple(USES))
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
     path: str = field("linear", "of an interpolation", choices=PATHS)
@@ -140,11 +142,10 @@ class NormalizingFlow(ImageTask):
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
+        check_shown(request, USES)
         columns = None
         if request.show == "draws":
             images, _ = self._drawn(params, request, request.label)
-        elif request.label:
-            raise ConfigError(f"--label={request.label} is for --show=draws, not {request.show}")
         else:
             images, columns = self._interpolated(params, request), request.columns
         name = f"{request.show}_seed{request.seed}"

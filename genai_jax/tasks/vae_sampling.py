@@ -9,13 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax import media
-from genai_jax.config import ConfigError, field
+from genai_jax.config import field
 from genai_jax.networks.latent_variables import Latents
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.drawing import check_label, in_batches, requested_labels
+from genai_jax.tasks.drawing import check_label, check_shown, in_batches, requested_labels
 from genai_jax.tasks.walks import PATHS, most_active, path, traversal
 
-SHOWS = ("prior", "reconstructions", "interpolation", "traversal")
+USES = {  # what can be shown -> the flags that are for it
+    "prior": ("label", "temperature", "pixels"),
+    "reconstructions": (),
+    "interpolation": ("path", "columns"),
+    "traversal": ("columns",),
+}
 SPREAD = 3.0  # prior standard deviations that a traversal goes each way
 MOST_ROWS = 12  # of a walk
 MEASURED_IMAGES = 512  # that tell which latents are used
@@ -28,7 +33,7 @@ class VaeRequest(SampleRequest):
         "prior",
         "draws; held-out images beside their reconstructions; walks between two held-out images; "
         "walks along the latents that vary most",
-        choices=SHOWS,
+        choices=tuple(USES),
     )
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
@@ -40,8 +45,7 @@ class VaeRequest(SampleRequest):
 def draw(task: Any, params: dict, request: VaeRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.network.label_sizes))
-    if request.label and request.show != "prior":
-        raise ConfigError(f"--label={request.label} is for --show=prior, not {request.show}")
+    check_shown(request, USES)
     columns = None
     if request.show == "prior":
         images, _ = draw_images(

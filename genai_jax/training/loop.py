@@ -282,7 +282,7 @@ class Run:
                 kept = (
                     f"the last good checkpoint is step {good}" if good else "none is saved before"
                 )
-                where = f"at step {step}" + f" in phase {phase[0]}" * bool(phase)
+                where = f"at step {step}" + (f" in phase {phase[0]}" if phase else "")
                 what = "every verdict is the same" if kind == "alive" else f"{name} is {value}"
                 raise ConfigError(f"{what} {where}; {kept}")
 
