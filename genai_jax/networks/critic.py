@@ -88,7 +88,7 @@ class Critic(nn.Module):
         """
         c, space = self.config, x.ndim - 2
         halve = (2,) * space
-        heights = heights_of(self.shape, c.base_height, "--critic.base_height")[::-1]
+        heights = heights_of(self.shape, c.base_height, "--critic.base_height", self.grows)[::-1]
         wide = [channels_at(h, heights[0], c.channels, c.max_channels) for h in heights]
         shared = dict(spectral_norm=c.spectral_norm, dtype=self.dtype)
 

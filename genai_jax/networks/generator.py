@@ -159,7 +159,7 @@ class Generator(nn.Module):
 
     def setup(self):
         c, style = self.config, self.config.network == "style"
-        heights = heights_of(self.shape, c.base_height, "--generator.base_height")
+        heights = heights_of(self.shape, c.base_height, "--generator.base_height", self.grows)
         wide = {h: channels_at(h, heights[-1], c.channels, c.max_channels) for h in heights}
         factor = heights[-1] // heights[0]
         base = (*(n // factor for n in self.shape[:-1]), wide[heights[0]])

@@ -1,11 +1,14 @@
 """Sizes of an image network that doubles them block by block."""
 
 
-def heights_of(shape: tuple[int, ...], base_height: int, flag: str) -> list[int]:
+def heights_of(
+    shape: tuple[int, ...], base_height: int, flag: str, grows: bool = False
+) -> list[int]:
     """The heights from `base_height` to that of images (*space, channels), each twice the last.
 
     Raises:
-      ValueError: they do not lead there, or another size of the image does not halve as often.
+      ValueError: they do not lead there, or another size of the image does not halve as often;
+        or the images have the base height, below which there is nothing that they grew from.
     """
     *space, _ = shape
     heights = [base_height]
@@ -18,6 +21,8 @@ def heights_of(shape: tuple[int, ...], base_height: int, flag: str) -> list[int]
             f"{flag}={base_height}: doubling it does not lead to images of {size}, all of whose "
             "sizes are to be halved as often"
         )
+    if grows and len(heights) == 1:
+        raise ValueError(f"{flag}={base_height} must be below {space[0]}, the height grown to")
     return heights
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 
 LOSSES = ("non_saturating", "hinge", "least_squares", "wasserstein", "relativistic")
+# The verdict of a critic that cannot tell, for losses in which one verdict means something alone.
+UNDECIDED = {"non_saturating": 0.0, "hinge": 0.0, "least_squares": 0.5}
 
 
 def critic_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:

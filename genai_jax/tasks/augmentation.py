@@ -56,14 +56,17 @@ class AugmentationConfig:
         return [name for name in self.kinds.split(",") if name]
 
 
-def steered(config: AugmentationConfig, probability: jax.Array, verdicts: jax.Array) -> jax.Array:
+def steered(
+    config: AugmentationConfig, probability: jax.Array, verdicts: jax.Array, undecided: float = 0.0
+) -> jax.Array:
     """The probability after an update: up where the critic is too sure of data, else down.
 
-    The measure is the mean sign of its verdicts on data (equation 1, r_t).
+    The measure is the mean sign of its verdicts on data (equation 1, r_t), counted from
+    `undecided`, the verdict of a critic that cannot tell.
     """
     if config.target is None:
         return probability
-    sure = jnp.mean(jnp.sign(verdicts))
+    sure = jnp.mean(jnp.sign(verdicts - undecided))
     step = jnp.sign(sure - config.target) * verdicts.shape[0] / config.ramp_images
     return jnp.clip(probability + step, 0.0, HIGHEST)
 

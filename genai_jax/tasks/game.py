@@ -213,8 +213,9 @@ class Game:
         return jnp.mean(jnp.square(lengths - mean)), {**mutables, "path_length": mean}
 
     def _lazy_loss(self, name: str):
-        """A penalty on its own, as many times heavier as it is rarer."""
-        weight = getattr(self.config, name) * getattr(self.config, f"{name}_every")
+        """A penalty on its own, as many times heavier as it is rarer than the player's updates."""
+        updates = 1 if name == "path_length" else self.config.critic_updates
+        weight = getattr(self.config, name) * getattr(self.config, f"{name}_every") * updates
 
         def loss(params, mutables, batch, rng):
             if name == "path_length":

@@ -17,6 +17,7 @@ from genai_jax.networks.critic import Critic, CriticConfig
 from genai_jax.networks.generator import Generator, GeneratorConfig
 from genai_jax.requests import EvaluateRequest
 from genai_jax.scaling.flops import count_flops
+from genai_jax.tasks.adversarial import UNDECIDED
 from genai_jax.tasks.augmentation import AugmentationConfig, augment, steered
 from genai_jax.tasks.game import Game, GameConfig, Players
 from genai_jax.tasks.gan_sampling import GanRequest, draw, draw_images
@@ -97,6 +98,11 @@ class Gan(ImageTask):
             raise ConfigError(
                 f"--augmentation.kinds={config.augmentation.kinds} is for images, and "
                 f"{config.data.dataset} has examples of shape {self.loader.shape}"
+            )
+        if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
+            raise ConfigError(
+                f"--augmentation.target={config.augmentation.target} reads how sure the critic is, "
+                f"which --gan.loss={chosen.loss} leaves open; allowed: {', '.join(UNDECIDED)}"
             )
         slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)
         if config.critic.minibatch_std and slice_size < 2:
@@ -191,7 +197,9 @@ class Gan(ImageTask):
             return mutables
         config = self.config.augmentation
         verdicts = jax.lax.stop_gradient(verdicts)
-        return {**mutables, "augmented": steered(config, mutables["augmented"], verdicts)}
+        undecided = UNDECIDED[self.config.gan.loss]
+        augmented = steered(config, mutables["augmented"], verdicts, undecided)
+        return {**mutables, "augmented": augmented}
 
     # Scores and draws.
 

@@ -95,11 +95,16 @@ class Gaussian(Likelihood):
         return nats + math.prod(target.shape[1:]) * math.log(2 / self.levels)
 
     def mean(self, outputs):
-        return outputs[..., 0]
+        return self._center(outputs[..., 0])
 
     def draw(self, params, outputs, rng):
         mean = outputs[..., 0]
-        return mean + jnp.exp(params["log_scale"]) * jax.random.normal(rng, mean.shape)
+        noise = jnp.exp(params["log_scale"]) * jax.random.normal(rng, mean.shape)
+        return self._center(mean + noise)
+
+    def _center(self, x):
+        """A dequantized value to the scale on which the centre of bin i is `scaled(i)`."""
+        return self.scaled((x + 1) / 2 * self.levels - 0.5)
 
 
 class DiscretizedLogistic(Likelihood):

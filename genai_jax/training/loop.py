@@ -150,6 +150,7 @@ class Run:
         self.began = time.perf_counter()
         self.profiling = False
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
+        self.rare: dict[str, float] = {}  # metrics of phases that run seldom, as last seen
 
     def go(self) -> int:
         with mesh_context(self.mesh):
@@ -195,6 +196,7 @@ class Run:
         self.source.set_state(data)
         self.seconds = clock["seconds"]
         self.unfinished_row = clock["unfinished_row"]
+        self.rare = clock.get("rare", {})
         print(f"resuming {self.workdir} at step {step}", file=sys.stderr)
         return step, state
 
@@ -252,15 +254,22 @@ class Run:
                 return
 
     def _report(self, step: int, metrics: dict, write: bool = True) -> dict:
-        """Reads the metrics of a step, checks them, and writes its row if it is a logged one."""
+        """Reads the metrics of a step, checks them, and writes its row if it is a logged one.
+
+        A phase that did not run in this step shows what it gave when it last did.
+        """
+        phases = self.compiled.phases
         metrics = {
             name: float(value)
             for name, value in jax.device_get(metrics).items()
-            if phase_ran(self.compiled.phases, name, step - 1)
+            if phase_ran(phases, name, step - 1)
         }
         self._check_alive(step, metrics)
+        seldom = tuple(f"{phase.name}/" for phase in phases if phase.every > 1)
+        self.rare |= {name: v for name, v in metrics.items() if name.startswith(seldom)}
         hidden = ("weight", "alive")
-        shown = {f"train/{n}": v for n, v in metrics.items() if not n.endswith(hidden)}
+        found = metrics | self.rare
+        shown = {f"train/{n}": v for n, v in found.items() if not n.endswith(hidden)}
         row = {"step": step} | shown
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or not write:
             speeds = self.progress.measure(step)
@@ -303,7 +312,7 @@ class Run:
 
     def _save(self, step: int, state, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
-        clock = {"seconds": elapsed, "unfinished_row": self.unfinished_row}
+        clock = {"seconds": elapsed, "unfinished_row": self.unfinished_row, "rare": self.rare}
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), clock, loss)
         except Exception as error:

@@ -132,3 +132,8 @@ def test_spectral_normalization_is_by_the_largest_singular_value(layer):
 def test_sizes_that_do_not_halve_are_refused(shape, base):
     with pytest.raises(ValueError, match=f"--x={base}: doubling it does not lead to images of"):
         heights_of(shape, base, "--x")
+
+
+def test_a_network_that_grows_needs_a_height_to_have_grown_from():
+    with pytest.raises(ValueError, match="--x=8 must be below 8, the height grown to"):
+        heights_of((8, 8, 1), 8, "--x", grows=True)

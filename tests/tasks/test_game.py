@@ -113,6 +113,14 @@ def test_lazy_penalties_run_on_their_steps_with_the_critics_optimizer_and_correc
     assert counts == {5 + 2 + 3}
 
 
+def test_a_lazy_penalty_weighs_as_much_as_one_of_every_critic_update():
+    batch = {"x": jnp.array([1.0, 20.0, 300.0, 5.0, 60.0, 700.0])}
+    _, step, begin = play(r1=0.5, r1_every=4, critic_updates=3)
+    _, metrics = step(begin(1.0, 0.5), batch)
+    penalty = float(metrics["r1/r1_penalty"])
+    assert float(metrics["r1/loss"]) == pytest.approx(0.5 * 4 * 3 * penalty) and penalty > 0
+
+
 def test_the_rates_of_a_lazy_optimizer_are_corrected():
     """With one penalty in four steps, 4/5 of the rate; its five updates are four steps."""
     lazy = dict(r1=1e-9, r1_every=4)

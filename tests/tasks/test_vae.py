@@ -57,6 +57,13 @@ def test_the_probabilities_of_all_levels_sum_to_one(name):
     assert drawn.shape == every.shape == likelihood.mean(repeated).shape
 
 
+def test_a_gaussian_gives_back_the_levels_it_was_shown():
+    gaussian, image = LIKELIHOODS["gaussian"](17, 1), np.arange(17, dtype=np.uint8).repeat(50)
+    _, target = gaussian.observe(image, jax.random.key(0))
+    shown = gaussian.mean(target[..., None])
+    np.testing.assert_array_equal(np.round((np.clip(shown, -1, 1) + 1) * 8), image)
+
+
 def test_a_discretized_logistic_is_finite_far_from_its_mean_and_the_gaussian_bounds_bytes():
     logistic = LIKELIHOODS["discretized_logistic"](256, 1)
     outputs = np.zeros((1, 2, 1, 2), np.float32)
