@@ -1,0 +1,95 @@
+"""Splits a kernel over the devices of the mesh in use (`jax.set_mesh`), along batch and heads.
+
+A Pallas kernel is a black box to the compiler's partitioner, so the split is written down here,
+with `jax.shard_map`. Lengths and head dims stay whole: over mesh axes that are not for batch or
+heads, or do not divide them, every device computes the same. Axes that are manual already (inside a
+shard_map) are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from .spec import Operands
+
+
+class Axes(NamedTuple):
+    """Names of the mesh axes over which a dimension is split; names the mesh lacks do not count."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    heads: tuple[str, ...] = ("tensor",)
+
+
+_chosen: contextvars.ContextVar[Axes | None] = contextvars.ContextVar("axes", default=None)
+
+# Dimensions of the arrays of a call, one letter each: b batch, h heads, n key heads, others whole.
+DIMENSIONS = dict(
+    q="bhld",
+    k="bnmd",
+    v="bnmd",
+    slopes="h",
+    q_segment_ids="bl",
+    kv_segment_ids="bm",
+    sinks="h",
+    q_offset="b",
+)
+
+
+@contextlib.contextmanager
+def mesh_axes(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()):
+    """Within it, kernels are split over these mesh axes instead of those `Axes` begins with."""
+    token = _chosen.set(Axes(tuple(batch), tuple(heads)))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def over_mesh(function: Callable, x: Operands, more: tuple, results: tuple[str, ...]):
+    """`function(x, *arrays of more)`, each device of a mesh with its part of batch and heads.
+
+    x: heads-major arrays, q_offset [batch]. more: (dimensions, array) of each further argument.
+    results: the dimensions of what `function` returns, a tuple of arrays.
+    """
+    arrays = [array for _, array in more]
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if kind != AxisType.Manual]
+    if all(mesh.shape[name] == 1 for name in free):
+        return function(x, *arrays)
+    found = _split(x, {name: mesh.shape[name] for name in free})
+    spec = lambda dims: PartitionSpec(*(found.get(letter) or None for letter in dims))
+    given = Operands(*(None if a is None else spec(DIMENSIONS.get(n, "")) for n, a in _fields(x)))
+    return jax.shard_map(
+        function,
+        in_specs=(given, *(spec(dims) for dims, _ in more)),
+        out_specs=tuple(spec(dims) for dims in results),
+        axis_names=set(free),
+        check_vma=False,
+    )(x, *arrays)
+
+
+def _fields(x: Operands):
+    return zip(Operands._fields, x, strict=True)
+
+
+def _split(x: Operands, sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
+    """{dimension letter: mesh axes it is split over}; sizes of the mesh axes to choose from."""
+
+    def fitting(names, length):
+        taken = []
+        for name in names:
+            if length % sizes.get(name, length + 1) == 0:
+                taken.append(name)
+                length //= sizes[name]
+        return tuple(taken)
+
+    axes = _chosen.get() or Axes()
+    heads = fitting(axes.heads, x.k.shape[1])
+    return {"b": fitting(axes.batch, x.q.shape[0]), "h": heads, "n": heads}

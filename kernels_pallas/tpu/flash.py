@@ -1,0 +1,188 @@
+"""Flash attention on TPU: what can run, which blocks, and the gradient rule around both kernels."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from .. import tuning
+from ..device import device_kind
+from ..partition import DIMENSIONS, over_mesh
+from ..spec import Operands, Spec, Unsupported
+from .backward import backward
+from .forward import forward
+from .layout import Plan, vmem_capacity
+from .tile import LANES
+from .visits import Blocks, visits
+
+HEAD_DIM_LIMIT = 256
+QUERY, KEYS, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
+DTYPES = ("float32", "bfloat16", "float16")
+UNTUNED = {"forward": Blocks(512, 1024, 256), "backward": Blocks(512, 512, 256)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the kernels run a call; None is the tuning table's choice.
+
+    forward, backward: their blocks.
+    key_gradients: bytes of VMEM for the gradients of keys and values in the backward pass.
+    interpret: as `pallas_call` takes it.
+    """
+
+    forward: Blocks | None = None
+    backward: Blocks | None = None
+    key_gradients: int | None = None
+    interpret: object = False
+
+
+def check(x: Operands, spec: Spec):
+    """Raises Unsupported(reason) for what these kernels do not do."""
+    head_dim = x.q.shape[3]
+    if str(x.q.dtype) not in DTYPES:
+        raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
+    if head_dim > HEAD_DIM_LIMIT or head_dim % 8:
+        raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
+    if x.bias is not None:
+        raise Unsupported("a bias array; allowed: Alibi(slopes) or none")
+
+
+def attention(x: Operands, spec: Spec, settings: Settings | None = None):
+    """(out like x.q, lse float32 [batch, heads, q_length]). x [batch, length, heads, head_dim]."""
+    out, lse = _attention(_heads_major(x), spec, settings or Settings())
+    return jnp.swapaxes(out, 1, 2).astype(x.q.dtype), lse
+
+
+def gradients(
+    x: Operands, spec: Spec, dout, lse, delta, settings: Settings | None = None
+) -> Operands:
+    """The gradients of what x holds, like x (segment ids and q_offset have none: None).
+
+    x, dout   [batch, length, heads, head_dim]
+    lse       float32 [batch, heads, q_length]; may be that of more keys than x holds, whose share
+              of the gradients is then left out (ring attention adds up the parts)
+    delta     float32 like lse: sum(out * dout) over head_dim, minus the gradient of lse
+    """
+    major = _heads_major(x)
+    dout = jnp.swapaxes(dout, 1, 2).astype(major.q.dtype)
+    found = _gradients(major, spec, settings or Settings(), dout, lse, delta)
+    public = lambda a: jnp.swapaxes(a, 1, 2).astype(x.q.dtype)
+    return found._replace(q=public(found.q), k=public(found.k), v=public(found.v))
+
+
+def _heads_major(x: Operands) -> Operands:
+    """x with q, k, v [batch, heads, length, head_dim] of a dtype the matrix unit multiplies, and
+    q_offset [batch]."""
+    # The matrix unit has no float16; float32 holds all of its values.
+    dtype = jnp.float32 if x.q.dtype == jnp.float16 else x.q.dtype
+    major = lambda a: jnp.swapaxes(a, 1, 2).astype(dtype)
+    x = x._replace(q=major(x.q), k=major(x.k), v=major(x.v))
+    if x.q_offset is not None:
+        x = x._replace(q_offset=jnp.broadcast_to(x.q_offset, x.q.shape[:1]))
+    return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attention(x: Operands, spec: Spec, settings: Settings):
+    run = lambda x: forward(x, _plan("forward", x, spec, settings))
+    return over_mesh(run, x, (), (QUERY, ROWS))
+
+
+def _forward(x: Operands, spec: Spec, settings: Settings):
+    out, lse = _attention(x, spec, settings)
+    return (out, lse), (x, out, lse)
+
+
+def _backward(spec: Spec, settings: Settings, residuals, cotangents):
+    x, out, lse = residuals
+    dout, dlse = cotangents
+    product = out.astype(jnp.float32) * dout.astype(jnp.float32)
+    delta = jnp.sum(product, axis=-1) - dlse
+    return (_gradients(x, spec, settings, dout.astype(x.q.dtype), lse, delta),)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _gradients(x: Operands, spec: Spec, settings: Settings, dout, lse, delta) -> Operands:
+    """`gradients` of heads-major arrays."""
+    run = lambda *arrays: _by_keys(*arrays, spec, settings)
+    more = ((QUERY, dout), (ROWS, lse), (ROWS, delta))
+    results = (QUERY, KEYS, KEYS, *(("bh",) if x.slopes is not None else ()))
+    dq, dk, dv, *dslopes = over_mesh(run, x, more, results)
+    dsinks = None
+    if x.sinks is not None:
+        # The softmax's weight of the sink; where even that is 0 (a sink of -inf), no gradient.
+        gap = jnp.where(lse == -jnp.inf, -jnp.inf, x.sinks.astype(jnp.float32)[:, None] - lse)
+        dsinks = -jnp.sum(jnp.exp(gap) * delta, axis=(0, 2)).astype(x.sinks.dtype)
+    dslopes = dslopes[0].sum(0).astype(x.slopes.dtype) if dslopes else None
+    return Operands(q=dq, k=dk, v=dv, slopes=dslopes, sinks=dsinks)
+
+
+def _by_keys(x: Operands, dout, lse, delta, spec: Spec, settings: Settings):
+    """`backward`, over as many keys at once as VMEM holds gradients of."""
+    kv_length, head_dim = x.k.shape[2:]
+    plan = _plan("backward", x, spec, settings)
+    per_key = 2 * head_dim * (4 + 2 * x.k.dtype.itemsize)  # sums, and two output buffers each
+    budget = settings.key_gradients or vmem_capacity() * 3 // 8
+    size = max(budget // per_key // plan.blocks.k, 1) * plan.blocks.k
+    if size >= kv_length:
+        return backward(x, dout, lse, delta, plan)
+    parts = []
+    for start in range(0, kv_length, size):
+        stop = min(start + size, kv_length)
+        plan = _plan("backward", x, spec, settings, start, stop)
+        parts.append(backward(_with_keys(x, start, stop), dout, lse, delta, plan))
+    dq, dk, dv, *dslopes = zip(*parts, strict=True)
+    dq = sum(a.astype(jnp.float32) for a in dq).astype(x.q.dtype)
+    return dq, jnp.concatenate(dk, 2), jnp.concatenate(dv, 2), *(sum(a) for a in dslopes)
+
+
+def _with_keys(x: Operands, start: int, stop: int) -> Operands:
+    """The call with the keys [start, stop) alone."""
+    ids = x.kv_segment_ids
+    return x._replace(
+        k=x.k[:, :, start:stop],
+        v=x.v[:, :, start:stop],
+        kv_segment_ids=None if ids is None else ids[:, start:stop],
+    )
+
+
+def _plan(which: str, x: Operands, spec: Spec, settings: Settings, k_start=0, k_stop=None) -> Plan:
+    q_length, kv_length = x.q.shape[2], x.k.shape[2]
+    blocks = getattr(settings, which) or _tuned(which, x, spec)
+    blocks = _fit(blocks, q_length, kv_length)
+    k_stop = kv_length if k_stop is None else k_stop
+    return Plan(
+        spec=spec,
+        blocks=blocks,
+        visits=visits(spec.mask, blocks, q_length, kv_length, spec.q_offset, k_start, k_stop),
+        groups=x.q.shape[1] // x.k.shape[1],
+        q_length=q_length,
+        kv_length=k_stop,
+        k_start=k_start,
+        interpret=settings.interpret,
+    )
+
+
+def _tuned(which: str, x: Operands, spec: Spec) -> Blocks:
+    head_dim, length = x.q.shape[3], x.k.shape[2]
+    kind = tuning.mask_kind(spec.mask)
+    name = f"flash_attention_{which}"
+    row = tuning.lookup(name, device_kind(), str(x.q.dtype), head_dim, length, kind)
+    return Blocks(row.q, row.k, row.sub_q, bool(row.ahead)) if row else UNTUNED[which]
+
+
+def _fit(blocks: Blocks, q_length: int, kv_length: int) -> Blocks:
+    """The blocks, made smaller so that no more than the last one of a short call is padded."""
+
+    def shrink(block, length):
+        step, count = min(LANES, block), -(-length // block)
+        return min(-(-length // (count * step)) * step, block)
+
+    q, step = shrink(blocks.q, q_length), min(LANES, blocks.sub_q)
+    sub_q = next(s for s in range(min(blocks.sub_q, q), 0, -step) if q % s == 0)
+    return Blocks(q, shrink(blocks.k, kv_length), sub_q, blocks.ahead)

@@ -1,0 +1,139 @@
+"""How the arrays of a call reach the kernels: padded, cut into blocks, named.
+
+Both kernels run on the grid (batch, kv_heads, groups, visits); a query head is
+kv_head * groups + group. Arrays are [batch, heads, length, head_dim], padded with zeros to whole
+blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..spec import Operands, Spec
+from .visits import Blocks, Visits
+
+
+class Plan(NamedTuple):
+    """Everything static about one kernel call."""
+
+    spec: Spec
+    blocks: Blocks
+    visits: Visits
+    groups: int
+    q_length: int  # without padding, as are the next two
+    kv_length: int
+    k_start: int = 0  # the first key of this call, where the keys come in several calls
+    interpret: object = False
+
+    @property
+    def padded(self) -> int | None:
+        """kv_length if the last key block is not full, for `tile.hidden`."""
+        return self.kv_length if self.kv_length % self.blocks.k else None
+
+
+class Here(NamedTuple):
+    """Where in the grid a step is."""
+
+    batch: Any
+    head: Any  # query head
+    group: Any  # which of the query heads that share a key head
+    visit: Any
+
+
+def here(plan: Plan) -> Here:
+    """Asked for at the top of a kernel: inside `pl.when` a plainly interpreted one cannot know."""
+    batch, kv_head, group, visit = (pl.program_id(axis) for axis in range(4))
+    return Here(batch, head(kv_head, group, plan), group, visit)
+
+
+def head(n, g, plan: Plan):
+    return n * plan.groups + g
+
+
+def pad_length(a, axis: int, block: int, value=0):
+    """`a` with `axis` padded to a multiple of `block`."""
+    missing = -a.shape[axis] % block
+    if not missing:
+        return a
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def scalars(x: Operands, plan: Plan) -> dict:
+    """The arrays of the call that are read one number at a time, from SMEM."""
+    named = dict(q_block=plan.visits.q_block, k_block=plan.visits.k_block, flags=plan.visits.flags)
+    if x.q_offset is not None:
+        named["q_offset"] = x.q_offset.astype(jnp.int32)
+    for name in ("slopes", "sinks"):
+        if getattr(x, name) is not None:
+            named[name] = getattr(x, name).astype(jnp.float32)
+    return {name: jnp.asarray(a) for name, a in named.items()}
+
+
+def query_spec(shape: tuple[int, int], plan: Plan, row: bool = False):
+    """A query block of [batch, heads, length, head_dim]; row: of [batch, heads, 1, length]."""
+
+    def index(b, n, g, s, q_block, *_):
+        at = (0, q_block[s]) if row else (q_block[s], 0)
+        return (b, head(n, g, plan), *at)
+
+    return pl.BlockSpec((1, 1, *shape), index)
+
+
+def key_spec(shape: tuple[int, int], plan: Plan):
+    """A key block of [batch, kv_heads, length, head_dim]."""
+    return pl.BlockSpec((1, 1, *shape), lambda b, n, g, s, q, k_block, *_: (b, n, k_block[s], 0))
+
+
+def segment_specs(plan: Plan) -> dict:
+    """The blocks of the segment ids, [batch, 1, length]."""
+    return dict(
+        q_segments=pl.BlockSpec((1, 1, plan.blocks.q), lambda b, n, g, s, q, *_: (b, 0, q[s])),
+        k_segments=pl.BlockSpec((1, 1, plan.blocks.k), lambda b, n, g, s, q, k, *_: (b, 0, k[s])),
+    )
+
+
+def segment_arrays(x: Operands, plan: Plan) -> dict:
+    """The segment ids as rows; {} if the call has none. Padded queries get an id of their own."""
+    if x.q_segment_ids is None:
+        return {}
+    rows = lambda ids, block: pad_length(ids.astype(jnp.int32)[:, None], 2, block)
+    return dict(
+        q_segments=rows(x.q_segment_ids, plan.blocks.q),
+        k_segments=rows(x.kv_segment_ids, plan.blocks.k),
+    )
+
+
+def q_start(refs: dict, plan: Plan, at: Here):
+    """Position of the first query of the block of this grid step."""
+    start = refs["q_block"][at.visit] * plan.blocks.q
+    if plan.spec.q_offset is None:
+        return start + refs["q_offset"][at.batch]
+    return start + plan.spec.q_offset
+
+
+def compiler_params(plan: Plan, sequential_groups: bool):
+    """sequential_groups: whether the query heads of a key head add to the same output."""
+    return pltpu.CompilerParams(
+        dimension_semantics=(
+            "parallel",
+            "parallel",
+            "arbitrary" if sequential_groups else "parallel",
+            "arbitrary",
+        ),
+        disable_bounds_checks=True,  # every block is whole: the arrays are padded
+        vmem_limit_bytes=vmem_capacity() * 3 // 4,
+    )
+
+
+def vmem_capacity() -> int:
+    """Bytes of VMEM of the device that is compiled for; the smallest in use where none is known."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:  # no TPU: the interpreter
+        return 16 << 20

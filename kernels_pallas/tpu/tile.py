@@ -1,0 +1,95 @@
+"""What happens to one tile of scores in VMEM, shared by the forward and the backward kernel.
+
+Logits and log-sum-exps are in base 2 inside the kernels (the hardware's exponential is 2^x): the
+factor log2(e) is folded into the scale. Masked logits are -inf; the running maximum starts at
+LOWEST, which is finite, so that no difference of infinities ever appears.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..spec import Spec
+
+LANES = 128
+LOG2_E = math.log2(math.e)
+LOWEST = -1e30
+
+
+class Ids(NamedTuple):
+    """Positions of a tile, and what else the mask reads; all broadcast to the tile's shape."""
+
+    q: jax.Array
+    k: jax.Array
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+
+
+def positions(shape: tuple[int, int], axis: int, start) -> jax.Array:
+    """int32 [shape]: start + index along `axis`."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) + start
+
+
+def distance(ids: Ids) -> jax.Array:
+    """|q - k| in float32: what Alibi's slope multiplies."""
+    return jnp.abs(ids.q - ids.k).astype(jnp.float32)
+
+
+def capped(s, spec: Spec):
+    """(logits in base 2 before the mask, tanh of the soft cap or None) of raw scores s."""
+    if spec.logits_soft_cap is None:
+        return s * (spec.scale * LOG2_E), None
+    bent = jnp.tanh(s * (spec.scale / spec.logits_soft_cap))
+    return bent * (spec.logits_soft_cap * LOG2_E), bent
+
+
+def hidden(s, ids: Ids, spec: Spec, *, compare: bool, kv_length: int | None):
+    """`s` with -inf where the query may not see the key.
+
+    compare: look at the mask at all; kv_length: keys from there on are padding, None if none are.
+    """
+    visible = []
+    if compare:
+        visible.append(spec.mask.allowed(ids.q, ids.k))
+        if kv_length is not None:
+            visible.append(ids.k < kv_length)
+    if ids.q_segments is not None:
+        visible.append(ids.q_segments == ids.k_segments)
+    if not visible:
+        return s
+    return jnp.where(functools.reduce(jnp.logical_and, visible), s, -jnp.inf)
+
+
+def matmul(a, b, contract: tuple[int, int]):
+    """a and b contracted over one axis of each, with float32 sums; float32 inputs in full."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def across(x, width: int):
+    """x [rows, LANES], every lane alike, as [rows, width]; no data moves between lanes."""
+    if width % LANES == 0:
+        return jnp.tile(x, (1, width // LANES))
+    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]
+
+
+def lane_sums(x):
+    """[rows, n * LANES] -> [rows, LANES]: the columns summed lane by lane."""
+    parts = (x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+    return functools.reduce(jnp.add, parts)
+
+
+def as_row(column):
+    """[n, LANES], every lane alike -> [1, n]."""
+    return column.T[:1]
+
+
+def as_columns(row):
+    """[1, n] -> [n, LANES], every lane alike."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T

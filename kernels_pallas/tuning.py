@@ -1,0 +1,89 @@
+"""Block sizes by chip and shape: a readable table, looked up and never searched.
+
+`tuning.csv` holds one row per kernel, device kind, dtype, head dim, length and mask kind, with the
+blocks, the share of the chip's peak they reach, and whether that was measured on the chip or
+predicted from the compiler's bundles (`python -m kernels_pallas.tune`).
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+from .masks import Causal, Full, Mask, Prefix
+
+TABLE = pathlib.Path(__file__).parent / "tuning.csv"
+MASK_KINDS = ("full", "causal", "local")
+
+
+class Row(NamedTuple):
+    """One line of the table. `share` is that of the device's peak, with a causal mask counted at
+    half of the full one; `source` is "measured" or "predicted"."""
+
+    kernel: str
+    device: str
+    dtype: str
+    head_dim: int
+    length: int
+    mask: str
+    q: int
+    k: int
+    sub_q: int
+    ahead: int
+    share: float
+    source: str
+
+
+def mask_kind(mask: Mask) -> str:
+    """The column that `mask` is looked up in."""
+    if isinstance(mask, Full):
+        return "full"
+    return "causal" if isinstance(mask, Causal | Prefix) else "local"
+
+
+@functools.cache
+def table() -> tuple[Row, ...]:
+    """All rows, in the order of the file."""
+    if not TABLE.exists():
+        return ()
+    with TABLE.open(newline="") as file:
+        return tuple(_row(line) for line in csv.DictReader(file))
+
+
+def _row(line: dict) -> Row:
+    types = Row.__annotations__
+    parse = {"int": int, "float": float, "str": str}
+    return Row(**{name: parse[types[name]](line[name]) for name in Row._fields})
+
+
+@functools.lru_cache(maxsize=1024)
+def lookup(
+    kernel: str, device: str, dtype: str, head_dim: int, length: int, mask: str
+) -> Row | None:
+    """The nearest row for this kernel and device, None if there is none.
+
+    Nearest: the same mask kind before the nearest head dim before the same dtype before the nearest
+    length; distances in powers of two.
+    """
+    rows = [row for row in table() if (row.kernel, row.device) == (kernel, device)]
+
+    def distance(row: Row):
+        return (
+            row.mask != mask,
+            abs(math.log2(row.head_dim / head_dim)),
+            row.dtype != dtype,
+            abs(math.log2(row.length / length)),
+        )
+
+    return min(rows, key=distance, default=None)
+
+
+def write(rows: list[Row]) -> None:
+    """The table anew, sorted."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(sorted(rows))
