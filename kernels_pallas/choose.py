@@ -1,0 +1,66 @@
+"""How a public call finds the backend that runs it: by name, or by the first rule that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import device
+from .spec import Unsupported
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`check(*call)` raises Unsupported(reason) where `run` cannot serve the call."""
+
+    run: Any
+    platforms: tuple[str, ...] | None = None  # None: all
+    check: Callable = lambda *call: None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`auto` takes `backend` where `when(*call, platform)` holds, because of `reason`."""
+
+    backend: str
+    reason: str
+    when: Callable = lambda *call: True
+
+
+def backends(table: Mapping[str, Backend], platform: str | None = None) -> tuple[str, ...]:
+    """The names in `table` that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
+    platform = platform or device.platform()
+    return tuple(n for n, b in table.items() if b.platforms is None or platform in b.platforms)
+
+
+def choose(
+    backend: str, table: Mapping[str, Backend], rules: tuple[Rule, ...], *call
+) -> tuple[str, str]:
+    """(name, reason). ValueError if a backend asked for by name cannot run the call."""
+    platform = device.platform()
+    here = backends(table, platform)
+    if backend == "auto":
+        return _first(table, rules, here, platform, call)
+    if backend not in here:
+        what = "is not available on" if backend in table else "is unknown; for"
+        raise ValueError(f"backend {backend!r} {what} {platform}: allowed: auto, {', '.join(here)}")
+    try:
+        table[backend].check(*call)
+    except Unsupported as error:
+        raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
+    return backend, "asked for"
+
+
+def _first(table, rules, here, platform, call) -> tuple[str, str]:
+    passed = []
+    for rule in rules:
+        if rule.backend not in here or not rule.when(*call, platform):
+            continue
+        try:
+            table[rule.backend].check(*call)
+        except Unsupported as error:
+            passed.append(f"; not {rule.backend}: {error}")
+            continue
+        return rule.backend, rule.reason + "".join(passed)
+    raise ValueError(f"no backend of {platform} can run this call" + "".join(passed))
