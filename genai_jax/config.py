@@ -6,6 +6,7 @@ reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebo
 """
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -210,6 +211,8 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
+        number = lambda value: value is None or not math.isnan(value)
+        flags.register_validator(name, number, "must be a number, not nan", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)
     else:

@@ -54,7 +54,7 @@ class CodeRequest(_Drawing, SampleRequest):
 
 @dataclasses.dataclass(frozen=True)
 class CodeScoreRequest(_Drawing, ScoreFlags, EvaluateRequest):
-    pass
+    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "top_k", "top_p")
 
 
 class CodePrior(ImageTask):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
     )  # fmt: skip
     likelihood_steps: int = field(100, "steps of that ODE", minimum=1)
     likelihood_probes: int = field(1, "random directions of a Hutchinson estimate", minimum=1)
+    drawing: ClassVar = (*ScoreFlags.drawing, *(f.name for f in dataclasses.fields(Overrides)))
 
 
 def score(task: Any, params: dict, batches: Callable, request: ScoreRequest) -> dict:

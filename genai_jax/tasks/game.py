@@ -119,18 +119,22 @@ class Game:
             both = _side_by_side({"critic": critic, "generator": generator})
             return (Phase("both", ("critic", "generator"), self._both_loss, both),)
 
-        def lazily(group: str, names, tx) -> list[Phase]:
-            return [
-                Phase(name, (group,), self._lazy_loss(name), tx, every=every, optimizer_of=group)
-                for name in names
-                if (every := getattr(config, f"{name}_every")) > 1
-            ]
+        def lazily(group: str, names) -> list[Phase]:
+            """Gradients are clipped as much later as the penalty is heavier."""
+            found = []
+            for name in names:
+                if (every := getattr(config, f"{name}_every")) > 1:
+                    clip_norm = optimizer.clip_norm * self._rarity(name)
+                    clipped = dataclasses.replace(optimizer, clip_norm=clip_norm)
+                    tx, loss = self._optimizer(group, clipped, steps, axes), self._lazy_loss(name)
+                    found.append(Phase(name, (group,), loss, tx, every=every, optimizer_of=group))
+            return found
 
         return (
             Phase("critic", ("critic",), self._critic_loss, critic, repeats=config.critic_updates),
-            *lazily("critic", CRITIC_PENALTIES, critic),
+            *lazily("critic", CRITIC_PENALTIES),
             Phase("generator", ("generator",), self._generator_loss, generator),
-            *lazily("generator", ("path_length",), generator),
+            *lazily("generator", ("path_length",)),
         )
 
     def _optimizer(self, group, config: OptimizerConfig, steps, axes):
@@ -212,10 +216,14 @@ class Game:
         mean = PATH_DECAY * mutables["path_length"] + (1 - PATH_DECAY) * now
         return jnp.mean(jnp.square(lengths - mean)), {**mutables, "path_length": mean}
 
+    def _rarity(self, name: str) -> int:
+        """Updates of the player for one of the penalty."""
+        updates = 1 if name == "path_length" else self.config.critic_updates
+        return updates * getattr(self.config, f"{name}_every")
+
     def _lazy_loss(self, name: str):
         """A penalty on its own, as many times heavier as it is rarer than the player's updates."""
-        updates = 1 if name == "path_length" else self.config.critic_updates
-        weight = getattr(self.config, name) * getattr(self.config, f"{name}_every") * updates
+        weight = getattr(self.config, name) * self._rarity(name)
 
         def loss(params, mutables, batch, rng):
             if name == "path_length":

@@ -51,6 +51,7 @@ class GanConfig(GameConfig):
 @dataclasses.dataclass(frozen=True)
 class GanScoreRequest(ScoreFlags, EvaluateRequest):
     truncation: float = field(1.0, "how far styles are from their mean; 1: as drawn", minimum=0)
+    drawing: ClassVar = (*ScoreFlags.drawing, "truncation")
 
 
 class Gan(ImageTask):
@@ -92,6 +93,10 @@ class Gan(ImageTask):
     def _check(self):
         config, chosen = self.config, self.config.gan
         chosen.check_steps(config.train.steps)
+        if chosen.fade_steps > config.train.steps:
+            raise ConfigError(
+                f"--gan.fade_steps={chosen.fade_steps} is above --train.steps={config.train.steps}"
+            )
         if chosen.condition == "class" and not self.loader.label_sizes:
             raise ConfigError(f"--gan.condition=class: {config.data.dataset} has no labels")
         if config.augmentation.kinds and len(self.loader.shape) != 3:

@@ -1,6 +1,7 @@
 """Progressive growing (Karras et al. 2018): a run begins with the layers of a smaller one."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -52,6 +53,8 @@ def _check_shapes(shapes: dict, before: dict, workdir: str):
     now = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(shapes)}
     for path, leaf in jax.tree.leaves_with_path(before):
         name = path_name(path)
+        if name not in now and not re.search(r"(from|to)_image_", name):
+            raise ConfigError(f"--gan.grow_from={workdir} has {name}, which this run has not")
         if now.get(name, leaf.shape) != leaf.shape:
             raise ConfigError(
                 f"--gan.grow_from={workdir}: {name} has shape {leaf.shape} there and {now[name]} "

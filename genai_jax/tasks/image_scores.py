@@ -1,7 +1,7 @@
 """Scores of drawn images, for every task that draws them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +18,18 @@ class ScoreFlags:
     classifier: str = field("", "workdir of a classifier: scores drawn images by its features")
     inception: str = field("", "torch-fidelity's file of Inception weights: scores by FID")
     num_samples: int = field(1000, "images to draw and score", minimum=10)
+    drawing: ClassVar[tuple[str, ...]] = ("num_samples",)  # the flags that are for drawn images
+
+    def __post_init__(self):
+        if self.draws():
+            return
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in self.drawing and value != f.default:
+                raise ValueError(
+                    f"--{f.name}={value} is for drawn images, which --classifier or --inception "
+                    "scores; neither is set"
+                )
 
     def draws(self) -> bool:
         return bool(self.classifier or self.inception)

@@ -27,7 +27,7 @@ from genai_jax.training.sharding import logical_axes
 START_IMAGES = 256  # from which the first scales and biases are set
 MOST_ROWS = 12  # of a walk
 USES = {  # what can be shown -> the flags that are for it
-    "draws": ("label", "temperature"),
+    "draws": ("label", "temperature", "seed"),
     "interpolation": ("path", "columns"),
 }
 
@@ -50,6 +50,7 @@ class FlowRequest(SampleRequest):
 @dataclasses.dataclass(frozen=True)
 class FlowScoreRequest(ScoreFlags, EvaluateRequest):
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
+    drawing: ClassVar = (*ScoreFlags.drawing, "temperature")
 
 
 class NormalizingFlow(ImageTask):
@@ -148,7 +149,7 @@ class NormalizingFlow(ImageTask):
             images, _ = self._drawn(params, request, request.label)
         else:
             images, columns = self._interpolated(params, request), request.columns
-        name = f"{request.show}_seed{request.seed}"
+        name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
         return Files(name, media.writers(images, self.loader.levels, columns=columns))
 
     def paint(self, params, latents, labels) -> jax.Array:

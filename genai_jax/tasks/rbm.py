@@ -44,6 +44,7 @@ class RbmRequest(SampleRequest):
 @dataclasses.dataclass(frozen=True)
 class RbmScoreRequest(ScoreFlags, EvaluateRequest):
     sweeps: int = field(1000, "Gibbs sweeps before an image is taken", minimum=1)
+    drawing: ClassVar = (*ScoreFlags.drawing, "sweeps")
 
 
 class Rbm(ImageTask):

@@ -62,6 +62,7 @@ class VaeScoreRequest(ScoreFlags, EvaluateRequest):
     )
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
     pixels: str = field("mean", "expected values, or drawn ones", choices=("mean", "draw"))
+    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "pixels")
 
 
 class Vae(ImageTask):

@@ -16,10 +16,10 @@ from genai_jax.tasks.drawing import check_label, check_shown, in_batches, reques
 from genai_jax.tasks.walks import PATHS, most_active, path, traversal
 
 USES = {  # what can be shown -> the flags that are for it
-    "prior": ("label", "temperature", "pixels"),
+    "prior": ("label", "temperature", "pixels", "seed"),
     "reconstructions": (),
     "interpolation": ("path", "columns"),
-    "traversal": ("columns",),
+    "traversal": ("columns", "seed"),
 }
 SPREAD = 3.0  # prior standard deviations that a traversal goes each way
 MOST_ROWS = 12  # of a walk
@@ -57,7 +57,7 @@ def draw(task: Any, params: dict, request: VaeRequest) -> Files:
     else:
         walk = interpolation if request.show == "interpolation" else latent_traversal
         images, columns = walk(task, params, request), request.columns
-    name = f"{request.show}_seed{request.seed}"
+    name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
     return Files(name, media.writers(images, task.loader.levels, columns=columns))
 
 
@@ -106,7 +106,7 @@ def interpolation(task, params, request: VaeRequest) -> np.ndarray:
 
 
 def latent_traversal(task, params, request: VaeRequest) -> np.ndarray:
-    """A held-out image with one latent changed in each row, through what its prior allows.
+    """The held-out image of number `seed` with one latent changed in each row, as its prior allows.
 
     First the latents that an image changes most, measured in standard deviations of their prior.
     """

@@ -281,19 +281,22 @@ class Run:
         return row
 
     def _check_alive(self, step: int, metrics: dict):
-        for name, value in metrics.items():
-            *phase, kind = name.split("/")
-            watched = "loss" in name or "grad_norm" in name or name.endswith("penalty")
-            if (watched and not math.isfinite(value)) or (kind == "alive" and value == 0):
-                self._wait_for_checkpoint()
-                good = last_good(self.checkpointer.steps(), step, "loss" in name)
-                self.checkpointer.set_aside_after(good or 0)
-                kept = (
-                    f"the last good checkpoint is step {good}" if good else "none is saved before"
-                )
-                where = f"at step {step}" + (f" in phase {phase[0]}" if phase else "")
-                what = "every verdict is the same" if kind == "alive" else f"{name} is {value}"
-                raise ConfigError(f"{what} {where}; {kept}")
+        """Stops the run where a number of the step shows that it cannot go on."""
+        found = [name for name, value in metrics.items() if _failed(name, value)]
+        if not found:
+            return
+        # Losses first: they speak of the parameters of the step before.
+        name = min(found, key=lambda name: "grad_norm" in name)
+        self._wait_for_checkpoint()
+        good = last_good(self.checkpointer.steps(), step, "grad_norm" not in name)
+        self.checkpointer.set_aside_after(good or 0)
+        kept = f"the last good checkpoint is step {good}" if good else "none is saved before"
+        *phase, kind = name.split("/")
+        if not phase and "loss" not in kind and "grad_norm" not in kind:  # of the only phase
+            phase = [self.compiled.phases[0].name]
+        where = f"at step {step}" + (f" in phase {phase[0]}" if phase else "")
+        what = "every verdict is the same" if kind == "alive" else f"{name} is {metrics[name]}"
+        raise ConfigError(f"{what} {where}; {kept}")
 
     def _evaluate_and_log(self, step: int, state, row: dict) -> float | None:
         """Scores `state` and writes the row; returns the loss, None if a signal cut it short."""
@@ -374,6 +377,14 @@ def last_good(steps: list[int], failed: int, loss_failed: bool) -> int | None:
     """
     good = [step for step in steps if step < failed - loss_failed]
     return good[-1] if good else None
+
+
+def _failed(name: str, value: float) -> bool:
+    """Whether a metric says that training cannot go on."""
+    if name.endswith("alive"):
+        return value == 0
+    watched = "loss" in name or "grad_norm" in name or name.endswith("penalty")
+    return watched and not math.isfinite(value)
 
 
 def _due(step: int, every: int) -> bool:

@@ -121,6 +121,20 @@ def test_a_lazy_penalty_weighs_as_much_as_one_of_every_critic_update():
     assert float(metrics["r1/loss"]) == pytest.approx(0.5 * 4 * 3 * penalty) and penalty > 0
 
 
+def test_clipping_leaves_a_lazy_penalty_its_weight():
+    """What one penalty moves is not less for being the sum of eight."""
+    clipped = OptimizerConfig(
+        name="sgd", learning_rate=0.1, schedule="constant", warmup_steps=0, clip_norm=1,
+        weight_decay=0, momentum=0,
+    )  # fmt: skip
+    phases, _, begin = play(clipped, r1=1.0, r1_every=8)
+    alone = tuple(phase for phase in phases if phase.name == "r1")
+    state, metrics = jax.jit(make_step(alone))(begin(1.0, 0.0), DIRAC)
+    assert float(metrics["grad_norm"]) == pytest.approx(8)  # of 8 / 2 * psi^2
+    rate = 0.1 / (1 + 1 / 8)
+    assert float(state.params["critic"]) == pytest.approx(1 - 8 * rate, rel=1e-5)
+
+
 def test_the_rates_of_a_lazy_optimizer_are_corrected():
     """With one penalty in four steps, 4/5 of the rate; its five updates are four steps."""
     lazy = dict(r1=1e-9, r1_every=4)

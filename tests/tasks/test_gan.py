@@ -157,6 +157,8 @@ def test_a_run_is_scored_and_shown(whole, tmp_path, capsys):
     np.save(z, np.zeros((3, 7)))
     with pytest.raises(ConfigError, match=r"z.npy holds float64 \[3, 7\]; .* takes \[n, 6\]"):
         sample.main([f"--workdir={workdir}", f"--latents={z}"])
+    with pytest.raises(ConfigError, match=r"--num_samples=20 is for drawn images"):
+        evaluate.main([f"--workdir={workdir}", "--num_samples=20"])
     with pytest.raises(ConfigError, match=r"--truncation=0.5 is for --show=draws or inter"):
         sample.main([f"--workdir={workdir}", "--show=truncation", "--truncation=0.5"])
 
@@ -180,6 +182,10 @@ def test_a_run_grows_from_one_on_smaller_images(tmp_path, capsys):
     assert [float(task.fade({"steps": n})) for n in (0, 1, 2, 5)] == [0, 0.5, 1, 1]
     with pytest.raises(ConfigError, match=r"has shape .* half the channels at twice the size"):
         make(*fading, "--generator.channels=8").pretrained()
+    with pytest.raises(ConfigError, match=r"small has .*, which this run has not"):
+        make(*fading, "--critic.network=residual").pretrained()
+    with pytest.raises(ConfigError, match=r"fade_steps=2 is above --train.steps=1"):
+        make(*fading, "--train.steps=1")
     with pytest.raises(ConfigError, match=r"was trained on images of .* grows from 32x32"):
         make(*fading, "--data.image_size=64").pretrained()
 
@@ -215,6 +221,7 @@ def test_a_collapsed_critic_stops_the_run(tmp_path, monkeypatch):
         (("--augmentation.kinds=flip",), "needs --augmentation.probability above 0"),
         (("--augmentation.kinds=twist", "--augmentation.probability=0.1"), "'twist' is not one of"),
         (("--gan.fade_steps=3",), "a run that grows needs both"),
+        (("--gan.r1=nan",), "gan.r1=nan: .*must be a number, not nan"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[-1],
 )
