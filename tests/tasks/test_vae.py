@@ -18,6 +18,7 @@ from genai_jax.networks.dense_vae import DenseVae, DenseVaeConfig
 from genai_jax.tasks.bounds import importance_weighted, normal_kl, with_free_bits
 from genai_jax.tasks.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.tasks.vae import Vae, kl_of, log_ratio
+from genai_jax.tasks.vae_sampling import VaeRequest, latent_traversal
 from genai_jax.tasks.walks import path, traversal
 from genai_jax.training.phase import Phase
 from genai_jax.training.step import init_state, make_step
@@ -192,6 +193,16 @@ def test_latents_decode_the_same_again_and_labels_count(conditional):
     assert kl.shape == (8, 3) and ratio.shape == (8,) and np.all(kl >= 0)
 
 
+def test_a_traversal_starts_at_the_image_of_its_seed():
+    task, params, _ = filled(make(*DENSE))
+    walk = lambda seed: latent_traversal(
+        task, params, VaeRequest(show="traversal", num_samples=2, columns=3, seed=seed)
+    )
+    first = walk(0)
+    assert first.shape == (6, 8, 8, 1) and np.any(first[0] != first[2])
+    assert np.any(first != walk(1))
+
+
 def test_the_weight_of_the_divergence_rises_and_the_bound_is_what_it_is_made_of():
     warm, params, batch = filled(make("--vae.kl_warmup=4", "--vae.beta=2", *DENSE))
 
@@ -212,6 +223,8 @@ def test_a_ladder_is_trained_and_walked_through(tmp_path, capsys):
     request = ("--show=traversal", "--num_samples=3", "--columns=3")
     assert sample.main([f"--workdir={tmp_path}", *request]) == 0
     assert pathlib.Path(capsys.readouterr().out.strip()).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="--seed=1 is for --show=prior or traversal, not interp"):
+        sample.main([f"--workdir={tmp_path}", "--show=interpolation", "--seed=1"])
 
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
