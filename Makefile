@@ -2,14 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint golden benchmark clean
+.PHONY: quickstart test targets lint golden benchmark clean
 
 quickstart: $(VENV)/core.installed
 	$(RUN) -m genai_jax.train --flagfile=experiments/quickstart/transformer.flags --workdir=runs/quickstart
 	$(RUN) -m genai_jax.sample --workdir=runs/quickstart --prompt="The " --temperature=0.7 --max_tokens=400
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed $(VENV)/targets.installed
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+targets: $(VENV)/targets.installed  ## compilers for TPUs and GPUs that are not here
 
 lint: $(VENV)/test.installed
 	$(VENV)/bin/ruff check .
@@ -32,6 +34,10 @@ $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 $(VENV)/test.installed: setup.py pyproject.toml | $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	@touch $@ $(VENV)/core.installed
+
+$(VENV)/targets.installed: $(VENV)/test.installed kernels_pallas/target_packages.py
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
+	@touch $@
 
 $(VENV):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0])'

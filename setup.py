@@ -10,6 +10,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
+    package_data={"kernels_pallas": ["tuning.csv", "gpu/*.txtpb"]},
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

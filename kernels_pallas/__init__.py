@@ -3,6 +3,7 @@
 from .attention import attention, backends, explain
 from .masks import And, Causal, Chunked, Full, Mask, Prefix, Window
 from .merge import merge
+from .ring import ring_attention, unzigzag, zigzag
 from .spec import Alibi, Unsupported
 
 __all__ = [
@@ -19,4 +20,7 @@ __all__ = [
     "backends",
     "explain",
     "merge",
+    "ring_attention",
+    "unzigzag",
+    "zigzag",
 ]

@@ -8,19 +8,27 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from . import chunked, reference
+from . import chunked, cudnn, device, piece_gradients, reference
 from .masks import Causal
 from .spec import Operands, Spec, Unsupported
+from .tpu import flash as tpu_flash
 from .validate import prepare
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`run(operands, spec) -> (out, lse)`; `check(operands, spec)` raises Unsupported(reason)."""
+    """`run(operands, spec) -> (out, lse)`; `check(operands, spec)` raises Unsupported(reason).
+
+    `gradients(operands, spec, dout, lse, delta) -> Operands` serves ring attention, where lse (and
+    delta, the sum of out * dout less the gradient of lse, both float32 [batch, heads, q_length])
+    are those of a softmax over more keys than the operands hold.
+    """
 
     run: Callable
     platforms: tuple[str, ...] | None = None  # None: all
     check: Callable = lambda operands, spec: None
+    gradients: Callable = piece_gradients.gradients
+    gives_lse: bool = True
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Rule:
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(reference.attention),
     "xla_chunked": Backend(chunked.attention),
+    "tpu": Backend(tpu_flash.attention, ("tpu",), tpu_flash.check, tpu_flash.gradients),
+    "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check, gives_lse=False),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.
@@ -48,6 +58,16 @@ AUTO: tuple[Rule, ...] = (
         "xla",
         "q_offset is an array and q_length <= 1024: no keys to skip, and the scores are small",
         lambda x, spec, platform: spec.q_offset is None and x.q.shape[1] <= 1024,
+    ),
+    Rule(
+        "tpu",
+        "the flash kernel, forward and backward",
+        lambda x, spec, platform: platform == "tpu",
+    ),
+    Rule(
+        "cudnn",
+        "cuDNN's kernel, the fastest published for what it can do",
+        lambda x, spec, platform: platform == "gpu",
     ),
     Rule(
         "xla_chunked",
@@ -112,7 +132,7 @@ def attention(
         q_offset=q_offset,
     )
     operands = jax.tree.map(jnp.asarray, operands)
-    name, _ = _choose(backend, operands, spec)
+    name, _ = resolve(backend, operands, spec, needs_lse=return_lse)
     out, lse = BACKENDS[name].run(operands, spec)
     return (out, lse) if return_lse else out
 
@@ -122,47 +142,49 @@ def explain(q, k, v, *, backend="auto", return_lse=False, **call) -> str:
 
     Takes jax.ShapeDtypeStruct in place of arrays. Errors as `attention`.
     """
-    name, reason = _choose(backend, *prepare(q, k, v, **call))
-    return f"{name} on {_platform()}: {reason}"
+    name, reason = resolve(backend, *prepare(q, k, v, **call), needs_lse=return_lse)
+    return f"{name} on {device.platform()}: {reason}"
 
 
 def backends(platform: str | None = None) -> tuple[str, ...]:
     """The names of the backends that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
-    platform = platform or _platform()
+    platform = platform or device.platform()
     return tuple(
         name for name, b in BACKENDS.items() if b.platforms is None or platform in b.platforms
     )
 
 
-def _platform() -> str:
-    """What is compiled for: the devices of the mesh in use (`jax.set_mesh`), else jax's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def _choose(backend: str, operands: Operands, spec: Spec) -> tuple[str, str]:
-    """(name, reason). ValueError if a backend asked for by name cannot run the call."""
-    platform = _platform()
+def resolve(
+    backend: str, operands: Operands, spec: Spec, *, needs_lse: bool = False
+) -> tuple[str, str]:
+    """(name, reason) of the backend that runs a call. ValueError if the one asked for cannot."""
+    platform = device.platform()
     here = backends(platform)
     if backend == "auto":
-        return _choose_auto(operands, spec, platform, here)
+        return _choose(operands, spec, platform, here, needs_lse)
     if backend not in here:
         what = "is not available on" if backend in BACKENDS else "is unknown; for"
         raise ValueError(f"backend {backend!r} {what} {platform}: allowed: auto, {', '.join(here)}")
     try:
-        BACKENDS[backend].check(operands, spec)
+        _check(backend, operands, spec, needs_lse)
     except Unsupported as error:
         raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
     return backend, "asked for"
 
 
-def _choose_auto(operands, spec, platform, here) -> tuple[str, str]:
+def _check(name: str, operands: Operands, spec: Spec, needs_lse: bool):
+    if needs_lse and not BACKENDS[name].gives_lse:
+        raise Unsupported("return_lse; it has no log-sum-exp to differentiate")
+    BACKENDS[name].check(operands, spec)
+
+
+def _choose(operands, spec, platform, here, needs_lse) -> tuple[str, str]:
     passed = []
     for rule in AUTO:
         if rule.backend not in here or not rule.when(operands, spec, platform):
             continue
         try:
-            BACKENDS[rule.backend].check(operands, spec)
+            _check(rule.backend, operands, spec, needs_lse)
         except Unsupported as error:
             passed.append(f"; not {rule.backend}: {error}")
             continue

@@ -40,6 +40,10 @@ class Mask:
         """ "full": every pair is visible; "skipped": none is; "partial": the rest."""
         raise NotImplementedError
 
+    def shifted(self, by: int) -> Mask:
+        """This mask for positions that count from `by` on: allowed(q + by, k + by)."""
+        return Shifted(self, by) if by else self
+
     def __and__(self, other: Mask) -> Mask:
         """What both masks allow. `Full` is the neutral element."""
         if not isinstance(other, Mask):
@@ -64,6 +68,9 @@ class Full(Mask):
     def block_kind(self, q_start, q_stop, k_start, k_stop):
         return "full"
 
+    def shifted(self, by):
+        return self
+
 
 @dataclass(frozen=True)
 class Causal(Mask):
@@ -79,6 +86,9 @@ class Causal(Mask):
         if k_start >= q_stop:
             return "skipped"
         return "full" if k_stop - 1 <= q_start else "partial"
+
+    def shifted(self, by):
+        return self
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,9 @@ class Window(Mask):
         inside = k_start >= q_stop - 1 - self.left and k_stop - 1 <= q_start + self.right
         return "full" if inside else "partial"
 
+    def shifted(self, by):
+        return self
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -127,6 +140,9 @@ class Prefix(Mask):
         if k_start >= max(q_stop, self.n):
             return "skipped"
         return "full" if k_stop - 1 <= max(q_start, self.n - 1) else "partial"
+
+    def shifted(self, by):
+        return Prefix(max(self.n - by, 0))
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,9 @@ class Chunked(Mask):
             return "skipped"
         return "full" if q_first == q_last == k_first == k_last else "partial"
 
+    def shifted(self, by):
+        return super().shifted(by % self.n)
+
 
 @dataclass(frozen=True)
 class And(Mask):
@@ -179,3 +198,28 @@ class And(Mask):
         if "skipped" in kinds:
             return "skipped"
         return "full" if kinds == {"full"} else "partial"
+
+    def shifted(self, by):
+        return reduce(and_, (m.shifted(by) for m in self.masks))
+
+
+@dataclass(frozen=True)
+class Shifted(Mask):
+    """`mask` where position 0 is its position `by`; made by `Mask.shifted`."""
+
+    mask: Mask
+    by: int
+
+    def allowed(self, q_ids, k_ids):
+        return self.mask.allowed(q_ids + self.by, k_ids + self.by)
+
+    def key_range(self, q_start, q_stop, kv_length):
+        by = self.by
+        start, stop = self.mask.key_range(q_start + by, q_stop + by, kv_length + by)
+        return _clip(start - by, stop - by, kv_length)
+
+    def block_kind(self, q_start, q_stop, k_start, k_stop):
+        return self.mask.block_kind(*(p + self.by for p in (q_start, q_stop, k_start, k_stop)))
+
+    def shifted(self, by):
+        return self.mask.shifted(self.by + by)

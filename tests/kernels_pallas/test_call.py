@@ -15,6 +15,7 @@ from kernels_pallas import (
     Window,
     attention,
     backends,
+    cudnn,
     explain,
     merge,
 )
@@ -140,7 +141,8 @@ INTS = jnp.zeros((2, 6), int)
         (dict(q_offset=0.5), r"q_offset has shape \(\), dtype float64; allowed: an int or"),
         (dict(scale="big"), r"scale is 'big'; allowed: a Python number"),
         (dict(logits_soft_cap=0), r"logits_soft_cap is 0.0; allowed: None or a finite"),
-        (dict(backend="cudnn"), r"backend 'cudnn' is unknown; for cpu: allowed: auto, xla, xla_ch"),
+        (dict(backend="flash"), r"backend 'flash' is unknown; for cpu: allowed: auto, xla, xla_ch"),
+        (dict(backend="tpu"), r"backend 'tpu' is not available on cpu: allowed: auto, xla, xla_c"),
     ],
 )
 def test_errors_name_the_value_and_what_is_allowed(change, match):
@@ -162,14 +164,54 @@ def test_auto_on_cpu():
     assert why(64, 64, q_offset=np.array([1, 2])).startswith("xla on cpu: q_offset is an array")
     assert why(4096, 4096, q_offset=np.array([1, 2])).startswith("xla_chunked on cpu")
     assert why(64, 64, backend="xla") == "xla on cpu: asked for"
-    assert backends() == backends("tpu") == ("xla", "xla_chunked")
+    assert backends() == ("xla", "xla_chunked")
 
 
-@pytest.mark.parametrize("kv_length, name", [(64, "xla"), (4096, "xla_chunked")])
-def test_auto_elsewhere(kv_length, name, monkeypatch):
-    monkeypatch.setattr(module, "_platform", lambda: "tpu")
-    q = jax.ShapeDtypeStruct((2, kv_length, 4, 8), jnp.float32)
-    assert explain(q, q, q).startswith(f"{name} on tpu: ")
+@pytest.mark.parametrize(
+    "platform, length, call, name",
+    [
+        ("tpu", 4096, {}, "tpu"),
+        ("tpu", 64, dict(bias=jnp.zeros((64, 64))), "xla"),
+        ("gpu", 4096, {}, "xla_chunked"),  # cuDNN is not where the GPU is not
+        ("gpu", 64, dict(return_lse=True), "xla"),
+    ],
+)
+def test_auto_elsewhere(platform, length, call, name, monkeypatch):
+    monkeypatch.setattr(module.device, "platform", lambda: platform)
+    q = jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32)
+    assert explain(q, q, q, **call).startswith(f"{name} on {platform}: ")
+    assert set(backends()) >= {"xla", "xla_chunked"}
+    assert ("tpu" in backends(), "cudnn" in backends()) == (platform == "tpu", platform == "gpu")
+
+
+def reason_of_cudnn(**features):
+    arrays, static = make(**dict(head_dim=64, q_length=61) | features)
+    operands, spec = module.prepare(**arrays, **static)
+    half = {n: jax.ShapeDtypeStruct(getattr(operands, n).shape, jnp.bfloat16) for n in "qkv"}
+    try:
+        cudnn.check(operands._replace(**half), spec)
+    except Unsupported as error:
+        return str(error)
+    return ""
+
+
+def test_what_cudnn_is_asked_for(monkeypatch):
+    assert "on a machine with the GPU only" in reason_of_cudnn()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for features in ({}, dict(mask=Full(), q_length=9), dict(mask=Window(5) & Causal())):
+        assert reason_of_cudnn(**features) == ""
+    assert cudnn.window(Causal() & Window(7, 3)) == 7 and cudnn.window(Causal()) is None
+    for features, reason in (
+        (dict(q_length=9), "q_offset 0, q_length 9 and kv_length 61"),
+        (dict(offsets=True), "q_offset as an array"),
+        (dict(mask=Window(5, 2)), "allowed: Full, Causal, a window to the left"),
+        (dict(head_dim=260), "head_dim 260; allowed: multiples of 8 up to 256"),
+        (dict(sinks=True), "sinks; cuDNN is called without"),
+        (dict(segments=True), "segment_ids; "),
+        (dict(alibi=True), "Alibi; "),
+        (dict(logits_soft_cap=2.0), "logits_soft_cap; "),
+    ):
+        assert reason in reason_of_cudnn(**features), features
 
 
 def test_a_backend_that_cannot(monkeypatch):

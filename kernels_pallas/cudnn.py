@@ -1,0 +1,68 @@
+"""cuDNN's flash attention on NVIDIA GPUs, by way of `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+import jax
+
+from .masks import And, Causal, Full, Mask, Window
+from .spec import Operands, Spec, Unsupported
+
+HEAD_DIM_LIMIT = 256  # of Hopper and later
+DTYPES = ("bfloat16", "float16")
+
+
+def check(x: Operands, spec: Spec):
+    """Raises Unsupported(reason) for what cuDNN does not do, or jax does not pass on to it."""
+    _, q_length, _, head_dim = x.q.shape
+    if jax.default_backend() != "gpu":
+        raise Unsupported("cuDNN compiles on a machine with the GPU only")
+    if str(x.q.dtype) not in DTYPES:
+        raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
+    if head_dim > HEAD_DIM_LIMIT or head_dim % 8:
+        raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
+    window(spec.mask)
+    causal = spec.mask != Full()
+    if causal and (spec.q_offset != 0 or q_length != x.k.shape[1]):
+        raise Unsupported(
+            f"q_offset {'as an array' if spec.q_offset is None else spec.q_offset}, q_length "
+            f"{q_length} and kv_length {x.k.shape[1]}; allowed: 0 and equal lengths"
+        )
+    features = dict(
+        bias=x.bias,
+        Alibi=x.slopes,
+        segment_ids=x.q_segment_ids,
+        sinks=x.sinks,
+        logits_soft_cap=spec.logits_soft_cap,
+    )
+    for name, value in features.items():
+        if value is not None:
+            raise Unsupported(f"{name}; cuDNN is called without")
+
+
+def window(mask: Mask) -> int | None:
+    """How far a causal query looks back at most, None for no limit (or no mask at all).
+
+    Raises Unsupported for a mask that is not Full, Causal, or a window to the left.
+    """
+    parts = mask.masks if isinstance(mask, And) else (mask,)
+    lefts = [m.left for m in parts if isinstance(m, Window)]
+    causal = Causal() in parts or any(isinstance(m, Window) and m.right == 0 for m in parts)
+    known = all(isinstance(m, Causal | Window) for m in parts)
+    if mask != Full() and not (causal and known):
+        raise Unsupported(f"mask {mask}; allowed: Full, Causal, a window to the left")
+    return min(lefts, default=None)
+
+
+def attention(x: Operands, spec: Spec):
+    """(out like x.q, None): the log-sum-exp that cuDNN returns has no gradient."""
+    left = window(spec.mask)
+    out = jax.nn.dot_product_attention(
+        x.q,
+        x.k,
+        x.v,
+        scale=spec.scale,
+        is_causal=spec.mask != Full(),
+        local_window_size=None if left is None else (left, 0),
+        implementation="cudnn",
+    )
+    return out, None

@@ -1,0 +1,17 @@
+"""What is compiled for: the devices of the mesh in use (`jax.set_mesh`), else jax's default."""
+
+from __future__ import annotations
+
+import jax
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """The chip's own name, as "TPU v5 lite" or "NVIDIA H200"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA Hopper, through Mosaic GPU (`plgpu.kernel`)."""

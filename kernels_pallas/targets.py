@@ -1,0 +1,82 @@
+"""The chips that kernels are compiled for, whether they are here or not.
+
+Compiling for one that is not here needs the packages of `target_packages.py` on the path
+(`make targets`) and no hardware; `prepare_environment` must run before jax first asks for a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """A chip as its maker describes it. Rates are those of one jax device (a core on v4, v5p, 7x
+    counts as half a chip only where jax says so)."""
+
+    name: str
+    device_kind: str  # what jax.devices()[0].device_kind says
+    topology: str  # the smallest slice that the compiler describes
+    options: dict = field(default_factory=dict, hash=False)
+    cores: int = 1  # tensor cores of a device, over which the parallel grid dimensions split
+    clock_hz: float = 0.0
+    bf16_flops: float = 0.0  # a device, per second
+    platform: str = "tpu"  # as the compiler calls it: "tpu" or "cuda"
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("v4", "TPU v4", "v4:2x2x1", {"chip_config_name": "megacore"}, 2, 1.05e9, 275e12),
+        Target("v5e", "TPU v5 lite", "v5e:2x2", {}, 1, 1.5e9, 197e12),
+        Target("v5p", "TPU v5", "v5p:2x2x1", {}, 2, 1.75e9, 459e12),
+        Target("v6e", "TPU v6 lite", "v6e:2x2", {}, 1, 1.75e9, 918e12),
+        Target("7x", "TPU7x", "tpu7x:2x2x1", {}, 1, 1.9e9, 1153.5e12),
+        Target("h200", "NVIDIA H200", "h200", {"topology": "1x1x1"}, 132, 1.98e9, 989e12, "cuda"),
+    )
+}
+
+
+def prepare_environment(libtpu_flags: str = "") -> None:
+    """Lets the compilers describe chips on a machine that has none, quietly. Call before jax is
+    used."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # Autotuning would measure on the device.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    if libtpu_flags:
+        os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags
+
+
+@functools.cache
+def mesh(name: str) -> Mesh:
+    """One device of the target `name`. ValueError for an unknown one."""
+    if name not in TARGETS:
+        raise ValueError(f"target {name!r} is unknown; allowed: {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    options = dict(target.options)
+    if target.platform == "cuda":
+        described = pathlib.Path(__file__).parent / "gpu" / f"{name}.txtpb"
+        options["target_config"] = described.read_text()
+    slice_ = topologies.get_topology_desc(
+        platform=target.platform, topology_name=target.topology, **options
+    )
+    return Mesh(np.array(slice_.devices[:1]), ("device",))
+
+
+def compile_for(name: str, function, *arguments):
+    """`function` compiled for one device of the target; arguments are shapes (a pytree of
+    jax.ShapeDtypeStruct). Returns what `jax.stages.Lowered.compile` returns."""
+    here = NamedSharding(mesh(name), PartitionSpec())
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+    with jax.set_mesh(mesh(name)):
+        return jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
