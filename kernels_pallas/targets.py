@@ -50,6 +50,7 @@ def prepare_environment(libtpu_flags: str = "") -> None:
     used."""
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip to keep others from
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     # Autotuning would measure on the device.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
