@@ -8,43 +8,36 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from . import chunked, cudnn, device, piece_gradients, reference
+from . import choose, chunked, cudnn, device, piece_gradients, reference
+from .choose import Rule
 from .masks import Causal
-from .spec import Operands, Spec, Unsupported
+from .spec import Operands, Spec
 from .tpu import flash as tpu_flash
 from .validate import prepare
 
 
 @dataclass(frozen=True)
-class Backend:
-    """`run(operands, spec) -> (out, lse)`; `check(operands, spec)` raises Unsupported(reason).
+class Backend(choose.Backend):
+    """`run(operands, spec) -> (out, lse)`; `check(operands, spec, needs_lse)`.
 
     `gradients(operands, spec, dout, lse, delta) -> Operands` serves ring attention, where lse (and
     delta, the sum of out * dout less the gradient of lse, both float32 [batch, heads, q_length])
     are those of a softmax over more keys than the operands hold.
     """
 
-    run: Callable
-    platforms: tuple[str, ...] | None = None  # None: all
-    check: Callable = lambda operands, spec: None
     gradients: Callable = piece_gradients.gradients
-    gives_lse: bool = True
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`auto` takes `backend` where `when(operands, spec, platform)` holds, because of `reason`."""
-
-    backend: str
-    reason: str
-    when: Callable
 
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(reference.attention),
     "xla_chunked": Backend(chunked.attention),
-    "tpu": Backend(tpu_flash.attention, ("tpu",), tpu_flash.check, tpu_flash.gradients),
-    "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check, gives_lse=False),
+    "tpu": Backend(
+        tpu_flash.attention,
+        ("tpu",),
+        lambda x, spec, needs_lse: tpu_flash.check(x, spec),
+        tpu_flash.gradients,
+    ),
+    "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.
@@ -52,34 +45,26 @@ AUTO: tuple[Rule, ...] = (
     Rule(
         "xla",
         "q_length <= 16: decoding, nothing to cut into blocks",
-        lambda x, spec, platform: x.q.shape[1] <= 16,
+        lambda x, spec, needs_lse, platform: x.q.shape[1] <= 16,
     ),
     Rule(
         "xla",
         "q_offset is an array and q_length <= 1024: no keys to skip, and the scores are small",
-        lambda x, spec, platform: spec.q_offset is None and x.q.shape[1] <= 1024,
+        lambda x, spec, needs_lse, platform: spec.q_offset is None and x.q.shape[1] <= 1024,
     ),
-    Rule(
-        "tpu",
-        "the flash kernel, forward and backward",
-        lambda x, spec, platform: platform == "tpu",
-    ),
-    Rule(
-        "cudnn",
-        "cuDNN's kernel, the fastest published for what it can do",
-        lambda x, spec, platform: platform == "gpu",
-    ),
+    Rule("tpu", "the flash kernel, forward and backward"),
+    Rule("cudnn", "cuDNN's kernel, the fastest published for what it can do"),
     Rule(
         "xla_chunked",
         "on cpu blocks of queries are faster and skip what the mask hides",
-        lambda x, spec, platform: platform == "cpu",
+        lambda x, spec, needs_lse, platform: platform == "cpu",
     ),
     Rule(
         "xla_chunked",
         "kv_length >= 2048: memory linear in length",
-        lambda x, spec, platform: x.k.shape[1] >= 2048,
+        lambda x, spec, needs_lse, platform: x.k.shape[1] >= 2048,
     ),
-    Rule("xla", "short: all scores at once", lambda x, spec, platform: True),
+    Rule("xla", "short: all scores at once"),
 )
 
 
@@ -148,45 +133,11 @@ def explain(q, k, v, *, backend="auto", return_lse=False, **call) -> str:
 
 def backends(platform: str | None = None) -> tuple[str, ...]:
     """The names of the backends that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
-    platform = platform or device.platform()
-    return tuple(
-        name for name, b in BACKENDS.items() if b.platforms is None or platform in b.platforms
-    )
+    return choose.backends(BACKENDS, platform)
 
 
 def resolve(
     backend: str, operands: Operands, spec: Spec, *, needs_lse: bool = False
 ) -> tuple[str, str]:
     """(name, reason) of the backend that runs a call. ValueError if the one asked for cannot."""
-    platform = device.platform()
-    here = backends(platform)
-    if backend == "auto":
-        return _choose(operands, spec, platform, here, needs_lse)
-    if backend not in here:
-        what = "is not available on" if backend in BACKENDS else "is unknown; for"
-        raise ValueError(f"backend {backend!r} {what} {platform}: allowed: auto, {', '.join(here)}")
-    try:
-        _check(backend, operands, spec, needs_lse)
-    except Unsupported as error:
-        raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
-    return backend, "asked for"
-
-
-def _check(name: str, operands: Operands, spec: Spec, needs_lse: bool):
-    if needs_lse and not BACKENDS[name].gives_lse:
-        raise Unsupported("return_lse; it has no log-sum-exp to differentiate")
-    BACKENDS[name].check(operands, spec)
-
-
-def _choose(operands, spec, platform, here, needs_lse) -> tuple[str, str]:
-    passed = []
-    for rule in AUTO:
-        if rule.backend not in here or not rule.when(operands, spec, platform):
-            continue
-        try:
-            _check(rule.backend, operands, spec, needs_lse)
-        except Unsupported as error:
-            passed.append(f"; not {rule.backend}: {error}")
-            continue
-        return rule.backend, rule.reason + "".join(passed)
-    raise ValueError(f"no backend of {platform} can run this call" + "".join(passed))
+    return choose.choose(backend, BACKENDS, AUTO, operands, spec, needs_lse)

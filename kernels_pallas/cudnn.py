@@ -11,7 +11,7 @@ HEAD_DIM_LIMIT = 256  # of Hopper and later
 DTYPES = ("bfloat16", "float16")
 
 
-def check(x: Operands, spec: Spec):
+def check(x: Operands, spec: Spec, needs_lse: bool = False):
     """Raises Unsupported(reason) for what cuDNN does not do, or jax does not pass on to it."""
     _, q_length, _, head_dim = x.q.shape
     if jax.default_backend() != "gpu":
@@ -20,6 +20,8 @@ def check(x: Operands, spec: Spec):
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
     if head_dim > HEAD_DIM_LIMIT or head_dim % 8:
         raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
+    if needs_lse:
+        raise Unsupported("return_lse; cuDNN's log-sum-exp has no gradient")
     window(spec.mask)
     causal = spec.mask != Full()
     if causal and (spec.q_offset != 0 or q_length != x.k.shape[1]):

@@ -184,12 +184,12 @@ def test_auto_elsewhere(platform, length, call, name, monkeypatch):
     assert ("tpu" in backends(), "cudnn" in backends()) == (platform == "tpu", platform == "gpu")
 
 
-def reason_of_cudnn(**features):
+def reason_of_cudnn(needs_lse=False, **features):
     arrays, static = make(**dict(head_dim=64, q_length=61) | features)
     operands, spec = module.prepare(**arrays, **static)
     half = {n: jax.ShapeDtypeStruct(getattr(operands, n).shape, jnp.bfloat16) for n in "qkv"}
     try:
-        cudnn.check(operands._replace(**half), spec)
+        cudnn.check(operands._replace(**half), spec, needs_lse)
     except Unsupported as error:
         return str(error)
     return ""
@@ -206,6 +206,7 @@ def test_what_cudnn_is_asked_for(monkeypatch):
         (dict(offsets=True), "q_offset as an array"),
         (dict(mask=Window(5, 2)), "allowed: Full, Causal, a window to the left"),
         (dict(head_dim=260), "head_dim 260; allowed: multiples of 8 up to 256"),
+        (dict(needs_lse=True), "return_lse; cuDNN's log-sum-exp has no gradient"),
         (dict(sinks=True), "sinks; cuDNN is called without"),
         (dict(segments=True), "segment_ids; "),
         (dict(alibi=True), "Alibi; "),
@@ -215,11 +216,11 @@ def test_what_cudnn_is_asked_for(monkeypatch):
 
 
 def test_a_backend_that_cannot(monkeypatch):
-    def check(operands, spec):
+    def check(operands, spec, needs_lse):
         if spec.logits_soft_cap is not None:
             raise Unsupported("no soft cap")
 
-    rule = module.Rule("fake", "fastest", lambda x, spec, platform: True)
+    rule = module.Rule("fake", "fastest")
     monkeypatch.setattr(module, "AUTO", (rule, *module.AUTO))
     monkeypatch.setitem(module.BACKENDS, "fake", module.Backend(print, ("tpu",), check))
     with pytest.raises(ValueError, match=r"'fake' is not available on cpu: allowed: auto, xla, xl"):
