@@ -18,6 +18,13 @@ class DenseVaeConfig:
     hidden_dim: int = field(256, "width of the hidden layers", minimum=1)
     num_layers: int = field(2, "hidden layers each way; 0: a linear model", minimum=0)
 
+    def __post_init__(self):
+        if not self.num_layers and self.hidden_dim != type(self).hidden_dim:
+            raise ValueError(
+                f"--dense_vae.hidden_dim={self.hidden_dim}: --dense_vae.num_layers=0 has no "
+                "hidden layer"
+            )
+
 
 class DenseVae(nn.Module):
     """Encoder and decoder; one stage of latents [batch, latent_dim], every one a group.

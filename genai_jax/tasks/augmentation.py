@@ -46,6 +46,10 @@ class AugmentationConfig:
                 f"--augmentation.kinds={self.kinds} needs --augmentation.probability above 0, or "
                 "--augmentation.target"
             )
+        if self.target is None and self.ramp_images != type(self).ramp_images:
+            raise ValueError(
+                f"--augmentation.ramp_images={self.ramp_images} needs --augmentation.target"
+            )
         if not self.names and (self.probability or self.target is not None):
             raise ValueError(
                 "--augmentation.probability and --augmentation.target need --augmentation.kinds"

@@ -80,7 +80,15 @@ class Autoencoder(ImageTask):
         self.perceptual = Perceptual(workdir, self.loader) if workdir else None
 
     def _check(self):
-        config, weights = self.config, self.weights
+        config, weights, kind = self.config, self.weights, self.config.autoencoder.latent
+        for name, used, user in (
+            ("kl_weight", kind == "kl", "--autoencoder.latent=kl"),
+            ("commitment_weight", kind in ("vq", "rvq"), "--autoencoder.latent=vq or rvq"),
+            ("perceptual_weight", weights.perceptual, "--autoencoder_loss.perceptual"),
+        ):
+            value = getattr(weights, name)
+            if not used and value != getattr(AutoencoderLossConfig(), name):
+                raise ConfigError(f"--autoencoder_loss.{name}={value} is for {user} alone")
         if not weights.discriminator_weight and (
             weights.discriminator_start or config.discriminator != DiscriminatorConfig()
         ):
@@ -94,7 +102,7 @@ class Autoencoder(ImageTask):
             )
         rows = config.data.batch_size // config.train.accumulate
         vectors = rows * math.prod(self.codec.latent_shape[:-1])
-        if config.autoencoder.latent in ("vq", "rvq") and config.quantizer.codes > vectors:
+        if kind in ("vq", "rvq") and config.quantizer.codes > vectors:
             raise ConfigError(
                 f"--quantizer.codes={config.quantizer.codes} is more than the {vectors} vectors of "
                 f"{rows} image(s), from which a codebook starts"

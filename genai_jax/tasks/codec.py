@@ -1,5 +1,6 @@
 """Images to latents and back: the networks of an autoencoder run, without its data."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -9,7 +10,14 @@ import jax.numpy as jnp
 from genai_jax.config import Config, ConfigError
 from genai_jax.networks import quantization
 from genai_jax.networks.autoencoder import Autoencoder
-from genai_jax.networks.quantization import QuantizerConfig
+
+_LEARNED = ("codes", "decay", "restart_below")
+QUANTIZER_FLAGS = {  # kind of latent -> the fields of `QuantizerConfig` that it uses
+    "kl": (),
+    "vq": _LEARNED,
+    "rvq": (*_LEARNED, "codebooks"),
+    "fsq": ("levels",),
+}
 
 
 class Bottleneck(NamedTuple):
@@ -29,7 +37,8 @@ class Codec:
       shape: (*space, channels) of an image.
 
     Raises:
-      ConfigError: a shape that the strides do not divide, levels that do not fit the latents.
+      ConfigError: a shape that the strides do not divide, levels that do not fit the latents, flags
+        of another kind of latent.
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...]):
@@ -48,8 +57,13 @@ class Codec:
     def _check(self):
         kind, channels = self.config.latent, self.config.latent_channels
         levels = self.quantizer.level_counts
-        if kind == "kl" and self.quantizer != QuantizerConfig():
-            raise ConfigError("--quantizer.* is set, but --autoencoder.latent=kl has no codes")
+        for f in dataclasses.fields(self.quantizer):
+            value = getattr(self.quantizer, f.name)
+            if value != f.default and f.name not in QUANTIZER_FLAGS[kind]:
+                users = " or ".join(k for k, names in QUANTIZER_FLAGS.items() if f.name in names)
+                raise ConfigError(
+                    f"--quantizer.{f.name}={value} is for --autoencoder.latent={users}, not {kind}"
+                )
         if kind == "fsq" and len(levels) != channels:
             raise ConfigError(
                 f"--quantizer.levels={self.quantizer.levels} has {len(levels)} numbers; "

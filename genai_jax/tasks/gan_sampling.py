@@ -24,7 +24,11 @@ MOST_ROWS = 12  # of a walk or a grid
 
 @dataclasses.dataclass(frozen=True)
 class GanRequest(SampleRequest):
-    num_samples: int = field(64, "images, or rows of a walk or a grid", minimum=1)
+    num_samples: int = field(
+        64,
+        f"images, or rows of a walk or a grid, of which there are at most {MOST_ROWS}",
+        minimum=1,
+    )
     show: str = field(
         "draws",
         "draws; walks between two latents; the same draws truncated, from their mean to as drawn",
@@ -37,10 +41,11 @@ class GanRequest(SampleRequest):
     columns: int = field(11, "images of a walk, steps of truncation", minimum=2)
 
     def __post_init__(self):
-        if self.latents and self.num_samples != type(self).num_samples:
-            raise ValueError(
-                f"--num_samples={self.num_samples}: the file --latents={self.latents} says how many"
-            )
+        for name, says in (("num_samples", "how many"), ("seed", "what is drawn")):
+            if self.latents and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"--{name}={getattr(self, name)}: the file --latents={self.latents} says {says}"
+                )
 
 
 def draw(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:

@@ -39,7 +39,9 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FlowRequest(SampleRequest):
-    num_samples: int = field(64, "images, or rows of a walk", minimum=1)
+    num_samples: int = field(
+        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+    )
     show: str = field("draws", "draws, or walks between held-out images", choices=tuple(USES))
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)

@@ -28,7 +28,9 @@ MEASURED_IMAGES = 512  # that tell which latents are used
 
 @dataclasses.dataclass(frozen=True)
 class VaeRequest(SampleRequest):
-    num_samples: int = field(64, "images, or rows of a walk", minimum=1)
+    num_samples: int = field(
+        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+    )
     show: str = field(
         "prior",
         "draws; held-out images beside their reconstructions; walks between two held-out images; "

@@ -154,6 +154,8 @@ def test_a_run_is_scored_and_shown(whole, tmp_path, capsys):
         assert sample.main([f"--workdir={workdir}", *request]) == 0
         written = pathlib.Path(capsys.readouterr().out.strip())
         assert written.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"--seed=1: the file --latents=.* says what is drawn"):
+        sample.main([f"--workdir={workdir}", f"--latents={z}", "--seed=1"])
     np.save(z, np.zeros((3, 7)))
     with pytest.raises(ConfigError, match=r"z.npy holds float64 \[3, 7\]; .* takes \[n, 6\]"):
         sample.main([f"--workdir={workdir}", f"--latents={z}"])
@@ -219,6 +221,14 @@ def test_a_collapsed_critic_stops_the_run(tmp_path, monkeypatch):
         (("--critic.base_height=5",), "--critic.base_height=5: doubling it does not lead"),
         (("--generator.style_dim=8",), "--generator.style_dim=8 is for --generator.network=style"),
         (("--augmentation.kinds=flip",), "needs --augmentation.probability above 0"),
+        (
+            (
+                "--augmentation.kinds=flip",
+                "--augmentation.probability=0.1",
+                "--augmentation.ramp_images=9",
+            ),
+            "--augmentation.ramp_images=9 needs --augmentation.target",
+        ),
         (("--augmentation.kinds=twist", "--augmentation.probability=0.1"), "'twist' is not one of"),
         (("--gan.fade_steps=3",), "a run that grows needs both"),
         (("--gan.r1=nan",), "gan.r1=nan: .*must be a number, not nan"),

@@ -263,6 +263,7 @@ def test_walks():
         (("--vae.network=ladder", "--ladder_vae.stages=3x1,6x1"), "does not fit images of 8x8"),
         (("--vae.network=ladder", "--ladder_vae.stages=4x1,6x1"), "multiple of the one before"),
         (("--vae.network=ladder", "--ladder_vae.stages=8"), "is not like 1x1,4x2,8x2"),
+        (("--dense_vae.num_layers=0", "--dense_vae.hidden_dim=8"), "has no hidden layer"),
         (("--ladder_vae.channels=8",), "--ladder_vae.* is set, but --vae.network=dense"),
     ],
 )
