@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+from jax.sharding import AxisType
+
 from . import device
 from .spec import Unsupported
 
@@ -50,6 +53,16 @@ def choose(
     except Unsupported as error:
         raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
     return backend, "asked for"
+
+
+def check_not_split():
+    """Raises Unsupported where the mesh in use may split the arrays: the compiler's partitioner
+    does not look into a kernel. Inside a `jax.shard_map` over all of its axes they are whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [f"{n}={mesh.shape[n]}" for n, kind in kinds if kind != AxisType.Manual]
+    if any(not axis.endswith("=1") for axis in free):
+        raise Unsupported(f"a mesh of {', '.join(free)}; allowed: inside jax.shard_map over it")
 
 
 def _first(table, rules, here, platform, call) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from .choose import Backend, Rule, choose
 from .group_visits import group_visits
+from .tpu import grouped_matmul as tpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -173,6 +174,13 @@ def _matmul(a, b, contract: tuple[int, int]):
     return jax.lax.dot_general(a, b, dims, preferred_element_type=_sum_dtype(a.dtype))
 
 
-BACKENDS: dict[str, Backend] = {"xla": Backend(Operation(_xla_product, _xla_outer))}
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(Operation(_xla_product, _xla_outer)),
+    "tpu": Backend(Operation(tpu.product, tpu.outer), ("tpu",), tpu.check),
+}
 
-AUTO: tuple[Rule, ...] = (Rule("xla", "the visits one after another: the work of one matmul"),)
+# The first rule that holds, and whose backend can run the call, decides.
+AUTO: tuple[Rule, ...] = (
+    Rule("tpu", "the kernels, forward and backward"),
+    Rule("xla", "the visits one after another: the work of one matmul"),
+)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from . import chunked_cross_entropy
 from .choose import Backend, Rule, choose
 from .chunked_cross_entropy import Spec, Tokens, losses
+from .tpu import linear_cross_entropy as tpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -140,6 +141,13 @@ def _check(x, w, targets, weights):
         )
 
 
-BACKENDS: dict[str, Backend] = {"xla": Backend(chunked_cross_entropy.per_token)}
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(chunked_cross_entropy.per_token),
+    "tpu": Backend(tpu.per_token, ("tpu",), tpu.check),
+}
 
-AUTO: tuple[Rule, ...] = (Rule("xla", "a chunk of tokens at a time"),)
+# The first rule that holds, and whose backend can run the call, decides.
+AUTO: tuple[Rule, ...] = (
+    Rule("tpu", "the kernels: no logits outside of VMEM"),
+    Rule("xla", "a chunk of tokens at a time"),
+)

@@ -1,0 +1,69 @@
+"""Matmuls of whole VMEM blocks, cut so that the registers hold what is being summed.
+
+Left to itself the compiler unrolls a large block's matmul until it spills. A tile of 128 x 512 sums
+over 512 products keeps the matrix unit about as busy (its bundles are within a tenth of the unit's
+own cycles on v5e) without, and in a loop it compiles in seconds whatever the block.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from .tile import across, matmul
+
+ROWS, COLUMNS, DEPTH = 128, 512, 512
+
+
+def add_product(sums, a, b, contract: tuple[int, int], *, keep=None, decay=None):
+    """sums += a by b, contracted over one axis of each. All are refs; sums is [rows, columns].
+
+    keep: None, or keep(start, shape, axis) -> bool [shape]: which entries count of a tile, of a or
+    of b, whose contracted `axis` begins at `start`. decay: a ref [rows, LANES], every lane alike,
+    that sums are multiplied by first.
+    """
+    rows, columns = sums.shape
+    depth = a.shape[contract[0]]
+
+    def tile(row, height, start, length):
+        left = _load(a, contract[0], start, length, row, height, keep)
+        for column in range(0, columns, COLUMNS):
+            width = min(COLUMNS, columns - column)
+            right = _load(b, contract[1], start, length, column, width, keep)
+            at = (pl.ds(row, height), pl.ds(column, width))
+            old = sums[at]
+            if decay is not None:
+                factor = across(decay[pl.ds(row, height)], width)
+                old = old * (factor if isinstance(start, int) else jnp.where(start == 0, factor, 1))
+            sums[at] = old + matmul(left, right, contract)
+
+    def strip(row, height):
+        step = DEPTH if contract[0] else DEPTH // 2  # a is transposed on the way, in registers
+        _loop(depth, step, lambda start, length: tile(row, height, start, length))
+
+    _loop(rows, ROWS, strip)
+
+
+def _load(ref, axis, start, length, other, size, keep):
+    """The tile [start, start + length) of the contracted `axis`, [other, other + size) of the other
+    one."""
+    index = [pl.ds(other, size)] * 2
+    index[axis] = pl.ds(start, length)
+    value = ref[tuple(index)]
+    if keep is None:
+        return value
+    # What is left out may be anything, and 0 times what is not finite is not 0.
+    wide = value.astype(jnp.float32)
+    return jnp.where(keep(start, value.shape, axis), wide, 0).astype(value.dtype)
+
+
+def _loop(size: int, step: int, body):
+    """body(start, length) over [0, size) in steps; whole steps in a loop, the rest after it."""
+    whole = size // step
+    if whole > 1:
+        jax.lax.fori_loop(0, whole, lambda i, _: body(pl.multiple_of(i * step, step), step), None)
+    elif whole:
+        body(0, step)
+    if size % step:
+        body(whole * step, size % step)
