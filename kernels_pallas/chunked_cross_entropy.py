@@ -50,7 +50,8 @@ def _per_token_forward(x, w, targets, spec):
     return out, (x, w, targets, out.lse)
 
 
-def _per_token_backward(spec, residuals, grads: Tokens):
+def per_token_backward(spec, residuals, grads: Tokens):
+    """The gradients by x, w and targets; residuals (x, w, targets, lse)."""
     x, w, targets, lse = residuals
     split, join = _chunks(x, w, spec)
 
@@ -66,7 +67,7 @@ def _per_token_backward(spec, residuals, grads: Tokens):
     return join(x_grad), w_grad.astype(w.dtype), None
 
 
-per_token.defvjp(_per_token_forward, _per_token_backward)
+per_token.defvjp(_per_token_forward, per_token_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

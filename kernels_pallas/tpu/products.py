@@ -26,23 +26,20 @@ def add_product(sums, a, b, contract: tuple[int, int], *, keep=None, decay=None)
     rows, columns = sums.shape
     depth = a.shape[contract[0]]
 
-    def tile(row, height, start, length):
+    step = DEPTH if contract[0] else DEPTH // 2  # a is transposed on the way, in registers
+
+    def tile(row, height, column, width, start, length):
         left = _load(a, contract[0], start, length, row, height, keep)
-        for column in range(0, columns, COLUMNS):
-            width = min(COLUMNS, columns - column)
-            right = _load(b, contract[1], start, length, column, width, keep)
-            at = (pl.ds(row, height), pl.ds(column, width))
-            old = sums[at]
-            if decay is not None:
-                factor = across(decay[pl.ds(row, height)], width)
-                old = old * (factor if isinstance(start, int) else jnp.where(start == 0, factor, 1))
-            sums[at] = old + matmul(left, right, contract)
+        right = _load(b, contract[1], start, length, column, width, keep)
+        at = (pl.ds(row, height), pl.ds(column, width))
+        old = sums[at]
+        if decay is not None:
+            factor = across(decay[pl.ds(row, height)], width)
+            old = old * (factor if isinstance(start, int) else jnp.where(start == 0, factor, 1))
+        sums[at] = old + matmul(left, right, contract)
 
-    def strip(row, height):
-        step = DEPTH if contract[0] else DEPTH // 2  # a is transposed on the way, in registers
-        _loop(depth, step, lambda start, length: tile(row, height, start, length))
-
-    _loop(rows, ROWS, strip)
+    loops = ((rows, ROWS), (columns, COLUMNS), (depth, step))
+    _nest(loops, tile)
 
 
 def _load(ref, axis, start, length, other, size, keep):
@@ -58,12 +55,16 @@ def _load(ref, axis, start, length, other, size, keep):
     return jnp.where(keep(start, value.shape, axis), wide, 0).astype(value.dtype)
 
 
-def _loop(size: int, step: int, body):
-    """body(start, length) over [0, size) in steps; whole steps in a loop, the rest after it."""
+def _nest(loops, body, *found):
+    """body(start, length, ...) over every tile; loops: (size, step) of each dimension."""
+    if not loops:
+        return body(*found)
+    (size, step), *inner = loops
     whole = size // step
+    nested = lambda start, length: _nest(inner, body, *found, start, length)
     if whole > 1:
-        jax.lax.fori_loop(0, whole, lambda i, _: body(pl.multiple_of(i * step, step), step), None)
+        jax.lax.fori_loop(0, whole, lambda i, _: nested(pl.multiple_of(i * step, step), step), None)
     elif whole:
-        body(0, step)
+        nested(0, step)
     if size % step:
-        body(whole * step, size % step)
+        nested(whole * step, size % step)

@@ -1,0 +1,189 @@
+"""The grouped matmul on Hopper: `product` and `outer` on the main loop of `stream.py`.
+
+`product`: a thread block per visit (`group_visits.py`) and block of columns, which writes only the
+rows that the visit owns. `outer` contracts over rows, which must not mix groups within a step: it
+reads copies in which every group begins at a whole step, with zeros between.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..choose import check_not_split
+from ..group_visits import group_visits
+from ..spec import Unsupported
+from . import stream
+from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, pad_length
+from .stream import COLUMNS, DEPTH, PART, ROWS
+
+DTYPES = ("bfloat16", "float16")
+STAGES = 3
+HALF = COLUMNS // 2  # columns that are written at once
+
+
+class Settings(NamedTuple):
+    """interpret: as `plgpu.kernel` takes it."""
+
+    interpret: object = None
+
+
+DEFAULT = Settings()
+
+
+def check(lhs, rhs, group_sizes):
+    """Raises Unsupported(reason) for what these kernels do not do."""
+    if str(lhs.dtype) not in DTYPES:
+        raise Unsupported(f"dtype {lhs.dtype}; allowed: {', '.join(DTYPES)}")
+    for name, size in (("in", rhs.shape[1]), ("out", rhs.shape[2])):
+        if size % COLUMNS:
+            raise Unsupported(f"{name} {size}; allowed: multiples of {COLUMNS}")
+    check_not_split()
+
+
+def product(lhs, rhs, group_sizes, dtype, transposed: bool, settings: Settings = DEFAULT):
+    """[tokens, out]: lhs [tokens, in] by rhs [groups, in, out]; transposed: [groups, out, in]."""
+    tokens, groups = lhs.shape[0], rhs.shape[0]
+    width, steps = rhs.shape[1 if transposed else 2], lhs.shape[1] // DEPTH
+    # The rows past all groups are one more group, whose result is 0.
+    rest = jnp.maximum(tokens - jnp.sum(group_sizes), 0).reshape(1)
+    visits = group_visits(jnp.concatenate([group_sizes, rest]), tokens, ROWS)
+    scratch = stream.ring(lhs.dtype, STAGES, right_transposed=transposed) | _out_part(dtype)
+    names = ("block", "group", "start", "stop", "lhs", "rhs", "out", *scratch)
+
+    def kernel(*refs):
+        refs = dict(zip(names, refs, strict=True))
+        visit, column = jax.lax.axis_index("visit"), jax.lax.axis_index("column") * COLUMNS
+        block, group, start, stop = (refs[name][visit] for name in names[:4])
+        count = jnp.where((stop > start) & (group < groups), steps, 0)
+        matrix = jnp.minimum(group, groups - 1)
+        columns = pl.ds(column, COLUMNS)
+
+        def operands(step):
+            depth = pl.ds(step * DEPTH, DEPTH)
+            left = lambda i: refs["lhs"].at[pl.ds(block * ROWS + i * PART, PART), depth]
+            at = (columns, depth) if transposed else (depth, columns)
+            return left, refs["rhs"].at[matrix, *at]
+
+        def finish(me, sums):
+            at = block * ROWS + me * PART
+            first = jnp.maximum(start, at) - at
+            rows = jnp.maximum(jnp.minimum(stop - at, PART) - first, 0)
+            _write(refs["out_part"].at[me], sums, refs["out"], at, column, first, rows)
+
+        _run(refs, count, operands, finish, right_transposed=transposed)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((tokens, width), dtype),
+        scratch_types=list(scratch.values()),
+        # The last dimension runs first: thread blocks at work together share few rows.
+        grid=(visits.block.shape[0], width // COLUMNS),
+        grid_names=("visit", "column"),
+        **_launch(settings),
+    )(*visits[:4], pad_length(lhs, 0, ROWS), rhs)
+
+
+def outer(lhs, grad, group_sizes, dtype, settings: Settings = DEFAULT):
+    """[groups, in, out]: lhs^T @ grad of each group's rows; 0 for a group without any."""
+    groups, height, width = group_sizes.shape[0], lhs.shape[1], grad.shape[1]
+    first, steps, source = _whole_steps(group_sizes, lhs.shape[0])
+    spread = lambda a: a.at[source].get(mode="fill", fill_value=0)
+    scratch = stream.ring(lhs.dtype, STAGES, left_transposed=True) | _out_part(dtype)
+    names = ("first", "steps", "lhs", "grad", "out", *scratch)
+
+    def kernel(*refs):
+        refs = dict(zip(names, refs, strict=True))
+        group, column = jax.lax.axis_index("group"), jax.lax.axis_index("column") * COLUMNS
+        row = lambda i: jax.lax.axis_index("row") * ROWS + i * PART
+        first, count = refs["first"][group], refs["steps"][group]
+
+        def operands(step):
+            depth = pl.ds((first + step) * DEPTH, DEPTH)
+            # Where `in` is an odd number of parts the last one is read twice, and written once.
+            inside = lambda i: jnp.minimum(row(i), height - PART)
+            left = lambda i: refs["lhs"].at[depth, pl.ds(inside(i), PART)]
+            return left, refs["grad"].at[depth, pl.ds(column, COLUMNS)]
+
+        def finish(me, sums):
+            part, out = refs["out_part"].at[me], refs["out"].at[group]
+            rows = jnp.where(row(me) < height, PART, 0)
+            _write(part, sums, out, jnp.minimum(row(me), height - PART), column, jnp.int32(0), rows)
+
+        _run(refs, count, operands, finish, left_transposed=True)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((groups, height, width), dtype),
+        scratch_types=list(scratch.values()),
+        grid=(groups, pl.cdiv(height, ROWS), width // COLUMNS),
+        grid_names=("group", "row", "column"),
+        **_launch(settings),
+    )(first, steps, spread(lhs), spread(grad))
+
+
+def _whole_steps(group_sizes, tokens: int):
+    """(first step and number of steps of each group, source row of each row of the copies)."""
+    groups = group_sizes.shape[0]
+    sizes = group_sizes.astype(jnp.int32)
+    steps = -(-sizes // DEPTH)
+    ends, stops = jnp.cumsum(steps), jnp.cumsum(sizes)
+    row = jnp.arange((tokens // DEPTH + groups) * DEPTH, dtype=jnp.int32)
+    owner = jnp.searchsorted(ends * DEPTH, row, side="right", method="compare_all")
+    group = jnp.minimum(owner, groups - 1)
+    within = row - (ends - steps)[group] * DEPTH
+    mine = (owner < groups) & (within < sizes[group])
+    source = jnp.where(mine, (stops - sizes)[group] + within, tokens)  # past the end: 0
+    return ends - steps, steps, source
+
+
+def _run(refs: dict, count, operands, finish, **transposed):
+    """A thread block: `count` steps of a product; finish(warpgroup, sums) writes it."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(REGISTERS["computing"], action="increase")
+        stream.open_ring(refs)
+        finish(warpgroup, stream.product(refs, warpgroup, jnp.int32(0), count, **transposed))
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(REGISTERS["loading"], action="decrease")
+        step = lambda i, _: stream.load(refs, i, *operands(i))
+        jax.lax.fori_loop(jnp.int32(0), count, step, None)
+
+
+def _write(part, sums, out, at, column, first, rows):
+    """Writes `rows` rows of sums, from `first` on, to `out` from row at + first and `column` on.
+
+    A copy has a fixed number of rows, so that any number is written as its powers of two.
+    """
+    for half in range(0, COLUMNS, HALF):
+        part[...] = sums[:, half : half + HALF].astype(part.dtype)
+        plgpu.commit_smem()
+        done, size = first, PART
+        while size:
+            target = out.at[pl.ds(at + done, size), pl.ds(column + half, HALF)]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, part.at[pl.ds(done, size)], target)
+            pl.when(rows & size != 0)(copy)
+            done, size = done + (rows & size), size // 2
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _out_part(dtype) -> dict:
+    return dict(out_part=plgpu.SMEM((CONSUMERS, PART, HALF), dtype))
+
+
+def _launch(settings: Settings) -> dict:
+    return dict(
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=settings.interpret,
+    )
