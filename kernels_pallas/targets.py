@@ -29,18 +29,32 @@ class Target:
     cores: int = 1  # tensor cores of a device, over which the parallel grid dimensions split
     clock_hz: float = 0.0
     bf16_flops: float = 0.0  # a device, per second
-    platform: str = "tpu"  # as the compiler calls it: "tpu" or "cuda"
+    hbm_bytes: float = 0.0  # a device, per second
+    platform: str = "tpu"  # or "gpu"
 
 
+# Peaks: the makers' pages on each chip (a v4 or v5p chip is one device, a 7x chip two).
 TARGETS = {
     t.name: t
     for t in (
-        Target("v4", "TPU v4", "v4:2x2x1", {"chip_config_name": "megacore"}, 2, 1.05e9, 275e12),
-        Target("v5e", "TPU v5 lite", "v5e:2x2", {}, 1, 1.5e9, 197e12),
-        Target("v5p", "TPU v5", "v5p:2x2x1", {}, 2, 1.75e9, 459e12),
-        Target("v6e", "TPU v6 lite", "v6e:2x2", {}, 1, 1.75e9, 918e12),
-        Target("7x", "TPU7x", "tpu7x:2x2x1", {}, 1, 1.9e9, 1153.5e12),
-        Target("h200", "NVIDIA H200", "h200", {"topology": "1x1x1"}, 132, 1.98e9, 989e12, "cuda"),
+        Target(
+            "v4", "TPU v4", "v4:2x2x1", {"chip_config_name": "megacore"}, 2, 1.05e9, 275e12, 1.2e12
+        ),
+        Target("v5e", "TPU v5 lite", "v5e:2x2", {}, 1, 1.5e9, 197e12, 819e9),
+        Target("v5p", "TPU v5", "v5p:2x2x1", {}, 2, 1.75e9, 459e12, 2.765e12),
+        Target("v6e", "TPU v6 lite", "v6e:2x2", {}, 1, 1.75e9, 918e12, 1.64e12),
+        Target("7x", "TPU7x", "tpu7x:2x2x1", {}, 1, 1.9e9, 1153.5e12, 3.69e12),
+        Target(
+            "h200",
+            "NVIDIA H200",
+            "h200",
+            {"topology": "1x1x1"},
+            132,
+            1.98e9,
+            989e12,
+            4.8e12,
+            "gpu",
+        ),
     )
 }
 
@@ -64,12 +78,13 @@ def mesh(name: str) -> Mesh:
     if name not in TARGETS:
         raise ValueError(f"target {name!r} is unknown; allowed: {', '.join(TARGETS)}")
     target = TARGETS[name]
-    options = dict(target.options)
-    if target.platform == "cuda":
+    options, platform = dict(target.options), target.platform
+    if platform == "gpu":
+        platform = "cuda"  # the compiler's name for it
         described = pathlib.Path(__file__).parent / "gpu" / f"{name}.txtpb"
         options["target_config"] = described.read_text()
     slice_ = topologies.get_topology_desc(
-        platform=target.platform, topology_name=target.topology, **options
+        platform=platform, topology_name=target.topology, **options
     )
     return Mesh(np.array(slice_.devices[:1]), ("device",))
 
