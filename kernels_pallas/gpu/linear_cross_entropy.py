@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import chunked_cross_entropy as chunked
 from ..choose import check_not_split
-from ..chunked_cross_entropy import Spec, Tokens
+from ..chunked_cross_entropy import Spec, Tokens, weighted_sums
 from ..spec import Unsupported
 from . import stream
 from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, pad_length
@@ -62,6 +62,15 @@ def _per_token_forward(x, w, targets, spec):
 
 
 per_token.defvjp(_per_token_forward, chunked.per_token_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed(x, w, targets, weights, spec: Spec) -> jax.Array:
+    """As `chunked_cross_entropy.summed`, and that where it is differentiated."""
+    return weighted_sums(per_token(x, w, targets, spec), targets, weights, w.shape[1], spec)
+
+
+summed.defvjp(chunked.summed_forward, chunked.summed_backward)
 
 
 def forward(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:

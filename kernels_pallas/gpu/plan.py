@@ -1,0 +1,93 @@
+"""Everything static about one kernel call, and how its arrays are laid out in shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..spec import Spec
+from .schedule import Schedule
+
+CONSUMERS = 2  # warpgroups that compute; a third one loads
+MATRIX_ROWS = 64  # of one wgmma
+SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
+REGISTERS = dict(computing=240, loading=24)  # of a thread, out of 504 for the three warpgroups
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of a kernel's blocks.
+
+    rows: of both consumers together; columns: of one step; stages: how many steps' columns shared
+    memory holds.
+    """
+
+    rows: int
+    columns: int
+    stages: int
+
+    def __post_init__(self):
+        if self.rows % (CONSUMERS * MATRIX_ROWS) or self.rows < 1:
+            raise ValueError(f"blocks: rows={self.rows}; allowed: multiples of 128")
+        if self.columns % 16 or not 16 <= self.columns <= 256:
+            raise ValueError(f"blocks: columns={self.columns}; allowed: multiples of 16 up to 256")
+        if self.stages < 1:
+            raise ValueError(f"blocks: stages={self.stages}; allowed: 1 or more")
+
+    @property
+    def part(self) -> int:
+        """Rows of one consumer."""
+        return self.rows // CONSUMERS
+
+
+class Plan(NamedTuple):
+    """Everything static about one kernel call."""
+
+    spec: Spec
+    blocks: Blocks
+    schedule: Schedule
+    groups: int
+    kv_length: int  # without padding
+    k_padded: bool  # whether the last key block has keys from kv_length on
+    interpret: object = None
+
+
+def matrix(shape: tuple[int, ...], dtype):
+    """A matrix in shared memory, tiled and swizzled as wgmma reads it; its last dimension is a
+    multiple of 32."""
+    bytes_ = 128 if shape[-1] % 64 == 0 else 64
+    transforms = (
+        plgpu.TilingTransform((8, bytes_ // jnp.dtype(dtype).itemsize)),
+        plgpu.SwizzleTransform(bytes_),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def shared_memory(scratch: dict) -> int:
+    """Bytes of shared memory that the buffers and barriers take, as Mosaic lays them out: each
+    buffer from a multiple of 1024 on, and room for reductions across warps."""
+    total = COMPILER_PARAMS.reduction_scratch_bytes
+    for item in scratch.values():
+        if isinstance(item, plgpu.Barrier):
+            total += 8 * int(np.prod(item.num_barriers))
+        else:
+            size = int(np.prod(item.shape)) * jnp.dtype(item.dtype).itemsize
+            total += -(-size // 1024) * 1024
+    return total
+
+
+def pad_length(a, axis: int, block: int, value=0):
+    """`a` with `axis` padded to a multiple of `block`."""
+    missing = -a.shape[axis] % block
+    if not missing:
+        return a
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(a, widths, constant_values=value)

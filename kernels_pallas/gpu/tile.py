@@ -1,0 +1,167 @@
+"""What happens to one tile of scores in the registers of a warpgroup, shared by all kernels.
+
+Tiles are [rows, columns] in the layout of wgmma's accumulator, and vectors along either in the
+matching layouts. Logits are in base 2 (the hardware's exponential is 2^x): the factor log2(e) is
+folded into the scale. Masked logits are -inf; the running maximum starts at LOWEST, which is
+finite, so that no difference of infinities ever appears.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..spec import Spec
+
+LOG2_E = math.log2(math.e)
+LOWEST = -1e30
+TILE = plgpu.Layout.WGMMA
+BY_ROW = TILE.reduce(1)
+BY_COLUMN = TILE.reduce(0)
+
+
+class Ids(NamedTuple):
+    """Positions of a tile, and its segment ids or None; all of the tile's shape."""
+
+    q: jax.Array
+    k: jax.Array
+    q_segments: jax.Array | None = None
+    k_segments: jax.Array | None = None
+
+
+def filled(shape: tuple[int, ...], value):
+    """float32 [shape] of one value: a tile, or a vector with a number a row."""
+    layout = TILE if len(shape) == 2 else BY_ROW
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def load_rows(ref):
+    """A vector in shared memory, as a number a row of a tile."""
+    return plgpu.layout_cast(ref[...], BY_ROW)
+
+
+def load_columns(ref):
+    """A vector in shared memory, as a number a column of a tile."""
+    return plgpu.layout_cast(ref[...], BY_COLUMN)
+
+
+def across(vector, shape: tuple[int, int]):
+    """A number a row -> tile."""
+    return jax.lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def down(vector, shape: tuple[int, int]):
+    """A number a column -> tile."""
+    return jax.lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def positions(shape: tuple[int, int], axis: int, start):
+    """int32 tile: start + index along `axis`."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + start
+
+
+def distance(ids: Ids):
+    """|q - k| in float32: what Alibi's slope multiplies."""
+    return jnp.abs(ids.q - ids.k).astype(jnp.float32)
+
+
+def tanh(x):
+    """To float32's precision, where the hardware's own is good to 5e-4."""
+    return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
+
+
+def logits(s, ids: Ids, spec: Spec, slope):
+    """(t, factor, bent) of raw scores s: t * factor are the logits in base 2 before the mask.
+
+    factor > 0 is left to the exponential, where it costs nothing. bent: tanh of the soft cap, or
+    None. slope: Alibi's of this head times log2(e), or None.
+    """
+    bent, factor = None, spec.scale * LOG2_E
+    if spec.logits_soft_cap is not None:
+        bent = tanh(s * (spec.scale / spec.logits_soft_cap))
+        s, factor = bent, spec.logits_soft_cap * LOG2_E
+    if slope is not None or factor <= 0:
+        s, factor = s * factor, 1.0
+    if slope is not None:
+        s = s - distance(ids) * slope
+    return s, factor, bent
+
+
+def hidden(t, ids: Ids, spec: Spec, *, compare: bool, kv_length: int | None):
+    """`t` with -inf where the query may not see the key.
+
+    compare: look at the mask at all; kv_length: keys from there on are padding, None if none are.
+    """
+    visible = []
+    if compare:
+        visible.append(spec.mask.allowed(ids.q, ids.k))
+        if kv_length is not None:
+            visible.append(ids.k < kv_length)
+    if ids.q_segments is not None:
+        visible.append(ids.q_segments == ids.k_segments)
+    if not visible:
+        return t
+    return jnp.where(functools.reduce(jnp.logical_and, visible), t, -jnp.inf)
+
+
+def product(a, b, meanwhile=lambda: None):
+    """(a @ b in float32, meanwhile()): the product of two blocks of shared memory, and what is
+    computed in its shadow."""
+
+    def compute(sums):
+        plgpu.wgmma(sums, a, b)
+        result = meanwhile()
+        return _settled(sums[...]), result
+
+    return pl.run_scoped(compute, _accumulator(a, b))
+
+
+def add_product(sums, a, b, then=None, started=lambda: None, interpret=None):
+    """(sums + a @ b, c @ d), where `then` is (c, d); None for the second without it.
+
+    sums and a are in registers, all else in shared memory. The products start one right behind the
+    other, `started()` is called, and both are waited for. The one that reads registers has to come
+    first, and alone: registers must not be written while a wgmma runs.
+    """
+    if interpret:
+        results = sums + _matmul(a, b), product(*then)[0] if then else None
+        started()
+        return results
+
+    def compute(sums_ref, then_ref=None):
+        sums_ref[...] = sums
+        plgpu.wgmma(sums_ref, a, b)
+        if then:
+            plgpu.wgmma(then_ref, *then)
+        started()
+        return _settled(sums_ref[...]), _settled(then_ref[...]) if then else None
+
+    return pl.run_scoped(compute, _accumulator(a, b), *([_accumulator(*then)] if then else []))
+
+
+def _accumulator(a, b):
+    return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
+
+
+def opaque(index):
+    """`index`, as a number the compiler knows nothing of and cannot move out of a loop."""
+    return jax.lax.optimization_barrier(index)
+
+
+def _settled(x):
+    """x, with no arithmetic on it moved to before this point: the registers of a wgmma may be read
+    only after the wait for it."""
+    return jax.lax.optimization_barrier(x)
+
+
+def _matmul(a, b):
+    """The interpreter's stand-in for a wgmma of registers, which it does not have."""
+    b = b[...]
+    plgpu.commit_smem()  # wgmma reads like TMA writes; an ordinary read has to be told
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
