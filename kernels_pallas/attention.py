@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from . import choose, chunked, cudnn, device, piece_gradients, reference
 from .choose import Rule
+from .device import HOPPER
+from .gpu import flash as gpu_flash
 from .masks import Causal
 from .spec import Operands, Spec
 from .tpu import flash as tpu_flash
@@ -35,7 +37,14 @@ BACKENDS: dict[str, Backend] = {
         tpu_flash.attention,
         ("tpu",),
         lambda x, spec, needs_lse: tpu_flash.check(x, spec),
-        tpu_flash.gradients,
+        gradients=tpu_flash.gradients,
+    ),
+    "gpu": Backend(
+        gpu_flash.attention,
+        ("gpu",),
+        lambda x, spec, needs_lse: gpu_flash.check(x, spec),
+        chips=HOPPER,
+        gradients=gpu_flash.gradients,
     ),
     "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check),
 }
@@ -54,6 +63,7 @@ AUTO: tuple[Rule, ...] = (
     ),
     Rule("tpu", "the flash kernel, forward and backward"),
     Rule("cudnn", "cuDNN's kernel, the fastest published for what it can do"),
+    Rule("gpu", "the flash kernel for Hopper, forward and backward"),
     Rule(
         "xla_chunked",
         "on cpu blocks of queries are faster and skip what the mask hides",

@@ -15,11 +15,15 @@ from .spec import Unsupported
 
 @dataclass(frozen=True)
 class Backend:
-    """`check(*call)` raises Unsupported(reason) where `run` cannot serve the call."""
+    """`check(*call)` raises Unsupported(reason) where `run` cannot serve the call.
+
+    chips: parts of the names of the devices it compiles for.
+    """
 
     run: Any
     platforms: tuple[str, ...] | None = None  # None: all
     check: Callable = lambda *call: None
+    chips: tuple[str, ...] | None = None  # None: all of the platforms
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,18 @@ def choose(
         what = "is not available on" if backend in table else "is unknown; for"
         raise ValueError(f"backend {backend!r} {what} {platform}: allowed: auto, {', '.join(here)}")
     try:
-        table[backend].check(*call)
+        _check(table[backend], call)
     except Unsupported as error:
         raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
     return backend, "asked for"
+
+
+def _check(backend: Backend, call):
+    if backend.chips is not None:
+        kind = device.device_kind()
+        if not any(chip in kind for chip in backend.chips):
+            raise Unsupported(f"device {kind}; allowed: {', '.join(backend.chips)}")
+    backend.check(*call)
 
 
 def check_not_split():
@@ -71,7 +83,7 @@ def _first(table, rules, here, platform, call) -> tuple[str, str]:
         if rule.backend not in here or not rule.when(*call, platform):
             continue
         try:
-            table[rule.backend].check(*call)
+            _check(table[rule.backend], call)
         except Unsupported as error:
             passed.append(f"; not {rule.backend}: {error}")
             continue

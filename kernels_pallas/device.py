@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import jax
 
+# Parts of the names of the GPUs with warpgroup matmuls (compute capability 9.0).
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
 
 def platform() -> str:
     """ "cpu", "gpu" or "tpu"."""

@@ -172,13 +172,16 @@ def test_auto_on_cpu():
     [
         ("tpu", 4096, {}, "tpu"),
         ("tpu", 64, dict(bias=jnp.zeros((64, 64))), "xla"),
-        ("gpu", 4096, {}, "xla_chunked"),  # cuDNN is not where the GPU is not
-        ("gpu", 64, dict(return_lse=True), "xla"),
+        ("gpu", 4096, {}, "gpu"),  # cuDNN is not where the GPU is not
+        ("gpu", 4096, dict(chip="NVIDIA A100"), "xla_chunked"),
+        ("gpu", 64, dict(bias=jnp.zeros((64, 64)), return_lse=True), "xla"),
     ],
 )
 def test_auto_elsewhere(platform, length, call, name, monkeypatch):
-    monkeypatch.setattr(module.device, "platform", lambda: platform)
-    q = jax.ShapeDtypeStruct((2, length, 4, 8), jnp.float32)
+    chip = call.pop("chip", "NVIDIA H200") if platform == "gpu" else "TPU v5"
+    monkeypatch.setattr(module.choose.device, "platform", lambda: platform)
+    monkeypatch.setattr(module.choose.device, "device_kind", lambda: chip)
+    q = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
     assert explain(q, q, q, **call).startswith(f"{name} on {platform}: ")
     assert set(backends()) >= {"xla", "xla_chunked"}
     assert ("tpu" in backends(), "cudnn" in backends()) == (platform == "tpu", platform == "gpu")
