@@ -11,6 +11,7 @@ import csv
 import functools
 import math
 import pathlib
+import typing
 from typing import NamedTuple
 
 from .masks import Causal, Full, Mask, Prefix
@@ -47,6 +48,11 @@ def mask_kind(mask: Mask) -> str:
 @functools.cache
 def table() -> tuple[Row, ...]:
     """All rows, in the order of the file."""
+    return read()
+
+
+def read() -> tuple[Row, ...]:
+    """The rows that are in the file now."""
     if not TABLE.exists():
         return ()
     with TABLE.open(newline="") as file:
@@ -54,9 +60,7 @@ def table() -> tuple[Row, ...]:
 
 
 def _row(line: dict) -> Row:
-    types = Row.__annotations__
-    parse = {"int": int, "float": float, "str": str}
-    return Row(**{name: parse[types[name]](line[name]) for name in Row._fields})
+    return Row(**{name: kind(line[name]) for name, kind in typing.get_type_hints(Row).items()})
 
 
 @functools.lru_cache(maxsize=1024)

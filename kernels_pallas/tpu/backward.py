@@ -21,10 +21,10 @@ from .tile import LOG2_E, Ids, as_columns, capped, distance, hidden, matmul, pos
 from .visits import FIRST, LAST, PATTERN_SHIFT, Run
 
 
-def backward(x: Operands, dout, lse, delta, plan: Plan):
+def backward(x: Operands, dout, lse, delta, plan: Plan, dq_dtype):
     """(dq, dk, dv) of one call's keys, and dslopes [batch, heads] if x has slopes.
 
-    x heads-major, its keys those of this call; dout like x.q; lse and delta float32
+    x heads-major, its keys those of this call; dq as dq_dtype; dout like x.q; lse and delta float32
     [batch, heads, q_length], delta being sum(out * dout) minus the gradient of lse.
     """
     batch, _, q_length, head_dim = x.q.shape
@@ -46,7 +46,7 @@ def backward(x: Operands, dout, lse, delta, plan: Plan):
     if segments:
         arrays, specs = arrays | segments, specs | layout.segment_specs(plan)
     scalars = layout.scalars(x._replace(sinks=None), plan)
-    outputs, out_specs = _outputs(x, arrays, plan, query, "slopes" in scalars)
+    outputs, out_specs = _outputs(x, arrays, plan, query, dq_dtype)
     padded = arrays["k"].shape[2]
     scratch = dict(
         dq_sums=pltpu.VMEM((head_dim, blocks.q), jnp.float32),
@@ -77,15 +77,15 @@ def _rows(a, block: int, value):
     return pad_length(a, 2, block, value)[:, :, None]
 
 
-def _outputs(x: Operands, arrays: dict, plan: Plan, query, slopes: bool):
+def _outputs(x: Operands, arrays: dict, plan: Plan, query, dq_dtype):
     """({name: shape}, {name: block}) of the gradients; those of a key head stay in VMEM whole."""
     batch, heads = x.q.shape[:2]
-    like = lambda name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
+    like = lambda name, dtype: jax.ShapeDtypeStruct(arrays[name].shape, dtype)
     shape = (1, 1, *arrays["k"].shape[2:])
     whole = pl.BlockSpec(shape, lambda b, n, g, s, *_: (b, n, 0, 0))
-    outputs = dict(dq=like("q"), dk=like("k"), dv=like("v"))
+    outputs = dict(dq=like("q", dq_dtype), dk=like("k", x.k.dtype), dv=like("v", x.v.dtype))
     specs = dict(dq=query, dk=whole, dv=whole)
-    if slopes:
+    if x.slopes is not None:
         width = plan.blocks.sub_q
         outputs["dslopes"] = jax.ShapeDtypeStruct((batch, heads, 1, width), jnp.float32)
         at = lambda b, n, g, s, *_: (b, head(n, g, plan), 0, 0)
@@ -101,8 +101,7 @@ def _step(refs: dict, plan: Plan):
 
     @pl.when((at.group == 0) & (at.visit == 0))
     def _():
-        for name in ("dk_sums", "dv_sums"):
-            refs[name][...] = jnp.zeros_like(refs[name])
+        _for_key_blocks(refs, plan, _begin_keys)
 
     if "dslopes" in refs:
 
@@ -129,8 +128,28 @@ def _step(refs: dict, plan: Plan):
 
     @pl.when((at.group == plan.groups - 1) & last_visit)
     def _():
-        refs["dk"][0, 0] = (refs["dk_sums"][...] * plan.spec.scale).astype(refs["dk"].dtype)
-        refs["dv"][0, 0] = refs["dv_sums"][...].astype(refs["dv"].dtype)
+        _for_key_blocks(refs, plan, _end_keys)
+
+
+def _for_key_blocks(refs: dict, plan: Plan, body):
+    """A loop: unrolled over thousands of keys it would be most of the program."""
+    size = plan.blocks.k
+
+    def step(j, _):
+        body(refs, plan, pl.ds(pl.multiple_of(j * size, size), size))
+
+    jax.lax.fori_loop(0, refs["dk_sums"].shape[0] // size, step, None)
+
+
+def _begin_keys(refs: dict, plan: Plan, keys):
+    for name in ("dk_sums", "dv_sums"):
+        refs[name][keys] = jnp.zeros((plan.blocks.k, refs[name].shape[1]), jnp.float32)
+
+
+def _end_keys(refs: dict, plan: Plan, keys):
+    dtype = refs["dk"].dtype
+    refs["dk"][0, 0, keys] = (refs["dk_sums"][keys] * plan.spec.scale).astype(dtype)
+    refs["dv"][0, 0, keys] = refs["dv_sums"][keys].astype(dtype)
 
 
 def _accumulate(refs: dict, plan: Plan, at: Here, first: int, run: Run):
@@ -142,7 +161,7 @@ def _accumulate(refs: dict, plan: Plan, at: Here, first: int, run: Run):
     ids = _ids(refs, plan, at, s.shape, first, run)
     if "slopes" in refs:
         s = s - distance(ids) * (refs["slopes"][at.head] * LOG2_E)
-    s = hidden(s, ids, plan.spec, compare=run.compare, kv_length=plan.padded)
+    s = hidden(s, ids, run, plan.spec, key_axis=0, kv_length=plan.padded)
     weights = jnp.exp2(s - refs["lse"][0, 0, :, rows] * LOG2_E)
     ds = weights * (matmul(v, dout, (1, 1)) - refs["delta"][0, 0, :, rows])
     if "slopes" in refs:

@@ -14,9 +14,8 @@ from ..partition import DIMENSIONS, over_mesh
 from ..spec import Operands, Spec, Unsupported
 from .backward import backward
 from .forward import forward
-from .layout import Plan, vmem_capacity
-from .tile import LANES
-from .visits import Blocks, visits
+from .layout import Plan, backward_bytes, forward_bytes, vmem_limit
+from .visits import LANES, Blocks, visits
 
 HEAD_DIM_LIMIT = 256
 QUERY, KEYS, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
@@ -39,8 +38,8 @@ class Settings:
     interpret: object = False
 
 
-def check(x: Operands, spec: Spec):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+def check(x: Operands, spec: Spec, settings: Settings | None = None):
+    """Raises Unsupported(reason) for what these kernels do not do. x as `attention` takes it."""
     head_dim = x.q.shape[3]
     if str(x.q.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
@@ -48,6 +47,9 @@ def check(x: Operands, spec: Spec):
         raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
     if x.bias is not None:
         raise Unsupported("a bias array; allowed: Alibi(slopes) or none")
+    major = jax.eval_shape(_heads_major, x)
+    for which in UNTUNED:
+        _blocks(which, major, spec, settings or Settings())
 
 
 def attention(x: Operands, spec: Spec, settings: Settings | None = None):
@@ -87,7 +89,10 @@ def _heads_major(x: Operands) -> Operands:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _attention(x: Operands, spec: Spec, settings: Settings):
-    run = lambda x: forward(x, _plan("forward", x, spec, settings))
+
+    def run(x):
+        return forward(x, _plan(_blocks("forward", x, spec, settings), x, spec, settings))
+
     return over_mesh(run, x, (), (QUERY, ROWS))
 
 
@@ -124,20 +129,23 @@ def _gradients(x: Operands, spec: Spec, settings: Settings, dout, lse, delta) ->
 
 def _by_keys(x: Operands, dout, lse, delta, spec: Spec, settings: Settings):
     """`backward`, over as many keys at once as VMEM holds gradients of."""
-    kv_length, head_dim = x.k.shape[2:]
-    plan = _plan("backward", x, spec, settings)
-    per_key = 2 * head_dim * (4 + 2 * x.k.dtype.itemsize)  # sums, and two output buffers each
-    budget = settings.key_gradients or vmem_capacity() * 3 // 8
-    size = max(budget // per_key // plan.blocks.k, 1) * plan.blocks.k
+    kv_length = x.k.shape[2]
+    blocks = _blocks("backward", x, spec, settings)
+    budget = settings.key_gradients or vmem_limit() - _bytes("backward", blocks, x, keys=0)
+    per_key = backward_bytes(blocks, x.k.shape[3], x.k.dtype.itemsize, False, 1)
+    per_key -= backward_bytes(blocks, x.k.shape[3], x.k.dtype.itemsize, False, 0)
+    size = max(budget // per_key // blocks.k, 1) * blocks.k
     if size >= kv_length:
-        return backward(x, dout, lse, delta, plan)
+        plan = _plan(blocks, x, spec, settings)
+        return backward(x, dout, lse, delta, plan, x.q.dtype)
     parts = []
     for start in range(0, kv_length, size):
         stop = min(start + size, kv_length)
-        plan = _plan("backward", x, spec, settings, start, stop)
-        parts.append(backward(_with_keys(x, start, stop), dout, lse, delta, plan))
+        plan = _plan(blocks, x, spec, settings, start, stop)
+        part = _with_keys(x, start, stop)
+        parts.append(backward(part, dout, lse, delta, plan, jnp.float32))
     dq, dk, dv, *dslopes = zip(*parts, strict=True)
-    dq = sum(a.astype(jnp.float32) for a in dq).astype(x.q.dtype)
+    dq = sum(dq).astype(x.q.dtype)
     return dq, jnp.concatenate(dk, 2), jnp.concatenate(dv, 2), *(sum(a) for a in dslopes)
 
 
@@ -151,21 +159,51 @@ def _with_keys(x: Operands, start: int, stop: int) -> Operands:
     )
 
 
-def _plan(which: str, x: Operands, spec: Spec, settings: Settings, k_start=0, k_stop=None) -> Plan:
+def _plan(blocks: Blocks, x: Operands, spec: Spec, settings: Settings, start=0, stop=None) -> Plan:
+    """The plan for the keys [start, stop) of x."""
     q_length, kv_length = x.q.shape[2], x.k.shape[2]
-    blocks = getattr(settings, which) or _tuned(which, x, spec)
-    blocks = _fit(blocks, q_length, kv_length)
-    k_stop = kv_length if k_stop is None else k_stop
+    stop = kv_length if stop is None else stop
     return Plan(
         spec=spec,
         blocks=blocks,
-        visits=visits(spec.mask, blocks, q_length, kv_length, spec.q_offset, k_start, k_stop),
+        visits=visits(spec.mask, blocks, q_length, kv_length, spec.q_offset, start, stop),
         groups=x.q.shape[1] // x.k.shape[1],
         q_length=q_length,
-        kv_length=k_stop,
-        k_start=k_start,
+        kv_length=stop,
+        k_start=start,
         interpret=settings.interpret,
     )
+
+
+def _blocks(which: str, x: Operands, spec: Spec, settings: Settings) -> Blocks:
+    """Those asked for, Unsupported if VMEM cannot hold them; else the table's, made to fit it."""
+    q_length, kv_length = x.q.shape[2], x.k.shape[2]
+    asked = getattr(settings, which)
+    blocks = _fit(asked or _tuned(which, x, spec), q_length, kv_length)
+    needed, limit = _bytes(which, blocks, x), vmem_limit()
+    while not asked and needed > limit and blocks.k > LANES:
+        half = Blocks(blocks.q, blocks.k // 2 // LANES * LANES, blocks.sub_q, blocks.ahead)
+        blocks = half if half.k >= half.q else _fit(half, half.k, kv_length)
+        needed = _bytes(which, blocks, x)
+    if needed > limit and settings.interpret is False:
+        raise Unsupported(
+            f"{which} blocks {blocks.q}x{blocks.k} at head_dim {x.q.shape[3]} need about "
+            f"{needed >> 20} MiB of VMEM; allowed: {limit >> 20} MiB"
+        )
+    return blocks
+
+
+def fits(which: str, blocks: Blocks, x: Operands) -> bool:
+    """Whether VMEM holds `which` ("forward", "backward") with these blocks; x in any layout."""
+    return _bytes(which, blocks, x) <= vmem_limit()
+
+
+def _bytes(which: str, blocks: Blocks, x: Operands, keys: int | None = None) -> int:
+    """Bytes of VMEM. keys: for whose gradients there is room; one block's, the least, if None."""
+    args = (blocks, x.q.shape[3], x.q.dtype.itemsize, x.q_segment_ids is not None)
+    if which == "forward":
+        return forward_bytes(*args)
+    return backward_bytes(*args, keys=blocks.k if keys is None else keys)
 
 
 def _tuned(which: str, x: Operands, spec: Spec) -> Blocks:

@@ -17,13 +17,12 @@ from ..spec import Operands
 from . import layout
 from .layout import Here, Plan, pad_length
 from .tile import (
-    LANES,
     LOG2_E,
     LOWEST,
     Ids,
     across,
     as_columns,
-    as_row,
+    as_rows,
     capped,
     distance,
     hidden,
@@ -31,7 +30,7 @@ from .tile import (
     matmul,
     positions,
 )
-from .visits import FIRST, LAST, PATTERN_SHIFT, Pattern, Run
+from .visits import FIRST, LANES, LAST, PATTERN_SHIFT, Pattern, Run
 
 
 def forward(x: Operands, plan: Plan):
@@ -123,7 +122,7 @@ def _accumulate(refs: dict, plan: Plan, at: Here, first: int, run: Run, s):
     ids = _ids(refs, plan, at, s.shape, first, run)
     if "slopes" in refs:
         s = s - distance(ids) * (refs["slopes"][at.head] * LOG2_E)
-    s = hidden(s, ids, plan.spec, compare=run.compare, kv_length=plan.padded)
+    s = hidden(s, ids, run, plan.spec, key_axis=1, kv_length=plan.padded)
     before = refs["top"][rows]
     top = jnp.maximum(before, s.max(axis=1, keepdims=True))
     weights = jnp.exp2(s - across(top, s.shape[1]))
@@ -149,8 +148,9 @@ def _ids(refs: dict, plan: Plan, at: Here, shape, first: int, run: Run) -> Ids:
 def _end(refs: dict):
     """The quotient and its logarithm; 0 and -inf where no key was seen."""
     total = jnp.sum(refs["total"][...], axis=1, keepdims=True)
-    empty = total == 0
-    inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
+    # Without keys the sums are 0 already.
+    inverse = 1 / jnp.where(total == 0, 1.0, total)
     refs["out"][0, 0] = (refs["sums"][...] * inverse).astype(refs["out"].dtype)
-    lse = as_row(jnp.where(empty, LOWEST, refs["top"][...] + jnp.log2(total)))
-    refs["lse"][0, 0] = jnp.where(lse <= LOWEST, -jnp.inf, lse / LOG2_E)
+    top, total = as_rows(refs["top"][...], total)
+    lse = jnp.where(total == 0, -jnp.inf, (top + jnp.log2(total)) / LOG2_E)
+    refs["lse"][0, 0] = jnp.where(top <= LOWEST, -jnp.inf, lse)

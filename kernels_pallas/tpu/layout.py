@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..spec import Operands, Spec
-from .visits import Blocks, Visits
+from .visits import LANES, Blocks, Visits
 
 
 class Plan(NamedTuple):
@@ -127,8 +127,39 @@ def compiler_params(plan: Plan, sequential_groups: bool):
             "arbitrary",
         ),
         disable_bounds_checks=True,  # every block is whole: the arrays are padded
-        vmem_limit_bytes=vmem_capacity() * 3 // 4,
+        vmem_limit_bytes=vmem_limit(),
     )
+
+
+def forward_bytes(blocks: Blocks, head_dim: int, itemsize: int, segments: bool) -> int:
+    """About how much VMEM the forward kernel takes."""
+    wide = _lanes(head_dim)
+    moving = 2 * itemsize * wide * (2 * blocks.q + 2 * blocks.k) + _rows(blocks.q)
+    kept = 4 * blocks.q * (2 * LANES + wide) + 4 * blocks.q * blocks.k
+    return moving + kept + segments * (_rows(blocks.q) + _rows(blocks.k) + 4 * blocks.q * LANES)
+
+
+def backward_bytes(blocks: Blocks, head_dim: int, itemsize: int, segments: bool, keys: int) -> int:
+    """About how much VMEM the backward kernel takes for the gradients of so many keys."""
+    wide = _lanes(head_dim)
+    moving = 2 * itemsize * wide * (3 * blocks.q + 2 * blocks.k) + 2 * _rows(blocks.q)
+    kept = 4 * blocks.q * head_dim + 2 * 4 * blocks.q * blocks.k
+    gradients = 2 * keys * wide * (4 + 2 * itemsize)  # the sums, and both outputs' two buffers
+    return moving + kept + gradients + segments * (_rows(blocks.q) + 2 * _rows(blocks.k))
+
+
+def _lanes(width: int) -> int:
+    return -(-width // LANES) * LANES
+
+
+def _rows(length: int) -> int:
+    """Bytes of two buffers of one number an element; a row takes eight sublanes."""
+    return 2 * 8 * 4 * length
+
+
+def vmem_limit() -> int:
+    """Bytes of VMEM that a kernel may take; the rest is the compiler's."""
+    return vmem_capacity() * 3 // 4
 
 
 def vmem_capacity() -> int:

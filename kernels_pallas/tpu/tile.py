@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from ..spec import Spec
+from .visits import LANES, Run
 
-LANES = 128
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 
@@ -48,21 +48,35 @@ def capped(s, spec: Spec):
     return bent * (spec.logits_soft_cap * LOG2_E), bent
 
 
-def hidden(s, ids: Ids, spec: Spec, *, compare: bool, kv_length: int | None):
+def hidden(s, ids: Ids, run: Run, spec: Spec, *, key_axis: int, kv_length: int | None):
     """`s` with -inf where the query may not see the key.
 
-    compare: look at the mask at all; kv_length: keys from there on are padding, None if none are.
+    The mask is looked at only in the pieces of `run` that need it. kv_length: keys from there on
+    are padding, None if none are.
     """
-    visible = []
+    parts = []
+    for piece in run.pieces:
+
+        def cut(a, ends=(piece.start - run.start, piece.stop - run.start)):
+            if a is None or a.shape[key_axis] == 1:
+                return a
+            return jax.lax.slice_in_dim(a, *ends, axis=key_axis)
+
+        visible = _visible(Ids(*map(cut, ids)), spec, piece.compare, kv_length)
+        parts.append(cut(s) if visible is None else jnp.where(visible, cut(s), -jnp.inf))
+    return jnp.concatenate(parts, axis=key_axis)
+
+
+def _visible(ids: Ids, spec: Spec, compare: bool, kv_length: int | None):
+    """Which pairs are visible; None if all are."""
+    found = []
     if compare:
-        visible.append(spec.mask.allowed(ids.q, ids.k))
+        found.append(spec.mask.allowed(ids.q, ids.k))
         if kv_length is not None:
-            visible.append(ids.k < kv_length)
+            found.append(ids.k < kv_length)
     if ids.q_segments is not None:
-        visible.append(ids.q_segments == ids.k_segments)
-    if not visible:
-        return s
-    return jnp.where(functools.reduce(jnp.logical_and, visible), s, -jnp.inf)
+        found.append(ids.q_segments == ids.k_segments)
+    return functools.reduce(jnp.logical_and, found) if found else None
 
 
 def matmul(a, b, contract: tuple[int, int]):
@@ -85,9 +99,11 @@ def lane_sums(x):
     return functools.reduce(jnp.add, parts)
 
 
-def as_row(column):
-    """[n, LANES], every lane alike -> [1, n]."""
-    return column.T[:1]
+def as_rows(column, other):
+    """[n, LANES], every lane alike, and [n, 1] -> [1, n] each, in one transposition."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, column.shape, 1)
+    rows = jnp.where(lane == 0, column, other).T
+    return rows[:1], rows[1:2]
 
 
 def as_columns(row):

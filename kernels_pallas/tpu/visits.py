@@ -11,6 +11,7 @@ array grows with q_length * kv_length.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..masks import Mask
 
+LANES = 128  # of a vector register
 FIRST, LAST = 1, 2  # bits of `Visits.flags`; the pattern's index is shifted left by PATTERN_SHIFT
 PATTERN_SHIFT = 2
 MAX_PATTERNS = 4  # bodies a kernel may hold; rarer patterns share the most general one
@@ -39,20 +41,47 @@ class Blocks:
     ahead: bool = False
 
     def __post_init__(self):
-        if self.q % self.sub_q or min(self.q, self.k, self.sub_q) < 1:
+        if self.q % self.sub_q or self.k % LANES or min(self.q, self.k, self.sub_q) < 1:
             raise ValueError(
-                f"blocks {self.q}x{self.k} with runs of {self.sub_q}: q must be a multiple of sub_q"
+                f"blocks {self.q}x{self.k} with runs of {self.sub_q}; allowed: q a multiple of "
+                f"sub_q, k one of {LANES}"
             )
 
 
-class Run(NamedTuple):
-    """What one run of `sub_q` queries does with a key block: keys [start, stop) of it."""
+class Piece(NamedTuple):
+    """Keys [start, stop) of a key block, for one run of queries."""
 
     start: int
     stop: int
     compare: bool  # False: every pair is visible
 
 
+class Run(NamedTuple):
+    """What one run of `sub_q` queries does with a key block: keys [start, stop) of it, of which
+    those in [clear_start, clear_stop) are visible to all of the queries."""
+
+    start: int
+    stop: int
+    clear_start: int
+    clear_stop: int
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The keys in order, cut where comparing begins and ends."""
+        cuts = (
+            Piece(self.start, self.clear_start, True),
+            Piece(self.clear_start, self.clear_stop, False),
+            Piece(self.clear_stop, self.stop, True),
+        )
+        return tuple(piece for piece in cuts if piece.start < piece.stop)
+
+    @property
+    def compare(self) -> bool:
+        """Whether any pair may be invisible."""
+        return (self.clear_start, self.clear_stop) != (self.start, self.stop)
+
+
+NOTHING = Run(0, 0, 0, 0)
 Pattern = tuple[Run, ...]
 
 
@@ -95,7 +124,7 @@ def visits(
     for i in range(-(-q_length // blocks.q)):
         row = list(_row(mask, blocks, i * blocks.q, q_offset, k_start, k_stop))
         if not row:
-            row = [(0, (Run(0, 0, False),) * (blocks.q // blocks.sub_q))]
+            row = [(0, (NOTHING,) * (blocks.q // blocks.sub_q))]
         for j, (k_block, pattern) in enumerate(row):
             found.append((i, k_block, FIRST * (j == 0) + LAST * (j == len(row) - 1), pattern))
     patterns, index = _bodies([pattern for *_, pattern in found], blocks)
@@ -125,24 +154,30 @@ def _row(mask, blocks, first_query, q_offset, k_start, k_stop):
 
 def _run(mask, blocks, query, q_offset, block_start, k_stop) -> Run:
     """The keys of the block at block_start that the run of queries from `query` on needs."""
-    block_stop = block_start + blocks.k
-    padded = block_stop > k_stop
     if q_offset is None:
-        return Run(0, blocks.k, True)
+        return _compared(blocks)
     q_start = query + q_offset
     q_stop = q_start + blocks.sub_q
-    if mask.block_kind(q_start, q_stop, block_start, block_stop) == "full" and not padded:
-        return Run(0, blocks.k, False)
     start, stop = mask.key_range(q_start, q_stop, k_stop)
-    start, stop = max(start, block_start), min(stop, block_stop)
+    start, stop = max(start, block_start), min(stop, block_start + blocks.k)
     if start >= stop:
-        return Run(0, 0, False)
-    step = min(KEY_STEP, blocks.k)
+        return NOTHING
+    step = math.gcd(KEY_STEP, blocks.k)
     start = (start - block_start) // step * step
-    stop = min(-(-(stop - block_start) // step) * step, blocks.k)
-    ends = block_start + start, block_start + stop
-    full = mask.block_kind(q_start, q_stop, *ends) == "full" and ends[1] <= k_stop
-    return Run(start, stop, not full)
+    stop = -(-(stop - block_start) // step) * step
+
+    def clear(key):
+        first, last = block_start + key, block_start + key + step
+        return last <= k_stop and mask.block_kind(q_start, q_stop, first, last) == "full"
+
+    clear_start = next((key for key in range(start, stop, step) if clear(key)), stop)
+    clear_stop = next((key for key in range(clear_start, stop, step) if not clear(key)), stop)
+    return Run(start, stop, clear_start, clear_stop)
+
+
+def _compared(blocks: Blocks) -> Run:
+    """All keys, all compared."""
+    return Run(0, blocks.k, blocks.k, blocks.k)
 
 
 def _bodies(found: list[Pattern], blocks: Blocks) -> tuple[tuple[Pattern, ...], dict]:
@@ -151,6 +186,6 @@ def _bodies(found: list[Pattern], blocks: Blocks) -> tuple[tuple[Pattern, ...], 
     if len(ranked) <= MAX_PATTERNS:
         kept = ranked
     else:
-        everything = (Run(0, blocks.k, True),) * (blocks.q // blocks.sub_q)
+        everything = (_compared(blocks),) * (blocks.q // blocks.sub_q)
         kept = [p for p in ranked[: MAX_PATTERNS - 1] if p != everything] + [everything]
     return tuple(kept), {p: kept.index(p) if p in kept else len(kept) - 1 for p in ranked}

@@ -1,0 +1,215 @@
+"""Fills `tuning.csv`: `python -m kernels_pallas.tune --target=v5e`.
+
+Compiles each candidate for a chip that need not be here and predicts its share of the chip's peak
+from the compiler's bundles; with --measure, times it on the device that is here instead. The best
+candidate of each shape becomes a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import bundles, targets, tuning
+from .masks import Causal, Full, Mask, Window
+from .spec import Operands, Spec
+from .targets import TARGETS, Target
+from .tpu import cycles, flash
+from .tpu.visits import Blocks, visits
+
+LENGTHS = (32768, 8192, 2048)
+MASKS = {"causal": Causal(), "full": Full(), "local": Window(4095)}
+SHAPES = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 128))
+HEADS = 8  # enough to fill every core
+REPEATS = 10
+
+# Runs of 256 queries fill a matrix unit 256 wide; `ahead` pays where that unit is fast.
+_BACKWARD = (Blocks(512, 512, 256), Blocks(512, 1024, 256))
+_NARROW = dict(forward=(Blocks(512, 1024, 256), Blocks(1024, 1024, 256)), backward=_BACKWARD)
+_WIDE = dict(
+    forward=(Blocks(1024, 1024, 256, True), Blocks(2048, 1024, 256, True)), backward=_BACKWARD
+)
+CANDIDATES = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "7x": _WIDE}
+
+
+class Shape(NamedTuple):
+    """What a row is for, but for the length and the kind of mask."""
+
+    which: str  # "forward", "backward"
+    dtype: str
+    head_dim: int
+
+
+def program(shape: Shape, mask: Mask, blocks: Blocks, length: int):
+    """(function, its arguments as shapes): one call of the kernel for HEADS heads."""
+    settings = flash.Settings(blocks, blocks)
+    spec = Spec(mask, shape.head_dim**-0.5)
+    qkv = jax.ShapeDtypeStruct((1, length, HEADS, shape.head_dim), jnp.dtype(shape.dtype))
+    x = Operands(qkv, qkv, qkv)
+    if shape.which == "forward":
+        return lambda x: flash.attention(x, spec, settings), (x,)
+    row = jax.ShapeDtypeStruct((1, HEADS, length), jnp.float32)
+    run = lambda x, dout, lse, delta: flash.gradients(x, spec, dout, lse, delta, settings)
+    return run, (x, qkv, row, row)
+
+
+class Predicted:
+    """Shares of a target's peak, from the compiler's bundles. `folder` is where the compiler was
+    told to write; a listing serves all lengths and masks whose bodies it holds."""
+
+    source = "predicted"
+
+    def __init__(self, target: Target, folder: str):
+        self.target, self.folder, self._found = target, folder, {}
+
+    def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
+        wanted = visits(mask, blocks, length, length)
+        known = self._found.setdefault((shape, blocks), [])
+        costs = next((c for c in known if c.patterns.keys() >= set(wanted.patterns)), None)
+        if costs is None:
+            costs = self.compile(shape, mask, blocks, length)
+            known.append(costs)
+        useful = cycles.useful_flops(shape.which, mask, length, shape.head_dim)
+        return cycles.share(shape.which, costs, wanted, blocks, shape.head_dim, useful, self.target)
+
+    def compile(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> cycles.Costs:
+        """What the bodies of the compiled kernel cost."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.makedirs(self.folder)
+        function, arguments = program(shape, mask, blocks, length)
+        targets.compile_for(self.target.name, function, *arguments)
+        listing = bundles.read(self.folder, f"flash_attention_{shape.which}")
+        return cycles.costs(shape.which, listing, visits(mask, blocks, length, length))
+
+
+class Measured:
+    """Shares of the peak of the device that is here, by the clock."""
+
+    source = "measured"
+
+    def __init__(self, target: Target):
+        kind = jax.devices()[0].device_kind
+        if kind != target.device_kind:
+            raise SystemExit(
+                f"error: --measure for {target.name} needs a {target.device_kind!r}; "
+                f"this machine has {kind!r}"
+            )
+        self.target = target
+
+    def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
+        function, arguments = program(shape, mask, blocks, length)
+        draw = lambda key, a: jax.random.normal(key, a.shape, a.dtype)
+        leaves, tree = jax.tree.flatten(arguments)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        arrays = jax.tree.unflatten(tree, list(map(draw, keys, leaves)))
+        run = jax.jit(function).lower(*arrays).compile()
+        useful = cycles.useful_flops(shape.which, mask, length, shape.head_dim)
+        return HEADS * useful / _seconds(functools.partial(run, *arrays)) / self.target.bf16_flops
+
+
+def _seconds(run) -> float:
+    """The least of a few times of a call."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
+    """The best candidate for each mask and length. judge: Predicted or Measured."""
+    found = []
+    for kind, mask in MASKS.items():
+        for length in LENGTHS:
+            tried = []
+            for blocks in CANDIDATES[target.name][shape.which]:
+                if _fits(target, shape, blocks):
+                    tried.append((judge.share(shape, mask, blocks, length), blocks))
+            best, blocks = max(tried, key=lambda pair: pair[0])
+            found.append(
+                tuning.Row(
+                    kernel=f"flash_attention_{shape.which}",
+                    device=target.device_kind,
+                    dtype=shape.dtype,
+                    head_dim=shape.head_dim,
+                    length=length,
+                    mask=kind,
+                    q=blocks.q,
+                    k=blocks.k,
+                    sub_q=blocks.sub_q,
+                    ahead=int(blocks.ahead),
+                    share=round(best, 3),
+                    source=judge.source,
+                )
+            )
+    return found
+
+
+def _fits(target: Target, shape: Shape, blocks: Blocks) -> bool:
+    x = program(shape, Full(), blocks, 128)[1][0]
+    with jax.set_mesh(targets.mesh(target.name)):
+        return flash.fits(shape.which, blocks, x)
+
+
+def merge(old: tuple[tuning.Row, ...], new: list[tuning.Row]) -> list[tuning.Row]:
+    """`old` with the rows of `new` in place of those for the same case; a measured row gives way
+    to a measured one alone."""
+    case = lambda row: row[: tuning.Row._fields.index("q")]
+    merged = {case(row): row for row in old}
+    for row in new:
+        before = merged.get(case(row))
+        if before is None or before.source != "measured" or row.source == "measured":
+            merged[case(row)] = row
+    return list(merged.values())
+
+
+def _with_targets(arguments: list[str]) -> int:
+    """This command again in a process that has the targets' compilers on its path."""
+    folder = pathlib.Path(sys.prefix) / "targets"
+    if not (folder / "libtpu").is_dir():
+        raise SystemExit(f"error: no compilers in {folder}; `make targets` installs them")
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "kernels_pallas.tune", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tune", description=__doc__)
+    parser.add_argument("--target", required=True, choices=sorted(CANDIDATES))
+    parser.add_argument("--measure", action="store_true", help="time on the device that is here")
+    parser.add_argument("--head_dim", type=int, help="only this one of the head dims")
+    flags = parser.parse_args(arguments)
+    target = TARGETS[flags.target]
+    if not flags.measure and importlib.util.find_spec("libtpu") is None:
+        return _with_targets(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.measure:
+            judge = Measured(target)
+        else:
+            targets.prepare_environment(bundles.FLAGS.format(folder=folder))
+            judge = Predicted(target, folder)
+        for dtype, head_dim in (s for s in SHAPES if flags.head_dim in (None, s[1])):
+            for which in ("forward", "backward"):
+                new = rows(target, judge, Shape(which, dtype, head_dim))
+                tuning.write(merge(tuning.read(), new))
+                for row in new:
+                    print(*row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
