@@ -192,6 +192,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--target", required=True, choices=sorted(CANDIDATES))
     parser.add_argument("--measure", action="store_true", help="time on the device that is here")
     parser.add_argument("--head_dim", type=int, help="only this one of the head dims")
+    parser.add_argument("--dtype", help="only this one of the dtypes")
     flags = parser.parse_args(arguments)
     target = TARGETS[flags.target]
     if not flags.measure and importlib.util.find_spec("libtpu") is None:
@@ -202,7 +203,9 @@ def main(arguments: list[str]) -> int:
         else:
             targets.prepare_environment(bundles.FLAGS.format(folder=folder))
             judge = Predicted(target, folder)
-        for dtype, head_dim in (s for s in SHAPES if flags.head_dim in (None, s[1])):
+        for dtype, head_dim in SHAPES:
+            if flags.head_dim not in (None, head_dim) or flags.dtype not in (None, dtype):
+                continue
             for which in ("forward", "backward"):
                 new = rows(target, judge, Shape(which, dtype, head_dim))
                 tuning.write(merge(tuning.read(), new))

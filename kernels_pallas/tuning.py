@@ -11,8 +11,7 @@ import csv
 import functools
 import math
 import pathlib
-import typing
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from .masks import Causal, Full, Mask, Prefix
 
@@ -60,7 +59,7 @@ def read() -> tuple[Row, ...]:
 
 
 def _row(line: dict) -> Row:
-    return Row(**{name: kind(line[name]) for name, kind in typing.get_type_hints(Row).items()})
+    return Row(**{name: kind(line[name]) for name, kind in get_type_hints(Row).items()})
 
 
 @functools.lru_cache(maxsize=1024)
