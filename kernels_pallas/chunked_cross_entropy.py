@@ -13,7 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK_LOGITS = 2**25  # of a chunk, where the caller chooses none: 128 MiB in float32
+# Where the caller chooses no chunk: logits of a chunk, or a share of all if that is more. Each chunk
+# reads and writes the gradient of w once, so that many chunks are slow.
+CHUNK_LOGITS, MAX_CHUNKS = 2**25, 16
 
 
 class Spec(NamedTuple):
@@ -79,13 +81,14 @@ def summed(x, w, targets, weights, spec: Spec) -> jax.Array:
     def step(sums, chunk):
         x, targets, weights = chunk
         tokens, _ = _tokens(x, w, targets, spec)
-        return sums + _sums(tokens, targets, weights, w.shape[1], spec), None
+        return sums + weighted_sums(tokens, targets, weights, w.shape[1], spec), None
 
     start = jnp.zeros(4, _sum_dtype(x.dtype))
     return jax.lax.scan(step, start, tuple(map(split, (x, targets, weights))))[0]
 
 
-def _summed_forward(x, w, targets, weights, spec):
+def summed_forward(x, w, targets, weights, spec):
+    """(as `summed`, the gradients of loss by x and w)."""
     split, join = _chunks(x, w, spec)
 
     def step(carry, chunk):
@@ -95,7 +98,7 @@ def _summed_forward(x, w, targets, weights, spec):
         counted = jnp.where(known(targets, w.shape[1]), weights, 0)
         grad_lse = counted * (1 + 2 * spec.z_loss * tokens.lse)
         x_grad, more = _gradients(x, w, targets, logits, tokens.lse, grad_lse, -counted, spec)
-        sums = sums + _sums(tokens, targets, weights, w.shape[1], spec)
+        sums = sums + weighted_sums(tokens, targets, weights, w.shape[1], spec)
         return (sums, w_grad + more), x_grad
 
     dtype = _sum_dtype(x.dtype)
@@ -104,12 +107,12 @@ def _summed_forward(x, w, targets, weights, spec):
     return sums, (join(x_grad), w_grad.astype(w.dtype))
 
 
-def _summed_backward(spec, residuals, grad):
+def summed_backward(spec, residuals, grad):
     scaled = lambda a: (a * grad[0]).astype(a.dtype)
     return *map(scaled, residuals), None, None
 
 
-summed.defvjp(_summed_forward, _summed_backward)
+summed.defvjp(summed_forward, summed_backward)
 
 
 def known(targets, vocab: int):
@@ -125,7 +128,8 @@ def losses(tokens: Tokens, targets, vocab: int, z_loss: float):
     return loss, nll, tokens.lse, counted & (tokens.chosen >= tokens.top)
 
 
-def _sums(tokens: Tokens, targets, weights, vocab: int, spec: Spec):
+def weighted_sums(tokens: Tokens, targets, weights, vocab: int, spec: Spec):
+    """[4], as `summed` gives them."""
     each = losses(tokens, targets, vocab, spec.z_loss)
     return jnp.stack([jnp.sum(a * weights) for a in each])
 
@@ -136,7 +140,7 @@ def _chunks(x, w, spec: Spec):
     rows, length = x.shape[:2]
     size = spec.chunk_size
     if size is None:
-        size = max(1, CHUNK_LOGITS // (rows * w.shape[1]))
+        size = max(1, CHUNK_LOGITS // (rows * w.shape[1]), -(-length // MAX_CHUNKS))
     size = min(size, length) or length
     pad = -length % size
 

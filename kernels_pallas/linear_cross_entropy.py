@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,17 @@ import jax.numpy as jnp
 from . import chunked_cross_entropy
 from .choose import Backend, Rule, choose
 from .chunked_cross_entropy import Spec, Tokens, losses
+from .gpu import linear_cross_entropy as gpu
 from .tpu import linear_cross_entropy as tpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Operation(NamedTuple):
+    """What a backend offers; both as in `chunked_cross_entropy.py`."""
+
+    per_token: Callable
+    summed: Callable
 
 
 class CrossEntropy(NamedTuple):
@@ -64,15 +73,12 @@ def linear_cross_entropy(
     x = x.reshape(-1, *x.shape[-2:])
     targets = targets.reshape(x.shape[:2])
     weights = None if weights is None else weights.reshape(x.shape[:2]).astype(_stats(x.dtype))
-    if weights is not None and name == "xla":
-        return CrossEntropy(
-            *_first_only(chunked_cross_entropy.summed(x, w, targets, weights, spec))
-        )
-    tokens = BACKENDS[name].run(x, w, targets, spec)
-    each = losses(tokens, targets, w.shape[1], spec.z_loss)
+    run = BACKENDS[name].run
     if weights is None:
+        each = losses(run.per_token(x, w, targets, spec), targets, w.shape[1], spec.z_loss)
         return CrossEntropy(*(a.reshape(shape) for a in each))
-    return CrossEntropy(*_first_only(jnp.stack([jnp.sum(a * weights) for a in each])))
+    loss, *others = run.summed(x, w, targets, weights, spec)
+    return CrossEntropy(loss, *jax.lax.stop_gradient(others))
 
 
 def explain(x, w, targets, *, weights=None, z_loss=0.0, logits_soft_cap=None, chunk_size=None,
@@ -92,10 +98,6 @@ def reference(x, w, targets, *, z_loss=0.0, logits_soft_cap=None) -> CrossEntrop
     chosen = jnp.sum(jnp.where(jnp.arange(w.shape[1]) == targets[..., None], logits, 0), -1)
     tokens = Tokens(lse, chosen, jnp.max(logits, -1))
     return CrossEntropy(*losses(tokens, targets, w.shape[1], z_loss))
-
-
-def _first_only(sums):
-    return sums[0], *jax.lax.stop_gradient(tuple(sums[1:]))
 
 
 def _stats(dtype):
@@ -142,12 +144,14 @@ def _check(x, w, targets, weights):
 
 
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(chunked_cross_entropy.per_token),
-    "tpu": Backend(tpu.per_token, ("tpu",), tpu.check),
+    "xla": Backend(Operation(chunked_cross_entropy.per_token, chunked_cross_entropy.summed)),
+    "tpu": Backend(Operation(tpu.per_token, tpu.summed), ("tpu",), tpu.check),
+    "gpu": Backend(Operation(gpu.per_token, gpu.summed), ("gpu",), gpu.check),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.
 AUTO: tuple[Rule, ...] = (
     Rule("tpu", "the kernels: no logits outside of VMEM"),
+    Rule("gpu", "the kernel: no logits outside of registers; the gradient by chunks"),
     Rule("xla", "a chunk of tokens at a time"),
 )

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..choose import check_not_split
-from ..chunked_cross_entropy import Spec, Tokens, known
+from ..chunked_cross_entropy import Spec, Tokens, known, weighted_sums
 from ..spec import Unsupported
 from .layout import pad_length, vmem_capacity
 from .products import add_product
@@ -60,6 +60,11 @@ def per_token(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens
     flat = x.reshape(-1, x.shape[-1]).astype(_widened(x.dtype))
     tokens = _per_token(flat, w, targets.reshape(-1).astype(jnp.int32), spec, settings)
     return jax.tree.map(lambda a: a.reshape(targets.shape), tokens)
+
+
+def summed(x, w, targets, weights, spec: Spec):
+    """As `chunked_cross_entropy.summed`."""
+    return weighted_sums(per_token(x, w, targets, spec), targets, weights, w.shape[1], spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
