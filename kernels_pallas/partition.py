@@ -43,7 +43,16 @@ DIMENSIONS = dict(
 
 @contextlib.contextmanager
 def mesh_axes(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()):
-    """Within it, kernels are split over these mesh axes instead of those `Axes` begins with."""
+    """Within it, kernels are split over these mesh axes instead of those `Axes` begins with.
+
+    ValueError for a name in place of a tuple of them, and for one that is named twice.
+    """
+    for side, names in (("batch", batch), ("heads", heads)):
+        if isinstance(names, str):
+            raise ValueError(f"mesh_axes({side}={names!r}); allowed: a tuple of axis names")
+    twice = [name for name in (*batch, *heads) if (*batch, *heads).count(name) > 1]
+    if twice:
+        raise ValueError(f"mesh axis {twice[0]!r} is named twice; allowed: once, batch or heads")
     token = _chosen.set(Axes(tuple(batch), tuple(heads)))
     try:
         yield
