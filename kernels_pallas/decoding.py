@@ -15,6 +15,7 @@ from .masks import Causal
 from .merge import merge
 from .reach import first_key
 from .spec import Alibi
+from .tpu import decode as tpu_decode
 from .validate import prepare
 
 
@@ -33,9 +34,13 @@ class Call(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(decode_blocks.attention),
+    "tpu": Backend(tpu_decode.attention, ("tpu",), tpu_decode.check),
 }
 
-AUTO: tuple[Rule, ...] = (Rule("xla", "a loop over blocks of keys, up to the longest row"),)
+AUTO: tuple[Rule, ...] = (
+    Rule("tpu", "the kernel that reads what a row sees, and no more"),
+    Rule("xla", "a loop over blocks of keys, up to the longest row"),
+)
 
 
 def decode(

@@ -236,7 +236,7 @@ K = CONTIGUOUS.k
         (dict(mask="causal"), r"mask is 'causal'; allowed"),
         (dict(logits_soft_cap=-1), r"logits_soft_cap is -1.0"),
         (dict(splits=0), r"splits is 0; allowed: None or an int >= 1"),
-        (dict(backend="triton"), r"backend 'triton' is unknown; for cpu: allowed: auto, xla"),
+        (dict(backend="tpu"), r"backend 'tpu' is not available on cpu: allowed: auto, xla"),
     ],
 )
 def test_errors_name_the_value_and_what_is_allowed(change, match):
