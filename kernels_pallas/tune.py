@@ -65,6 +65,12 @@ def program(shape: Shape, mask: Mask, blocks: Blocks, length: int):
     return run, (x, qkv, row, row)
 
 
+def _fits(shape: Shape, blocks: Blocks) -> bool:
+    """Whether VMEM of the device in use holds them."""
+    _, (x, *_) = program(shape, Full(), blocks, blocks.k)
+    return flash.fits(shape.which, blocks, x)
+
+
 class Predicted:
     """Shares of a target's peak, from the compiler's bundles. `folder` is where the compiler was
     told to write; a listing serves all lengths and masks whose bodies it holds."""
@@ -73,6 +79,10 @@ class Predicted:
 
     def __init__(self, target: Target, folder: str):
         self.target, self.folder, self._found = target, folder, {}
+
+    def fits(self, shape: Shape, blocks: Blocks) -> bool:
+        with jax.set_mesh(targets.mesh(self.target.name)):
+            return _fits(shape, blocks)
 
     def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
         wanted = visits(mask, blocks, length, length)
@@ -108,6 +118,9 @@ class Measured:
             )
         self.target = target
 
+    def fits(self, shape: Shape, blocks: Blocks) -> bool:
+        return _fits(shape, blocks)
+
     def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
         function, arguments = program(shape, mask, blocks, length)
         draw = lambda key, a: jax.random.normal(key, a.shape, a.dtype)
@@ -137,7 +150,7 @@ def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
         for length in LENGTHS:
             tried = []
             for blocks in CANDIDATES[target.name][shape.which]:
-                if _fits(target, shape, blocks):
+                if judge.fits(shape, blocks):
                     tried.append((judge.share(shape, mask, blocks, length), blocks))
             best, blocks = max(tried, key=lambda pair: pair[0])
             found.append(
@@ -157,12 +170,6 @@ def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
                 )
             )
     return found
-
-
-def _fits(target: Target, shape: Shape, blocks: Blocks) -> bool:
-    x = program(shape, Full(), blocks, 128)[1][0]
-    with jax.set_mesh(targets.mesh(target.name)):
-        return flash.fits(shape.which, blocks, x)
 
 
 def merge(old: tuple[tuning.Row, ...], new: list[tuning.Row]) -> list[tuning.Row]:
