@@ -47,6 +47,13 @@ class Role(NamedTuple):
     values: bool  # dV
 
     @property
+    def name(self) -> str:
+        """What the compiler calls the kernel."""
+        if not self.rows_are_keys:
+            return "queries"
+        return "_and_".join(["keys"] * self.scores + ["values"] * self.values)
+
+    @property
     def side(self) -> str:
         """Whose gradients these are."""
         return "keys" if self.rows_are_keys else "queries"
@@ -75,8 +82,13 @@ def backward(x: Operands, dout, lse, delta, role: Role, plan: Plan) -> dict:
     buffers = scratch(x, role, plan.blocks)
     names = (*arrays, *outputs, *buffers)
     grid_heads, padded = (kv_heads, arrays["k"]) if role.rows_are_keys else (heads, arrays["q"])
+
+    def kernel(*refs):
+        _kernel(dict(zip(names, refs, strict=True)), role, plan)
+
+    kernel.__name__ = f"flash_attention_backward_{role.name}"
     results = plgpu.kernel(
-        lambda *refs: _kernel(dict(zip(names, refs, strict=True)), role, plan),
+        kernel,
         out_type=list(outputs.values()),
         scratch_types=list(buffers.values()),
         grid=(batch, grid_heads, padded.shape[1] // plan.blocks.rows),
@@ -132,37 +144,66 @@ def _sides(role: Role):
     return (KEY_SIDE, QUERY_SIDE) if role.rows_are_keys else (QUERY_SIDE, KEY_SIDE)
 
 
+class _Vector(NamedTuple):
+    """Where an array with one number a position lies in shared memory. All share two buffers, as
+    each buffer is rounded up to 1024 bytes."""
+
+    buffer: str
+    start: int
+    length: int
+    count: int  # slots: one a consumer, or one a stage
+
+    def ref(self, refs: dict, slot):
+        return refs[self.buffer].at[pl.ds(self.start + slot * self.length, self.length)]
+
+
+def _vectors(present, role: Role, blocks: Blocks) -> tuple[dict, dict]:
+    """({name: _Vector} of the rows, that of the columns), those of the names `present`."""
+    ends = dict(floats=0, integers=0)
+
+    def placed(names, length, count):
+        found = {}
+        for name in names:
+            buffer = "integers" if name.endswith("_segments") else "floats"
+            found[name] = _Vector(buffer, ends[buffer], length, count)
+            ends[buffer] += length * count
+        return found
+
+    (_, rows), (_, columns) = _sides(role)
+    chosen = lambda names: [name for name in names if name in present]
+    return (
+        placed(chosen(rows), blocks.part, CONSUMERS),
+        placed(chosen(columns), blocks.columns, blocks.stages),
+    )
+
+
 def scratch(x: Operands, role: Role, blocks: Blocks) -> dict:
     """The buffers and barriers of a thread block, by name. x [batch, length, heads, head_dim]."""
-    part, columns, stages = blocks.part, blocks.columns, blocks.stages
-    (row_matrices, row_vectors), (column_matrices, column_vectors) = _sides(role)
+    columns, stages = blocks.columns, blocks.stages
+    (own, _), (others, _) = _sides(role)
+    own = own if role.scores else own[:1]
     head_dim, dtype = x.q.shape[3], x.q.dtype
-    has = lambda vector: x.q_segment_ids is not None if vector.endswith("segments") else True
-    kind = lambda vector: jnp.int32 if vector.endswith("segments") else jnp.float32
-    row_vectors = [name for name in row_vectors if has(name)]
-    column_vectors = [name for name in column_vectors if has(name)]
-    if not role.scores:  # delta goes with dP
-        row_matrices = row_matrices[:1]
-        column_vectors = [name for name in column_vectors if name != "delta"]
+    present = {"lse"} | ({"delta"} if role.scores else set())
+    if x.q_segment_ids is not None:
+        present |= {"q_segments", "k_segments"}
+    of_rows, of_columns = _vectors(present, role, blocks)
     found = {}
-    for name in row_matrices:
-        found[f"{name}_rows"] = matrix((CONSUMERS, part, head_dim), dtype)
-    for name in row_vectors:
-        found[f"{name}_rows"] = plgpu.SMEM((CONSUMERS, part), kind(name))
-    found["rows_ready"] = plgpu.Barrier(num_arrivals=CONSUMERS * len(found))
-    if x.slopes is not None and not role.rows_are_keys:
-        found["dslopes_rows"] = plgpu.SMEM((CONSUMERS, part), jnp.float32)
+    for name in own:
+        found[f"{name}_rows"] = matrix((CONSUMERS, blocks.part, head_dim), dtype)
+    found["rows_ready"] = plgpu.Barrier(num_arrivals=CONSUMERS * (len(own) + len(of_rows)))
     # Blocks of the second matrix are held for less than a visit.
-    for name, size in zip(column_matrices, (stages, max(stages - 1, 1)), strict=True):
+    for name, size in zip(others, (stages, max(stages - 1, 1)), strict=True):
         found[f"{name}_ring"] = matrix((size, columns, head_dim), dtype)
         found[f"{name}_ready"] = plgpu.Barrier(num_barriers=size)
         found[f"{name}_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=size)
-    for name in column_vectors:
-        found[f"{name}_ring"] = plgpu.SMEM((stages, columns), kind(name))
-    if column_vectors:
-        arrivals = len(column_vectors)
+    if of_columns:
+        arrivals = len(of_columns)
         found["vectors_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
         found["vectors_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+    for buffer, kind in (("floats", jnp.float32), ("integers", jnp.int32)):
+        vectors = [v for v in (of_rows | of_columns).values() if v.buffer == buffer]
+        if vectors:
+            found[buffer] = plgpu.SMEM((sum(v.length * v.count for v in vectors),), kind)
     return found
 
 
@@ -177,29 +218,34 @@ def _load(refs: dict, role: Role, plan: Plan, place: Place):
     """What the loading warpgroup does: the rows once, then columns as slots come free."""
     plgpu.set_max_registers(REGISTERS["loading"], action="decrease")
     blocks = plan.blocks
-    (row_matrices, row_vectors), (matrices, vectors) = _sides(role)
+    (own, _), (first, second) = _sides(role)[0], _sides(role)[1][0]
+    of_rows, of_columns = _vectors(refs, role, blocks)
     for i in range(CONSUMERS):
-        rows = pl.ds(place.block * blocks.rows + i * blocks.part, blocks.part)
+        at = pl.ds(place.block * blocks.rows + i * blocks.part, blocks.part)
         heads = _heads(role, plan, place, None)
-        for name in (*row_matrices, *row_vectors):
-            if f"{name}_rows" in refs:
-                source = _source(refs, name, place, heads, rows)
-                plgpu.copy_gmem_to_smem(source, refs[f"{name}_rows"].at[i], refs["rows_ready"])
-    first, second = matrices
-    vectors = [name for name in vectors if f"{name}_ring" in refs]
-    rings = {first: [first]} | ({"vectors": vectors} if vectors else {}) | {second: [second]}
+        targets = {name: refs[f"{name}_rows"].at[i] for name in own if f"{name}_rows" in refs}
+        targets |= {name: vector.ref(refs, i) for name, vector in of_rows.items()}
+        for name, target in targets.items():
+            source = _source(refs, name, place, heads, at)
+            plgpu.copy_gmem_to_smem(source, target, refs["rows_ready"])
 
     def step(visit, _):
         group, block = place.column_block(visit)
         heads = _heads(role, plan, place, group)
-        columns = pl.ds(block * blocks.columns, blocks.columns)
-        for ring, names in rings.items():
+        at = pl.ds(block * blocks.columns, blocks.columns)
+
+        def fill(ring, targets):
             slot = _slot(visit, refs[f"{ring}_free"])
             plgpu.barrier_wait(refs[f"{ring}_free"].at[slot])
-            for name in names:
-                source = _source(refs, name, place, heads, columns)
-                target, ready = refs[f"{name}_ring"].at[slot], refs[f"{ring}_ready"].at[slot]
-                plgpu.copy_gmem_to_smem(source, target, ready)
+            for name, target in targets.items():
+                source = _source(refs, name, place, heads, at)
+                plgpu.copy_gmem_to_smem(source, target(slot), refs[f"{ring}_ready"].at[slot])
+
+        fill(first, {first: lambda slot: refs[f"{first}_ring"].at[slot]})
+        if of_columns:
+            ref = lambda vector: lambda slot: vector.ref(refs, slot)
+            fill("vectors", {name: ref(vector) for name, vector in of_columns.items()})
+        fill(second, {second: lambda slot: refs[f"{second}_ring"].at[slot]})
 
     jax.lax.fori_loop(jnp.int32(0), place.visits, step, None)
 
@@ -257,6 +303,7 @@ class _Rows:
     def __init__(self, refs: dict, role: Role, plan: Plan, place: Place, me):
         self.refs, self.role, self.plan, self.place, self.me = refs, role, plan, place, me
         (own, _), (self.columns, _) = _sides(role)
+        self.of_rows, self.of_columns = _vectors(refs, role, plan.blocks)
         self.own_names = [f"{name}_rows" for name in own if f"{name}_rows" in refs]
         _, self.part, self.head_dim = refs[self.own_names[0]].shape
         self.start = place.block * plan.blocks.rows + me * self.part
@@ -291,14 +338,21 @@ class _Rows:
         first, second = self.columns
         of_scores, of_values, of_slope, s = state
         self._wait(second, visit)
+        if "vectors_ready" in self.refs:
+            self._wait("vectors", visit)
         b = self._block(second, visit)
         weigh = lambda: self._weights(visit, state.s, compare)
         if role.scores:
             # P in the shadow of dP, unless it takes the registers for positions, too.
             known = weigh() if compare or "slopes" in self.refs else None
-            shadow = weigh if known is None else lambda: known
-            dp, (weights, bent, ids) = product(self._own(1), b.transpose((1, 0)), shadow)
-            ds = weights * (dp - self._vector("delta", visit, s.shape))
+            dp_less_delta, (weights, bent, ids) = product(
+                self._own(1),
+                b.transpose((1, 0)),
+                weigh if known is None else lambda: known,
+                onto=-self._vector("delta", visit, s.shape),
+                interpret=interpret,
+            )
+            ds = weights * dp_less_delta
             if of_slope is not None:
                 of_slope = of_slope - (ds * distance(ids)).sum(axis=1)
             if bent is not None:
@@ -332,21 +386,20 @@ class _Rows:
         for (name, a), tile in zip(sums.items(), tiles, strict=False):
             scale = 1.0 if name == "dv" else self.plan.spec.scale
             tile[...] = (a * scale).astype(tile.dtype)
-        if state.of_slope is not None:
-            refs["dslopes_rows"].at[self.me][...] = state.of_slope
+        if state.of_slope is not None:  # lse is done with
+            slope_part = self.of_rows["lse"].ref(refs, self.me)
+            slope_part[...] = state.of_slope
         plgpu.commit_smem()
         for name, tile in zip(sums, tiles, strict=False):
             plgpu.copy_smem_to_gmem(tile, refs[name].at[place.batch, rows, place.head])
         if state.of_slope is not None:
             target = refs["dslopes"].at[place.batch, place.head, rows]
-            plgpu.copy_smem_to_gmem(refs["dslopes_rows"].at[self.me], target)
+            plgpu.copy_smem_to_gmem(slope_part, target)
         plgpu.wait_smem_to_gmem(0)
 
     def _weights(self, visit, s, compare: bool):
         """(P, tanh of the soft cap or None, positions) of the raw scores s of a visit."""
-        plan, refs = self.plan, self.refs
-        if "vectors_ready" in refs:
-            self._wait("vectors", visit)
+        plan = self.plan
         ids, slope = self._ids(visit, s.shape)
         t, factor, bent = logits(s, ids, plan.spec, slope)
         kv_length = plan.kv_length if plan.k_padded else None
@@ -375,9 +428,10 @@ class _Rows:
 
     def _vector(self, name: str, visit, shape):
         """A number a row or a column, as a tile."""
-        if f"{name}_rows" in self.refs:
-            return across(load_rows(self.refs[f"{name}_rows"].at[self.me]), shape)
-        return down(load_columns(self._block(name, visit)), shape)
+        if name in self.of_rows:
+            return across(load_rows(self.of_rows[name].ref(self.refs, self.me)), shape)
+        slot = _slot(visit, self.refs["vectors_ready"])
+        return down(load_columns(self.of_columns[name].ref(self.refs, slot)), shape)
 
     def _scores(self, visit):
         """The operands of a visit's scores, once its columns are there."""

@@ -62,8 +62,12 @@ def forward(x: Operands, plan: Plan):
     )
     buffers = scratch(x, blocks)
     names = (*arrays, *outputs, *buffers)
+
+    def flash_attention_forward(*refs):
+        _kernel(dict(zip(names, refs, strict=True)), plan)
+
     out, lse = plgpu.kernel(
-        lambda *refs: _kernel(dict(zip(names, refs, strict=True)), plan),
+        flash_attention_forward,
         out_type=list(outputs.values()),
         scratch_types=list(buffers.values()),
         # The last dimension runs first: the thread blocks of one head share its keys in the cache.

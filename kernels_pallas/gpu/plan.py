@@ -17,7 +17,9 @@ MATRIX_ROWS = 64  # of one wgmma
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
 REGISTERS = dict(computing=240, loading=24)  # of a thread, out of 504 for the three warpgroups
 COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    reduction_scratch_bytes=0,  # a row of a tile is within one warp
 )
 
 
@@ -36,8 +38,8 @@ class Blocks:
     def __post_init__(self):
         if self.rows % (CONSUMERS * MATRIX_ROWS) or self.rows < 1:
             raise ValueError(f"blocks: rows={self.rows}; allowed: multiples of 128")
-        if self.columns % 16 or not 16 <= self.columns <= 256:
-            raise ValueError(f"blocks: columns={self.columns}; allowed: multiples of 16 up to 256")
+        if self.columns % 64 or not 64 <= self.columns <= 256:
+            raise ValueError(f"blocks: columns={self.columns}; allowed: multiples of 64 up to 256")
         if self.stages < 1:
             raise ValueError(f"blocks: stages={self.stages}; allowed: 1 or more")
 
@@ -72,8 +74,8 @@ def matrix(shape: tuple[int, ...], dtype):
 
 def shared_memory(scratch: dict) -> int:
     """Bytes of shared memory that the buffers and barriers take, as Mosaic lays them out: each
-    buffer from a multiple of 1024 on, and room for reductions across warps."""
-    total = COMPILER_PARAMS.reduction_scratch_bytes
+    buffer from a multiple of 1024 on."""
+    total = 0
     for item in scratch.values():
         if isinstance(item, plgpu.Barrier):
             total += 8 * int(np.prod(item.num_barriers))

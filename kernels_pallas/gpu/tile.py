@@ -72,8 +72,12 @@ def distance(ids: Ids):
 
 
 def tanh(x):
-    """To float32's precision, where the hardware's own is good to 5e-4."""
-    return 1 - 2 / (1 + jnp.exp2(x * (2 * LOG2_E)))
+    """1 - 2 / (1 + e^2x) to float32's precision, where the hardware's own is good to 5e-4.
+
+    The quotient is the square of a reciprocal root, one instruction where a division is a dozen.
+    """
+    root = jax.lax.rsqrt(1 + jnp.exp2(x * (2 * LOG2_E)))
+    return 1 - 2 * root * root
 
 
 def logits(s, ids: Ids, spec: Spec, slope):
@@ -110,16 +114,19 @@ def hidden(t, ids: Ids, spec: Spec, *, compare: bool, kv_length: int | None):
     return jnp.where(functools.reduce(jnp.logical_and, visible), t, -jnp.inf)
 
 
-def product(a, b, meanwhile=lambda: None):
-    """(a @ b in float32, meanwhile()): the product of two blocks of shared memory, and what is
-    computed in its shadow."""
+def product(a, b, meanwhile=lambda: None, onto=None, interpret=None):
+    """(a @ b in float32, meanwhile()): the product of two blocks of shared memory, added to the
+    tile `onto` if there is one, and what is computed in its shadow."""
 
     def compute(sums):
+        if onto is not None and not interpret:
+            sums[...] = onto
         plgpu.wgmma(sums, a, b)
         result = meanwhile()
         return _settled(sums[...]), result
 
-    return pl.run_scoped(compute, _accumulator(a, b))
+    sums, result = pl.run_scoped(compute, _accumulator(a, b))
+    return (sums + onto if onto is not None and interpret else sums), result
 
 
 def add_product(sums, a, b, then=None, started=lambda: None, interpret=None):
