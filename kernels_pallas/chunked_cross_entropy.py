@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 # Where the caller chooses no chunk: logits of a chunk, or a share of all if that is more. Each chunk
 # reads and writes the gradient of w once, so that many chunks are slow.
-CHUNK_LOGITS, MAX_CHUNKS = 2**25, 16
+CHUNK_LOGITS, MAX_CHUNKS = 2**25, 20
 
 
 class Spec(NamedTuple):

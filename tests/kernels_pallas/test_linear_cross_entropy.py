@@ -1,4 +1,4 @@
-"""The fused linear cross-entropy and its gradients against the definition."""
+"""The fused linear cross-entropy and its gradients against the definition, on every backend."""
 
 import importlib
 
@@ -6,6 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.test_util import check_grads
+
+from kernels_pallas import Unsupported, chunked_cross_entropy
+from kernels_pallas.chunked_cross_entropy import Spec, Tokens, losses
+from kernels_pallas.gpu import linear_cross_entropy as gpu
+from kernels_pallas.tpu import linear_cross_entropy as tpu
 
 from .cases import FAST, close
 
@@ -23,7 +31,7 @@ def make(rows=(3,), tokens=11, embed=8, vocab=17):
     """x, w, targets (some outside the vocabulary), weights."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((*rows, tokens, embed), np.float32)
-    w = rng.standard_normal((embed, vocab), np.float32)
+    w = rng.standard_normal((embed, vocab), np.float32) * (8 / embed) ** 0.5
     targets = rng.integers(-2, vocab + 2, (*rows, tokens))
     weights = rng.uniform(size=targets.shape).astype(np.float32)
     return x, w, targets, weights
@@ -78,3 +86,191 @@ def test_sums_are_those_of_the_tokens(options, chunk_size):
         for f in (summed, each)
     )
     close(got, want, 5e-6)
+
+
+def on_tpu(interpret, blocks):
+    settings = tpu.Settings(blocks, blocks, interpret)
+
+    def call(x, w, targets, z_loss=0.0, logits_soft_cap=None):
+        spec = Spec(logits_soft_cap, z_loss)
+        tokens = tpu.per_token(x, w, targets, spec, settings)
+        return module.CrossEntropy(*losses(tokens, targets, w.shape[1], z_loss))
+
+    return call
+
+
+# Sizes that no block divides, and several blocks along both dimensions.
+@pytest.mark.parametrize("vocab, options", [(300, "z-loss"), (256, "z-loss, soft cap")])
+def test_tpu_kernels_are_the_definition(vocab, options):
+    arguments, options = make((1,), 150, 24, vocab), OPTIONS[options]
+    call = on_tpu(pltpu.InterpretParams(uninitialized_memory="nan"), tpu.Blocks(128, 128))
+    out, gradients = results(call, *arguments, **options)
+    want, slopes = exact(*arguments, **options)
+    close(out, want, 2e-6)
+    close(gradients, slopes, 2e-5)
+
+
+def test_tpu_kernels_have_no_race(capfd):
+    arguments = make((1,), 150, 16, 200)
+    interpret = pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan"
+    )
+    got = results(on_tpu(interpret, tpu.Blocks(128, 128)), *arguments)
+    close(got, exact(*arguments), 2e-5)
+    assert "RACE" not in capfd.readouterr().out.upper()
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
+@pytest.mark.parametrize("options", ["plain", "z-loss, soft cap"])
+def test_gpu_kernel_is_the_definition(options):
+    """And has no race: the interpreter raises on one."""
+    x, w, targets, _ = make((), 200, 64, 450)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+    cap = OPTIONS[options].get("logits_soft_cap")
+    settings = gpu.Settings(2, plgpu.InterpretGPUParams(detect_races=True))
+    tokens = gpu.forward(x, w, targets, Spec(cap), settings)
+    with jax.enable_x64(True):
+        want = reference(np.float64(x), np.float64(w), targets, logits_soft_cap=cap)
+    _, nll, lse, correct = losses(tokens, targets, 450, 0.0)
+    close((nll, lse, correct), (want.nll, want.lse, want.correct), 2e-6)
+
+
+def test_gpu_gradients_are_those_of_the_chunks(monkeypatch):
+    """Whose rule it shares: with its forward pass stood in for, all values agree."""
+    arguments = make()
+
+    def forward(x, w, targets, spec):
+        tokens = chunked_cross_entropy.per_token(x[None], w, targets[None], spec)
+        return jax.tree.map(lambda a: a[0], tokens)
+
+    monkeypatch.setattr(gpu, "forward", forward)
+    x, w, targets, weights = arguments
+    for options in OPTIONS.values():
+        spec = Spec(options.get("logits_soft_cap"), options.get("z_loss", 0.0))
+
+        def call(operation, spec=spec):
+            f = lambda x, w: (
+                operation.summed(x, w, targets, weights, spec)[0]
+                + jnp.sum(jnp.cos(operation.per_token(x, w, targets, spec).lse))
+            )
+            return jax.value_and_grad(f, (0, 1))(x, w)
+
+        close(call(module.BACKENDS["gpu"].run), call(module.BACKENDS["xla"].run), 5e-6)
+
+
+def test_gradient_of_the_reference_is_its_slope():
+    with jax.enable_x64(True):
+        x, w, targets, _ = (np.asarray(a, np.float64) for a in make((), 5, 3, 4))
+        call = lambda x, w: reference(x, w, targets.astype(int), z_loss=0.1, logits_soft_cap=2.0)[
+            :3
+        ]
+        check_grads(jax.jit(call), (x, w), order=1, modes=("rev",))
+
+
+def test_is_the_dense_computation():
+    x, w, targets, _ = make()
+    targets = np.clip(targets, 0, 16)
+    probabilities = jax.nn.softmax(x @ w)
+    chosen = np.take_along_axis(np.asarray(probabilities), targets[..., None], -1)[..., 0]
+    out = linear_cross_entropy(x, w, targets)
+    close(out.nll, -np.log(chosen), 2e-6)
+    assert (np.asarray(out.correct) == (np.argmax(x @ w, -1) == targets)).all()
+    close(linear_cross_entropy(x, w, targets, logits_soft_cap=1e4).loss, out.loss, 1e-6)
+
+
+def test_targets_outside_the_vocabulary_are_ignored():
+    x, w, targets, weights = make()
+    outside = (targets < 0) | (targets >= 17)
+    assert outside.any()
+    out = linear_cross_entropy(x, w, targets, z_loss=0.1)
+    assert not np.asarray(out.loss)[outside].any() and not np.asarray(out.correct)[outside].any()
+    loss = lambda x: linear_cross_entropy(x, w, targets, weights=weights, z_loss=0.1).loss
+    gradient = np.abs(jax.grad(loss)(x)).sum(-1)
+    assert not gradient[outside].any() and gradient[~outside].all()
+
+
+def test_bfloat16_is_as_good_as_xla():
+    """Whose logits come out of a bfloat16 matmul, as those of a dense layer do."""
+    x, w, targets, weights = make((), 64, 128, 200)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+
+    def plain(x, w, targets):
+        logits = (x @ w).astype(jnp.float32)
+        lse = jax.nn.logsumexp(logits, -1)
+        tokens = Tokens(
+            lse, jnp.sum(jnp.where(jnp.arange(200) == targets[:, None], logits, 0), -1), lse
+        )
+        return module.CrossEntropy(*losses(tokens, targets, 200, 0.0))
+
+    want = exact(x, w, targets, weights)
+
+    def errors(call):
+        out, gradients = results(call, x, w, targets, weights)
+        pairs = zip((out.loss, *gradients), (want[0].loss, *want[1]), strict=True)
+        return [np.sqrt(np.mean((np.float64(a) - np.float64(b)) ** 2)) for a, b in pairs]
+
+    for ours, theirs in zip(errors(linear_cross_entropy), errors(plain), strict=True):
+        assert ours <= 1.2 * theirs
+
+
+def test_memory_is_a_tenth_of_that_of_all_logits():
+    """At vocabulary 128k, forward and backward; what XLA allots beside arguments and results."""
+
+    def temporary(call):
+        f = jax.grad(lambda x, w, targets: jnp.sum(call(x, w, targets)), (0, 1))
+        shapes = (
+            jax.ShapeDtypeStruct((8192, 64), jnp.bfloat16),
+            jax.ShapeDtypeStruct((64, 131_072), jnp.bfloat16),
+            jax.ShapeDtypeStruct((8192,), jnp.int32),
+        )
+        return jax.jit(f).lower(*shapes).compile(FAST).memory_analysis().temp_size_in_bytes
+
+    all_at_once = temporary(lambda *a: reference(*a).loss)
+    ones = np.ones(8192, np.float32)
+    assert temporary(lambda *a: linear_cross_entropy(*a).loss) <= 0.1 * all_at_once
+    weighted = lambda *a: linear_cross_entropy(*a, weights=ones).loss
+    assert temporary(weighted) <= 0.1 * all_at_once
+
+
+X, W, TARGETS, WEIGHTS = make()
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(x=X[0, 0]), r"x has shape \(8,\); allowed: \[..., tokens, embed\]"),
+        (dict(w=W[0]), r"w has shape \(17,\); allowed: \[embed, vocab\]"),
+        (dict(w=W[:5]), r"x has embed=8 and w embed=5; they must be equal"),
+        (dict(w=W[:, :0]), r"w has shape \(8, 0\); every size must be >= 1"),
+        (dict(x=X.astype(int)), r"x has dtype int(32|64); allowed: float32"),
+        (dict(targets=TARGETS[:2]), r"targets has shape \(2, 11\).*=\[3, 11\]"),
+        (dict(targets=WEIGHTS), r"targets .* dtype float32; allowed: integers"),
+        (dict(weights=WEIGHTS[0]), r"weights has shape \(11,\).*=\[3, 11\]"),
+        (dict(z_loss=-1), r"z_loss is -1; allowed: a finite number >= 0"),
+        (dict(logits_soft_cap=0), r"logits_soft_cap is 0; allowed: None or a finite number > 0"),
+        (dict(chunk_size=-3), r"chunk_size is -3; allowed: None or an integer >= 0"),
+        (dict(backend="gpu"), r"backend 'gpu' is not available on cpu: allowed: auto, xla"),
+        (dict(backend="cuda"), r"backend 'cuda' is unknown; for cpu: allowed: auto, xla"),
+    ],
+)
+def test_errors_name_the_value_and_what_is_allowed(change, match):
+    arguments = dict(x=X, w=W, targets=TARGETS) | change
+    for f in (linear_cross_entropy, module.explain):
+        with pytest.raises(ValueError, match=match) as error:
+            f(**arguments)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kernels, embed, dtype, match",
+    [
+        (tpu, 64, jnp.float64, r"dtype float64; allowed: float32, bfloat16, float16"),
+        (tpu, 100_000, jnp.float32, r"embed 100000: more than VMEM holds a block of, \d+ MiB"),
+        (gpu, 64, jnp.float32, r"dtype float32; allowed: bfloat16, float16"),
+        (gpu, 72, jnp.bfloat16, r"embed 72; allowed: multiples of 64"),
+    ],
+)
+def test_a_kernel_says_what_it_cannot_do(kernels, embed, dtype, match):
+    with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
+        x = jax.ShapeDtypeStruct((1, 8, embed), dtype)
+        kernels.check(x, jax.ShapeDtypeStruct((embed, 100), dtype), Spec())
