@@ -11,6 +11,7 @@ import numpy as np
 from . import decode_blocks
 from .caches import Cache, Int8, PagedCache, RingCache, check_cache, check_lengths
 from .choose import Backend, Rule, choose
+from .gpu import decode as gpu_decode
 from .masks import Causal
 from .merge import merge
 from .reach import first_key
@@ -35,10 +36,12 @@ class Call(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(decode_blocks.attention),
     "tpu": Backend(tpu_decode.attention, ("tpu",), tpu_decode.check),
+    "gpu": Backend(gpu_decode.attention, ("gpu",), gpu_decode.check),
 }
 
 AUTO: tuple[Rule, ...] = (
     Rule("tpu", "the kernel that reads what a row sees, and no more"),
+    Rule("gpu", "the kernel that reads what a row sees, and no more"),
     Rule("xla", "a loop over blocks of keys, up to the longest row"),
 )
 

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..caches import Cache, Int8, PagedCache, RingCache
 from ..device import device_kind
-from ..merge import merge
+from ..merge_parts import merge_parts
 from ..partition import over_mesh
 from ..reach import first_key
 from ..spec import Operands, Spec, Unsupported
@@ -246,17 +246,13 @@ def _decode(q, cache: Cache, lengths, slopes, plan: Plan):
 
 
 def _join(out, lse, visits: Visits, plan: Plan):
-    """The parts merged; one that did not visit a row has left its place unwritten."""
+    """The parts merged; one that did not visit a row left its place unwritten."""
     starts = jnp.arange(plan.splits, dtype=jnp.int32)[:, None] * visits.steps
     touched = (starts < visits.ends) & (starts + visits.steps > visits.ends - visits.count)
     touched = (touched & (visits.count > 0))[:, :, None, None]
     lse = jnp.where(touched, lse, -jnp.inf)
     out = jnp.where(touched[..., None], out, 0)
-    # To `merge`, rows are heads of one query.
-    flat = lambda a: a.reshape(a.shape[0], 1, -1, a.shape[-1])
-    parts = [(flat(o), lse.reshape(lse.shape[0], -1, 1)) for o, lse in zip(out, lse, strict=True)]
-    merged, total = functools.reduce(lambda a, b: merge(*a, *b), parts)
-    return merged.reshape(out.shape[1:]), total.reshape(lse.shape[1:])
+    return merge_parts(out, lse)
 
 
 def _at(part, step):
