@@ -267,6 +267,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
     wild = {"optimizer.learning_rate": 1e18, "optimizer.clip_norm": 0, "checkpoint.every": 1}
     command = (*flags(text_folder, **wild), f"--workdir={tmp_path}", "--optimizer.name=sgd")
     small = ("--ema.decay=", "--transformer.dropout=0", "--transformer.num_layers=1")
-    said = r"(loss|grad_norm) is (nan|-?inf) at step \d+; (the last good|no good)"
+    said = r"loss is (nan|-?inf) at step 2; none is saved before"  # what step 1 saved caused it
     with pytest.raises(ConfigError, match=said):
         train.main([*command, *small])

@@ -135,7 +135,7 @@ class Gan(ImageTask):
         return {"generator": made["params"], "critic": judged["params"]}, mutables
 
     def pretrained(self) -> dict:
-        """With the layers of a run on images half as large, if this one grows from one."""
+        """The layers of a run on images half as large, if this one grows from one."""
         return smaller_groups(self) if self.config.gan.grow_from else {}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:

@@ -13,7 +13,7 @@ from genai_jax.training.workdir import read_record
 
 
 def smaller_groups(task: Any) -> dict:
-    """The groups of a fresh `Gan` with those layers that a smaller one has as it trained them.
+    """Those layers of a `Gan` that a smaller one has, as it trained them: host arrays.
 
     The parameters are those of training, not an average: both players are to go on playing.
 
@@ -33,8 +33,7 @@ def smaller_groups(task: Any) -> dict:
     shapes, before = (jax.eval_shape(t.init, key)[0] for t in (task, smaller))
     _check_shapes(shapes, before, workdir)
     trained, _ = restore_to_host(smaller, config, averaged=False)
-    fresh = jax.device_get(jax.jit(lambda key: task.init(key)[0])(key))
-    return _overlaid(fresh, trained)
+    return _shared(trained, shapes)
 
 
 def _check_half(workdir: str, trained_on: dict, loader: Any):
@@ -62,12 +61,8 @@ def _check_shapes(shapes: dict, before: dict, workdir: str):
             )
 
 
-def _overlaid(fresh: dict, trained: dict) -> dict:
-    """`fresh` with every layer that is in `trained`; it may do without some of those."""
-
-    def choose(name, value):
-        if name not in trained:
-            return value
-        return _overlaid(value, trained[name]) if isinstance(value, dict) else trained[name]
-
-    return {name: choose(name, value) for name, value in fresh.items()}
+def _shared(trained: Any, shapes: Any) -> Any:
+    """The part of `trained` that is in `shapes` as well."""
+    if not isinstance(trained, dict):
+        return trained
+    return {name: _shared(x, shapes[name]) for name, x in trained.items() if name in shapes}

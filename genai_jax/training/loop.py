@@ -17,7 +17,7 @@ from genai_jax.training.checkpoint import Checkpointer, first_line
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
-from genai_jax.training.phase import Task
+from genai_jax.training.phase import PyTree, Task
 from genai_jax.training.progress import Progress
 from genai_jax.training.restore import state_shapes
 from genai_jax.training.sharding import (
@@ -57,6 +57,8 @@ class ProfileConfig:
 
 # On CPU the YNNPACK fusions of XLA make this step slower by a tenth to a quarter (jax 0.10.2).
 COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+# What runs once is not worth optimizing: compiling the init of a small network takes 2 s, not 23 s.
+INIT_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 class Compiled(NamedTuple):
@@ -75,6 +77,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     averages = config.ema.averages()
     batch = task.batch_shapes()
     rows = next(iter(batch.values())).shape[0]
+    platform = mesh.devices.flat[0].platform
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh)
         phases = task.phases(shapes.params)
@@ -88,9 +91,13 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             in_shardings=(shardings, batch_in),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+            compiler_options=COMPILER_OPTIONS.get(platform),
         )
-        init = jax.jit(lambda rng: init_state(task, rng, averages), out_shardings=shardings)
+        init = jax.jit(
+            lambda rng: init_state(task, rng, averages),
+            out_shardings=shardings,
+            compiler_options=INIT_OPTIONS.get(platform),
+        )
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
 
@@ -201,7 +208,7 @@ class Run:
         return step, state
 
     def _begin(self):
-        """A fresh state; groups trained elsewhere are put in place, averages of them as well."""
+        """A fresh state; what was trained elsewhere is put in place, in averages as well."""
         state = self.compiled.init(jax.random.key(self.config.run.seed))
         adopted = self.task.pretrained()
         if not adopted:
@@ -209,10 +216,10 @@ class Run:
 
         def place(groups: dict, shapes: dict) -> dict:
             ours = {g: adopted[g] for g in groups if g in adopted}
-            where = jax.tree.map(lambda x: x.sharding, {g: shapes[g] for g in ours})
+            where = jax.tree.map(lambda x: x.sharding, _part(shapes, ours))
             # A copy: what is donated to the step may not be the memory of somebody's array.
             copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=where)
-            return {**groups, **copy(ours)}
+            return _overlaid(groups, copy(ours))
 
         shapes = self.compiled.shapes
         ema = {name: place(average, shapes.ema[name]) for name, average in state.ema.items()}
@@ -385,6 +392,20 @@ def _failed(name: str, value: float) -> bool:
         return value == 0
     watched = "loss" in name or "grad_norm" in name or name.endswith("penalty")
     return watched and not math.isfinite(value)
+
+
+def _part(whole: PyTree, names: PyTree) -> PyTree:
+    """What `whole` has where `names` has something, in nested dictionaries."""
+    if not isinstance(names, dict):
+        return whole
+    return {name: _part(whole[name], value) for name, value in names.items()}
+
+
+def _overlaid(whole: PyTree, part: PyTree) -> PyTree:
+    """`whole` with what `part` has in its place, in nested dictionaries."""
+    if not isinstance(part, dict):
+        return part
+    return {**whole, **{name: _overlaid(whole[name], value) for name, value in part.items()}}
 
 
 def _due(step: int, every: int) -> bool:

@@ -63,7 +63,7 @@ class Task(Protocol):
         """Fresh parameters and mutables."""
 
     def pretrained(self) -> dict[str, Params]:
-        """Groups that begin as trained elsewhere: host arrays, shaped as those of `init`."""
+        """Groups, or parts of them, that begin as trained elsewhere: host arrays, as of `init`."""
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         """The phases of a step; `params` may be shapes."""
