@@ -39,7 +39,7 @@ REPEATS = 10
 _BACKWARD = (Blocks(512, 512, 256), Blocks(512, 1024, 256))
 _NARROW = dict(forward=(Blocks(512, 1024, 256), Blocks(1024, 1024, 256)), backward=_BACKWARD)
 _WIDE = dict(
-    forward=(Blocks(1024, 1024, 256, True), Blocks(2048, 1024, 256, True)), backward=_BACKWARD
+    forward=(Blocks(1024, 1024, 256, True), Blocks(2048, 2048, 256, True)), backward=_BACKWARD
 )
 CANDIDATES = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "7x": _WIDE}
 

@@ -155,9 +155,9 @@ RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 
 
 def backward_with_two_cores():
-    x, spec = split(*make(batch=1, q_length=70, kv_length=130, heads=4, kv_heads=2))
+    x, spec = split(*make(batch=1, q_length=40, kv_length=130, heads=6, kv_heads=3))
     settings = flash.Settings(SMALL, SMALL, interpret=RACES)
-    row = jnp.zeros((1, 4, 70))
+    row = jnp.zeros((1, 6, 40))
     run = functools.partial(flash.gradients, settings=settings)
     jax.block_until_ready(jax.jit(run, static_argnums=1)(x, spec, x.q, row, row))
 
