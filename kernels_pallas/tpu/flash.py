@@ -21,6 +21,7 @@ HEAD_DIM_LIMIT = 256
 QUERY, KEYS, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
 DTYPES = ("float32", "bfloat16", "float16")
 UNTUNED = {"forward": Blocks(512, 1024, 256), "backward": Blocks(512, 512, 256)}
+FLOAT32 = Blocks(256, 512, 256)  # a product of these is six of the matrix unit's: a long program
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,11 @@ def _tuned(which: str, x: Operands, spec: Spec) -> Blocks:
     head_dim, length = x.q.shape[3], x.k.shape[2]
     kind = tuning.mask_kind(spec.mask)
     name = f"flash_attention_{which}"
-    row = tuning.lookup(name, device_kind(), str(x.q.dtype), head_dim, length, kind)
-    return Blocks(row.q, row.k, row.sub_q, bool(row.ahead)) if row else UNTUNED[which]
+    dtype = str(x.q.dtype)
+    row = tuning.lookup(name, device_kind(), dtype, head_dim, length, kind)
+    if row is None or row.dtype != dtype:
+        return FLOAT32 if dtype == "float32" else UNTUNED[which]
+    return Blocks(row.q, row.k, row.sub_q, bool(row.ahead))
 
 
 def _fit(blocks: Blocks, q_length: int, kv_length: int) -> Blocks:
