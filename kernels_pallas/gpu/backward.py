@@ -343,7 +343,7 @@ class _Rows:
         b = self._block(second, visit)
         weigh = lambda: self._weights(visit, state.s, compare)
         if role.scores:
-            # P in the shadow of dP, unless it takes the registers for positions, too.
+            # P in the shadow of dP, unless positions need the registers.
             known = weigh() if compare or "slopes" in self.refs else None
             dp_less_delta, (weights, bent, ids) = product(
                 self._own(1),
@@ -400,7 +400,9 @@ class _Rows:
     def _weights(self, visit, s, compare: bool):
         """(P, tanh of the soft cap or None, positions) of the raw scores s of a visit."""
         plan = self.plan
-        ids, slope = self._ids(visit, s.shape)
+        ids = slope = None
+        if compare or "slopes" in self.refs or "q_segments" in self.refs:
+            ids, slope = self._ids(visit, s.shape)
         t, factor, bent = logits(s, ids, plan.spec, slope)
         kv_length = plan.kv_length if plan.k_padded else None
         t = hidden(t, ids, plan.spec, compare=compare, kv_length=kv_length)

@@ -68,7 +68,7 @@ def _check_shared_memory(x: Operands, spec: Spec, settings: Settings):
     wide = jax.ShapeDtypeStruct((1, 1, 1, _padded_head_dim(x.q.shape[3])), x.q.dtype)
     padded = x._replace(q=wide)
     needs = {"forward": forward_scratch(padded, _blocks("forward", x, spec, settings))}
-    for role in _roles(wide.shape[3]):
+    for role in _roles(x, spec, wide.shape[3]):
         needs[role.side] = backward_scratch(padded, role, _blocks(role.side, x, spec, settings))
     for which, scratch in needs.items():
         needed = shared_memory(scratch)
@@ -174,7 +174,7 @@ def _gradients(x: Operands, spec: Spec, dout, lse, delta, settings: Settings) ->
 
     def run(x, dout, lse, delta):
         x, dout, grads = _length_major(x), jnp.swapaxes(dout, 1, 2), {}
-        for role in _roles(x.q.shape[3]):
+        for role in _roles(x, spec, x.q.shape[3]):
             plan = _plan(role.side, x, spec, settings, role.rows_are_keys)
             grads |= backward(x, dout, lse, delta, role, plan)
         public = (jnp.swapaxes(grads[name], 1, 2) for name in "qkv")
@@ -186,10 +186,13 @@ def _gradients(x: Operands, spec: Spec, dout, lse, delta, settings: Settings) ->
     return Operands(q=dq, k=dk, v=dv, slopes=dslopes[0].sum(0) if dslopes else None)
 
 
-def _roles(head_dim: int) -> tuple[Role, ...]:
-    """The calls of the backward kernel: registers hold the gradients of keys and of values
-    together up to head_dim 128."""
-    return (QUERIES, KEYS_AND_VALUES) if head_dim <= 128 else (QUERIES, KEYS, VALUES)
+def _roles(x: Operands, spec: Spec, head_dim: int) -> tuple[Role, ...]:
+    """The calls of the backward kernel. Registers hold the gradients of keys and of values together
+    up to head_dim 128; there, with one feature at most that needs registers of its own."""
+    features = x.slopes, x.q_segment_ids, spec.logits_soft_cap
+    extras = sum(feature is not None for feature in features)
+    together = head_dim < 128 or (head_dim == 128 and extras <= 1)
+    return (QUERIES, KEYS_AND_VALUES) if together else (QUERIES, KEYS, VALUES)
 
 
 def _plan(which: str, x: Operands, spec: Spec, settings: Settings, keys: bool = False) -> Plan:

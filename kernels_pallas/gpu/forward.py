@@ -236,7 +236,9 @@ class _Rows:
         plan, refs = self.plan, self.refs
         plgpu.barrier_wait(refs["v_ready"].at[slot])  # the keys' segment ids come with them
         s = state.scores
-        ids = self._ids(visit, slot, s.shape)
+        ids = None
+        if compare or "slopes" in refs or "q_segments" in refs:
+            ids = self._ids(visit, slot, s.shape)
         t, factor, _ = logits(s, ids, plan.spec, self.slope)
         kv_length = plan.kv_length if plan.k_padded else None
         t = hidden(t, ids, plan.spec, compare=compare, kv_length=kv_length)

@@ -62,8 +62,14 @@ def down(vector, shape: tuple[int, int]):
 
 
 def positions(shape: tuple[int, int], axis: int, start):
-    """int32 tile: start + index along `axis`."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE) + start
+    """int32 tile: start + index along `axis`.
+
+    Hidden from the compiler, which would keep all that a mask computes of them in registers, for
+    all of a loop. Not to be called for nothing, as it is not removed.
+    """
+    layout = BY_COLUMN if axis else BY_ROW
+    along = plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout) + start
+    return jax.lax.broadcast_in_dim(opaque(along), shape, (axis,))
 
 
 def distance(ids: Ids):
@@ -80,7 +86,7 @@ def tanh(x):
     return 1 - 2 * root * root
 
 
-def logits(s, ids: Ids, spec: Spec, slope):
+def logits(s, ids: Ids | None, spec: Spec, slope):
     """(t, factor, bent) of raw scores s: t * factor are the logits in base 2 before the mask.
 
     factor > 0 is left to the exponential, where it costs nothing. bent: tanh of the soft cap, or
@@ -97,11 +103,13 @@ def logits(s, ids: Ids, spec: Spec, slope):
     return s, factor, bent
 
 
-def hidden(t, ids: Ids, spec: Spec, *, compare: bool, kv_length: int | None):
-    """`t` with -inf where the query may not see the key.
+def hidden(t, ids: Ids | None, spec: Spec, *, compare: bool, kv_length: int | None):
+    """`t` with -inf where the query may not see the key; ids None hides nothing.
 
     compare: look at the mask at all; kv_length: keys from there on are padding, None if none are.
     """
+    if ids is None:
+        return t
     visible = []
     if compare:
         visible.append(spec.mask.allowed(ids.q, ids.k))
@@ -156,9 +164,9 @@ def _accumulator(a, b):
     return plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32)
 
 
-def opaque(index):
-    """`index`, as a number the compiler knows nothing of and cannot move out of a loop."""
-    return jax.lax.optimization_barrier(index)
+def opaque(x):
+    """`x`, as something the compiler knows nothing of and cannot move out of a loop."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _settled(x):

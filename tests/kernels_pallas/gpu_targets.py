@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import Causal, Prefix, Window, targets
+from kernels_pallas import Causal, Full, Prefix, Window, targets
 from kernels_pallas.gpu import flash
 from kernels_pallas.spec import Operands, Spec
 
@@ -24,10 +24,11 @@ CAUSAL = Causal()
 # case: (dtype, head_dim, features)
 CASES = {
     "causal": ("bfloat16", 128, {}),
+    "head dim 96": ("bfloat16", 96, dict(mask=Full())),
     "head dim 64, window, segments": ("float16", 64, dict(mask=Window(300, 20), segments=True)),
-    "head dim 96, all at once": (
+    "everything": (
         "bfloat16",
-        96,
+        128,
         dict(
             mask=Window(300, 2) & Prefix(40),
             segments=True,
