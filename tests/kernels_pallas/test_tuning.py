@@ -111,3 +111,13 @@ def test_cycles_of_a_call():
     assert cycles.useful_flops("backward", Window(0), 8, 4) == 10 * 8 * 4
     with pytest.raises(ValueError, match="4 bodies in the listing of flash attention backward"):
         cycles.costs("backward", listing, found)
+
+
+@pytest.mark.parametrize(
+    "device, least", [("TPU v5 lite", 0.79), ("TPU v5", 0.85), ("TPU v6 lite", 0.36)]
+)
+def test_predicted_share_of_the_peak(device, least):
+    """bf16, head dim 128, causal, 8k; at the clocks of `targets`."""
+    row = tuning.lookup("flash_attention_forward", device, "bfloat16", 128, 8192, "causal")
+    assert (row.device, row.head_dim, row.length, row.mask) == (device, 128, 8192, "causal")
+    assert row.share >= least
