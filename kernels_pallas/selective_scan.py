@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .choose import Backend, Rule, choose
+from .tpu import selective_scan as tpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHUNK = 64  # positions whose states exist at once
@@ -25,8 +26,8 @@ def selective_scan(
     b, c     [batch, length, state]
     d        None, or [channels]
     initial_state  None for 0, or [batch, channels, state]
-    chunk_size  positions whose states exist at once
-    backend  "auto" or one of the names below that runs here
+    chunk_size  positions whose states exist at once, for the two backends of XLA
+    backend  "auto", "xla" (a loop over positions), "xla_parallel" (a chunk's at once) or "tpu"
 
     Returns (y like x, the last state [batch, channels, state] in float32): a sequence may come in
     pieces. Differentiable in all arrays; the backward pass keeps the state of each chunk's
@@ -133,9 +134,12 @@ def _check(x, delta, a, b, c, d, initial_state, chunk_size):
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(functools.partial(_chunked, _positions)),
     "xla_parallel": Backend(functools.partial(_chunked, _together)),
+    "tpu": Backend(tpu.scan, ("tpu",), tpu.check),
 }
 
+# The first rule that holds, and whose backend can run the call, decides.
 AUTO: tuple[Rule, ...] = (
+    Rule("tpu", "the kernels: no state but each chunk's first in HBM"),
     Rule("xla", "on cpu one position after the other", lambda *call: call[-1] == "cpu"),
     Rule("xla_parallel", "a chunk's positions at once"),
 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .layout import vmem_capacity
 from .tile import across, matmul
 
 ROWS, COLUMNS, DEPTH = 128, 512, 512
@@ -38,7 +39,9 @@ def add_product(sums, a, b, contract: tuple[int, int], *, keep=None, decay=None)
             old = old * (factor if isinstance(start, int) else jnp.where(start == 0, factor, 1))
         sums[at] = old + matmul(left, right, contract)
 
-    loops = ((rows, ROWS), (columns, COLUMNS), (depth, step))
+    # Masks need registers too; v4, the chip with little VMEM, sums outside of the matrix unit.
+    narrow = keep is not None or vmem_capacity() < 32 << 20
+    loops = ((rows, ROWS), (columns, COLUMNS // 2 if narrow else COLUMNS), (depth, step))
     _nest(loops, tile)
 
 

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
+
+from kernels_pallas import Unsupported
+from kernels_pallas.tpu import selective_scan as tpu
 
 from .cases import FAST, close
 
@@ -75,6 +79,51 @@ def test_is_the_definition(backend, chunk_size):
         want, slopes = results(reference, jax.tree.map(np.float64, arrays))
     close(out, want, 2e-6)
     close(gradients, slopes, 2e-5)
+
+
+def on_tpu(monkeypatch, arrays, **interpret):
+    """(values, gradients) by the kernels, in chunks of 4 and blocks of 128 channels."""
+    monkeypatch.setattr(tpu, "CHUNK", 4)
+    params = pltpu.InterpretParams(uninitialized_memory="nan", **interpret)
+    call = lambda d, initial_state, **arrays: tpu.scan(
+        **arrays, state=initial_state, chunk_size=0, settings=tpu.Settings(128, params)
+    )
+    return results(call, arrays)
+
+
+def without_skip(arrays):
+    """The same in float64, d left out as in the kernels."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(np.float64, arrays)
+        return results(lambda d, **arrays: reference(**arrays), wide)
+
+
+def test_tpu_kernels_are_the_definition(monkeypatch):
+    arrays = make(1, 7, 130, 8)  # two chunks, and two blocks of channels, neither full
+    out, gradients = on_tpu(monkeypatch, arrays)
+    want, slopes = without_skip(arrays)
+    close(out, want, 2e-6)
+    close(gradients, slopes, 2e-5)
+
+
+def test_tpu_kernels_have_no_race(monkeypatch, capfd):
+    arrays = make(2, 6, 16, 8)
+    got = on_tpu(monkeypatch, arrays, detect_races=True, num_cores_or_threads=2)
+    close(got, without_skip(arrays), 2e-5)
+    assert "RACE" not in capfd.readouterr().out.upper()
+
+
+@pytest.mark.parametrize(
+    "dtype, state, match",
+    [
+        (jnp.float64, 16, r"dtype float64; allowed: float32, bfloat16, float16"),
+        (jnp.float32, 12, r"state 12; allowed: multiples of 8 up to 128"),
+    ],
+)
+def test_the_kernels_say_what_they_cannot_do(dtype, state, match):
+    with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
+        shape = jax.ShapeDtypeStruct
+        tpu.check(shape((1, 8, 4), dtype), shape((4, state), dtype))
 
 
 def test_without_skip_or_initial_state():
