@@ -167,7 +167,7 @@ def _scratch(q, cache: Cache, plan: Plan, slopes: bool) -> dict:
         q_tile=matrix((MATRIX_ROWS, head_dim), dtype),
         k_ring=matrix((stages, KEYS, head_dim), dtype),
         v_ring=matrix((stages, KEYS, head_dim), dtype),
-        out_tile=plgpu.SMEM((MATRIX_ROWS, head_dim), jnp.float32),
+        out_tile=matrix((MATRIX_ROWS, head_dim), jnp.float32),
         lse_tile=plgpu.SMEM((MATRIX_ROWS,), jnp.float32),
         q_ready=plgpu.Barrier(num_arrivals=2 if slopes else 1),
         k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
