@@ -89,12 +89,12 @@ def all_requests(kind: str) -> type:
     return _joined([getattr(task, kind) for task in TASKS.values()])
 
 
-def read_config(workdir: str) -> Config:
-    """The configuration of the run in `workdir`, to be read on this machine.
+def read_config(workdir: str, flag: str = "--workdir") -> Config:
+    """The configuration of the run in `workdir`, which `flag` named, to be read on this machine.
 
     Attention is chosen anew: the run's own backend may not exist here, or not decode.
     """
-    flagfile = f"--flagfile={flags_path(workdir)}"
+    flagfile = f"--flagfile={flags_path(workdir, flag)}"
     return parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
 
 

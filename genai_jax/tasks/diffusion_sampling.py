@@ -315,7 +315,7 @@ def weaker(workdir: str, task: Any) -> tuple[Any, dict | None]:
     from genai_jax.components import read_config
     from genai_jax.training.restore import restore_model
 
-    config = read_config(workdir)
+    config = read_config(workdir, "--weak")
     if config.run.task != task.config.run.task:
         raise ConfigError(f"--weak={workdir} is a run of --task={config.run.task}")
     other = type(task)(config)

@@ -24,7 +24,7 @@ def smaller_groups(task: Any) -> dict:
     from genai_jax.components import read_config  # it imports the tasks
 
     workdir = task.config.gan.grow_from
-    config = read_config(workdir)
+    config = read_config(workdir, "--gan.grow_from")
     if config.run.task != "gan":
         raise ConfigError(f"--gan.grow_from={workdir} is a run of --task={config.run.task}")
     _check_half(workdir, read_record(workdir).get("data", {}), task.loader)

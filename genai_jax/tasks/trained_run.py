@@ -25,7 +25,7 @@ def read_fitting(workdir: str, flag: str, task: str, loader: Any) -> Config:
     """
     from genai_jax.components import read_config  # it imports the tasks
 
-    config = read_config(workdir)
+    config = read_config(workdir, flag)
     if config.run.task != task:
         raise ConfigError(f"{flag}={workdir} is a run of --task={config.run.task}, not {task}")
     trained_on = read_record(workdir).get("data", {})

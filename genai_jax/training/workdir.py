@@ -59,7 +59,7 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def flags_path(workdir: str | pathlib.Path) -> pathlib.Path:
+def flags_path(workdir: str | pathlib.Path, flag: str = "--workdir") -> pathlib.Path:
     """The file with the flags of an existing run.
 
     Raises:
@@ -67,7 +67,7 @@ def flags_path(workdir: str | pathlib.Path) -> pathlib.Path:
     """
     path = pathlib.Path(workdir) / "flags.txt"
     if not path.exists():
-        raise ConfigError(f"no run in --workdir={workdir}: it has no flags.txt")
+        raise ConfigError(f"no run in {flag}={workdir}: it has no flags.txt")
     return path
 
 

@@ -159,6 +159,22 @@ def test_a_linear_vae_reaches_the_evidence_of_probabilistic_pca():
     bound, evidence = -float(metrics["loss"]), task.evidence()
     assert evidence - 1e-2 < bound < evidence + 1e-3
 
+    def drawn(key):
+        """Log importance weights, as the task takes them."""
+        variables = {"params": state.params["vae"]}
+        features = task.network.apply(variables, batch["x"], None, method="bottom_up")
+        outputs, latents = task.network.apply(
+            variables, features, None, batch=400, method="top_down", rngs={"latents": key}
+        )
+        scale = state.params["likelihood"]["log_scale"]
+        return gaussian_log_density(batch["x"], outputs[..., 0], scale) + log_ratio(latents)
+
+    # The posterior is exact there: every draw weighs about as much as the evidence of its example.
+    weights = jax.jit(jax.vmap(drawn))(jax.random.split(jax.random.key(1), 16))
+    one, many = float(weights.mean()), float(importance_weighted(weights).mean())
+    assert evidence - 2e-2 < one < many < evidence + 2e-2
+    assert float(weights.std(0).mean()) < 0.2
+
 
 @pytest.fixture(scope="module", params=["dense", "ladder"])
 def conditional(request):
