@@ -228,7 +228,7 @@ def test_a_workdir_that_does_not_fit_is_refused(run, tmp_path):
     other = ImageLoader(ImageDataConfig(dataset="shapes"), 0)
     with pytest.raises(ConfigError, match=r"vq was trained on .*\[8, 8, 1\].* has \[32, 32, 3\]"):
         Latents(str(workdir), other)
-    with pytest.raises(ConfigError, match="no run in --diffusion.autoencoder="):
+    with pytest.raises(ConfigError, match=r"no run in --diffusion.autoencoder="):
         Latents(str(tmp_path), task.loader)
     (tmp_path / "flags.txt").write_text("--task=language_model\n")
     with pytest.raises(ConfigError, match="is a run of --task=language_model, not autoencoder"):
