@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from . import choose, chunked, cudnn, device, piece_gradients, reference
-from .choose import Rule
+from .choose import Rule, lazily
 from .device import HOPPER
-from .gpu import flash as gpu_flash
 from .masks import Causal
 from .spec import Operands, Spec
-from .tpu import flash as tpu_flash
 from .validate import prepare
 
 
@@ -30,22 +28,23 @@ class Backend(choose.Backend):
     gradients: Callable = piece_gradients.gradients
 
 
+def _kernel(module: str, platform: str, **chips) -> Backend:
+    """The backend of a module with `attention`, `check` and `gradients`."""
+    check = lazily(module, "check")
+    return Backend(
+        lazily(module, "attention"),
+        (platform,),
+        lambda x, spec, needs_lse: check(x, spec),
+        gradients=lazily(module, "gradients"),
+        **chips,
+    )
+
+
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(reference.attention),
     "xla_chunked": Backend(chunked.attention),
-    "tpu": Backend(
-        tpu_flash.attention,
-        ("tpu",),
-        lambda x, spec, needs_lse: tpu_flash.check(x, spec),
-        gradients=tpu_flash.gradients,
-    ),
-    "gpu": Backend(
-        gpu_flash.attention,
-        ("gpu",),
-        lambda x, spec, needs_lse: gpu_flash.check(x, spec),
-        chips=HOPPER,
-        gradients=gpu_flash.gradients,
-    ),
+    "tpu": _kernel("tpu.flash", "tpu"),
+    "gpu": _kernel("gpu.flash", "gpu", chips=HOPPER),
     "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,23 @@ class Rule:
     backend: str
     reason: str
     when: Callable = lambda *call: True
+
+
+def lazily(module: str, name: str) -> Callable:
+    """The function `name` of a module of this package, imported when it is first called: the
+    languages that kernels are written in take a second to import."""
+
+    def call(*args, **kwargs):
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*args, **kwargs)
+
+    return call
+
+
+def kernels(operation: type, module: str, platform: str, chips=None) -> Backend:
+    """The backend whose functions, named like the fields of `operation`, and whose `check` are in a
+    module of this package."""
+    run = operation(*(lazily(module, name) for name in operation._fields))
+    return Backend(run, (platform,), lazily(module, "check"), chips)
 
 
 def backends(table: Mapping[str, Backend], platform: str | None = None) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Where the caller chooses no chunk: logits of a chunk, or a share of all if that is more. Each chunk
-# reads and writes the gradient of w once, so that many chunks are slow.
+# Where the caller chooses no chunk: logits of a chunk, or a share of all if that is more. Each
+# chunk reads and writes the gradient of w once, so that many chunks are slow.
 CHUNK_LOGITS, MAX_CHUNKS = 2**25, 20
 
 

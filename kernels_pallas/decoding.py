@@ -10,13 +10,12 @@ import numpy as np
 
 from . import decode_blocks
 from .caches import Cache, Int8, PagedCache, RingCache, check_cache, check_lengths
-from .choose import Backend, Rule, choose
-from .gpu import decode as gpu_decode
+from .choose import Backend, Rule, choose, lazily
+from .device import HOPPER
 from .masks import Causal
 from .merge import merge
 from .reach import first_key
 from .spec import Alibi
-from .tpu import decode as tpu_decode
 from .validate import prepare
 
 
@@ -35,8 +34,10 @@ class Call(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(decode_blocks.attention),
-    "tpu": Backend(tpu_decode.attention, ("tpu",), tpu_decode.check),
-    "gpu": Backend(gpu_decode.attention, ("gpu",), gpu_decode.check),
+    "tpu": Backend(lazily("tpu.decode", "attention"), ("tpu",), lazily("tpu.decode", "check")),
+    "gpu": Backend(
+        lazily("gpu.decode", "attention"), ("gpu",), lazily("gpu.decode", "check"), HOPPER
+    ),
 }
 
 AUTO: tuple[Rule, ...] = (

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .choose import Backend, Rule, choose
-from .gpu import grouped_matmul as gpu
+from .choose import Backend, Rule, choose, kernels
+from .device import HOPPER
 from .group_visits import group_visits
-from .tpu import grouped_matmul as tpu
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -178,8 +177,8 @@ def _matmul(a, b, contract: tuple[int, int]):
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(Operation(_xla_product, _xla_outer)),
-    "tpu": Backend(Operation(tpu.product, tpu.outer), ("tpu",), tpu.check),
-    "gpu": Backend(Operation(gpu.product, gpu.outer), ("gpu",), gpu.check),
+    "tpu": kernels(Operation, "tpu.grouped_matmul", "tpu"),
+    "gpu": kernels(Operation, "gpu.grouped_matmul", "gpu", HOPPER),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.

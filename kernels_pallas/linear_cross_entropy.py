@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from . import chunked_cross_entropy
-from .choose import Backend, Rule, choose
+from .choose import Backend, Rule, choose, kernels
 from .chunked_cross_entropy import Spec, Tokens, losses
-from .gpu import linear_cross_entropy as gpu
-from .tpu import linear_cross_entropy as tpu
+from .device import HOPPER
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -145,8 +144,8 @@ def _check(x, w, targets, weights):
 
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(Operation(chunked_cross_entropy.per_token, chunked_cross_entropy.summed)),
-    "tpu": Backend(Operation(tpu.per_token, tpu.summed), ("tpu",), tpu.check),
-    "gpu": Backend(Operation(gpu.per_token, gpu.summed), ("gpu",), gpu.check),
+    "tpu": kernels(Operation, "tpu.linear_cross_entropy", "tpu"),
+    "gpu": kernels(Operation, "gpu.linear_cross_entropy", "gpu", HOPPER),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.

@@ -8,8 +8,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from .choose import Backend, Rule, choose
-from .tpu import selective_scan as tpu
+from .choose import Backend, Rule, choose, lazily
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHUNK = 64  # positions whose states exist at once
@@ -134,7 +133,9 @@ def _check(x, delta, a, b, c, d, initial_state, chunk_size):
 BACKENDS: dict[str, Backend] = {
     "xla": Backend(functools.partial(_chunked, _positions)),
     "xla_parallel": Backend(functools.partial(_chunked, _together)),
-    "tpu": Backend(tpu.scan, ("tpu",), tpu.check),
+    "tpu": Backend(
+        lazily("tpu.selective_scan", "scan"), ("tpu",), lazily("tpu.selective_scan", "check")
+    ),
 }
 
 # The first rule that holds, and whose backend can run the call, decides.

@@ -1,6 +1,8 @@
 """The public call: identities that hold for every backend, its errors, and its choice."""
 
 import importlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from kernels_pallas import (
     explain,
     merge,
 )
+from tests.conftest import ROOT
 
 from .cases import FAST, close, make, run
 
@@ -241,3 +244,10 @@ def test_the_call_is_jittable_and_static_where_it_says():
     arrays, _ = make()
     got = f(**arrays, mask=Causal(), bias=Alibi(np.ones(4, np.float32)))
     close(got, run(arrays, dict(bias=Alibi((1.0,) * 4))), 1e-6)
+
+
+def test_importing_the_package_imports_no_kernel():
+    code = "import kernels_pallas, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "kernels_pallas.attention" in modules.stdout.split()
+    assert "jax.experimental.pallas" not in modules.stdout.split()
