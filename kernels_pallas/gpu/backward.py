@@ -341,25 +341,10 @@ class _Rows:
         if "vectors_ready" in self.refs:
             self._wait("vectors", visit)
         b = self._block(second, visit)
-        weigh = lambda: self._weights(visit, state.s, compare)
         if role.scores:
-            # P in the shadow of dP, unless positions need the registers.
-            known = weigh() if compare or "slopes" in self.refs else None
-            dp_less_delta, (weights, bent, ids) = product(
-                self._own(1),
-                b.transpose((1, 0)),
-                weigh if known is None else lambda: known,
-                onto=-self._vector("delta", visit, s.shape),
-                interpret=interpret,
-            )
-            ds = weights * dp_less_delta
-            if of_slope is not None:
-                of_slope = of_slope - (ds * distance(ids)).sum(axis=1)
-            if bent is not None:
-                ds = ds * (1 - bent * bent)
-            ds = ds.astype(b.dtype)
+            weights, ds, of_slope = self._ds(visit, s, b, of_slope, compare)
         else:
-            weights, *_ = weigh()
+            weights, *_ = self._weights(visit, s, compare)
         self._free_vectors(visit)
         if role.values:
             weights = weights.astype(b.dtype)
@@ -374,6 +359,26 @@ class _Rows:
         elif not is_last:
             self._free(first, visit + 1)
         return _State(of_scores, of_values, of_slope, s)
+
+    def _ds(self, visit, s, b, of_slope, compare: bool):
+        """(P, dS in b's dtype, of_slope with this visit's) of the raw scores s; b is the block that
+        dP is made of."""
+        weigh = lambda: self._weights(visit, s, compare)
+        # P in the shadow of dP, unless positions need the registers.
+        known = weigh() if compare or "slopes" in self.refs else None
+        dp_less_delta, (weights, bent, ids) = product(
+            self._own(1),
+            b.transpose((1, 0)),
+            weigh if known is None else lambda: known,
+            onto=-self._vector("delta", visit, s.shape),
+            interpret=self.plan.interpret,
+        )
+        ds = weights * dp_less_delta
+        if of_slope is not None:
+            of_slope = of_slope - (ds * distance(ids)).sum(axis=1)
+        if bent is not None:
+            ds = ds * (1 - bent * bent)
+        return weights, ds.astype(b.dtype), of_slope
 
     def write(self, state: _State):
         """The sums, over the rows they belong to."""
@@ -417,9 +422,8 @@ class _Rows:
             offset = refs["q_offset"][place.batch]
         columns = block * plan.blocks.columns
         q_start, k_start = (columns, self.start) if keys else (self.start, columns)
-        ids = Ids(
-            positions(shape, int(keys), q_start + offset), positions(shape, 1 - keys, k_start)
-        )
+        q_ids = positions(shape, int(keys), q_start + offset)
+        ids = Ids(q_ids, positions(shape, 1 - keys, k_start))
         if "q_segments" in refs:
             names = ("q_segments", "k_segments")
             ids = Ids(*ids[:2], *(self._vector(name, visit, shape) for name in names))

@@ -96,13 +96,18 @@ def _read(report: str) -> dict:
 
 
 def compile_long() -> dict:
-    """The largest buffer (elements) and the temporary bytes of a long call, both passes."""
+    """The largest buffer (elements), the temporary bytes and the number of transposed copies of a
+    long call, both passes."""
     x = jax.ShapeDtypeStruct((1, LONG_LENGTH, LONG_HEADS, 128), jnp.bfloat16)
     run = lambda q, k, v: loss_and_gradients(Operands(q, k, v), Spec(Causal(), 1.0))
     program = targets.compile_for("h200", run, x, x, x)
     shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
     sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes]
-    return dict(largest=max(sizes), temporary=program.memory_analysis().temp_size_in_bytes)
+    return dict(
+        largest=max(sizes),
+        temporary=program.memory_analysis().temp_size_in_bytes,
+        transposes=len(re.findall(r"\} transpose\(", program.as_text())),
+    )
 
 
 def in_a_process() -> dict:

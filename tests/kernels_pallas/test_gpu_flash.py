@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractMesh, AxisType
 
 from kernels_pallas import Causal, Full, Unsupported, Window, merge, reference
 from kernels_pallas.gpu import flash
@@ -119,8 +120,20 @@ def test_gradients_of_a_part_of_the_keys_add_up():
     close(np.concatenate((one.v, two.v), 1), want["v"], 1e-2)
 
 
-def operands(dtype="bfloat16", head_dim=64, **more):
-    x = jax.ShapeDtypeStruct((1, 256, 2, head_dim), jnp.dtype(dtype))
+def test_a_mesh_splits_batch_and_heads():
+    q, k = operands(heads=4).q, operands(heads=2).q
+    loss = lambda q, k, v: flash.attention(Operands(q, k, v), SPEC)[0].astype(jnp.float32).sum()
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, k)
+    assert [a.shape for a in traced.out_avals] == [q.shape, k.shape, k.shape]
+    text = str(traced)
+    assert text.count("shard_map") == 2
+    assert "bf16[2,256,2,64]" in text and "bf16[2,256,1,64]" in text
+
+
+def operands(dtype="bfloat16", head_dim=64, heads=2, **more):
+    x = jax.ShapeDtypeStruct((4, 256, heads, head_dim), jnp.dtype(dtype))
     return Operands(x, x, x, **more)
 
 
@@ -151,7 +164,7 @@ def test_blocks_beyond_shared_memory_are_refused_before_compilation(which):
 
 @pytest.mark.parametrize("head_dim", flash.HEAD_DIMS)
 def test_blocks_of_no_ones_choice_fit(head_dim):
-    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
     slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
     x = operands(head_dim=head_dim, q_segment_ids=ids, kv_segment_ids=ids, slopes=slopes)
     flash.check(x, SPEC)

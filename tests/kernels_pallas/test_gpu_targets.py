@@ -36,3 +36,4 @@ def test_no_buffer_of_the_square_of_the_length(compiled):
     long = compiled["long"]
     assert long["largest"] <= LONG_HEADS * LONG_LENGTH * 128 < LONG_LENGTH**2
     assert long["temporary"] < LONG_LENGTH**2
+    assert long["transposes"] == 0  # of the swaps to heads-major and back
