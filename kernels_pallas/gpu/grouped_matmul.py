@@ -74,7 +74,14 @@ def product(lhs, rhs, group_sizes, dtype, transposed: bool, settings: Settings =
             at = block * ROWS + me * PART
             first = jnp.maximum(start, at) - at
             rows = jnp.maximum(jnp.minimum(stop - at, PART) - first, 0)
-            _write(refs["out_part"].at[me], sums, refs["out"], at, column, first, rows)
+            part = refs["out_part"].at[me]
+
+            def copy(half):
+                columns = pl.ds(column + half, HALF)
+                out = lambda some: refs["out"].at[pl.ds(at + some.start, some.size), columns]
+                _copy_rows(part, out, first, rows)
+
+            _write(part, sums, copy)
 
         _run(refs, count, operands, finish, right_transposed=transposed)
 
@@ -111,9 +118,13 @@ def outer(lhs, grad, group_sizes, dtype, settings: Settings = DEFAULT):
             return left, refs["grad"].at[depth, pl.ds(column, COLUMNS)]
 
         def finish(me, sums):
-            part, out = refs["out_part"].at[me], refs["out"].at[group]
-            rows = jnp.where(row(me) < height, PART, 0)
-            _write(part, sums, out, jnp.minimum(row(me), height - PART), column, jnp.int32(0), rows)
+            part, rows = refs["out_part"].at[me], pl.ds(row(me), PART)
+
+            def copy(half):
+                out = refs["out"].at[group, rows, pl.ds(column + half, HALF)]
+                pl.when(row(me) < height)(lambda: plgpu.copy_smem_to_gmem(part, out))
+
+            _write(part, sums, copy)
 
         _run(refs, count, operands, finish, left_transposed=True)
 
@@ -159,21 +170,26 @@ def _run(refs: dict, count, operands, finish, **transposed):
         jax.lax.fori_loop(jnp.int32(0), count, step, None)
 
 
-def _write(part, sums, out, at, column, first, rows):
-    """Writes `rows` rows of sums, from `first` on, to `out` from row at + first and `column` on.
-
-    A copy has a fixed number of rows, so that any number is written as its powers of two.
-    """
+def _write(part, sums, copy):
+    """Writes sums, half of the columns at a time: copy(first column) takes them from `part`."""
     for half in range(0, COLUMNS, HALF):
         part[...] = sums[:, half : half + HALF].astype(part.dtype)
         plgpu.commit_smem()
-        done, size = first, PART
-        while size:
-            target = out.at[pl.ds(at + done, size), pl.ds(column + half, HALF)]
-            copy = functools.partial(plgpu.copy_smem_to_gmem, part.at[pl.ds(done, size)], target)
-            pl.when(rows & size != 0)(copy)
-            done, size = done + (rows & size), size // 2
+        copy(half)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_rows(part, out, first, rows):
+    """Copies `rows` rows of part, from `first` on; out(rows) is where they go.
+
+    A copy has a fixed number of rows, so that any number is copied as its powers of two.
+    """
+    done, size = first, PART
+    while size:
+        some = pl.ds(done, size)
+        copy = functools.partial(plgpu.copy_smem_to_gmem, part.at[some], out(some))
+        pl.when(rows & size != 0)(copy)
+        done, size = done + (rows & size), size // 2
 
 
 def _out_part(dtype) -> dict:
