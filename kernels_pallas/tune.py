@@ -53,15 +53,16 @@ class Shape(NamedTuple):
 
 
 def program(shape: Shape, mask: Mask, blocks: Blocks, length: int):
-    """(function, its arguments as shapes): one call of the kernel for HEADS heads."""
+    """(function, its arguments as shapes): one call of the kernel for HEADS heads, heads first, so
+    that nothing is transposed around it."""
     settings = flash.Settings(blocks, blocks)
     spec = Spec(mask, shape.head_dim**-0.5)
-    qkv = jax.ShapeDtypeStruct((1, length, HEADS, shape.head_dim), jnp.dtype(shape.dtype))
+    qkv = jax.ShapeDtypeStruct((1, HEADS, length, shape.head_dim), jnp.dtype(shape.dtype))
     x = Operands(qkv, qkv, qkv)
     if shape.which == "forward":
-        return lambda x: flash.attention(x, spec, settings), (x,)
+        return lambda x: flash.heads_major_attention(x, spec, settings), (x,)
     row = jax.ShapeDtypeStruct((1, HEADS, length), jnp.float32)
-    run = lambda x, dout, lse, delta: flash.gradients(x, spec, dout, lse, delta, settings)
+    run = lambda x, *more: flash.heads_major_gradients(x, spec, settings, *more)
     return run, (x, qkv, row, row)
 
 

@@ -55,7 +55,7 @@ def check(x: Operands, spec: Spec, settings: Settings | None = None):
 
 def attention(x: Operands, spec: Spec, settings: Settings | None = None):
     """(out like x.q, lse float32 [batch, heads, q_length]). x [batch, length, heads, head_dim]."""
-    out, lse = _attention(_heads_major(x), spec, settings or Settings())
+    out, lse = heads_major_attention(_heads_major(x), spec, settings or Settings())
     return jnp.swapaxes(out, 1, 2).astype(x.q.dtype), lse
 
 
@@ -71,7 +71,7 @@ def gradients(
     """
     major = _heads_major(x)
     dout = jnp.swapaxes(dout, 1, 2).astype(major.q.dtype)
-    found = _gradients(major, spec, settings or Settings(), dout, lse, delta)
+    found = heads_major_gradients(major, spec, settings or Settings(), dout, lse, delta)
     public = lambda a: jnp.swapaxes(a, 1, 2).astype(x.q.dtype)
     return found._replace(q=public(found.q), k=public(found.k), v=public(found.v))
 
@@ -89,7 +89,8 @@ def _heads_major(x: Operands) -> Operands:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _attention(x: Operands, spec: Spec, settings: Settings):
+def heads_major_attention(x: Operands, spec: Spec, settings: Settings):
+    """`attention` of arrays [batch, heads, length, head_dim], q_offset [batch]; not float16."""
 
     def run(x):
         return forward(x, _plan(_blocks("forward", x, spec, settings), x, spec, settings))
@@ -98,7 +99,7 @@ def _attention(x: Operands, spec: Spec, settings: Settings):
 
 
 def _forward(x: Operands, spec: Spec, settings: Settings):
-    out, lse = _attention(x, spec, settings)
+    out, lse = heads_major_attention(x, spec, settings)
     return (out, lse), (x, out, lse)
 
 
@@ -107,13 +108,15 @@ def _backward(spec: Spec, settings: Settings, residuals, cotangents):
     dout, dlse = cotangents
     product = out.astype(jnp.float32) * dout.astype(jnp.float32)
     delta = jnp.sum(product, axis=-1) - dlse
-    return (_gradients(x, spec, settings, dout.astype(x.q.dtype), lse, delta),)
+    return (heads_major_gradients(x, spec, settings, dout.astype(x.q.dtype), lse, delta),)
 
 
-_attention.defvjp(_forward, _backward)
+heads_major_attention.defvjp(_forward, _backward)
 
 
-def _gradients(x: Operands, spec: Spec, settings: Settings, dout, lse, delta) -> Operands:
+def heads_major_gradients(
+    x: Operands, spec: Spec, settings: Settings, dout, lse, delta
+) -> Operands:
     """`gradients` of heads-major arrays."""
     run = lambda *arrays: _by_keys(*arrays, spec, settings)
     more = ((QUERY, dout), (ROWS, lse), (ROWS, delta))
