@@ -20,7 +20,7 @@ from .plan import SHARED_MEMORY, Blocks, Plan, shared_memory
 from .schedule import schedule
 
 HEAD_DIMS = (64, 96, 128, 192, 256)  # others are padded with zeros to the next of these
-DTYPES = ("bfloat16", "float16")
+DTYPES = ("bfloat16", "float16")  # the tensor core rounds float32 to 10 bits of mantissa
 QUERY, KEY, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
 
 # Names in the tuning table, whose q are our rows, k our columns, and ahead our stages.
