@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.conftest import FAST_COMPILATION, ROOT
 
 # A model so small that a command's time is its imports.
 TINY = (
@@ -20,7 +20,9 @@ TINY = (
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The tests' environment with so many simulated devices."""
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    flags = f"{FAST_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
+    ours = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    return os.environ | ours
 
 
 def start(module: str, *flags: str, devices: int = 1, **options) -> subprocess.Popen:
