@@ -161,7 +161,13 @@ def _begin(refs):
     for name in ("total", "chosen", "sums"):
         if name in refs:
             refs[name][...] = jnp.zeros_like(refs[name])
-    refs["target"][...] = as_columns(refs["targets"][...])
+    _to_columns(refs["targets"], refs["target"])
+
+
+def _to_columns(row, columns):
+    """A row [1, tokens] as [tokens, LANES], every lane alike; as much at once as registers hold."""
+    for i in range(0, row.shape[1], LANES):
+        columns[i : i + LANES] = as_columns(row[:, i : i + LANES])
 
 
 def _loop_rows(tokens: int, body):
@@ -201,16 +207,17 @@ def _softmax(refs, spec: Spec, rows, first: int, vocab: int):
 
 def _end(refs):
     """Rows of `stats`: lse, the target's logit, the largest logit."""
-    total = jnp.sum(refs["total"][...], axis=1, keepdims=True)
-    chosen = jnp.sum(refs["chosen"][...], axis=1, keepdims=True)
-    top = refs["top"][...]
-    lane = positions(top.shape, 1, 0)
-    stats = jnp.where(lane == 0, top + jnp.log2(total), jnp.where(lane == 1, chosen, top))
-    refs["stats"][...] = (stats / LOG2_E).T[:8]
+    for i in range(0, refs["top"].shape[0], LANES):
+        rows = pl.ds(i, LANES)
+        total = jnp.sum(refs["total"][rows], axis=1, keepdims=True)
+        chosen = jnp.sum(refs["chosen"][rows], axis=1, keepdims=True)
+        top = refs["top"][rows]
+        lane = positions(top.shape, 1, 0)
+        stats = jnp.where(lane == 0, top + jnp.log2(total), jnp.where(lane == 1, chosen, top))
+        refs["stats"][:, rows] = (stats / LOG2_E).T[:8]
+        refs["decay"][rows] = 1 / jnp.broadcast_to(total, top.shape)
     if "mean" in refs:
-        inverse = 1 / jnp.broadcast_to(total, top.shape)
-        refs["decay"][...] = inverse
-        _loop_rows(top.shape[0], lambda rows: _divide(refs, rows))
+        _loop_rows(refs["top"].shape[0], lambda rows: _divide(refs, rows))
 
 
 def _divide(refs, rows):
@@ -243,7 +250,7 @@ def weight_gradient(x, w, targets, lse, grad_lse, grad_chosen, dtype, spec, sett
             refs["sums"][...] = jnp.zeros_like(refs["sums"])
 
         for name in rows:
-            refs[f"{name}_column"][...] = as_columns(refs[name][...])
+            _to_columns(refs[name], refs[f"{name}_column"])
         refs["scores"][...] = jnp.zeros_like(refs["scores"])
         add_product(refs["scores"], refs["x"], refs["w"], (1, 0))
         first = pl.program_id(0) * blocks.vocab
