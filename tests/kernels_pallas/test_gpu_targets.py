@@ -5,8 +5,8 @@ import pytest
 
 from .gpu_targets import CASES, COMPILERS, LONG_HEADS, LONG_LENGTH, in_a_process
 
-# Bytes of a thread that do not fit into its 240 registers, of which the sums take 128 here (12 bytes
-# with jax 0.10.2).
+# Bytes of a thread that do not fit into its 240 registers, of which the sums take 128 here; 12
+# bytes with jax 0.10.2.
 SPILLS = {"head dim 256, flash_attention_backward_keys": 32}
 EVERY = ("forward", "backward_queries")
 TOGETHER, APART = ("backward_keys_and_values",), ("backward_keys", "backward_values")
