@@ -173,10 +173,19 @@ def _run(refs: dict, count, operands, finish, **transposed):
 def _write(part, sums, copy):
     """Writes sums, half of the columns at a time: copy(first column) takes them from `part`."""
     for half in range(0, COLUMNS, HALF):
-        part[...] = sums[:, half : half + HALF].astype(part.dtype)
+        _store(part, sums[:, half : half + HALF].astype(part.dtype))
         plgpu.commit_smem()
         copy(half)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _store(part, value):
+    """part[...] = value. Rows that are copied one by one are not swizzled, so that banks collide;
+    jax 0.12 wants to hear that this is meant, and jax 0.10 has no word for it."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(part, value, optimized=False)
+    else:
+        part[...] = value
 
 
 def _copy_rows(part, out, first, rows):
