@@ -90,7 +90,11 @@ class Predicted:
         known = self._found.setdefault((shape, blocks), [])
         costs = next((c for c in known if c.patterns.keys() >= set(wanted.patterns)), None)
         if costs is None:
-            costs = self.compile(shape, mask, blocks, length)
+            # The shortest length that has these bodies: a backward pass over more keys than VMEM
+            # holds gradients of is several kernels, which the prediction takes for one.
+            enough = lambda n: set(wanted.patterns) <= set(visits(mask, blocks, n, n).patterns)
+            shortest = next((n for n in sorted(LENGTHS) if n < length and enough(n)), length)
+            costs = self.compile(shape, mask, blocks, shortest)
             known.append(costs)
         useful = cycles.useful_flops(shape.which, mask, length, shape.head_dim)
         return cycles.share(shape.which, costs, wanted, blocks, shape.head_dim, useful, self.target)
