@@ -5,6 +5,11 @@ algorithm 3). Where a gradient will be asked for it also keeps the running mean 
 the softmax, as attention keeps that of its values: it is the gradient of lse by x, and that of the
 target's logit is a column of w. So x costs no pass of its own, and `weight_gradient`, which makes
 the logits once more, is the whole backward pass: four matmuls in all, one without gradient.
+
+Predicted from the bundles of a v5e for 16,384 tokens, embed 4,096 and vocabulary 128k: 430 ms
+forward and backward, 83 % of its peak over four matmuls, with 256 MiB of temporary memory. XLA's
+chunks: three matmuls (298 ms at 90 %) and 151 ms of reading and writing; all logits at once: 344 ms
+and over 8 GiB.
 """
 
 from __future__ import annotations

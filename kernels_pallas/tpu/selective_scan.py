@@ -2,8 +2,9 @@
 
 Channels lie along lanes and the state along sublanes. A block of channels runs through the sequence
 a chunk at a time; the state of each chunk's beginning is kept, and the backward pass makes the
-others anew in VMEM, chunk after chunk from the end. XLA writes every state to HBM several times,
-16 times the size of x each for a state of 16.
+others anew in VMEM, chunk after chunk from the end. XLA writes every state to HBM several times.
+Predicted for v5e, batch 8, length 4,096, 2,048 channels, state 16: forward 5.4 ms from the bundles
+(51 a position and 512 channels, 1,379 more a chunk), XLA's parallel scan 156 ms from its bytes.
 """
 
 from __future__ import annotations
