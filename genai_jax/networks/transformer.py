@@ -1,7 +1,6 @@
 """A decoder-only transformer: tokens in, hidden states out."""
 
 import dataclasses
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -107,22 +106,13 @@ PARTITION_RULES = (
 )
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen, each [layers, batch, max_length, kv_heads, head_dim]."""
-
-    key: jax.Array
-    value: jax.Array
+Cache = kernels_pallas.ContiguousCache
 
 
 def make_cache(config: TransformerConfig, batch: int, max_length: int, dtype) -> Cache:
-    shape = (config.num_layers, batch, max_length, config.kv_heads, config.head_width)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def _write(buffer: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes [batch, length, ...] into [batch, max_length, ...] at a start of each row's own."""
-    write_row = lambda row, values, at: jax.lax.dynamic_update_slice_in_dim(row, values, at, 0)
-    return jax.vmap(write_row)(buffer, new.astype(buffer.dtype), start)
+    """An empty cache of every layer: its arrays [layers, batch, kv_heads, max_length, head_dim]."""
+    layer = Cache.empty(batch, max_length, config.kv_heads, config.head_width, dtype)
+    return jax.tree.map(lambda a: jnp.zeros((config.num_layers, *a.shape), a.dtype), layer)
 
 
 class Attention(nn.Module):
@@ -147,27 +137,23 @@ class Attention(nn.Module):
             k = Norm(dtype=self.dtype, name="key_norm")(k)
         if c.positions == "rope":
             q, k = rotary(q, rotate_by), rotary(k, rotate_by)
-        q_offset = 0
-        if cache is not None:
-            q_offset = positions[:, 0]
-            cache = Cache(_write(cache.key, k, q_offset), _write(cache.value, v, q_offset))
-            k, v = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
         mask = kernels_pallas.Causal()
         if c.window is not None:
             mask = mask & kernels_pallas.Window(c.window, 0)
-        out = kernels_pallas.attention(
-            q,
-            k,
-            v,
+        alibi = c.positions == "alibi"
+        shared = dict(
             mask=mask,
-            bias=kernels_pallas.Alibi(alibi_slopes(c.num_heads))
-            if c.positions == "alibi"
-            else None,
-            segment_ids=segment_ids,
+            bias=kernels_pallas.Alibi(alibi_slopes(c.num_heads)) if alibi else None,
             logits_soft_cap=c.attention_soft_cap,
-            q_offset=q_offset,
-            backend=self.backend,
         )
+        if cache is None:
+            out = kernels_pallas.attention(
+                q, k, v, segment_ids=segment_ids, backend=self.backend, **shared
+            )
+        else:
+            lengths = positions[:, 0] + q.shape[1]
+            cache = kernels_pallas.append(cache, k, v, lengths)
+            out = kernels_pallas.decode(q, cache, lengths=lengths, **shared)
         out = checkpoint_name(out, "attention")
         out_scale = 1 / (2 * c.num_layers)
         out = Dense(
@@ -255,7 +241,8 @@ class Transformer(nn.Module):
         Args:
           tokens: [batch, length] integers.
           positions: [batch, length]; counted from 0 if not given.
-          segment_ids: [batch, length]; a token sees only tokens of its own segment.
+          segment_ids: [batch, length]; a token sees only tokens of its own segment. Not for use
+            with a cache, whose rows are one segment each.
           cache: keys and values of earlier tokens; positions[:, 0] says where each row goes on.
         """
         c = self.config
