@@ -48,6 +48,8 @@ BACKENDS: dict[str, Backend] = {
     "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check),
 }
 
+SMALL_SCORES = 2**22  # of one head of one row
+
 # The first rule that holds, and whose backend can run the call, decides.
 AUTO: tuple[Rule, ...] = (
     Rule(
@@ -55,14 +57,16 @@ AUTO: tuple[Rule, ...] = (
         "q_length <= 16: decoding, nothing to cut into blocks",
         lambda x, spec, needs_lse, platform: x.q.shape[1] <= 16,
     ),
-    Rule(
-        "xla",
-        "q_offset is an array and q_length <= 1024: no keys to skip, and the scores are small",
-        lambda x, spec, needs_lse, platform: spec.q_offset is None and x.q.shape[1] <= 1024,
-    ),
     Rule("tpu", "the flash kernel, forward and backward"),
     Rule("cudnn", "cuDNN's kernel, the fastest published for what it can do"),
     Rule("gpu", "the flash kernel for Hopper, forward and backward"),
+    Rule(
+        "xla",
+        "q_offset is an array: no keys to skip, and the scores are small",
+        lambda x, spec, needs_lse, platform: (
+            spec.q_offset is None and x.q.shape[1] * x.k.shape[1] <= SMALL_SCORES
+        ),
+    ),
     Rule(
         "xla_chunked",
         "on cpu blocks of queries are faster and skip what the mask hides",

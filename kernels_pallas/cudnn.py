@@ -7,7 +7,6 @@ import jax
 from .masks import And, Causal, Full, Mask, Window
 from .spec import Operands, Spec, Unsupported
 
-HEAD_DIM_LIMIT = 256  # of Hopper and later
 DTYPES = ("bfloat16", "float16")
 
 
@@ -18,8 +17,12 @@ def check(x: Operands, spec: Spec, needs_lse: bool = False):
         raise Unsupported("cuDNN compiles on a machine with the GPU only")
     if str(x.q.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
-    if head_dim > HEAD_DIM_LIMIT or head_dim % 8:
-        raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
+    capability = compute_capability()
+    if capability < 8:
+        raise Unsupported(f"compute capability {capability}; allowed: 8.0 and later")
+    limit = 256 if capability >= 9 else 128
+    if head_dim > limit or head_dim % 8:
+        raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {limit}")
     if needs_lse:
         raise Unsupported("return_lse; cuDNN's log-sum-exp has no gradient")
     window(spec.mask)
@@ -39,6 +42,11 @@ def check(x: Operands, spec: Spec, needs_lse: bool = False):
     for name, value in features.items():
         if value is not None:
             raise Unsupported(f"{name}; cuDNN is called without")
+
+
+def compute_capability() -> float:
+    """Of the GPU that is here: 8.0 is an A100, 9.0 an H100 or H200."""
+    return float(jax.local_devices()[0].compute_capability)
 
 
 def window(mask: Mask) -> int | None:

@@ -18,11 +18,23 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import and_
 
+import numpy as np
+
 
 def _clip(start: int, stop: int, kv_length: int) -> tuple[int, int]:
     """The part of [start, stop) inside [0, kv_length); start <= stop also when that is empty."""
     start = min(max(start, 0), kv_length)
     return start, min(max(stop, start), kv_length)
+
+
+LARGEST = 2**30  # of a mask's numbers: positions are int32 in the kernels
+
+
+def _check_number(mask: Mask, name: str, lowest: int):
+    """ValueError unless the field is an integer that positions can be compared with."""
+    value = getattr(mask, name)
+    if not isinstance(value, int | np.integer) or not lowest <= value <= LARGEST:
+        raise ValueError(f"{mask}: {name} is {value!r}; allowed: integers {lowest} to 2**30")
 
 
 class Mask:
@@ -99,10 +111,8 @@ class Window(Mask):
     right: int = 0
 
     def __post_init__(self):
-        if self.left < 0 or self.right < 0:
-            raise ValueError(
-                f"Window(left={self.left}, right={self.right}): left and right must be >= 0"
-            )
+        _check_number(self, "left", 0)
+        _check_number(self, "right", 0)
 
     def allowed(self, q_ids, k_ids):
         return (k_ids >= q_ids - self.left) & (k_ids <= q_ids + self.right)
@@ -127,8 +137,7 @@ class Prefix(Mask):
     n: int
 
     def __post_init__(self):
-        if self.n < 0:
-            raise ValueError(f"Prefix(n={self.n}): n must be >= 0")
+        _check_number(self, "n", 0)
 
     def allowed(self, q_ids, k_ids):
         return (k_ids <= q_ids) | (k_ids < self.n)
@@ -152,8 +161,7 @@ class Chunked(Mask):
     n: int
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"Chunked(n={self.n}): n must be >= 1")
+        _check_number(self, "n", 1)
 
     def allowed(self, q_ids, k_ids):
         return q_ids // self.n == k_ids // self.n

@@ -22,7 +22,7 @@ import numpy as np
 from .attention import BACKENDS, resolve
 from .masks import Causal, Full, Mask
 from .merge import merge
-from .scores import accumulator
+from .scores import accumulator, sink_gradient
 from .spec import Operands, Spec
 from .validate import prepare
 
@@ -103,7 +103,7 @@ def ring_attention(
     operands = jax.tree.map(jnp.asarray, operands)
     piece = _query_piece(_key_piece(operands, 0, ORDERS[order]), 0, ORDERS[order])
     name, _ = resolve(backend, piece._replace(sinks=None), spec, needs_lse=True)
-    ring = Ring(axis_name, jax.lax.axis_size(axis_name), order, spec, name)
+    ring = Ring(axis_name, _size(axis_name), order, spec, name)
     out, lse = _ring(operands, ring)
     return (out, lse) if return_lse else out
 
@@ -129,6 +129,15 @@ def _zigzag_order(length: int, size: int) -> np.ndarray:
         )
     parts = np.arange(length).reshape(2 * size, -1)
     return np.stack([parts[:size], parts[size:][::-1]], axis=1).ravel()
+
+
+def _size(axis_name) -> int:
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name is {axis_name!r}; allowed: an axis that a jax.shard_map around makes manual"
+        ) from None
 
 
 def _check(x: Operands, order: str):
@@ -205,10 +214,7 @@ def _backward(ring: Ring, residuals, cotangents):
         dq = dq + added.q
         dslopes = None if dslopes is None else dslopes + added.slopes
         grads = _pass_on((grads[0] + added.k, grads[1] + added.v), ring)
-    dsinks = None
-    if x.sinks is not None:
-        share = jnp.exp(x.sinks.astype(dtype)[:, None] - lse)
-        dsinks = -jnp.sum(share * delta, (0, 2))
+    dsinks = None if x.sinks is None else sink_gradient(x.sinks, lse, delta)
     found = Operands(dq, *grads, slopes=dslopes, sinks=dsinks)
     return (jax.tree.map(lambda a, like: a.astype(like.dtype), found, _differentiable(x)),)
 

@@ -72,6 +72,16 @@ def logits(s, x: Operands, spec: Spec, q_ids, k_ids, *, compare: bool = True):
     return s
 
 
+def sink_gradient(sinks, lse, delta):
+    """The gradient of the sinks [heads], summed over all queries.
+
+    lse, delta [batch, heads, q_length], as in `piece_gradients`, the sink being part of lse. A sink
+    of -inf has no weight in any softmax, and no gradient.
+    """
+    gap = jnp.where(lse == -jnp.inf, -jnp.inf, sinks.astype(lse.dtype)[:, None] - lse)
+    return -jnp.sum(jnp.exp(gap) * delta, axis=(0, 2))
+
+
 def softmax(s, sinks):
     """The softmax over the last axis, its division left to the caller.
 

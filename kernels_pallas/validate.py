@@ -13,7 +13,7 @@ import operator
 import jax.numpy as jnp
 import numpy as np
 
-from .masks import Causal, Mask
+from .masks import LARGEST, Causal, Mask
 from .spec import Alibi, Operands, Spec
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -146,9 +146,13 @@ def _segment_side(name, x, shape):
 def _q_offset(q_offset, batch):
     """(static int, None) or (None, array)."""
     try:
-        return operator.index(q_offset), None
+        offset = operator.index(q_offset)
     except TypeError:  # an array with axes, a float, or a traced value
         x = _array(q_offset)
+    else:
+        if abs(offset) > LARGEST:
+            raise ValueError(f"q_offset is {offset}; allowed: -2**30 to 2**30")
+        return offset, None
     if tuple(x.shape) not in ((), (batch,)) or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
             f"q_offset has shape {tuple(x.shape)}, dtype {x.dtype}; "
@@ -159,6 +163,8 @@ def _q_offset(q_offset, batch):
 
 def _number(name, x):
     if isinstance(x, numbers.Real) or (isinstance(x, np.ndarray) and x.ndim == 0):
+        if math.isnan(x):
+            raise ValueError(f"{name} is nan; allowed: a number")
         return float(x)
     raise ValueError(f"{name} is {x!r}; allowed: a Python number (multiply q for a learned one)")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .. import tuning
 from ..device import device_kind
 from ..partition import DIMENSIONS, over_mesh
+from ..scores import sink_gradient
 from ..spec import Operands, Spec, Unsupported
 from .backward import KEYS, KEYS_AND_VALUES, QUERIES, VALUES, Role, backward
 from .backward import scratch as backward_scratch
@@ -162,7 +163,7 @@ def _backward(spec: Spec, settings: Settings, residuals, cotangents):
     grads = _gradients(x, spec, dout.astype(x.q.dtype), lse, delta, settings)
     dsinks = None
     if x.sinks is not None:
-        dsinks = -jnp.sum(jnp.exp(x.sinks[:, None] - lse) * delta, axis=(0, 2))
+        dsinks = sink_gradient(x.sinks, lse, delta)
     return (grads._replace(sinks=dsinks),)
 
 

@@ -5,7 +5,8 @@ and columns keys in the forward pass and for the gradient of queries, the other 
 gradients of keys and values. What a row block needs of its columns is a range in three parts,
 partial, full, partial; it visits the partial blocks first and the full ones after, so that a kernel
 has two loop bodies, of which the second pays no comparison. Blocks outside the range are never
-loaded. The table has one line a row block; nothing grows with q_length * kv_length.
+loaded. The table has one line a row block; what pairs of blocks are to each other is looked up
+once, on the host.
 """
 
 from __future__ import annotations

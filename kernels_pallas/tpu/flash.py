@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .. import tuning
 from ..device import device_kind
 from ..partition import DIMENSIONS, over_mesh
+from ..scores import sink_gradient
 from ..spec import Operands, Spec, Unsupported
 from .backward import backward
 from .forward import forward
@@ -20,6 +21,7 @@ from .visits import LANES, Blocks, visits
 HEAD_DIM_LIMIT = 256
 QUERY, KEYS, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
 DTYPES = ("float32", "bfloat16", "float16")
+SMEM_BYTES = 768 << 10  # of 1 MiB, for the lists of visits
 UNTUNED = {"forward": Blocks(512, 1024, 256), "backward": Blocks(512, 512, 256)}
 FLOAT32 = Blocks(256, 512, 256)  # a product of these is six of the matrix unit's: a long program
 
@@ -50,7 +52,17 @@ def check(x: Operands, spec: Spec, settings: Settings | None = None):
         raise Unsupported("a bias array; allowed: Alibi(slopes) or none")
     major = jax.eval_shape(_heads_major, x)
     for which in UNTUNED:
-        _blocks(which, major, spec, settings or Settings())
+        _check_visits(which, major, spec, settings or Settings())
+
+
+def _check_visits(which: str, x: Operands, spec: Spec, settings: Settings):
+    """That the blocks fit VMEM, and the list of their visits SMEM."""
+    count = len(_plan(_blocks(which, x, spec, settings), x, spec, settings).visits.flags)
+    if 3 * 4 * count > SMEM_BYTES:
+        raise Unsupported(
+            f"{which} visits {count} blocks at q_length {x.q.shape[2]} and kv_length "
+            f"{x.k.shape[2]}, listed in {12 * count} bytes; allowed: {SMEM_BYTES}"
+        )
 
 
 def attention(x: Operands, spec: Spec, settings: Settings | None = None):
@@ -124,9 +136,7 @@ def heads_major_gradients(
     dq, dk, dv, *dslopes = over_mesh(run, x, more, results)
     dsinks = None
     if x.sinks is not None:
-        # The softmax's weight of the sink; where even that is 0 (a sink of -inf), no gradient.
-        gap = jnp.where(lse == -jnp.inf, -jnp.inf, x.sinks.astype(jnp.float32)[:, None] - lse)
-        dsinks = -jnp.sum(jnp.exp(gap) * delta, axis=(0, 2)).astype(x.sinks.dtype)
+        dsinks = sink_gradient(x.sinks, lse, delta).astype(x.sinks.dtype)
     dslopes = dslopes[0].sum(0).astype(x.slopes.dtype) if dslopes else None
     return Operands(q=dq, k=dk, v=dv, slopes=dslopes, sinks=dsinks)
 

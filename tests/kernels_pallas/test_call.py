@@ -141,6 +141,8 @@ INTS = jnp.zeros((2, 6), int)
         (dict(segment_ids=(INTS * 1.0, INTS)), r"q segment_ids have .* float32; allowed: integers"),
         (dict(segment_ids=(INTS,)), r"segment_ids has 1 entries; allowed: an array or a pair"),
         (dict(q_offset=zeros(3, dtype=int)), r"q_offset has shape \(3,\).*\[batch\]=\[2\]"),
+        (dict(q_offset=2**31), r"q_offset is 2147483648; allowed: -2\*\*30 to 2\*\*30"),
+        (dict(scale=float("nan")), r"scale is nan; allowed: a number"),
         (dict(q_offset=0.5), r"q_offset has shape \(\), dtype float64; allowed: an int or"),
         (dict(scale="big"), r"scale is 'big'; allowed: a Python number"),
         (dict(logits_soft_cap=0), r"logits_soft_cap is 0.0; allowed: None or a finite"),
@@ -165,7 +167,7 @@ def test_auto_on_cpu():
     assert why(64, 64).startswith("xla_chunked on cpu: ")
     assert why(1, 4096).startswith("xla on cpu: q_length <= 16")
     assert why(64, 64, q_offset=np.array([1, 2])).startswith("xla on cpu: q_offset is an array")
-    assert why(4096, 4096, q_offset=np.array([1, 2])).startswith("xla_chunked on cpu")
+    assert why(64, 2**17, q_offset=np.array([1, 2])).startswith("xla_chunked on cpu")
     assert why(64, 64, backend="xla") == "xla on cpu: asked for"
     assert backends() == ("xla", "xla_chunked")
 
@@ -174,6 +176,7 @@ def test_auto_on_cpu():
     "platform, length, call, name",
     [
         ("tpu", 4096, {}, "tpu"),
+        ("tpu", 64, dict(q_offset=np.array([0, 3])), "tpu"),
         ("tpu", 64, dict(bias=jnp.zeros((64, 64))), "xla"),
         ("gpu", 4096, {}, "gpu"),  # cuDNN is not where the GPU is not
         ("gpu", 4096, dict(chip="NVIDIA A100"), "xla_chunked"),
@@ -204,6 +207,11 @@ def reason_of_cudnn(needs_lse=False, **features):
 def test_what_cudnn_is_asked_for(monkeypatch):
     assert "on a machine with the GPU only" in reason_of_cudnn()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 8.0)
+    assert "head_dim 192; allowed: multiples of 8 up to 128" in reason_of_cudnn(head_dim=192)
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 7.5)
+    assert reason_of_cudnn() == "compute capability 7.5; allowed: 8.0 and later"
+    monkeypatch.setattr(cudnn, "compute_capability", lambda: 9.0)
     for features in ({}, dict(mask=Full(), q_length=9), dict(mask=Window(5) & Causal())):
         assert reason_of_cudnn(**features) == ""
     assert cudnn.window(Causal() & Window(7, 3)) == 7 and cudnn.window(Causal()) is None

@@ -58,10 +58,13 @@ def test_masks_join_hash_and_compare():
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: Window(-1), r"Window\(left=-1, right=0\).*>= 0"),
-        (lambda: Window(3, -2), r"Window\(left=3, right=-2\).*>= 0"),
-        (lambda: Prefix(-1), r"Prefix\(n=-1\).*>= 0"),
-        (lambda: Chunked(0), r"Chunked\(n=0\).*>= 1"),
+        (lambda: Window(-1), r"Window\(left=-1, right=0\): left is -1; allowed: integers 0 to"),
+        (lambda: Window(1, 2**31), r"right is 2147483648; allowed: integers 0 to 2\*\*30"),
+        (lambda: Window(None), r"left is None; allowed: integers 0 to 2\*\*30"),
+        (lambda: Chunked(1.5), r"n is 1.5; allowed: integers 1 to 2\*\*30"),
+        (lambda: Window(3, -2), r"right is -2; allowed: integers 0"),
+        (lambda: Prefix(-1), r"Prefix\(n=-1\): n is -1; allowed: integers 0"),
+        (lambda: Chunked(0), r"Chunked\(n=0\): n is 0; allowed: integers 1"),
     ],
 )
 def test_sizes_out_of_range(make, match):

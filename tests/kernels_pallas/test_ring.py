@@ -15,6 +15,7 @@ from kernels_pallas.masks import Shifted
 from kernels_pallas.piece_gradients import gradients
 from kernels_pallas.reference import attention
 from kernels_pallas.ring import Ring, _pair
+from kernels_pallas.scores import sink_gradient
 from kernels_pallas.validate import prepare
 from tests.commands import environment
 from tests.conftest import ROOT
@@ -71,6 +72,12 @@ def test_gradients_of_pieces_add_up_to_those_of_the_whole(monkeypatch):
     got, want = jax.jit(both, compiler_options=FAST)(learned)
     assert all(np.abs(a).max() > 0.01 for a in jax.tree.leaves(want))
     close(got, want, 2e-5)
+
+
+def test_sinks_without_weight_have_no_gradient():
+    lse = jnp.array([[[-np.inf, 2.0], [0.5, 1.0]]])  # the first query sees no key
+    got = sink_gradient(jnp.array([-np.inf, 0.5]), lse, jnp.array([[[0.0, 3.0], [2.0, 4.0]]]))
+    close(got, np.array([0, -2 - 4 * np.exp(-0.5)]), 1e-6)
 
 
 MASKS = (Full(), Causal(), Window(5, 2), Prefix(9), Chunked(6), Prefix(7) & Chunked(8))
@@ -137,16 +144,17 @@ def test_zigzag_and_back():
         (dict(q=jnp.zeros((1, 6, 2, 8))), r"q_length 6 and kv_length 5 a device; must be equal"),
         (dict(order="zigzag"), r"length 5 a device in zigzag order; allowed: an even one"),
         (dict(bias=jnp.zeros((5, 5))), r"a bias array; allowed in ring attention: Alibi"),
+        (dict(axis_name="rings"), r"axis_name is 'rings'; allowed: an axis that a jax.shard_map"),
         (dict(backend="tpu"), r"backend 'tpu' is not available on cpu"),
     ],
 )
 def test_errors(change, match):
     array = jnp.zeros((1, 5, 2, 8))
-    call = dict(q=array, k=array, v=array) | change
+    call = dict(q=array, k=array, v=array, axis_name="ring") | change
     mesh = jax.make_mesh((1,), ("ring",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(
         lambda q, k, v: ring_attention(
-            q, k, v, axis_name="ring", **{n: a for n, a in call.items() if n not in "qkv"}
+            q, k, v, **{n: a for n, a in call.items() if n not in "qkv"}
         ),
         mesh=mesh,
         in_specs=PartitionSpec(),

@@ -220,6 +220,18 @@ def test_what_cannot_run_is_one_line(call, settings, match):
     assert "\n" not in str(error.value)
 
 
+def test_a_list_of_visits_beyond_scalar_memory_is_refused():
+    x, spec = shapes()
+    long = x._replace(q=jax.ShapeDtypeStruct((1, 2**15, 8, 128), jnp.bfloat16))
+    long = long._replace(k=long.q, v=long.q)
+    small = Blocks(128, 128, 128)
+    match = "forward visits 32896 blocks .* listed in 394752 bytes; allowed: 100000"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Unsupported, match=match):
+        patch.setattr(flash, "SMEM_BYTES", 100_000)
+        flash.check(long, spec, flash.Settings(forward=small, backward=small))
+    flash.check(long, spec)
+
+
 @pytest.mark.parametrize("dtype", flash.DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_blocks_of_no_one_s_choice_fit_the_smallest_vmem(dtype, head_dim):
