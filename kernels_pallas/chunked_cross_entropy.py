@@ -61,7 +61,7 @@ def per_token_backward(spec, residuals, grads: Tokens):
         x, targets, lse, grad_lse, grad_chosen = chunk
         logits = _logits(x, w, spec)
         x_grad, more = _gradients(x, w, targets, logits, lse, grad_lse, grad_chosen, spec)
-        return w_grad + more, x_grad
+        return w_grad + more, x_grad.astype(x.dtype)
 
     start = jnp.zeros(w.shape, _sum_dtype(x.dtype))
     chunks = tuple(map(split, (x, targets, lse, grads.lse, grads.chosen)))
@@ -104,12 +104,14 @@ def summed_forward(x, w, targets, weights, spec):
     dtype = _sum_dtype(x.dtype)
     start = (jnp.zeros(4, dtype), jnp.zeros(w.shape, dtype))
     (sums, w_grad), x_grad = jax.lax.scan(step, start, tuple(map(split, (x, targets, weights))))
-    return sums, (join(x_grad), w_grad.astype(w.dtype))
+    # Rounded once they are scaled: a half may hold the gradient of the mean, but not of the sum.
+    return sums, (join(x_grad), w_grad, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
 def summed_backward(spec, residuals, grad):
-    scaled = lambda a: (a * grad[0]).astype(a.dtype)
-    return *map(scaled, residuals), None, None
+    x_grad, w_grad, like_x, like_w = residuals
+    scaled = lambda a, like: (a * grad[0]).astype(like.dtype)
+    return scaled(x_grad, like_x), scaled(w_grad, like_w), None, None
 
 
 summed.defvjp(summed_forward, summed_backward)
@@ -118,6 +120,11 @@ summed.defvjp(summed_forward, summed_backward)
 def known(targets, vocab: int):
     """Which targets are in the vocabulary; the others are ignored."""
     return (targets >= 0) & (targets < vocab)
+
+
+def indices(targets, vocab: int):
+    """The targets in int32, those that are ignored as -1."""
+    return jnp.where(known(targets, vocab), targets.astype(jnp.int32), -1)
 
 
 def losses(tokens: Tokens, targets, vocab: int, z_loss: float):
@@ -171,14 +178,14 @@ def _tokens(x, w, targets, spec: Spec):
 
 
 def _gradients(x, w, targets, logits, lse, grad_lse, grad_chosen, spec: Spec):
-    """(gradient of x in its dtype, of w in float32), given those of lse and the target's logit."""
+    """Gradients of x and w in float32, given those of lse and the target's logit."""
     probabilities = jnp.exp(logits - lse[..., None])
     is_target = jnp.arange(w.shape[1]) == targets[..., None]
     grad = grad_lse[..., None] * probabilities + jnp.where(is_target, grad_chosen[..., None], 0)
     if spec.logits_soft_cap:
         grad = grad * (1 - jnp.square(logits / spec.logits_soft_cap))
     grad = grad.astype(x.dtype)
-    x_grad = _einsum("...v,ev->...e", grad, w.astype(x.dtype)).astype(x.dtype)
+    x_grad = _einsum("...v,ev->...e", grad, w.astype(x.dtype))
     return x_grad, _einsum("rle,rlv->ev", x, grad)
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import chunked_cross_entropy as chunked
 from ..choose import check_not_split
-from ..chunked_cross_entropy import Spec, Tokens, weighted_sums
+from ..chunked_cross_entropy import Spec, Tokens, indices, weighted_sums
 from ..spec import Unsupported
 from . import stream
 from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, pad_length
@@ -77,7 +77,7 @@ def forward(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
     """Tokens, [tokens]. x [tokens, embed], w [embed, vocab] of the same dtype, targets [tokens]."""
     tokens, vocab = x.shape[0], w.shape[1]
     x, w = pad_length(x, 0, ROWS), pad_length(w, 1, COLUMNS)
-    targets = pad_length(targets.astype(jnp.int32), 0, ROWS, -1)
+    targets = pad_length(indices(targets, vocab), 0, ROWS, -1)
     blocks = w.shape[1] // COLUMNS
     span = min(settings.span, blocks)
     spans = pl.cdiv(blocks, span)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..choose import check_not_split
-from ..chunked_cross_entropy import Spec, Tokens, known, weighted_sums
+from ..chunked_cross_entropy import Spec, Tokens, indices, known, weighted_sums
 from ..spec import Unsupported
 from .layout import pad_length, vmem_capacity
 from .products import add_product
@@ -63,7 +63,7 @@ def check(x, w, spec: Spec):
 def per_token(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
     """What `Tokens` says, [rows, length]. x [rows, length, embed], w [embed, vocab]."""
     flat = x.reshape(-1, x.shape[-1]).astype(_widened(x.dtype))
-    tokens = _per_token(flat, w, targets.reshape(-1).astype(jnp.int32), spec, settings)
+    tokens = _per_token(flat, w, indices(targets.reshape(-1), w.shape[1]), spec, settings)
     return jax.tree.map(lambda a: a.reshape(targets.shape), tokens)
 
 

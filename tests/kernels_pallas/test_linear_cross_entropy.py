@@ -89,6 +89,20 @@ def test_sums_are_those_of_the_tokens(options, chunk_size):
     close(got, want, 5e-6)
 
 
+def test_gradients_are_rounded_after_they_are_scaled():
+    """Those of a weighted sum are beyond float16; those of the mean that is asked for are not."""
+    x, w, targets, _ = make((1,), 40, 8, 17)
+    x, w = np.float16(10 * x), np.float16(10 * w)
+    weights = np.full(targets.shape, 1e4)
+    total = lambda x, w: linear_cross_entropy(x, w, targets, weights=weights).loss
+    got = jax.grad(lambda x, w: total(x, w) / weights.sum(), (0, 1))(x, w)
+    assert {a.dtype for a in got} == {jnp.dtype("float16")}
+    with jax.enable_x64(True):
+        mean = lambda x, w: jnp.sum(reference(x, w, targets).loss) / weights.size
+        want = jax.jit(jax.grad(mean, (0, 1)))(np.float64(x), np.float64(w))
+    close(got, want, 2e-3)
+
+
 def on_tpu(interpret, blocks):
     settings = tpu.Settings(blocks, blocks, interpret)
 
@@ -109,6 +123,14 @@ def test_tpu_kernels_are_the_definition(vocab, options):
     want, slopes = exact(*arguments, **options)
     close(out, want, 2e-6)
     close(gradients, slopes, 2e-5)
+
+
+def test_tpu_kernels_ignore_targets_in_the_last_block_beyond_the_vocabulary():
+    x, w, targets, weights = make((1,), 20, 8, 130)
+    targets[0, ::2] = 130 + np.arange(10)
+    call = on_tpu(pltpu.InterpretParams(uninitialized_memory="nan"), tpu.Blocks(128, 128))
+    got = results(call, x, w, targets, weights, logits_soft_cap=3.0)
+    close(got, exact(x, w, targets, weights, logits_soft_cap=3.0), 2e-5)
 
 
 def test_tpu_kernels_have_no_race(capfd):
