@@ -168,8 +168,10 @@ def _forward(x: Operands, ring: Ring):
     for step in range(ring.size):
         here = x._replace(k=moving[0], v=moving[1], kv_segment_ids=moving[2], sinks=None)
         if step < ring.size - 1:
-            moving = _pass_on(moving, ring)  # before the attention, so that both go on at once
-        seen = _see(here, seen, ring, step)
+            moving = _pass_on(moving, ring)
+        # A piece is passed on while the one before is attended to, and not sooner: else the
+        # compiler passes all of them on first.
+        seen, moving = jax.lax.optimization_barrier((_see(here, seen, ring, step), moving))
     out, lse = seen
     out = out.astype(x.q.dtype)
     return (out, lse), (x, out, lse)
@@ -211,6 +213,7 @@ def _backward(ring: Ring, residuals, cotangents):
         if step < ring.size - 1:
             keys = _pass_on(keys, ring)
         added = _pull(here, dout, lse, delta, ring, step)
+        added, keys = jax.lax.optimization_barrier((added, keys))
         dq = dq + added.q
         dslopes = None if dslopes is None else dslopes + added.slopes
         grads = _pass_on((grads[0] + added.k, grads[1] + added.v), ring)

@@ -1,6 +1,8 @@
 """Ring attention is attention; its pieces' gradients; its order; its errors."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -22,6 +24,8 @@ from tests.conftest import ROOT
 
 from .cases import FAST, close, make
 
+COMPILERS = pathlib.Path(sys.prefix) / "targets"
+
 
 def test_eight_devices_are_one():
     result = subprocess.run(
@@ -33,6 +37,26 @@ def test_eight_devices_are_one():
     assert len(report) == 4
     for name, facts in report.items():
         assert facts["values"] < 2e-6 and facts["gradients"] < 2e-5, (name, facts)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_pieces_travel_while_others_are_attended_to(order):
+    """In the program that is compiled for four TPUs."""
+    if not (COMPILERS / "libtpu").is_dir():
+        pytest.skip(f"no TPU compiler in {COMPILERS}: `make targets`")
+    path = os.pathsep.join((str(ROOT), str(COMPILERS)))
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kernels_pallas" / "ring_targets.py"), order],
+        env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    events = json.loads(result.stdout.splitlines()[-1])
+    names = [name for name, *_ in events]
+    computing = [kind in ("custom-call", "conditional") for _, kind, _ in events]
+    travels = [(names.index(source), at) for at, (_, kind, source) in enumerate(events)
+               if kind == "collective-permute-done"]  # fmt: skip
+    assert len(travels) == 6  # of keys and of values, three times
+    assert all(any(computing[start:stop]) for start, stop in travels), events
 
 
 def test_gradients_of_pieces_add_up_to_those_of_the_whole(monkeypatch):
