@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Operation(NamedTuple):
-    """What a backend offers.
+    """What a backend offers; group_sizes are int32 [groups].
 
     product(lhs [tokens, in], rhs [groups, in, out], group_sizes, dtype, transposed): [tokens, out];
     transposed: rhs is [groups, out, in].
@@ -55,7 +55,7 @@ def grouped_matmul(
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     _check(lhs, rhs, group_sizes, dtype)
     name, _ = choose(backend, BACKENDS, AUTO, lhs, rhs, group_sizes)
-    return _grouped(lhs, rhs, group_sizes, dtype, name)
+    return _grouped(lhs, rhs, group_sizes.astype(jnp.int32), dtype, name)
 
 
 def explain(lhs, rhs, group_sizes, *, preferred_element_type=None, backend="auto") -> str:

@@ -28,16 +28,16 @@ def selective_scan(
     chunk_size  positions whose states exist at once, for the two backends of XLA
     backend  "auto", "xla" (a loop over positions), "xla_parallel" (a chunk's at once) or "tpu"
 
-    Returns (y like x, the last state [batch, channels, state] in float32): a sequence may come in
-    pieces. Differentiable in all arrays; the backward pass keeps the state of each chunk's
-    beginning and makes the others anew: memory is length / chunk_size + chunk_size states. What
-    does not fit is a ValueError of one line.
+    Returns (y like x, the last state [batch, channels, state]): a sequence may come in pieces.
+    States are float32, or float64 where any array is. Differentiable in all arrays; the backward
+    pass keeps the state of each chunk's beginning and makes the others anew: memory is
+    length / chunk_size + chunk_size states. What does not fit is a ValueError of one line.
     """
     arrays = dict(x=x, delta=delta, a=a, b=b, c=c, d=d, initial_state=initial_state)
     arrays = {name: None if v is None else jnp.asarray(v) for name, v in arrays.items()}
     _check(**arrays, chunk_size=chunk_size)
-    name, _ = choose(backend, BACKENDS, AUTO, arrays["x"], arrays["a"])
-    x, delta, a, b, c, d, state = map(_wide, arrays.values())
+    x, delta, a, b, c, d, state = _widened(arrays.values())
+    name, _ = choose(backend, BACKENDS, AUTO, x, a)
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), x.dtype)
     y, state = BACKENDS[name].run(x, delta, a, b, c, state, int(chunk_size))
@@ -97,8 +97,10 @@ def _chunked(inside, x, delta, a, b, c, state, chunk_size):
     return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :length], state
 
 
-def _wide(v):
-    return None if v is None else v.astype(jnp.promote_types(v.dtype, jnp.float32))
+def _widened(arrays):
+    """All in the dtype that holds the values of each: float32, or float64 where one is."""
+    dtype = jnp.result_type(jnp.float32, *(v.dtype for v in arrays if v is not None))
+    return [None if v is None else v.astype(dtype) for v in arrays]
 
 
 def _check(x, delta, a, b, c, d, initial_state, chunk_size):

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..choose import check_not_split
 from ..spec import Unsupported
-from .layout import pad_length, vmem_capacity
+from .layout import pad_length, vmem_limit
 from .tile import LANES, across, lane_sums, matmul
 
 CHUNK = 128  # positions: those of b and c fill the lanes of a block
@@ -27,7 +27,7 @@ STATE_LIMIT = 128
 
 
 class Settings(NamedTuple):
-    """channels: of a block, a multiple of 128. interpret: as in `pallas_call`."""
+    """channels: of a block at most, a multiple of 128. interpret: as in `pallas_call`."""
 
     channels: int = 512
     interpret: object = False
@@ -42,6 +42,7 @@ def check(x, a):
         raise Unsupported("dtype float64; allowed: float32, bfloat16, float16")
     if a.shape[1] > STATE_LIMIT or a.shape[1] % 8:
         raise Unsupported(f"state {a.shape[1]}; allowed: multiples of 8 up to {STATE_LIMIT}")
+    _width(LANES, a.shape[1], LANES)
     check_not_split()
 
 
@@ -180,18 +181,30 @@ def _widen(columns, wide):
         wide[t] = jnp.broadcast_to(columns[0, :, t : t + 1], wide.shape[1:])
 
 
+def _width(channels: int, state: int, limit: int) -> int:
+    """Channels of a block: the most up to `limit` that divide `channels` and whose states fit.
+    Unsupported(reason) if none do."""
+    for width in range(min(limit, channels), 0, -LANES):
+        if channels % width == 0 and _backward_bytes(width, state) <= vmem_limit():
+            return width
+    raise Unsupported(f"state {state}: more than VMEM holds a chunk of, {vmem_limit() >> 20} MiB")
+
+
+def _backward_bytes(width: int, state: int) -> int:
+    """VMEM of the backward kernel, which takes more than the forward one: two buffers of five
+    arrays of a chunk's rows, and of five of one state; a chunk's states; b and c and the sums of
+    their gradients across lanes; half a MiB for the rest."""
+    rows, states = 10 * CHUNK * width, (10 + CHUNK + 2) * state * width
+    return 4 * (rows + states + 4 * CHUNK * state * LANES) + (1 << 19)
+
+
 class _Specs:
     """The blocks of both kernels, by kind, on the grid (batch, blocks of channels, chunks)."""
 
     def __init__(self, x, a, settings: Settings, reverse: bool = False):
         self.batch, self.length, self.channels = x.shape
         self.height = a.shape[0]
-        blocks = pl.cdiv(self.channels, settings.channels)
-        self.width = (
-            next(w for w in range(settings.channels, 0, -LANES) if self.channels % w == 0)
-            if blocks > 1
-            else self.channels
-        )
+        self.width = _width(self.channels, self.height, settings.channels)
         self.interpret = settings.interpret
         self.chunks = self.length // CHUNK
         self.at = (lambda k: self.chunks - 1 - k) if reverse else (lambda k: k)
@@ -242,7 +255,7 @@ class _Specs:
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=vmem_capacity() * 3 // 4,
+                vmem_limit_bytes=vmem_limit(),
             ),
             interpret=self.interpret,
             name=name,

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 from kernels_pallas import Unsupported
+from kernels_pallas.choose import Backend
 from kernels_pallas.gpu import grouped_matmul as gpu
 from kernels_pallas.group_visits import group_visits
 from kernels_pallas.tpu import grouped_matmul as tpu
@@ -106,6 +107,7 @@ def test_tpu_kernels_have_no_race(capfd):
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 def test_gpu_kernels_are_the_definition():
     """And have no race: the interpreter raises on one."""
@@ -129,6 +131,19 @@ def test_gradient_of_the_reference_is_its_slope():
 def test_one_group_is_a_matmul():
     lhs, rhs, _ = make((0,))
     close(grouped_matmul(lhs, rhs, np.array([53])), lhs @ rhs[0], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])
+def test_backends_count_in_int32(monkeypatch, dtype):
+    """What is below 0 without a sign is large: the rows left by sizes that sum to too many."""
+    lhs, rhs, sizes = make((50, 0, 10))
+    xla, seen = module.BACKENDS["xla"].run, []
+    noted = lambda f: lambda *a: (seen.append(a[2].dtype), f(*a))[1]
+    backend = Backend(module.Operation(noted(xla.product), noted(xla.outer)))
+    monkeypatch.setitem(module.BACKENDS, "xla", backend)
+    got = results(grouped_matmul, lhs, rhs, sizes.astype(dtype))
+    assert seen == [jnp.int32] * 3
+    close(got, results(grouped_matmul, lhs, rhs, sizes), 1e-6)
 
 
 def test_permuting_the_rows_of_a_group_permutes_its_results():

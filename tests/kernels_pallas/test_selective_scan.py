@@ -81,6 +81,15 @@ def test_is_the_definition(backend, chunk_size):
     close(gradients, slopes, 2e-5)
 
 
+def test_one_wide_array_widens_the_sums():
+    with jax.enable_x64(True):
+        arrays = make() | dict(delta=np.float64(make()["delta"]))
+        for backend in BACKENDS:
+            y, state = selective_scan(**arrays, backend=backend)
+            assert y.dtype == jnp.float32 and state.dtype == jnp.float64
+            close(state, loop(**jax.tree.map(np.float64, arrays))[1], 1e-12)
+
+
 def on_tpu(monkeypatch, arrays, **interpret):
     """(values, gradients) by the kernels, in chunks of 4 and blocks of 128 channels."""
     monkeypatch.setattr(tpu, "CHUNK", 4)
@@ -124,6 +133,20 @@ def test_the_kernels_say_what_they_cannot_do(dtype, state, match):
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         shape = jax.ShapeDtypeStruct
         tpu.check(shape((1, 8, 4), dtype), shape((4, state), dtype))
+
+
+@pytest.mark.parametrize("mib, widths", [(16, (512, 128, None)), (64, (512, 512, 128))])
+def test_blocks_are_as_wide_as_fast_memory_allows(monkeypatch, mib, widths):
+    monkeypatch.setattr(tpu, "vmem_limit", lambda: mib * 3 // 4 << 20)
+    shape = jax.ShapeDtypeStruct
+    for state, width in zip((16, 32, 128), widths, strict=True):
+        x, a = shape((1, 128, 1024), jnp.float32), shape((state, 1024), jnp.float32)
+        if width:
+            tpu.check(x, shape((1024, state), jnp.float32))
+            assert tpu._Specs(x, a, tpu.DEFAULT).width == width
+        else:
+            with pytest.raises(Unsupported, match=r"state 128: more than VMEM .*, 12 MiB"):
+                tpu.check(x, shape((1024, state), jnp.float32))
 
 
 def test_without_skip_or_initial_state():
