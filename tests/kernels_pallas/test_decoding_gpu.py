@@ -29,7 +29,7 @@ SMALL = dict(capacity=192, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
     "kind, features",
     [
         ("contiguous", dict(mask=Window(70), q_length=2, sinks=True, logits_soft_cap=2.0)),
-        ("paged", dict(page_size=16, alibi=True, q_length=1)),
+        pytest.param("paged", dict(page_size=16, alibi=True, q_length=1), marks=pytest.mark.smoke),
         ("ring", dict(mask=Window(100), ring=128, q_length=3)),
     ],
 )

@@ -144,7 +144,9 @@ def test_tpu_kernels_have_no_race(capfd):
 
 
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
-@pytest.mark.parametrize("options", ["plain", "z-loss, soft cap"])
+@pytest.mark.parametrize(
+    "options", ["plain", pytest.param("z-loss, soft cap", marks=pytest.mark.smoke)]
+)
 def test_gpu_kernel_is_the_definition(options):
     """And has no race: the interpreter raises on one."""
     x, w, targets, _ = make((), 200, 64, 450)
