@@ -63,10 +63,11 @@ def scan(x, delta, a, b, c, state, chunk_size, settings: Settings = DEFAULT):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _scan(x, delta, a, b, c, state, settings):
-    return _forward(x, delta, a, b, c, state, settings)[0]
+    return forward(x, delta, a, b, c, state, settings)[0]
 
 
-def _forward(x, delta, a, b, c, state, settings):
+def forward(x, delta, a, b, c, state, settings):
+    """((y, last state), what `backward` needs: the arguments, and each chunk's first state)."""
     specs = _Specs(x, a, settings)
 
     def kernel(x, delta, a, b, c, first, y, last, begin, state, b_wide, c_wide):
@@ -104,7 +105,8 @@ def _forward(x, delta, a, b, c, state, settings):
     return (y, last), (x, delta, a, b, c, begins)
 
 
-def _backward(settings, residuals, grads):
+def backward(settings, residuals, grads):
+    """The gradients by all of `forward`'s arrays, given those of y and of the last state."""
     x, delta, a, b, c, begins = residuals
     y_grad, last_grad = grads
     specs = _Specs(x, a, settings, reverse=True)
@@ -172,7 +174,7 @@ def _backward(settings, residuals, grads):
     return x_grad, delta_grad, a_grad.sum(0), summed(b_grad), summed(c_grad), first_grad
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(forward, backward)
 
 
 def _widen(columns, wide):
