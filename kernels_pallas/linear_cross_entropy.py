@@ -70,7 +70,8 @@ def linear_cross_entropy(
     name, _ = choose(backend, BACKENDS, AUTO, x, w, spec)
     shape = targets.shape
     x = x.reshape(-1, *x.shape[-2:])
-    targets = targets.reshape(x.shape[:2])
+    # Wide enough for any vocabulary to be compared with.
+    targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32)).reshape(x.shape[:2])
     weights = None if weights is None else weights.reshape(x.shape[:2]).astype(_stats(x.dtype))
     run = BACKENDS[name].run
     if weights is None:

@@ -214,6 +214,13 @@ def test_targets_outside_the_vocabulary_are_ignored():
     assert not gradient[outside].any() and gradient[~outside].all()
 
 
+def test_targets_narrower_than_the_vocabulary():
+    x, w, targets, _ = make((), 11, 8, 300)
+    targets %= 128
+    wide = linear_cross_entropy(x, w, targets).loss
+    assert wide.all() and (linear_cross_entropy(x, w, targets.astype(np.int8)).loss == wide).all()
+
+
 def test_bfloat16_is_as_good_as_xla():
     """Whose logits come out of a bfloat16 matmul, as those of a dense layer do."""
     x, w, targets, weights = make((), 64, 128, 200)
