@@ -7,10 +7,8 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +17,9 @@ from kernels_pallas import Causal, Window, bundles, targets
 from kernels_pallas.caches import ContiguousCache, Int8, PagedCache, RingCache
 from kernels_pallas.decoding import decode
 
+from .target_process import record, report_of
+
 BUDGETS = pathlib.Path(__file__).parent / "decode_bundles.json"
-COMPILERS = pathlib.Path(sys.prefix) / "targets"
-VERSION = f"jax {version('jax')}"
 BATCH, LENGTH, KV_HEADS, GROUPS, HEAD_DIM, PAGE = 4, 32768, 8, 8, 128, 128
 WINDOW = 4096
 TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
@@ -97,26 +95,9 @@ def compile_gpu(folder: pathlib.Path) -> dict:
     return found
 
 
-def in_a_process() -> dict:
-    """What `main` prints, from a process that has the compilers on its path."""
-    path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "tests.kernels_pallas.decode_targets"]
-    with tempfile.TemporaryDirectory() as folder:
-        dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder, PYTHONPATH=path)
-        done = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def budgets() -> dict:
-    """{version: {case: bundles}}."""
-    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-
-
 def main() -> None:
     if "--record" in sys.argv:
-        recorded = budgets() | {VERSION: in_a_process()["tpu"]}
-        BUDGETS.write_text(json.dumps(recorded, sort_keys=True).replace("}, ", "},\n") + "\n")
+        record(BUDGETS, report_of("decode_targets")["tpu"])
         return
     with tempfile.TemporaryDirectory() as folder:
         targets.prepare_environment(bundles.FLAGS.format(folder=folder))

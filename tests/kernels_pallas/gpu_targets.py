@@ -4,9 +4,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +13,6 @@ from kernels_pallas import Causal, Full, Prefix, Window, targets
 from kernels_pallas.gpu import flash
 from kernels_pallas.spec import Operands, Spec
 
-COMPILERS = pathlib.Path(sys.prefix) / "targets"
 LENGTH, HEADS, KV_HEADS = 1000, 4, 2
 LONG_LENGTH, LONG_HEADS = 32768, 16
 CAUSAL = Causal()
@@ -108,19 +104,6 @@ def compile_long() -> dict:
         temporary=program.memory_analysis().temp_size_in_bytes,
         transposes=len(re.findall(r"\} transpose\(", program.as_text())),
     )
-
-
-def in_a_process() -> dict:
-    """What `main` prints, from a process that has the compilers on its path."""
-    path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "tests.kernels_pallas.gpu_targets"]
-    with tempfile.TemporaryDirectory() as folder:
-        dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
-        done = subprocess.run(
-            command, env=os.environ | dump | {"PYTHONPATH": path}, capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -3,18 +3,17 @@ instructions than they took."""
 
 import pytest
 
-from .decode_targets import CASES, COMPILERS, TPUS, VERSION, budgets, in_a_process
+from .decode_targets import BUDGETS, CASES, TPUS
+from .target_process import budgets, check_bundles, need, report_of
 
-GROWTH = 1.03
 SMALL = 16 << 20  # bytes; the keys of a contiguous cache are 256 MiB
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    for package in ("libtpu", "jax_plugins"):
-        if not (COMPILERS / package).is_dir():
-            pytest.skip(f"no {package} in {COMPILERS}: `make targets`")
-    return in_a_process()
+    need("libtpu")
+    need("jax_cuda13_plugin")
+    return report_of("decode_targets")
 
 
 @pytest.mark.smoke
@@ -23,15 +22,7 @@ def test_tpu(compiled, name):
     got = compiled["tpu"][name]
     assert got["spills"] == 0
     assert got["temporary"] < SMALL
-    recorded = budgets().get(VERSION)
-    if recorded is None:
-        pytest.skip(
-            f"no budgets for {VERSION}: python -m tests.kernels_pallas.decode_targets --record"
-        )
-    assert got["always"] <= GROWTH * recorded[name]["always"]
-    assert len(got["bodies"]) == len(recorded[name]["bodies"])
-    for bundles, budget in zip(got["bodies"], recorded[name]["bodies"], strict=True):
-        assert bundles <= GROWTH * budget
+    check_bundles(got, budgets(BUDGETS)[name])
 
 
 @pytest.mark.smoke

@@ -3,7 +3,8 @@ memory that grows with the square of the length."""
 
 import pytest
 
-from .gpu_targets import CASES, COMPILERS, LONG_HEADS, LONG_LENGTH, in_a_process
+from .gpu_targets import CASES, LONG_HEADS, LONG_LENGTH
+from .target_process import need, report_of
 
 # Bytes of a thread that do not fit into its 240 registers, of which the sums take 128 here; 12
 # bytes with jax 0.10.2.
@@ -14,9 +15,8 @@ TOGETHER, APART = ("backward_keys_and_values",), ("backward_keys", "backward_val
 
 @pytest.fixture(scope="module")
 def compiled():
-    if not (COMPILERS / "jax_plugins").is_dir():
-        pytest.skip(f"no CUDA compiler in {COMPILERS}: `make targets`")
-    return in_a_process()
+    need("jax_cuda13_plugin")
+    return report_of("gpu_targets")
 
 
 @pytest.mark.smoke

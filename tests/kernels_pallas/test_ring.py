@@ -1,8 +1,6 @@
 """Ring attention is attention; its pieces' gradients; its order; its errors."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -23,8 +21,7 @@ from tests.commands import environment
 from tests.conftest import ROOT
 
 from .cases import FAST, close, make
-
-COMPILERS = pathlib.Path(sys.prefix) / "targets"
+from .target_process import need, report_of
 
 
 def test_eight_devices_are_one():
@@ -42,15 +39,8 @@ def test_eight_devices_are_one():
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_pieces_travel_while_others_are_attended_to(order):
     """In the program that is compiled for four TPUs."""
-    if not (COMPILERS / "libtpu").is_dir():
-        pytest.skip(f"no TPU compiler in {COMPILERS}: `make targets`")
-    path = os.pathsep.join((str(ROOT), str(COMPILERS)))
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kernels_pallas" / "ring_targets.py"), order],
-        env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    events = json.loads(result.stdout.splitlines()[-1])
+    need("libtpu")
+    events = report_of("ring_targets", order)
     names = [name for name, *_ in events]
     computing = [kind in ("custom-call", "conditional") for _, kind, _ in events]
     travels = [(names.index(source), at) for at, (_, kind, source) in enumerate(events)

@@ -3,15 +3,8 @@ that grows with the square of the length."""
 
 import pytest
 
-from .tpu_targets import (
-    CASES,
-    COMPILERS,
-    LONG_HEADS,
-    LONG_LENGTH,
-    VERSION,
-    budgets,
-    in_a_process,
-)
+from .target_process import GROWTH, budgets, check_bundles, need, report_of
+from .tpu_targets import BUDGETS, CASES, LONG_HEADS, LONG_LENGTH
 
 NAMES = [
     f"{case}, {target}, {kernel}"
@@ -19,30 +12,20 @@ NAMES = [
     for target in targets
     for kernel in ("forward", "backward")
 ]
-GROWTH = 1.03
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    if not (COMPILERS / "libtpu").is_dir():
-        pytest.skip(f"no TPU compiler in {COMPILERS}: `make targets`")
-    return in_a_process()
+    need("libtpu")
+    return report_of("tpu_targets")
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_no_more_bundles_than_recorded(compiled, name):
     got = compiled["kernels"][name]
-    recorded = budgets().get(VERSION)
-    if recorded is None:
-        pytest.skip(
-            f"no budgets for {VERSION}: python -m tests.kernels_pallas.tpu_targets --record"
-        )
-    want = recorded[name]
-    assert len(got["bodies"]) == len(want["bodies"])
-    for bundles, budget in zip(got["bodies"], want["bodies"], strict=True):
-        assert bundles <= GROWTH * budget
-    assert got["always"] <= GROWTH * want["always"]
+    want = budgets(BUDGETS)[name]
+    check_bundles(got, want)
     assert got["spills"] <= GROWTH * want["spills"]
 
 

@@ -8,10 +8,8 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +20,10 @@ from kernels_pallas.spec import Operands, Spec
 from kernels_pallas.tpu import flash
 from kernels_pallas.tpu.visits import Blocks
 
+from .target_process import record, report_of
+
 CAUSAL = Causal()
 BUDGETS = pathlib.Path(__file__).parent / "tpu_bundles.json"
-COMPILERS = pathlib.Path(sys.prefix) / "targets"
-VERSION = f"jax {version('jax')}"
 BLOCKS = flash.Settings(Blocks(256, 256, 256), Blocks(256, 256, 256))  # small: quick to compile
 
 # case: (targets, dtype, head_dim, features)
@@ -105,26 +103,9 @@ def compile_long() -> dict:
     return dict(largest=max(sizes), temporary=program.memory_analysis().temp_size_in_bytes)
 
 
-def in_a_process() -> dict:
-    """What `main` prints, from a process that has the compilers on its path."""
-    path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "tests.kernels_pallas.tpu_targets"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def budgets() -> dict:
-    """{version: {case: bundles}}."""
-    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-
-
 def main() -> None:
     if "--record" in sys.argv:
-        recorded = budgets() | {VERSION: in_a_process()["kernels"]}
-        BUDGETS.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+        record(BUDGETS, report_of("tpu_targets")["kernels"])
         return
     with tempfile.TemporaryDirectory() as folder:
         targets.prepare_environment(bundles.FLAGS.format(folder=folder))

@@ -1,0 +1,65 @@
+"""Runs a module of these tests in a process that finds the compilers of `make targets`."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+
+import pytest
+
+# Not that of tests.conftest, whose settings are for a CPU alone.
+ROOT = pathlib.Path(__file__).parent.parent.parent
+COMPILERS = pathlib.Path(sys.prefix) / "targets"
+GROWTH = 1.03
+VERSION = f"jax {version('jax')}"
+
+
+def need(package: str) -> None:
+    """Skips a test where the compiler ("libtpu", "jax_cuda13_plugin") is not installed."""
+    if not (COMPILERS / package).is_dir():
+        pytest.skip(f"no {package} in {COMPILERS}: `make targets`")
+
+
+@functools.cache
+def report_of(module: str, *arguments: str):
+    """What `python -m tests.kernels_pallas.<module>` prints as its last line, JSON.
+
+    The process finds an empty folder in MOSAIC_GPU_DUMP_TO, for the reports of the GPU's assembler.
+    """
+    command = [sys.executable, "-m", f"tests.kernels_pallas.{module}", *arguments]
+    path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
+    with tempfile.TemporaryDirectory() as folder:
+        more = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder, PYTHONPATH=path)
+        done = subprocess.run(
+            command, env=os.environ | more, cwd=ROOT, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def budgets(path: pathlib.Path) -> dict:
+    """{case: bundles} that were recorded with this jax; skips the test if none were."""
+    recorded = json.loads(path.read_text()).get(VERSION)
+    if recorded is None:
+        module = path.stem.replace("_bundles", "_targets")
+        pytest.skip(f"no budgets for {VERSION}: python -m tests.kernels_pallas.{module} --record")
+    return recorded
+
+
+def check_bundles(got: dict, budget: dict) -> None:
+    """Asserts that no loop body of a kernel takes over 3 % more instructions than recorded."""
+    assert len(got["bodies"]) == len(budget["bodies"])
+    for now, then in zip(got["bodies"], budget["bodies"], strict=True):
+        assert now <= GROWTH * then
+    assert got["always"] <= GROWTH * budget["always"]
+
+
+def record(path: pathlib.Path, found: dict) -> None:
+    """Makes what this jax compiles the budget."""
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    recorded[VERSION] = found
+    path.write_text(json.dumps(recorded, sort_keys=True).replace("}, ", "},\n") + "\n")
