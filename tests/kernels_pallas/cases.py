@@ -87,6 +87,12 @@ def run(arrays, static, backend="auto", return_lse=False):
     return jax.jit(lambda arrays: call(**arrays), compiler_options=FAST)(arrays)
 
 
+def finished(function, *arguments):
+    """function(*arguments), waited for. Pallas's interpreters compute inside callbacks: what is
+    dispatched beside a running one can wait for it while it waits for that."""
+    return jax.block_until_ready(function(*arguments))
+
+
 def close(got, want, tolerance):
     """Equal within `tolerance` of the size of `want`; infinities in the same places."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -10,7 +10,7 @@ from kernels_pallas import Alibi, Causal, Chunked, Full, Prefix, Window, attenti
 from kernels_pallas.caches import ContiguousCache, PagedCache, RingCache, append
 from kernels_pallas.decoding import decode
 
-from .cases import FAST
+from .cases import FAST, finished
 
 KINDS = ("contiguous", "paged", "ring")
 LENGTHS = np.array([37, 5, 61, 0])
@@ -122,4 +122,4 @@ def decoded(q, cache, options, **more):
     options = dict(options, return_lse=True, **more)
     lengths = options.pop("lengths")
     run = lambda q, cache, lengths: decode(q, cache, lengths=lengths, **options)
-    return jax.jit(run, compiler_options=FAST)(q, cache, lengths)
+    return finished(jax.jit(run, compiler_options=FAST), q, cache, lengths)

@@ -17,7 +17,7 @@ from kernels_pallas.group_visits import group_visits
 from kernels_pallas.tpu import grouped_matmul as tpu
 
 from . import operation_targets
-from .cases import FAST, close
+from .cases import FAST, close, finished
 
 module = importlib.import_module("kernels_pallas.grouped_matmul")
 grouped_matmul, reference = module.grouped_matmul, module.reference
@@ -74,13 +74,17 @@ def interpreted(kernels, settings, lhs, rhs, sizes):
     """A kernel backend in its interpreter: (out, gradients) as `results` gives them."""
     weigh = np.cos(np.arange(lhs.shape[0] * rhs.shape[2], dtype=np.float32))
     weigh = jnp.asarray(weigh.reshape(lhs.shape[0], rhs.shape[2]), lhs.dtype)
-    return (
-        kernels.product(lhs, rhs, sizes, jnp.float32, False, settings),
-        (
-            kernels.product(weigh, rhs, sizes, jnp.float32, True, settings),
-            kernels.outer(lhs, weigh, sizes, jnp.float32, settings),
-        ),
-    )
+
+    def all_three(lhs, rhs, weigh, sizes):
+        return (
+            kernels.product(lhs, rhs, sizes, jnp.float32, False, settings),
+            (
+                kernels.product(weigh, rhs, sizes, jnp.float32, True, settings),
+                kernels.outer(lhs, weigh, sizes, jnp.float32, settings),
+            ),
+        )
+
+    return finished(jax.jit(all_three), lhs, rhs, weigh, sizes)
 
 
 # Block sizes that nothing divides, and several blocks along every dimension.
