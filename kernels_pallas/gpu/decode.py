@@ -20,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..caches import Cache, Int8, PagedCache, RingCache
 from ..merge_parts import merge_parts
+from ..padding import pad_length
 from ..partition import over_mesh
 from ..reach import first_key
 from ..spec import Operands, Spec, Unsupported
-from .plan import COMPILER_PARAMS, MATRIX_ROWS, SHARED_MEMORY, matrix, pad_length, shared_memory
+from .plan import COMPILER_PARAMS, MATRIX_ROWS, SHARED_MEMORY, matrix, shared_memory
 from .tile import LOG2_E, LOWEST, TILE, Ids, across, add_product, filled, logits, positions, product
 
 DTYPES = ("bfloat16", "float16")

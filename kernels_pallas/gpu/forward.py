@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..padding import pad_length
 from ..spec import Operands
 from .place import Place, find_place
-from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, Blocks, Plan, matrix, pad_length
+from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, Blocks, Plan, matrix
 from .tile import (
     LOG2_E,
     LOWEST,

@@ -17,9 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..choose import check_not_split
 from ..group_visits import group_visits
+from ..padding import pad_length
 from ..spec import Unsupported
 from . import stream
-from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, pad_length
+from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS
 from .stream import COLUMNS, DEPTH, PART, ROWS
 
 DTYPES = ("bfloat16", "float16")

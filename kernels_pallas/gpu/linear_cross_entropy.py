@@ -19,9 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import chunked_cross_entropy as chunked
 from ..choose import check_not_split
 from ..chunked_cross_entropy import Spec, Tokens, indices, weighted_sums
+from ..padding import pad_length
 from ..spec import Unsupported
 from . import stream
-from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS, pad_length
+from .plan import COMPILER_PARAMS, CONSUMERS, REGISTERS
 from .stream import COLUMNS, DEPTH, PART, ROWS
 from .tile import LOG2_E, LOWEST, across, filled, load_rows, positions, tanh
 

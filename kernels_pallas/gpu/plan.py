@@ -83,13 +83,3 @@ def shared_memory(scratch: dict) -> int:
             size = int(np.prod(item.shape)) * jnp.dtype(item.dtype).itemsize
             total += -(-size // 1024) * 1024
     return total
-
-
-def pad_length(a, axis: int, block: int, value=0):
-    """`a` with `axis` padded to a multiple of `block`."""
-    missing = -a.shape[axis] % block
-    if not missing:
-        return a
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(a, widths, constant_values=value)

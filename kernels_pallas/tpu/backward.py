@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..padding import pad_length
 from ..spec import Operands
 from . import layout
-from .layout import Here, Plan, head, pad_length
+from .layout import Here, Plan, head
 from .tile import LOG2_E, Ids, as_columns, capped, distance, hidden, matmul, positions
 from .visits import FIRST, LAST, PATTERN_SHIFT, Run
 

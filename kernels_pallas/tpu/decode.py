@@ -24,10 +24,11 @@ from jax.experimental.pallas import tpu as pltpu
 from ..caches import Cache, Int8, PagedCache, RingCache
 from ..device import device_kind
 from ..merge_parts import merge_parts
+from ..padding import pad_length
 from ..partition import over_mesh
 from ..reach import first_key
 from ..spec import Operands, Spec, Unsupported
-from .layout import pad_length, vmem_capacity
+from .layout import vmem_capacity
 from .tile import (
     LANES,
     LOG2_E,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..padding import pad_length
 from ..spec import Operands
 from . import layout
-from .layout import Here, Plan, pad_length
+from .layout import Here, Plan
 from .tile import (
     LOG2_E,
     LOWEST,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..padding import pad_length
 from ..spec import Operands, Spec
 from .visits import LANES, Blocks, Visits
 
@@ -52,16 +53,6 @@ def here(plan: Plan) -> Here:
 
 def head(n, g, plan: Plan):
     return n * plan.groups + g
-
-
-def pad_length(a, axis: int, block: int, value=0):
-    """`a` with `axis` padded to a multiple of `block`."""
-    missing = -a.shape[axis] % block
-    if not missing:
-        return a
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(a, widths, constant_values=value)
 
 
 def scalars(x: Operands, plan: Plan) -> dict:

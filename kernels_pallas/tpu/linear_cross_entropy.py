@@ -25,8 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..choose import check_not_split
 from ..chunked_cross_entropy import Spec, Tokens, indices, known, weighted_sums
+from ..padding import pad_length
 from ..spec import Unsupported
-from .layout import pad_length, vmem_capacity
+from .layout import vmem_capacity
 from .products import add_product
 from .tile import LANES, LOG2_E, LOWEST, across, as_columns, lane_sums, positions
 

@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..choose import check_not_split
+from ..padding import pad_length
 from ..spec import Unsupported
-from .layout import pad_length, vmem_limit
+from .layout import vmem_limit
 from .tile import LANES, across, lane_sums, matmul
 
 CHUNK = 128  # positions: those of b and c fill the lanes of a block
