@@ -17,6 +17,7 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.loader import DataConfig
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
+from genai_jax.networks.parallel import ParallelConfig, arranged, check_length
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
@@ -33,6 +34,9 @@ class LanguageModelConfig:
         None,
         "positions whose logits exist at once, 0 for all; as many as make 2**25 logits if unset",
         minimum=0,
+    )
+    vocab_size: int | None = field(
+        None, "rows of the embeddings; the tokenizer's, which it may exceed, if unset", minimum=1
     )
 
 
@@ -66,6 +70,7 @@ class LanguageModel:
     components: ClassVar = {
         "data": DataConfig,
         "transformer": TransformerConfig,
+        "parallel": ParallelConfig,
         "language_model": LanguageModelConfig,
     }
     sample_request = TextRequest
@@ -91,7 +96,9 @@ class LanguageModel:
                 f"--transformer.max_length={shape.max_length}"
             )
         self._check_attention()
-        self.model = Transformer(shape, self.tokenizer.vocab_size, config.run.attention, self.dtype)
+        self.model = Transformer(
+            shape, self.vocab_size, config.run.attention, self.dtype, config.parallel
+        )
 
     def _check_attention(self):
         """Raises `ConfigError` if the backend asked for cannot run the attention of a step."""
@@ -114,7 +121,17 @@ class LanguageModel:
         return load_tokenizer(self.config.data.tokenizer)
 
     @functools.cached_property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings. A tokenizer is opened only if the flags do not say."""
+        return self.config.language_model.vocab_size or self.tokenizer.vocab_size
+
+    @functools.cached_property
     def _loader(self):
+        if self.tokenizer.vocab_size > self.vocab_size:
+            raise ConfigError(
+                f"--language_model.vocab_size={self.vocab_size} is smaller than the "
+                f"{self.tokenizer.vocab_size} tokens of --data.tokenizer={self.tokenizer.spec}"
+            )
         from genai_jax.data.loader import TextLoader
 
         return TextLoader(
@@ -156,6 +173,7 @@ class LanguageModel:
         return {}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:
+        check_length(self.config.data.sequence_length, self.config.parallel)
         axes = logical_axes(params, self.partition_rules)
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
         return (Phase("next_token", ("model",), self._loss, optimizer),)
@@ -169,6 +187,7 @@ class LanguageModel:
 
     def _sums(self, params, batch, rngs=None):
         """(loss, nll, right) summed over the targets of a batch."""
+        batch = arranged(batch, self.config.parallel)
         variables = {"params": params["model"]}
         rngs = rngs if self.config.transformer.dropout else None
         hidden, _ = self.model.apply(
@@ -274,13 +293,15 @@ class LanguageModel:
         if request.stop and len(self.tokenizer.encode(request.stop)) == 1:
             stops.append(int(self.tokenizer.encode(request.stop)[0]))
 
+        known = self.tokenizer.vocab_size  # further rows of the embeddings mean nothing
+
         def run(params, prompts, lengths, rng):
             variables = {"params": params}
 
             def step(tokens, positions, select, cache):
                 hidden, cache = self.model.apply(variables, tokens, positions, cache=cache)
                 chosen = jnp.take_along_axis(hidden, select[:, None, None], 1)
-                return self.model.apply(variables, chosen, method="logits")[:, 0], cache
+                return self.model.apply(variables, chosen, method="logits")[:, 0, :known], cache
 
             cache = transformer.make_cache(self.config.transformer, batch, total, self.dtype)
             return generate(
@@ -301,7 +322,7 @@ class LanguageModel:
     def flops_per_step(self) -> dict:
         data = self.config.data
         flops = transformer_training_flops(
-            self.config.transformer, self.tokenizer.vocab_size, data.batch_size,
+            self.config.transformer, self.vocab_size, data.batch_size,
             data.sequence_length,
         )  # fmt: skip
         return {"flops_per_step": flops, "convention": CONVENTION}

@@ -20,7 +20,7 @@ def state_shapes(task: Task, config: Config, mesh: Mesh) -> Any:
     """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
     averages = config.ema.averages()
     with mesh_context(mesh):
-        shapes = jax.eval_shape(lambda rng: init_state(task, rng, averages), jax.random.key(0))
+        shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages))
     shardings = state_shardings(shapes, task.partition_rules, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import ConfigError, field
@@ -42,12 +43,24 @@ class MeshConfig:
     expert: int = field(1, "shards of experts", minimum=-1, changeable=True)
     sequence: int = field(1, "shards of the length", minimum=-1, changeable=True)
     stage: int = field(1, "pipeline stages", minimum=-1, changeable=True)
+    across_slices: str = field(
+        "data", "axis whose outer part spans slices, linked by the data-center network",
+        choices=MESH_AXES, changeable=True,
+    )  # fmt: skip
+
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size as the flags say, -1 included."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
+
+
+# From the outside in: what talks most is laid on neighbouring devices.
+PHYSICAL_ORDER = ("stage", "data", "fsdp", "sequence", "expert", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of the flags over `devices` (all of them by default)."""
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
+    sizes = config.sizes()
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or 0 in sizes.values():
         raise ConfigError(f"mesh {_say(sizes)}: sizes are at least 1, and one of them may be -1")
@@ -55,15 +68,31 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(
-            f"mesh {_say(dataclasses.asdict(config))} does not fit {len(devices)} device(s)"
-        )
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
+        raise ConfigError(f"mesh {_say(config.sizes())} does not fit {len(devices)} device(s)")
+    order = [MESH_AXES.index(axis) for axis in PHYSICAL_ORDER]
+    placed = _placed({axis: sizes[axis] for axis in PHYSICAL_ORDER}, config.across_slices, devices)
     # Linen's partitioning needs Auto axes; the default became Explicit in jax 0.9.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    if len(devices) == jax.device_count():
-        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
-    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=kinds)
+    return Mesh(np.transpose(placed, np.argsort(order)), MESH_AXES, axis_types=kinds)
+
+
+def _placed(sizes: dict[str, int], across: str, devices: list) -> np.ndarray:
+    """The devices in an array of these sizes, neighbours on the chip's network kept together."""
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if slices > 1:
+        if sizes[across] % slices:
+            raise ConfigError(
+                f"--mesh.{across}={sizes[across]} spans {slices} slices (--mesh.across_slices) and "
+                "is not divisible by their number"
+            )
+        outer = [slices if axis == across else 1 for axis in sizes]
+        inner = [size // o for size, o in zip(sizes.values(), outer, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
 
 
 def _say(sizes: dict[str, int]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from genai_jax.config import ConfigError
 from genai_jax.tasks.language_model import LanguageModel
-from genai_jax.training.sharding import MeshConfig, logical_axes, make_mesh, spec_of
+from genai_jax.training.sharding import MESH_AXES, MeshConfig, logical_axes, make_mesh, spec_of
 from tests.commands import environment
 from tests.conftest import ROOT
 
@@ -37,7 +37,7 @@ def test_a_mesh_that_does_not_fit_is_refused():
 
 
 def test_a_size_that_its_axis_does_not_divide_is_named():
-    mesh = jax.sharding.AbstractMesh((1, 4, 1, 1, 1, 1), tuple(MeshConfig.__dataclass_fields__))
+    mesh = jax.sharding.AbstractMesh((1, 4, 1, 1, 1, 1), MESH_AXES)
     with pytest.raises(
         ConfigError, match=r"parameter x \(6, 4\): embed of size 6 .* --mesh.fsdp=4"
     ):
