@@ -22,7 +22,7 @@ from .spec import Operands
 class Axes(NamedTuple):
     """Names of the mesh axes over which a dimension is split; names the mesh lacks do not count."""
 
-    batch: tuple[str, ...] = ("data", "fsdp")
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
     heads: tuple[str, ...] = ("tensor",)
 
 

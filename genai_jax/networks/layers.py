@@ -13,7 +13,8 @@ from genai_jax.networks.spectral import spectral_normalized
 Initializer = Callable[..., jax.Array]
 
 NORMS = ("rmsnorm", "layernorm")
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
+GATED = ("swiglu", "geglu")
+ACTIVATIONS = (*GATED, "gelu", "relu")
 
 
 def contract(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
@@ -89,6 +90,13 @@ class Norm(nn.Module):
         return x.astype(self.dtype)
 
 
+def activate(hidden: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:
+    """The activation of an MLP; gate is what gates it where `activation` is one of GATED."""
+    if activation in GATED:
+        return hidden * (nn.silu(gate) if activation == "swiglu" else nn.gelu(gate))
+    return nn.gelu(hidden) if activation == "gelu" else nn.relu(hidden)
+
+
 class Mlp(nn.Module):
     """Two dense layers around an activation; a third gates it in SwiGLU, GeGLU (Shazeer 2020)."""
 
@@ -106,10 +114,6 @@ class Mlp(nn.Module):
             )
 
         hidden = dense(self.hidden_dim, "up")(x)
-        if self.activation in ("swiglu", "geglu"):
-            gate = dense(self.hidden_dim, "gate")(x)
-            hidden = hidden * (nn.silu(gate) if self.activation == "swiglu" else nn.gelu(gate))
-        else:
-            hidden = nn.gelu(hidden) if self.activation == "gelu" else nn.relu(hidden)
-        hidden = checkpoint_name(hidden, "mlp_hidden")
+        gate = dense(self.hidden_dim, "gate")(x) if self.activation in GATED else None
+        hidden = checkpoint_name(activate(hidden, gate, self.activation), "mlp_hidden")
         return dense(x.shape[-1], "down", self.out_scale)(hidden)

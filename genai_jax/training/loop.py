@@ -21,7 +21,9 @@ from genai_jax.training.phase import PyTree, Task
 from genai_jax.training.progress import Progress
 from genai_jax.training.restore import state_shapes
 from genai_jax.training.sharding import (
+    LOGICAL_AXES,
     batch_shardings,
+    batch_shards,
     make_mesh,
     mesh_context,
     path_name,
@@ -115,11 +117,11 @@ def _names(part) -> tuple[str, ...]:
 
 def check_rows(rows: int, parts: int, mesh: Mesh):
     """The batch divides into microbatches, and each of them over the devices that share it."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % (shards * parts):
         raise ConfigError(
-            f"--data.batch_size={rows} is not divisible by {shards} device(s) of the data and fsdp "
-            f"axes x {parts} part(s) a step"
+            f"--data.batch_size={rows} is not divisible by {shards} device(s) of the axes "
+            f"{', '.join(LOGICAL_AXES['batch'])} x {parts} part(s) a step"
         )
 
 

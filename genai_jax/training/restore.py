@@ -11,7 +11,13 @@ from genai_jax.config import Config, ConfigError
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
 from genai_jax.training.phase import Params, PyTree, Task
-from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context, state_shardings
+from genai_jax.training.sharding import (
+    MeshConfig,
+    batch_shards,
+    make_mesh,
+    mesh_context,
+    state_shardings,
+)
 from genai_jax.training.step import init_state
 from genai_jax.training.workdir import read_record
 
@@ -41,7 +47,7 @@ def _mesh_here(config: Config) -> Mesh:
     """The run's own mesh; where that does not fit, the devices that share the batch evenly."""
     try:
         mesh = make_mesh(config.mesh)
-        if config.data.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        if config.data.batch_size % batch_shards(mesh) == 0:
             return mesh
     except ConfigError:
         pass

@@ -18,7 +18,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence", "stage")
 
 # Logical axis -> mesh axes. What is not named here is never split.
 LOGICAL_AXES = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "embed": ("fsdp",),
     "vocabulary": ("tensor",),
@@ -144,6 +144,11 @@ def spec_of(name: str, shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> Parti
             raise ConfigError(f"{name} {shape}: {axis} of size {size} is not divisible by {flags}")
         parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return PartitionSpec(*parts)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Devices, or groups of them, that the rows of a batch are divided over."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
 def batch_shardings(shapes: dict, axes: dict, mesh: Mesh) -> dict[str, NamedSharding]:
