@@ -9,8 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 import kernels_pallas
 from genai_jax.config import field
-from genai_jax.networks.layers import ACTIVATIONS, NORMS, Dense, Mlp, Norm
+from genai_jax.networks import mixture_of_experts
+from genai_jax.networks.embedding import Embed
+from genai_jax.networks.layers import ACTIVATIONS, GATED, NORMS, Dense, Mlp, Norm
+from genai_jax.networks.mixture_of_experts import MixtureOfExperts, MoeConfig
+from genai_jax.networks.parallel import ParallelConfig, token_order
 from genai_jax.networks.positions import alibi_slopes, rotary, rotation, sinusoidal
+from genai_jax.networks.sequence_attention import attention
 
 REMAT = {
     "none": None,
@@ -81,7 +86,7 @@ class TransformerConfig:
         """The hidden width; for a gated MLP the default keeps the parameters of the plain one."""
         if self.mlp_dim:
             return self.mlp_dim
-        if self.activation in ("swiglu", "geglu"):
+        if self.activation in GATED:
             return max(8, round(self.embed_dim * 8 / 3 / 32) * 32)
         return 4 * self.embed_dim
 
@@ -96,8 +101,9 @@ PARTITION_RULES = (
     (r"attention/query/bias", ("layers", "heads", "head_dim")),
     (r"attention/(key|value)/bias", ("layers", "kv_heads", "head_dim")),
     (r"attention/(query|key)_norm/scale", ("layers", "head_dim")),
-    (r"mlp/(up|gate)/kernel", ("layers", "embed", "mlp")),
-    (r"mlp/down/kernel", ("layers", "mlp", "embed")),
+    *mixture_of_experts.PARTITION_RULES,
+    (r"(mlp|shared)/(up|gate)/kernel", ("layers", "embed", "mlp")),
+    (r"(mlp|shared)/down/kernel", ("layers", "mlp", "embed")),
     (r"mlp/(up|gate)/bias", ("layers", "mlp")),
     (r"(attention/out|mlp/down)/bias", ("layers", "embed")),
     (r"layers/\w+_norm/(scale|bias)", ("layers", "embed")),
@@ -121,6 +127,7 @@ class Attention(nn.Module):
     config: TransformerConfig
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
     def __call__(self, x, cache, positions, segment_ids, rotate_by):
@@ -140,20 +147,21 @@ class Attention(nn.Module):
         mask = kernels_pallas.Causal()
         if c.window is not None:
             mask = mask & kernels_pallas.Window(c.window, 0)
-        alibi = c.positions == "alibi"
-        shared = dict(
-            mask=mask,
-            bias=kernels_pallas.Alibi(alibi_slopes(c.num_heads)) if alibi else None,
-            logits_soft_cap=c.attention_soft_cap,
-        )
+        slopes = alibi_slopes(c.num_heads) if c.positions == "alibi" else None
         if cache is None:
-            out = kernels_pallas.attention(
-                q, k, v, segment_ids=segment_ids, backend=self.backend, **shared
-            )
+            parallel = None if self.is_initializing() else self.parallel
+            out = attention(
+                q, k, v, mask=mask, parallel=parallel, order=token_order(self.parallel),
+                segment_ids=segment_ids, slopes=slopes, logits_soft_cap=c.attention_soft_cap,
+                backend=self.backend,
+            )  # fmt: skip
         else:
             lengths = positions[:, 0] + q.shape[1]
             cache = kernels_pallas.append(cache, k, v, lengths)
-            out = kernels_pallas.decode(q, cache, lengths=lengths, **shared)
+            out = kernels_pallas.decode(
+                q, cache, lengths=lengths, mask=mask, logits_soft_cap=c.attention_soft_cap,
+                bias=None if slopes is None else kernels_pallas.Alibi(slopes),
+            )  # fmt: skip
         out = checkpoint_name(out, "attention")
         out_scale = 1 / (2 * c.num_layers)
         out = Dense(
@@ -164,11 +172,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a residual branch normalized before (pre) or after it (post)."""
+    """Attention and MLP, each a residual branch normalized before (pre) or after it (post).
+
+    The MLP may be a mixture of experts, whose routers write their collection "router".
+    """
 
     config: TransformerConfig
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
+    moe: MoeConfig = MoeConfig()
 
     @nn.compact
     def __call__(self, x, cache, *context):
@@ -177,10 +190,8 @@ class Block(nn.Module):
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         attention_norm = Norm(c.norm, dtype=self.dtype, name="attention_norm")
         mlp_norm = Norm(c.norm, dtype=self.dtype, name="mlp_norm")
-        attention = Attention(c, self.backend, self.dtype, name="attention")
-        mlp = Mlp(
-            c.mlp_width, c.activation, c.use_bias, 1 / (2 * c.num_layers), self.dtype, name="mlp"
-        )
+        attention = Attention(c, self.backend, self.dtype, self.parallel, name="attention")
+        mlp = self._mlp(cache, *context)
         update, cache = attention(attention_norm(x) if pre else x, cache, *context)
         x = x + dropout(update)
         if not pre:
@@ -189,6 +200,17 @@ class Block(nn.Module):
         if not pre:
             x = mlp_norm(x)
         return nn.with_logical_constraint(x, ("batch", "length", "activation_embed")), cache
+
+    def _mlp(self, cache, positions, segment_ids, rotate_by):
+        """The function x -> update; segment 0 is padding, which no expert takes."""
+        c, out_scale = self.config, 1 / (2 * self.config.num_layers)
+        if not self.moe.num_experts:
+            return Mlp(c.mlp_width, c.activation, c.use_bias, out_scale, self.dtype, name="mlp")
+        mixture = MixtureOfExperts(
+            self.moe, c.mlp_width, c.activation, out_scale, self.dtype, name="mlp"
+        )
+        real = None if segment_ids is None else segment_ids != 0
+        return lambda x: mixture(x, real, dropless=cache is not None)
 
 
 class Transformer(nn.Module):
@@ -202,15 +224,14 @@ class Transformer(nn.Module):
     vocab_size: int
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
+    moe: MoeConfig = MoeConfig()
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(0.02)
-        self.embed = nn.Embed(self.vocab_size, c.embed_dim, embedding_init=init, dtype=self.dtype)
+        self.embed = Embed(self.vocab_size, c.embed_dim, "vocabulary", self.dtype)
         if c.positions == "learned":
-            self.position_embed = nn.Embed(
-                c.max_length, c.embed_dim, embedding_init=init, dtype=self.dtype
-            )
+            self.position_embed = Embed(c.max_length, c.embed_dim, dtype=self.dtype)
         if not c.tie_embeddings:
             self.head = Head(self.vocab_size)
         self.dropout = nn.Dropout(c.dropout)
@@ -219,12 +240,12 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "router": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
-        )(c, self.backend, self.dtype)
+        )(c, self.backend, self.dtype, self.parallel, self.moe)
         self.final_norm = Norm(c.norm, dtype=self.dtype)
 
     def __call__(
@@ -239,8 +260,8 @@ class Transformer(nn.Module):
         Dropout acts when an rng named "dropout" is given.
 
         Args:
-          tokens: [batch, length] integers.
-          positions: [batch, length]; counted from 0 if not given.
+          tokens: [batch, length] integers, in the order of `parallel.token_order`.
+          positions: [batch, length]; counted from 0 in the order of the tokens if not given.
           segment_ids: [batch, length]; a token sees only tokens of its own segment. Not for use
             with a cache, whose rows are one segment each.
           cache: keys and values of earlier tokens; positions[:, 0] says where each row goes on.

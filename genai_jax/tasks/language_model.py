@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,11 +17,13 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.loader import DataConfig
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
+from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.parallel import ParallelConfig, arranged, check_length
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
 from genai_jax.tasks.cross_entropy import cross_entropy
+from genai_jax.tasks.router_losses import router_losses
 from genai_jax.training.optimizer import make_optimizer
 from genai_jax.training.phase import Phase
 from genai_jax.training.sharding import logical_axes
@@ -32,7 +34,7 @@ class LanguageModelConfig:
     z_loss: float = field(0.0, "weight of the squared log-normalizer", minimum=0)
     loss_chunk: int | None = field(
         None,
-        "positions whose logits exist at once, 0 for all; as many as make 2**25 logits if unset",
+        "positions of a device whose logits exist at once, 0 for all; chosen by the loss if unset",
         minimum=0,
     )
     vocab_size: int | None = field(
@@ -70,6 +72,7 @@ class LanguageModel:
     components: ClassVar = {
         "data": DataConfig,
         "transformer": TransformerConfig,
+        "moe": MoeConfig,
         "parallel": ParallelConfig,
         "language_model": LanguageModelConfig,
     }
@@ -95,9 +98,11 @@ class LanguageModel:
                 f"--data.sequence_length={length} is longer than the learned positions: "
                 f"--transformer.max_length={shape.max_length}"
             )
+        if config.moe.num_experts and shape.use_bias:
+            raise ConfigError("--transformer.use_bias: experts have no biases (--moe.num_experts)")
         self._check_attention()
         self.model = Transformer(
-            shape, self.vocab_size, config.run.attention, self.dtype, config.parallel
+            shape, self.vocab_size, config.run.attention, self.dtype, config.parallel, config.moe
         )
 
     def _check_attention(self):
@@ -134,18 +139,15 @@ class LanguageModel:
             )
         from genai_jax.data.loader import TextLoader
 
-        return TextLoader(
-            self.config.data,
-            self.config.run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        return TextLoader(self.config.data, self.config.run.seed)
 
-    def train_batches(self):
-        return self._loader.batches("train")
+    def train_batches(self, rows: Sequence[int] | None = None):
+        return self._loader.batches("train", rows)
 
-    def evaluation_batches(self, max_batches: int) -> Iterator[dict]:
-        return self._loader.evaluation_batches(max_batches)
+    def evaluation_batches(
+        self, max_batches: int, rows: Sequence[int] | None = None
+    ) -> Iterator[dict]:
+        return self._loader.evaluation_batches(max_batches, rows)
 
     def data_record(self) -> dict:
         return self._loader.fingerprint()
@@ -179,35 +181,36 @@ class LanguageModel:
         return (Phase("next_token", ("model",), self._loss, optimizer),)
 
     def _loss(self, params, mutables, batch, rng):
-        loss, nll, right = self._sums(params, batch, {"dropout": rng})
+        (loss, nll, right), written = self._sums(params, batch, {"dropout": rng}, ["router"])
         weight = jnp.sum(batch["loss_mask"])
         count = jnp.maximum(weight, 1)
+        loss = loss / count
         metrics = {"nll": nll / count, "accuracy": right / count, "weight": weight}
-        return loss / count, (metrics, mutables)
+        if self.config.moe.num_experts:
+            routers = written["router"]["layers"]["mlp"]["sums"]
+            router_loss, more = router_losses(routers, self.config.moe)
+            loss, metrics = loss + router_loss, metrics | more
+        return loss, (metrics, mutables)
 
-    def _sums(self, params, batch, rngs=None):
-        """(loss, nll, right) summed over the targets of a batch."""
+    def _sums(self, params, batch, rngs=None, mutable=()):
+        """((loss, nll, right) summed over the targets of a batch, what the model wrote)."""
         batch = arranged(batch, self.config.parallel)
         variables = {"params": params["model"]}
         rngs = rngs if self.config.transformer.dropout else None
-        hidden, _ = self.model.apply(
-            variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs
-        )
-        return cross_entropy(
+        (hidden, _), written = self.model.apply(
+            variables, batch["tokens"], batch["positions"], batch["segment_ids"], rngs=rngs,
+            mutable=list(mutable),
+        )  # fmt: skip
+        sums = cross_entropy(
             hidden,
             self.model.apply(variables, method="head_kernel"),
             batch["targets"],
             batch["loss_mask"],
             z_loss=self.config.language_model.z_loss,
             soft_cap=self.config.transformer.logits_soft_cap,
-            chunk_size=self._loss_chunk(batch["tokens"].shape[0]),
+            chunk_size=self.config.language_model.loss_chunk,
         )
-
-    def _loss_chunk(self, rows: int) -> int:
-        chosen = self.config.language_model.loss_chunk
-        if chosen is not None:
-            return chosen
-        return max(1, 2**25 // (rows * self.model.vocab_size))
+        return sums, written
 
     @functools.cached_property
     def _evaluation_step(self):
@@ -215,7 +218,7 @@ class LanguageModel:
 
         @jax.jit
         def evaluation_step(params, batch):
-            _, nll, right = self._sums(params, batch)
+            (_, nll, right), _ = self._sums(params, batch)
             mask = batch["loss_mask"]
             size = jnp.sum(jnp.asarray(token_bytes)[batch["targets"]] * mask)
             return jnp.stack([nll, right, mask.sum(), size])
