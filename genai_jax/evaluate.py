@@ -14,16 +14,17 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(__doc__, {"run": all_requests("evaluate_request")}))
         return 0
     request, config = parse_request(argv, "evaluate_request")
-    from genai_jax.training.batches import to_devices
+    from genai_jax.training.batches import BatchPlacement
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import batch_shardings, mesh_context
 
     task = TASKS[config.run.task](config)
     model = restore_model(task, config, step=request.checkpoint_step, ema=request.ema)
-    shardings = batch_shardings(task.batch_shapes(), task.batch_axes, model.mesh)
+    shapes = task.batch_shapes()
+    placement = BatchPlacement(shapes, batch_shardings(shapes, task.batch_axes, model.mesh))
 
     def batches(count: int):
-        return (to_devices(batch, shardings) for batch in task.evaluation_batches(count))
+        return map(placement.to_devices, task.evaluation_batches(count, placement.rows))
 
     with mesh_context(model.mesh):
         scores = task.score(model.params, model.mutables, batches, request)

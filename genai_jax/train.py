@@ -16,13 +16,16 @@ def main(argv: Sequence[str]) -> int:
     config = parse_run(argv)
     if not config.run.workdir:
         raise ConfigError("--workdir is not set: say where the run's files go")
+    from genai_jax.training.distributed import is_main, joined
     from genai_jax.training.loop import train
     from genai_jax.training.workdir import claim
 
-    task = TASKS[config.run.task](config)
-    for change in claim(config):
-        print(f"changed since the run began: {change}", file=sys.stderr)
-    return train(task, config)
+    with joined(config.distributed):
+        task = TASKS[config.run.task](config)
+        if is_main():
+            for change in claim(config):
+                print(f"changed since the run began: {change}", file=sys.stderr)
+        return train(task, config)
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
 def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp_path, monkeypatch):
     batches = LanguageModel.evaluation_batches
 
-    def interrupted(task, count):
-        for i, batch in enumerate(batches(task, count)):
+    def interrupted(task, count, rows):
+        for i, batch in enumerate(batches(task, count, rows)):
             assert i < 2, "the evaluation went on"
             if i == 1:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -48,32 +48,16 @@ class ImageDataConfig:
 
 
 class ImageLoader:
-    """Makes this process's rows of the global batches.
+    """Makes rows of the global batches: all of them, or those that a process asks for.
 
     Args:
       config: what to read and in which shape.
       seed: decides on the order of the examples.
-      process_index: which of `process_count` equal shares of the rows to make.
-      process_count: how many processes share a batch.
     """
 
-    def __init__(
-        self,
-        config: ImageDataConfig,
-        seed: int,
-        *,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        if config.batch_size % process_count:
-            raise ConfigError(
-                f"--data.batch_size={config.batch_size} is not divisible by the {process_count} "
-                "processes"
-            )
+    def __init__(self, config: ImageDataConfig, seed: int):
         self.config = config
         self._seed = seed % 2**32
-        share = config.batch_size // process_count
-        self._rows = range(process_index * share, (process_index + 1) * share)
         self._sources: dict[str, ImageSource] = {}
         source = self.open("train")
         self.shape, self.levels = source.shape, source.levels
@@ -93,8 +77,12 @@ class ImageLoader:
             self._sources[split] = open_images(self.config, split)
         return self._sources[split]
 
-    def batches(self, split: str = "train") -> "BatchIterator":
+    def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
         """Endless shuffled batches; each pass over the examples has an order of its own.
+
+        Args:
+          split: "train" or "validation".
+          rows: which rows of the global batch to make; all if None.
 
         Entries: image uint8 [rows, *space, channels]; loss_mask float32 [rows]; labels int32
         [rows, attributes] if there are any; with captions, tokens int32 and token_mask bool
@@ -102,20 +90,29 @@ class ImageLoader:
         """
         from genai_jax.data.prefetch import BatchIterator
 
-        return BatchIterator(_Shuffled(self, self.open(split)), self.config.prefetch)
+        made = _Shuffled(self, self.open(split), self._chosen(rows))
+        return BatchIterator(made, self.config.prefetch)
 
-    def evaluation_batches(self, max_batches: int = -1) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, max_batches: int = -1, rows: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """The validation split once, in order; `loss_mask` is 0 where the last batch is padded.
 
-        All processes get the same number of batches.
+        Args:
+          max_batches: stop after so many; -1 for the whole split.
+          rows: which rows of the global batch to make; all if None.
         """
+        rows = self._chosen(rows)
         source = self.open("validation")
         size = self.config.batch_size
         total = -(-len(source) // size)
         for i in range(total if max_batches < 0 else min(max_batches, total)):
-            wanted = np.array([i * size + row for row in self._rows])
+            wanted = np.array([i * size + row for row in rows])
             batch = self.gather(source, np.minimum(wanted, len(source) - 1))
             yield batch | {"loss_mask": (wanted < len(source)).astype(np.float32)}
+
+    def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
+        return range(self.config.batch_size) if rows is None else rows
 
     def gather(self, source: ImageSource, indices: Sequence[int]) -> Batch:
         """The examples of these indices as one batch."""
@@ -193,10 +190,10 @@ class ImageLoader:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return facts | {"sha256": digest.hexdigest()}
 
-    def shuffled_rows(self, source: ImageSource, step: int) -> Batch:
-        """This process's rows of global batch number `step`."""
+    def shuffled_rows(self, source: ImageSource, step: int, rows: Sequence[int]) -> Batch:
+        """These rows of global batch number `step`."""
         size = len(source)
-        ordinals = [step * self.config.batch_size + row for row in self._rows]
+        ordinals = [step * self.config.batch_size + row for row in rows]
         places = [divmod(ordinal, size) for ordinal in ordinals]
         indices = [permuted(i, size, (self._seed, epoch)) for epoch, i in places]
         batch = self.gather(source, indices)
@@ -216,12 +213,12 @@ def _coin(*seed: int) -> bool:
 class _Shuffled:
     """Makes batch after batch; what it still has to do is one integer."""
 
-    def __init__(self, loader: ImageLoader, source: ImageSource):
-        self._loader, self._source = loader, source
+    def __init__(self, loader: ImageLoader, source: ImageSource, rows: Sequence[int]):
+        self._loader, self._source, self._rows = loader, source, rows
         self._step = 0
 
     def next_batch(self) -> Batch:
-        batch = self._loader.shuffled_rows(self._source, self._step)
+        batch = self._loader.shuffled_rows(self._source, self._step, self._rows)
         self._step += 1
         return batch
 

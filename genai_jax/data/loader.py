@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,38 +50,31 @@ class DataConfig:
 
 
 class TextLoader:
-    """Makes this process's rows of the global batches.
+    """Makes rows of the global batches: all of them, or those that a process asks for.
 
     Args:
       config: what to read and in which shape.
       seed: decides on the order of the documents.
-      process_index: which of `process_count` equal shares of the rows to make.
-      process_count: how many processes share a batch.
     """
 
-    def __init__(
-        self, config: DataConfig, seed: int, *, process_index: int = 0, process_count: int = 1
-    ):
-        if config.batch_size % process_count:
-            raise ConfigError(
-                f"--data.batch_size={config.batch_size} is not divisible by the {process_count} "
-                "processes"
-            )
+    def __init__(self, config: DataConfig, seed: int):
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer)
         self._seed = seed % 2**32
-        share = config.batch_size // process_count
-        self._rows = range(process_index * share, (process_index + 1) * share)
         self._documents = {
             "train": _TokenizedSource(
                 open_source(config, "train"), self.tokenizer, config.passage_characters
             )
         }
 
-    def batches(self, split: str = "train") -> "BatchIterator":
+    def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
         """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``: see `Packer`.
 
         Each pass over the documents has an order of its own. Close the iterator to end its thread.
+
+        Args:
+          split: "train" or "validation".
+          rows: which rows of the global batch to make; all if None.
         """
         from genai_jax.data.prefetch import BatchIterator
 
@@ -91,21 +84,23 @@ class TextLoader:
             epoch, index = divmod(ordinal, len(documents))
             return documents[permuted(index, len(documents), (self._seed, epoch))]
 
-        packer = Packer(
-            get_document, self._rows, self.config.batch_size, self.config.sequence_length
-        )
+        size = self.config.batch_size
+        packer = Packer(get_document, self._chosen(rows), size, self.config.sequence_length)
         return BatchIterator(packer, self.config.prefetch)
 
-    def evaluation_batches(self, max_batches: int = -1) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, max_batches: int = -1, rows: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
         """One pass over the validation split, in order.
 
-        All processes get the same number of batches: a row that has no documents left is padding.
+        As many batches whichever rows are asked for: one that has no documents left is padding.
 
         Args:
           max_batches: stop after so many; -1 for the whole split, every token exactly once.
+          rows: which rows of the global batch to make; all if None.
         """
         documents = self._open("validation")
-        config, rows = self.config, self._rows
+        config, rows = self.config, self._chosen(rows)
 
         def get_document(ordinal: int) -> np.ndarray | None:
             return documents[ordinal] if ordinal < len(documents) else None
@@ -118,12 +113,15 @@ class TextLoader:
                 break
             yield batch
             done += 1
-        # The rows of other processes may have more: pad until the longest of them ends.
+        # Other rows may have more: pad until the longest of them ends.
         others = [row for row in range(config.batch_size) if row not in rows]
         if done != max_batches and others:
             total = max(self._evaluation_length(documents, row, max_batches) for row in others)
             for _ in range(done, total):
                 yield _padding(len(rows), config.sequence_length)
+
+    def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
+        return range(self.config.batch_size) if rows is None else rows
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of a run, for ``run.json``."""

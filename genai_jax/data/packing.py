@@ -59,22 +59,26 @@ class Packer:
         return batch
 
     def get_state(self) -> dict:
-        """Where the rows are, JSON serialisable."""
-        return {"rows": self._rows.copy(), "cursors": [list(cursor) for cursor in self._cursors]}
+        """Where the rows are, JSON serialisable: row -> its cursor."""
+        pairs = zip(self._rows, self._cursors, strict=True)
+        return {"cursors": {str(row): list(cursor) for row, cursor in pairs}}
 
     def set_state(self, state: dict) -> None:
-        """Goes on from `get_state`, of another process of the same program too.
+        """Goes on from a state that has these rows among others.
 
         Raises:
-          ConfigError: the state is that of other rows.
+          ConfigError: some of them are missing, or it is of another batch size.
         """
-        if list(state["rows"]) != self._rows:
+        cursors = state["cursors"]
+        rows = sorted(map(int, cursors))
+        if not set(self._rows) <= set(rows) or rows[-1] >= self._batch_size:
             raise ConfigError(
-                f"the saved data position is that of batch rows {_span(state['rows'])}, but this "
-                f"process fills rows {_span(self._rows)}: resume with the same batch size and the "
-                "same number of processes"
+                f"the saved data position is that of batch rows {_span(rows)}, but this process "
+                f"fills rows {_span(self._rows)} of {self._batch_size}: resume with the same batch "
+                "size"
             )
-        self._cursors = [(int(finished), int(offset)) for finished, offset in state["cursors"]]
+        mine = (cursors[str(row)] for row in self._rows)
+        self._cursors = [(int(finished), int(offset)) for finished, offset in mine]
         self._current = [None] * len(self._rows)
 
     def _fill(self, index: int, row: dict[str, np.ndarray]) -> None:

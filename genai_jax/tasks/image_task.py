@@ -1,7 +1,7 @@
 """What all tasks on images, signals and video share: their data, and its scale on the devices."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import jax
@@ -20,12 +20,7 @@ class ImageTask:
     def __init__(self, config: Config):
         self.config = config
         self.dtype = jnp.dtype(config.run.dtype)
-        self.loader = ImageLoader(
-            config.data,
-            config.run.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        self.loader = ImageLoader(config.data, config.run.seed)
 
     @functools.cached_property
     def batch_axes(self) -> dict[str, tuple]:
@@ -45,11 +40,13 @@ class ImageTask:
             for name, (shape, dtype) in entries.items()
         }
 
-    def train_batches(self):
-        return self.loader.batches("train")
+    def train_batches(self, rows: Sequence[int] | None = None):
+        return self.loader.batches("train", rows)
 
-    def evaluation_batches(self, max_batches: int) -> Iterator[dict]:
-        return self.loader.evaluation_batches(max_batches)
+    def evaluation_batches(
+        self, max_batches: int, rows: Sequence[int] | None = None
+    ) -> Iterator[dict]:
+        return self.loader.evaluation_batches(max_batches, rows)
 
     def data_record(self) -> dict:
         return self.loader.fingerprint()

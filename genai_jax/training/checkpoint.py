@@ -6,10 +6,9 @@ import shutil
 import sys
 from typing import Any
 
-import jax
-
 from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
+from genai_jax.training.distributed import everywhere, is_main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,8 @@ class Checkpointer:
                 return candidate, *self._restore(candidate, shapes)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
-                print(f"warning: {problem}", file=sys.stderr)
+                if is_main():
+                    print(f"warning: {problem}", file=sys.stderr)
         if problem:
             raise ConfigError(
                 f"{problem}; no other checkpoint is left in {self._manager.directory}"
@@ -106,15 +106,21 @@ class Checkpointer:
 
     def _restore(self, step: int, shapes: Any) -> tuple[Any, dict, dict]:
         args = self._ocp.args
-        restored = self._manager.restore(
-            step,
-            args=args.Composite(
-                state=args.StandardRestore(shapes),
-                data=args.JsonRestore(),
-                clock=args.JsonRestore(),
-                checksums=args.JsonRestore(),
-            ),
-        )
+        problem = None
+        try:
+            restored = self._manager.restore(
+                step,
+                args=args.Composite(
+                    state=args.StandardRestore(shapes),
+                    data=args.JsonRestore(),
+                    clock=args.JsonRestore(),
+                    checksums=args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            problem = error
+        if not everywhere(problem is None):  # a damaged file is seen by those who read it
+            raise problem or ValueError("another process cannot read it")
         state, data, clock = restored["state"], restored["data"], restored["clock"]
         found, saved = checksums(state, data=data, clock=clock), restored["checksums"]
         damaged = [name for name in found | saved if found.get(name) != saved.get(name)]
@@ -125,8 +131,14 @@ class Checkpointer:
     def set_aside_after(self, step: int):
         """Moves checkpoints newer than `step` to the folder ``damaged`` beside the others'."""
         later = [other for other in self.steps() if other > step]
-        if not later or jax.process_index() != 0:
+        if not later:
             return
+        if is_main():
+            self._move_aside(later)
+        everywhere(True)  # nobody looks before they are moved
+        self._manager.reload()
+
+    def _move_aside(self, later: list[int]):
         folder = pathlib.Path(self._manager.directory)
         aside = folder.with_name("damaged")
         aside.mkdir(exist_ok=True)
@@ -134,7 +146,6 @@ class Checkpointer:
             shutil.rmtree(aside / str(other), ignore_errors=True)
             shutil.move(folder / str(other), aside / str(other))
             print(f"warning: checkpoint {other} is moved to {aside}", file=sys.stderr)
-        self._manager.reload()
 
     def wait(self):
         """Blocks until the last save is on disk; raises what went wrong with it."""

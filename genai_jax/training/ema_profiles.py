@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.training.distributed import is_main, whole
 from genai_jax.training.ema import gamma_of
 from genai_jax.training.sharding import path_name
 
@@ -37,12 +38,16 @@ def profile_weights(steps, gammas, step: float, gamma: float) -> np.ndarray:
 
 
 def write_snapshot(workdir: pathlib.Path, step: int, ema: dict) -> None:
-    """Writes the power-function averages of a step; the same step again gives the same file."""
+    """Writes the power-function averages of a step; the same step again gives the same file.
+
+    All processes have to call it; one of them writes.
+    """
     averages = {name: values for name, values in ema.items() if name.startswith("width")}
     arrays = {
-        path_name(path): np.asarray(x)
-        for path, x in jax.tree_util.tree_flatten_with_path(averages)[0]
+        path_name(path): whole(x) for path, x in jax.tree_util.tree_flatten_with_path(averages)[0]
     }
+    if not is_main():
+        return
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     part = folder / f"{step}.part"

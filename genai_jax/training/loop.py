@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError, field
-from genai_jax.training.batches import DeviceBatches, to_devices
+from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer, first_line
+from genai_jax.training.distributed import everywhere, is_main
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
@@ -91,7 +92,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
         step = jax.jit(
             make_step(phases, accumulate=config.train.accumulate, averages=averages),
             in_shardings=(shardings, batch_in),
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
             compiler_options=COMPILER_OPTIONS.get(platform),
         )
@@ -144,14 +145,15 @@ class Run:
     def __init__(self, task: Task, config: Config, stop: StopSignal):
         self.task, self.config, self.stop = task, config, stop
         self.workdir = pathlib.Path(config.run.workdir)
-        self.main = jax.process_index() == 0
+        self.main = is_main()
         self.mesh = make_mesh(config.mesh)
         self.compiled = build(task, config, self.mesh)
-        self.source = task.train_batches()
-        self.peak = peak_of(self.mesh.devices.flatten().tolist())
+        self.placement = BatchPlacement(task.batch_shapes(), self.compiled.batch_shardings)
+        self.source = task.train_batches(self.placement.rows)
+        self.peak = peak_of(_nearest_first(self.mesh)) if self.main else None
         self.flops = task.flops_per_step()
         if config.eval.batches:  # held-out data that is missing is found now, not at the end
-            next(iter(task.evaluation_batches(1)), None)
+            next(iter(task.evaluation_batches(1, self.placement.rows)), None)
         if self.main:
             write_record(self.workdir, self._record())
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", config.checkpoint)
@@ -165,7 +167,7 @@ class Run:
         with mesh_context(self.mesh):
             start, state = self._restore_or_init()
             self.log = MetricsLog(self.workdir, start) if self.main else None
-            self.batches = DeviceBatches(self.source, self.compiled.batch_shardings)
+            self.batches = DeviceBatches(self.source, self.placement)
             rows = self.config.data.batch_size
             self.progress = Progress(
                 start, self.config.train.steps, rows, self.task.tokens_per_step(),
@@ -174,11 +176,18 @@ class Run:
             try:
                 self._steps(start, state)
                 self._wait_for_checkpoint()
-            finally:
-                self._close()
-        return 128 + self.stop.received if self.stop.received else 0
+            except BaseException:
+                self._close_files()
+                if jax.process_count() == 1:  # else the others may not be there to close with
+                    self._close_checkpoints()
+                raise
+            self._close_files()
+            self._close_checkpoints()
+            self.stop.ask()
+            stopped_by = self.stop.ask()  # the answer to the question before
+        return 128 + stopped_by if stopped_by else 0
 
-    def _close(self):
+    def _close_files(self):
         """Leaves all files in order; what ended the run is not hidden by an error in here."""
         self._stop_profile()
         self.progress.close()
@@ -191,6 +200,8 @@ class Run:
                     plot_curves(self.workdir, name, ends, label)
         except OSError as error:
             print(f"warning: no plot in {self.workdir}: {error}", file=sys.stderr)
+
+    def _close_checkpoints(self):
         try:
             self.checkpointer.close()
         except Exception as error:  # orbax and tensorstore raise many types for a failed save
@@ -206,8 +217,12 @@ class Run:
         self.seconds = clock["seconds"]
         self.unfinished_row = clock["unfinished_row"]
         self.rare = clock.get("rare", {})
-        print(f"resuming {self.workdir} at step {step}", file=sys.stderr)
+        self._say(f"resuming {self.workdir} at step {step}")
         return step, state
+
+    def _say(self, text: str):
+        if self.main:
+            print(text, file=sys.stderr)
 
     def _begin(self):
         """A fresh state; what was trained elsewhere is put in place, in averages as well."""
@@ -230,8 +245,8 @@ class Run:
     def _steps(self, start: int, state):
         """Dispatches step after step; the metrics of one are read while the next one runs."""
         config = self.config
-        if start >= config.train.steps and self.main:
-            print(f"{self.workdir} is trained to step {start} already", file=sys.stderr)
+        if start >= config.train.steps:
+            self._say(f"{self.workdir} is trained to step {start} already")
         if self.unfinished_row is not None:
             self._evaluate_and_log(start, state, self.unfinished_row)
             if self.unfinished_row is not None:  # stopped again; the checkpoint still says so
@@ -248,18 +263,20 @@ class Run:
             last = step == config.train.steps
             evaluates = config.eval.batches != 0 and (last or _due(step, config.eval.every))
             saves = last or _due(step, config.checkpoint.every)
-            if self.main and _due(step, config.ema.snapshot_every):
+            if _due(step, config.ema.snapshot_every):
                 write_snapshot(self.workdir, step, state.ema)
-            if not (evaluates or saves or self.stop.received):
+            stopping = self.stop.ask()
+            if not (evaluates or saves or stopping):
                 continue
             row = self._report(*waiting, write=not evaluates)
             waiting, paused = None, time.perf_counter()
             loss = self._evaluate_and_log(step, state, row) if evaluates else None
-            if saves or self.stop.received:
+            stopping = self.stop.agreed
+            if saves or stopping:
                 self._save(step, state, loss)
             self.progress.leave_out(time.perf_counter() - paused)
-            if self.stop.received:
-                print(f"stopped by signal {self.stop.received} at step {step}", file=sys.stderr)
+            if stopping:
+                self._say(f"stopped by signal {stopping} at step {step}")
                 return
 
     def _report(self, step: int, metrics: dict, write: bool = True) -> dict:
@@ -299,6 +316,7 @@ class Run:
         self._wait_for_checkpoint()
         good = last_good(self.checkpointer.steps(), step, "grad_norm" not in name)
         self.checkpointer.set_aside_after(good or 0)
+        everywhere(True)  # who raises first ends the others
         kept = f"the last good checkpoint is step {good}" if good else "none is saved before"
         *phase, kind = name.split("/")
         if not phase and "loss" not in kind and "grad_norm" not in kind:  # of the only phase
@@ -309,8 +327,8 @@ class Run:
 
     def _evaluate_and_log(self, step: int, state, row: dict) -> float | None:
         """Scores `state` and writes the row; returns the loss, None if a signal cut it short."""
-        batches = self.task.evaluation_batches(self.config.eval.batches)
-        on_devices = (to_devices(b, self.compiled.batch_shardings) for b in batches)
+        batches = self.task.evaluation_batches(self.config.eval.batches, self.placement.rows)
+        on_devices = map(self.placement.to_devices, batches)
         try:
             scores = self.task.evaluate(state.params, state.mutables, self.stop.watch(on_devices))
         except Stopped:
@@ -386,6 +404,12 @@ def last_good(steps: list[int], failed: int, loss_failed: bool) -> int | None:
     """
     good = [step for step in steps if step < failed - loss_failed]
     return good[-1] if good else None
+
+
+def _nearest_first(mesh: Mesh) -> list[jax.Device]:
+    """The devices of a mesh, those of this process first."""
+    here = jax.process_index()
+    return sorted(mesh.devices.flatten(), key=lambda device: device.process_index != here)
 
 
 def _failed(name: str, value: float) -> bool:

@@ -1,6 +1,6 @@
 """What a family gives to the shared training step: phases, and a task that makes them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -68,11 +68,18 @@ class Task(Protocol):
     def phases(self, params: Params) -> tuple[Phase, ...]:
         """The phases of a step; `params` may be shapes."""
 
-    def train_batches(self) -> Any:
-        """An endless checkpointable iterator: `next`, `get_state`, `set_state`, `close`."""
+    def train_batches(self, rows: Sequence[int] | None = None) -> Any:
+        """An endless checkpointable iterator: `next`, `get_state`, `set_state`, `close`.
 
-    def evaluation_batches(self, max_batches: int) -> Iterator[Batch]:
-        """Held-out batches, always the same ones in the same order."""
+        Its batches are these rows of the global ones (all if None), always the same ones whoever
+        asks for them. Its state is a dictionary; an entry that is itself a dictionary says
+        something of single rows, and those of several processes are joined to one.
+        """
+
+    def evaluation_batches(
+        self, max_batches: int, rows: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Held-out batches, always the same ones in the same order; as many for any `rows`."""
 
     def evaluate(self, params: Params, mutables: PyTree, batches: Iterator[Batch]) -> dict:
         """Scores: metric name -> number; "loss" among them, the lower the better."""

@@ -33,11 +33,14 @@ def claim(config: Config) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    # Which process of how many this is says nothing of the run.
+    placement = [name for name in config.items() if name.startswith("distributed.")]
     changes = []
     saved = has_checkpoints(workdir)
     if path.exists() and saved:
         old, new = _flag_texts(path.read_text()), _flag_texts(config.to_flags())
-        names = [n for n in old | new if n != "workdir" and old.get(n) != new.get(n)]
+        own = ("workdir", *placement)
+        names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
         fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
         if fixed:
@@ -49,7 +52,7 @@ def claim(config: Config) -> list[str]:
         raise ConfigError(
             f"--workdir={workdir} holds checkpoints but no flags.txt to check against"
         )
-    write_atomically(path, config.to_flags(leave_out=("workdir",)))
+    write_atomically(path, config.to_flags(leave_out=("workdir", *placement)))
     return changes
 
 

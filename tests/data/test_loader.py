@@ -7,6 +7,7 @@ import pytest
 from genai_jax.config import Config, ConfigError, parse
 from genai_jax.data import DataConfig, TextLoader, train_tokenizer
 from genai_jax.data.loader import _padding
+from genai_jax.training.batches import joined_states
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +94,12 @@ def test_each_epoch_has_every_document_in_another_order(config):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_processes_share_the_global_batch(config, split):
     whole = TextLoader(config, 3).batches(split)
-    shares = [
-        TextLoader(config, 3, process_index=i, process_count=2).batches(split) for i in (0, 1)
-    ]
+    rows = (0, 3), (0, 1, 2)  # a row may be made by several
+    shares = [TextLoader(config, 3).batches(split, some) for some in rows]
     for _ in range(10):
-        parts = [next(share) for share in shares]
-        together = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        assert_equal(next(whole), together)
+        batch = next(whole)
+        for some, share in zip(rows, shares, strict=True):
+            assert_equal(next(share), {k: v[list(some)] for k, v in batch.items()})
 
 
 def test_fewer_documents_than_rows(tmp_path):
@@ -116,9 +116,16 @@ def test_state_of_another_batch_size(config):
         TextLoader(changed(config, batch_size=2), 0).batches().set_state(state)
 
 
-def test_batch_must_divide_among_processes(config):
-    with pytest.raises(ConfigError, match="batch_size=4 is not divisible by the 3 processes"):
-        TextLoader(config, 0, process_count=3)
+def test_the_joined_state_of_shares_is_that_of_the_whole(config):
+    whole = TextLoader(config, 3).batches()
+    shares = [TextLoader(config, 3).batches("train", rows) for rows in ((0, 2), (1,), (2, 3))]
+    for iterator in (whole, *shares):
+        take(iterator, 3)
+    state = joined_states([share.get_state() for share in shares])
+    assert state == whole.get_state()
+    other = TextLoader(config, 3).batches("train", (1, 2, 3))  # another share goes on from it
+    other.set_state(json.loads(json.dumps(state)))
+    assert_equal(next(other), {k: v[1:] for k, v in next(whole).items()})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
@@ -150,8 +157,9 @@ def test_evaluation_stops_at_max_batches(config):
 def test_evaluation_is_as_long_on_every_process(config, batch_size, limit):
     config = changed(config, batch_size=batch_size)
     whole = list(TextLoader(config, 0).evaluation_batches(limit))
+    share = batch_size // 4
     shares = [
-        list(TextLoader(config, 0, process_index=i, process_count=4).evaluation_batches(limit))
+        list(TextLoader(config, 0).evaluation_batches(limit, range(i * share, (i + 1) * share)))
         for i in range(4)
     ]
     assert [len(share) for share in shares] == [len(whole)] * 4

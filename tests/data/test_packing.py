@@ -97,8 +97,10 @@ def test_resumes_after_every_batch():
         packer.next_batch()
 
 
-def test_state_of_other_rows_is_an_error():
+def test_a_state_without_these_rows_or_of_another_batch_size_is_an_error():
     documents = make_documents(8)
     state = make_packer(documents, range(4), 4).get_state()
-    with pytest.raises(ConfigError, match="rows 0 to 3, but this process fills rows 0 to 1"):
+    with pytest.raises(ConfigError, match="rows 0 to 3, but this process fills rows 0 to 1 of 2"):
         make_packer(documents, range(2), 2).set_state(state)
+    with pytest.raises(ConfigError, match="rows 0 to 3, but this process fills rows 0 to 7 of 8"):
+        make_packer(documents, range(8), 8).set_state(state)

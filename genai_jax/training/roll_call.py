@@ -1,0 +1,186 @@
+"""Who is there: a line that every process holds open to process 0 for as long as it works.
+
+XLA's own service neither names who did not join nor ends a process with less than an abort and a
+page of log. So before it starts, every process reports here by its index; and while the run lasts,
+a line that closes without a word tells at once whose process is gone, and an error that one process
+cannot share (a full disk) ends all with its text. Nothing of the training goes over these lines,
+and the heartbeats of XLA's service still find what does not close a line: a machine that hangs.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+
+from genai_jax.config import ConfigError
+
+_GRACE_S = 3.0  # for a main thread that is failing for the same reason, and says it better
+
+
+class RollCall:
+    """The lines of one process.
+
+    Args:
+      host: of process 0, as all processes can reach it.
+      port: that process 0 listens on.
+      count: of processes.
+      index: of this process.
+      timeout_s: how long to wait until all are there.
+
+    Raises:
+      ConfigError: some did not come in time; they are named.
+    """
+
+    def __init__(self, host: str, port: int, count: int, index: int, timeout_s: float):
+        self.index, self._count = index, count
+        self._lines: dict[int, socket.socket] = {}  # index of the process at the other end -> line
+        self._leaving = False
+        self._ended = threading.Event()
+        self.reason, self.code = "", 1  # why all have to leave, and the exit code
+        deadline = time.monotonic() + timeout_s
+        if index == 0:
+            self._gather(port, timeout_s, deadline)
+        else:
+            self._report(host, port, timeout_s, deadline)
+        for line in self._lines.values():
+            line.settimeout(None)
+        threading.Thread(target=self._watch, daemon=True, name="roll call").start()
+
+    def tell(self, reason: str, code: int):
+        """Ends all other processes, which show `reason`; this one is about to leave by itself."""
+        self._leaving = True
+        if not self._ended.is_set():
+            self._send_all({"end": f"process {self.index}: {reason}", "code": code})
+
+    def bye(self):
+        """This process has come to its end, as the others do."""
+        self._leaving = True
+        self._send_all({"bye": True})
+
+    def wait_for_end(self, seconds: float) -> bool:
+        """Whether, within so many seconds, some process turns out to be gone."""
+        return self._ended.wait(seconds)
+
+    def _gather(self, port: int, timeout_s: float, deadline: float):
+        """In process 0: waits for the others."""
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+            while missing := set(range(1, self._count)) - self._lines.keys():
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                try:
+                    self._admit(server.accept()[0])
+                except TimeoutError:
+                    self._refuse(
+                        f"{_named(missing)} of {self._count} did not join within {timeout_s:g} s"
+                    )
+        self._send_all({"all": self._count})
+
+    def _admit(self, line: socket.socket):
+        """Takes in the process at the other end of a new line; strangers are ignored."""
+        line.settimeout(5)
+        told = _receive(line)
+        if not told or "index" not in told:
+            line.close()
+            return
+        index, count = told["index"], told["count"]
+        if index in self._lines or count != self._count:
+            self._lines[-1] = line
+            self._refuse(
+                f"process {index} of {count} joined a run of {self._count} processes"
+                + (" that has one of that index" if index in self._lines else "")
+            )
+        _keep_alive(line)
+        self._lines[index] = line
+
+    def _refuse(self, reason: str):
+        self._send_all({"end": reason, "code": 2})
+        raise ConfigError(reason)
+
+    def _report(self, host: str, port: int, timeout_s: float, deadline: float):
+        """In any other process: reports to process 0 and waits until all are there."""
+        silent = f"process 0 did not join within {timeout_s:g} s: nothing answers at {host}:{port}"
+        while True:
+            try:
+                line = socket.create_connection((host, port), timeout=5)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"{silent} ({error.strerror or error})") from None
+                time.sleep(0.1)
+        _keep_alive(line)
+        self._lines[0] = line
+        self._send_all({"index": self.index, "count": self._count})
+        line.settimeout(timeout_s + 10)  # process 0 may have begun to wait just now
+        told = _receive(line)
+        if not told:
+            raise ConfigError("process 0 is gone before all processes had joined")
+        if "end" in told:
+            raise ConfigError(told["end"])
+
+    def _watch(self):
+        """In a thread: waits for what the others say, or for their silence."""
+        with selectors.DefaultSelector() as selector:
+            for index, line in self._lines.items():
+                selector.register(line, selectors.EVENT_READ, index)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    told = _receive(key.fileobj)
+                    selector.unregister(key.fileobj)
+                    if not told:
+                        self._end(f"process {key.data} is gone", 1)
+                    elif "end" in told:
+                        self._end(told["end"], told["code"])
+
+    def _end(self, reason: str, code: int):
+        if self._ended.is_set():
+            return
+        self.reason, self.code = reason, code
+        self._ended.set()
+        if self.index == 0:
+            self._send_all({"end": reason, "code": code})
+        time.sleep(_GRACE_S)
+        if not self._leaving:  # the main thread may wait for the lost process for ever
+            leave(f"{reason}; the same command goes on from the last checkpoint", code)
+
+    def _send_all(self, message: dict):
+        for line in self._lines.values():
+            try:
+                line.sendall(json.dumps(message).encode() + b"\n")
+            except OSError:  # it is gone, and the watch knows
+                continue
+
+
+def leave(reason: str, code: int):
+    """Ends this process at once, whatever its other threads wait for."""
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _receive(line: socket.socket) -> dict | None:
+    """The next message, None where there is none and will be none."""
+    try:
+        with line.makefile("rb", buffering=0) as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_alive(line: socket.socket):
+    """Has the system notice, within half a minute, that the other machine is not there any more."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _named(indices: set[int]) -> str:
+    """ "process 1", "processes 1, 2"; a long list is cut."""
+    shown = ", ".join(str(index) for index in sorted(indices)[:16])
+    more = f" and {len(indices) - 16} more" if len(indices) > 16 else ""
+    return f"process{'es' if len(indices) > 1 else ''} {shown}{more}"
