@@ -66,6 +66,7 @@ def backward(x: Operands, dout, lse, delta, plan: Plan, dq_dtype):
         ),
         out_shape=list(outputs.values()),
         compiler_params=layout.compiler_params(plan, sequential_groups=True),
+        cost_estimate=layout.cost(x, plan, matmuls=5),
         interpret=plan.interpret,
         name="flash_attention_backward",
     )(*scalars.values(), *arrays.values())

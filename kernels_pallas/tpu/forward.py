@@ -67,6 +67,7 @@ def forward(x: Operands, plan: Plan):
             jax.ShapeDtypeStruct((batch, heads, 1, q.shape[2]), jnp.float32),
         ],
         compiler_params=layout.compiler_params(plan, sequential_groups=False),
+        cost_estimate=layout.cost(x, plan, matmuls=2),
         interpret=plan.interpret,
         name="flash_attention_forward",
     )(*scalars.values(), q, k, v, *segments.values())

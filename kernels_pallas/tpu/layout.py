@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..padding import pad_length
 from ..spec import Operands, Spec
-from .visits import LANES, Blocks, Visits
+from .visits import KEY_STEP, LANES, Blocks, Visits
 
 
 class Plan(NamedTuple):
@@ -53,6 +53,18 @@ def here(plan: Plan) -> Here:
 
 def head(n, g, plan: Plan):
     return n * plan.groups + g
+
+
+def cost(x: Operands, plan: Plan, matmuls: int) -> pl.CostEstimate:
+    """What the compiler, which does not look into a kernel, is told of it: each tile of queries and
+    keys takes part in so many matmuls."""
+    batch, heads, _, head_dim = x.q.shape
+    pairs = batch * heads * plan.visits.runs * plan.blocks.sub_q * KEY_STEP
+    return pl.CostEstimate(
+        flops=2 * matmuls * pairs * head_dim,
+        transcendentals=pairs,
+        bytes_accessed=sum(a.size * a.dtype.itemsize for a in (x.q, x.q, x.k, x.v)) * matmuls // 2,
+    )
 
 
 def scalars(x: Operands, plan: Plan) -> dict:
