@@ -62,6 +62,24 @@ def split_over(logical: str, size: int) -> tuple[str, ...]:
     return tuple(taken)
 
 
+def whole_axes() -> tuple[str, ...]:
+    """The axes of size 1 of the mesh in use.
+
+    A Pallas kernel has to be inside a shard_map over all axes. Where one of them is not named in
+    the specs, the gradients are summed over it, so these are named along with the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(n for n, kind in kinds if kind != AxisType.Manual and mesh.shape[n] == 1)
+
+
+def free_axes() -> set[str]:
+    """The axes of the mesh in use that no shard_map around has made manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind != AxisType.Manual}
+
+
 def token_order(config: ParallelConfig) -> str:
     """In which order `arranged` puts the tokens: one of kernels_pallas' orders of a ring."""
     ring = axis_size(SEQUENCE) > 1 and config.sequence == "ring"

@@ -26,7 +26,9 @@ from genai_jax.networks.parallel import (
     ParallelConfig,
     axis_size,
     check_length,
+    free_axes,
     split_over,
+    whole_axes,
 )
 
 
@@ -69,7 +71,7 @@ def attention(
     if parallel is None or axis_size(SEQUENCE) == 1:
         return _plain(q, k, v, segment_ids, slopes, **shared)
     check_length(q.shape[1], parallel)
-    batch = split_over("batch", q.shape[0])
+    batch = (*split_over("batch", q.shape[0]), *whole_axes())
     heads = split_over("kv_heads", k.shape[2])
     whole_keys = k.shape[1] != q.shape[1]
     if whole_keys:
@@ -79,14 +81,14 @@ def attention(
     else:
         run = lambda *x: _all_to_all(*x, **shared)
     kv_length = None if whole_keys else SEQUENCE
-    of_queries = PartitionSpec(batch or None, SEQUENCE, heads or None)
-    of_keys = PartitionSpec(batch or None, kv_length, heads or None)
-    of_ids = PartitionSpec(batch or None, SEQUENCE), PartitionSpec(batch or None, kv_length)
+    of_queries = PartitionSpec(batch, SEQUENCE, heads or None)
+    of_keys = PartitionSpec(batch, kv_length, heads or None)
+    of_ids = PartitionSpec(batch, SEQUENCE), PartitionSpec(batch, kv_length)
     return jax.shard_map(
         run,
         in_specs=(of_queries, of_keys, of_keys, of_ids, PartitionSpec(heads or None)),
         out_specs=of_queries,
-        axis_names={*batch, SEQUENCE, *heads},
+        axis_names=free_axes(),
         check_vma=False,
     )(q, k, v, segment_ids, None if slopes is None else jnp.asarray(slopes))
 

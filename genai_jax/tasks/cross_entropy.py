@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import PartitionSpec
 
-from genai_jax.networks.parallel import split_over
+from genai_jax.networks.parallel import split_over, whole_axes
 from kernels_pallas import linear_cross_entropy
 
 
@@ -37,7 +37,7 @@ def cross_entropy(
       log-likelihood in nats alone, summed; the number of targets predicted right.
     """
     batch, length = (split_over(*a) for a in zip(("batch", "length"), targets.shape, strict=True))
-    across = (*batch, *length)
+    across = (*batch, *length, *whole_axes())
 
     def sums(hidden, kernel, targets, mask):
         out = linear_cross_entropy(
@@ -46,9 +46,9 @@ def cross_entropy(
         )  # fmt: skip
         return out.loss, out.nll, out.correct
 
-    if not across:
+    if not (batch or length):
         return sums(hidden, kernel, targets, mask)
-    rows = PartitionSpec(batch or None, length or None)
+    rows = PartitionSpec((*batch, *whole_axes()), length or None)
     # The axes that split the vocabulary, if any, are left to the compiler.
     return jax.shard_map(
         lambda x, kernels, *tokens: jax.lax.psum(sums(x, kernels[0], *tokens), across),
