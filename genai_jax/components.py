@@ -7,6 +7,7 @@ from typing import Any
 from genai_jax.config import Config, ConfigError, field, flag_names, parse
 from genai_jax.tasks import TASKS
 from genai_jax.training.checkpoint import CheckpointConfig
+from genai_jax.training.compiler import CompilerConfig
 from genai_jax.training.distributed import DistributedConfig
 from genai_jax.training.ema import EmaConfig
 from genai_jax.training.loop import EvalConfig, ProfileConfig, TrainConfig
@@ -37,6 +38,7 @@ SHARED = {
     "mesh": MeshConfig,
     "profile": ProfileConfig,
     "distributed": DistributedConfig,
+    "compiler": CompilerConfig,
 }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.training import compiler
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer, first_line
 from genai_jax.training.distributed import everywhere, is_main
@@ -58,12 +59,6 @@ class ProfileConfig:
     steps: int = field(0, "steps to profile into workdir/profile", minimum=0, changeable=True)
 
 
-# On CPU the YNNPACK fusions of XLA make this step slower by a tenth to a quarter (jax 0.10.2).
-COMPILER_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
-# What runs once is not worth optimizing: compiling the init of a small network takes 2 s, not 23 s.
-INIT_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}}
-
-
 class Compiled(NamedTuple):
     """What stays the same while a run goes on."""
 
@@ -94,12 +89,12 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             in_shardings=(shardings, batch_in),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
-            compiler_options=COMPILER_OPTIONS.get(platform),
+            compiler_options=compiler.options(config.compiler, platform),
         )
         init = jax.jit(
             lambda rng: init_state(task, rng, averages),
             out_shardings=shardings,
-            compiler_options=INIT_OPTIONS.get(platform),
+            compiler_options=compiler.init_options(platform),
         )
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
