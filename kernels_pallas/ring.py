@@ -7,13 +7,16 @@ contiguous split have little to do and the last ones much. In the "zigzag" order
 the pieces i and 2n - 1 - i of 2n, which is the same work for all.
 
 What two pieces have to do with each other is known while tracing for each pair of devices, so
-invisible pairs cost nothing, full ones no comparison, and every mask works.
+invisible pairs cost nothing, full ones no comparison, and every mask works. On a long ring all
+steps but the first and the last are one loop, so that the program does not grow with the ring.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,7 @@ from .spec import Operands, Spec
 from .validate import prepare
 
 ORDERS = {"contiguous": 1, "zigzag": 2}  # pieces a device holds
+UNROLLED = 4  # devices of the largest ring whose steps are written out
 
 
 @dataclass(frozen=True)
@@ -163,21 +167,53 @@ def _forward(x: Operands, ring: Ring):
     lse = jnp.full((batch, heads, q_length), -jnp.inf, dtype)
     if x.sinks is not None:
         lse = jnp.broadcast_to(x.sinks.astype(dtype)[:, None], lse.shape)
-    seen = out, lse
-    moving = x.k, x.v, x.kv_segment_ids
-    for step in range(ring.size):
-        here = x._replace(k=moving[0], v=moving[1], kv_segment_ids=moving[2], sinks=None)
-        if step < ring.size - 1:
-            moving = _pass_on(moving, ring)
+
+    def turn(carry, step: Step):
+        seen, keys = carry
+        here = x._replace(k=keys[0], v=keys[1], kv_segment_ids=keys[2], sinks=None)
+        if not step.last:
+            keys = _pass_on(keys, ring)
         # A piece is passed on while the one before is attended to, and not sooner: else the
         # compiler passes all of them on first.
-        seen, moving = jax.lax.optimization_barrier((_see(here, seen, ring, step), moving))
+        return jax.lax.optimization_barrier((_see(here, seen, ring, step), keys))
+
+    seen, _ = _round(turn, ((out, lse), (x.k, x.v, x.kv_segment_ids)), ring)
     out, lse = seen
     out = out.astype(x.q.dtype)
     return (out, lse), (x, out, lse)
 
 
-def _see(x: Operands, seen, ring: Ring, step: int):
+class Step(NamedTuple):
+    """A step of a pass: its number, which ones it may be as far as tracing knows, of how many."""
+
+    index: int | jax.Array
+    among: range
+    count: int
+
+    @property
+    def first(self) -> bool:
+        return 0 in self.among
+
+    @property
+    def last(self) -> bool:
+        return self.count - 1 in self.among
+
+
+def _round(turn, carry, ring: Ring):
+    """turn(carry, step) for every step of a pass."""
+    single = lambda i: Step(i, range(i, i + 1), ring.size)
+    if ring.size <= UNROLLED:
+        for i in range(ring.size):
+            carry = turn(carry, single(i))
+        return carry
+    between = range(1, ring.size - 1)
+    carry = turn(carry, single(0))
+    body = lambda i, carry: turn(carry, Step(i, between, ring.size))
+    carry = jax.lax.fori_loop(between.start, between.stop, body, carry)
+    return turn(carry, single(ring.size - 1))
+
+
+def _see(x: Operands, seen, ring: Ring, step: Step):
     """`seen` (out, lse) of all queries, joined with the keys of this step."""
     parts = []
     for i in range(ring.pieces):
@@ -207,22 +243,28 @@ def _backward(ring: Ring, residuals, cotangents):
     delta = jnp.swapaxes(product.sum(-1), 1, 2) - dlse
     zeros = lambda a: jnp.zeros(a.shape, dtype)
     dq, dslopes = zeros(x.q), None if x.slopes is None else zeros(x.slopes)
-    keys, grads = (x.k, x.v, x.kv_segment_ids), (zeros(x.k), zeros(x.v))
-    for step in range(ring.size):
+
+    def turn(carry, step: Step):
+        (dq, dslopes), keys, grads = carry
         here = x._replace(k=keys[0], v=keys[1], kv_segment_ids=keys[2], sinks=None)
-        if step < ring.size - 1:
+        if not step.last:
             keys = _pass_on(keys, ring)
+        if not step.first:  # sent on while the next gradients are made, in a loop too
+            grads = _pass_on(grads, ring)
         added = _pull(here, dout, lse, delta, ring, step)
         added, keys = jax.lax.optimization_barrier((added, keys))
-        dq = dq + added.q
         dslopes = None if dslopes is None else dslopes + added.slopes
-        grads = _pass_on((grads[0] + added.k, grads[1] + added.v), ring)
+        return (dq + added.q, dslopes), keys, (grads[0] + added.k, grads[1] + added.v)
+
+    keys, grads = (x.k, x.v, x.kv_segment_ids), (zeros(x.k), zeros(x.v))
+    (dq, dslopes), _, grads = _round(turn, ((dq, dslopes), keys, grads), ring)
+    grads = _pass_on(grads, ring)
     dsinks = None if x.sinks is None else sink_gradient(x.sinks, lse, delta)
     found = Operands(dq, *grads, slopes=dslopes, sinks=dsinks)
     return (jax.tree.map(lambda a, like: a.astype(like.dtype), found, _differentiable(x)),)
 
 
-def _pull(x: Operands, dout, lse, delta, ring: Ring, step: int) -> Operands:
+def _pull(x: Operands, dout, lse, delta, ring: Ring, step: Step) -> Operands:
     """Gradients of all that x holds at this step, added up over its pairs of pieces."""
     dtype = accumulator(x.q.dtype)
     found = []
@@ -296,17 +338,20 @@ def _spec(ring: Ring, pair: Pair) -> Spec:
     return replace(ring.spec, mask=pair.mask, q_offset=pair.q_offset)
 
 
-def _by_device(ring: Ring, step: int, i: int, j: int, x: Operands, function):
+def _by_device(ring: Ring, step: Step, i: int, j: int, x: Operands, function):
     """function(pair) of this device's piece i of queries and its piece j of keys at this step.
 
-    Which pair that is depends on the device; devices with the same pair share one branch.
+    Which pair that is depends on the device and the step; those with the same share one branch.
     """
-    length = x.q.shape[1]
-    pairs = [_pair(ring, d, (d - step) % ring.size, i, j, length, x) for d in range(ring.size)]
-    kinds = list(dict.fromkeys(pairs))
+    length, devices = x.q.shape[1], range(ring.size)
+    pairs = [
+        [_pair(ring, d, (d - s) % ring.size, i, j, length, x) for d in devices] for s in step.among
+    ]
+    kinds = list(dict.fromkeys(itertools.chain(*pairs)))
     if len(kinds) == 1:
         return function(kinds[0])
-    branch = jnp.asarray([kinds.index(pair) for pair in pairs])[jax.lax.axis_index(ring.axis_name)]
+    branches = jnp.asarray([[kinds.index(pair) for pair in row] for row in pairs])
+    branch = branches[step.index - step.among.start, jax.lax.axis_index(ring.axis_name)]
     return jax.lax.switch(branch, [functools.partial(function, kind) for kind in kinds])
 
 
