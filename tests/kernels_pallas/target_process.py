@@ -28,9 +28,11 @@ def need(package: str) -> None:
 def report_of(module: str, *arguments: str):
     """What `python -m tests.kernels_pallas.<module>` prints as its last line, JSON.
 
+    A module of another folder has a name that begins with "tests.".
     The process finds an empty folder in MOSAIC_GPU_DUMP_TO, for the reports of the GPU's assembler.
     """
-    command = [sys.executable, "-m", f"tests.kernels_pallas.{module}", *arguments]
+    name = module if module.startswith("tests.") else f"tests.kernels_pallas.{module}"
+    command = [sys.executable, "-m", name, *arguments]
     path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
     with tempfile.TemporaryDirectory() as folder:
         more = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder, PYTHONPATH=path)

@@ -1,0 +1,224 @@
+"""Options of XLA for the training step, in named groups of one meaning each.
+
+They are given to `jax.jit`, not to the process through XLA_FLAGS or LIBTPU_INIT_ARGS: so a run's
+flags say all of it, and a compile check on another machine compiles the same program.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from genai_jax.config import field
+
+Options = Mapping[str, bool | int | str]
+
+
+class Group(NamedTuple):
+    """Options that only make sense together."""
+
+    platform: str  # "tpu" or "gpu"
+    meaning: str
+    options: Options
+
+
+# How the sparse cores share a chip with the tensor cores, whatever they are given to do.
+_SPARSE_CORE = {
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_enable_instruction_fusion": False,
+    "xla_sc_disable_megacore_partitioning": True,
+}
+_COMBINED = 2**30  # bytes
+
+GROUPS = {
+    "large_vmem": Group(
+        "tpu", "96 MiB of on-chip memory for one fusion; for v5e and v6e, which have 128 MiB",
+        {"xla_tpu_scoped_vmem_limit_kib": 98304},
+    ),
+    "fused_all_gather": Group(
+        "tpu", "all-gathers go on inside the fusions of matmuls, through several of them",
+        {
+            "xla_tpu_enable_async_collective_fusion": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+            "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+            "xla_tpu_overlap_compute_collective_tc": True,
+            "xla_enable_async_all_gather": True,
+        },
+    ),
+    "fused_all_reduce": Group(
+        "tpu", "all-reduces go on inside the fusions of matmuls, through several of them",
+        {
+            "xla_tpu_enable_async_collective_fusion": True,
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+            "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+            "xla_tpu_overlap_compute_collective_tc": True,
+            "xla_enable_async_all_reduce": True,
+        },
+    ),
+    "async_all_to_all": Group(
+        "tpu", "the exchange of experts' tokens goes on beside computation",
+        {"xla_tpu_enable_async_all_to_all": True},
+    ),
+    "pipelined_all_gather": Group(
+        "tpu", "the backward loop gathers the next layer's parameters during this layer",
+        {"xla_tpu_enable_ag_backward_pipelining": True},
+    ),
+    "data_parallel_all_reduce": Group(
+        "tpu", "all-reduces of gradients, of different sizes too, overlap the backward pass",
+        {
+            "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+            "xla_tpu_data_parallel_opt_different_sized_ops": True,
+        },
+    ),
+    "reduce_scatter_layout": Group(
+        "tpu", "layouts chosen such that an all-reduce and slice becomes a reduce-scatter",
+        {
+            "xla_tpu_assign_all_reduce_scatter_layout": True,
+            "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
+            "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
+        },
+    ),
+    "sparse_core_all_gather": Group(
+        "tpu", "all-gathers run on the sparse cores; for v5p, v6e and 7x, which have them",
+        {
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+            "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+            "xla_tpu_enable_all_gather_offload_tracing": True,
+            **_SPARSE_CORE,
+        },
+    ),
+    "sparse_core_reduce_scatter": Group(
+        "tpu", "reduce-scatters run on the sparse cores; for v5p, v6e and 7x, which have them",
+        {
+            "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
+            "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+            "xla_tpu_enable_reduce_scatter_offload_tracing": True,
+            **_SPARSE_CORE,
+        },
+    ),
+    "sparse_core_all_reduce": Group(
+        "tpu", "all-reduces run on the sparse cores; for v5p, v6e and 7x, which have them",
+        {
+            "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
+            "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
+            "xla_tpu_enable_all_reduce_offload_tracing": True,
+            **_SPARSE_CORE,
+        },
+    ),
+    "windowed_einsum": Group(
+        "tpu", "every matmul with a gathered operand is a ring of small ones, whatever its size",
+        {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 0},
+    ),
+    "no_windowed_einsum": Group(
+        "tpu", "no matmul with a gathered operand is a ring of small ones: gather, then multiply",
+        {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
+    ),
+    "reschedule": Group(
+        "tpu", "a schedule that does not fit in memory is made again with less overlap, five times",
+        {"xla_latency_hiding_scheduler_rerun": 5},
+    ),
+    "host_offload": Group(
+        "tpu", "many transfers to and from the host at once, beside computation",
+        {
+            "xla_tpu_enable_all_experimental_scheduler_features": True,
+            "xla_tpu_enable_scheduler_memory_pressure_tracking": True,
+            "xla_tpu_host_transfer_overlap_limit": 24,
+            "xla_max_concurrent_host_send_recv": 100,
+            "xla_tpu_scheduler_percent_shared_memory_limit": 100,
+            "xla_lhs_prioritize_async_depth_over_stall": "ENABLED",
+            "xla_tpu_aggressive_opt_barrier_removal": "ENABLED",
+        },
+    ),
+    "gpu_latency_hiding": Group(
+        "gpu", "collectives start early and are awaited late",
+        {"xla_gpu_enable_latency_hiding_scheduler": True},
+    ),
+    "gpu_priority": Group(
+        "gpu", "collectives go before other work of the device",
+        {"xla_gpu_enable_highest_priority_async_stream": True},
+    ),
+    "gpu_double_buffering": Group(
+        "gpu", "loops over layers are unrolled by two, so that collectives of both overlap",
+        {"xla_gpu_enable_while_loop_double_buffering": True},
+    ),
+    "gpu_pipelined_stages": Group(
+        "gpu", "sends between pipeline stages overlap the next turn of their loop",
+        {"xla_gpu_enable_pipelined_p2p": True},
+    ),
+    "gpu_combine": Group(
+        "gpu", "collectives of one kind are joined to up to 1 GiB, whatever their dimension",
+        {
+            "xla_gpu_all_gather_combine_threshold_bytes": _COMBINED,
+            "xla_gpu_reduce_scatter_combine_threshold_bytes": _COMBINED,
+            "xla_gpu_all_reduce_combine_threshold_bytes": _COMBINED,
+            "xla_gpu_enable_all_gather_combine_by_dim": False,
+            "xla_gpu_enable_reduce_scatter_combine_by_dim": False,
+        },
+    ),
+    "gpu_windowed_einsum": Group(
+        "gpu", "every matmul with a gathered operand is a ring of small ones, on several streams",
+        {
+            "xla_gpu_threshold_for_windowed_einsum_mib": 0,
+            "xla_gpu_multi_streamed_windowed_einsum": True,
+        },
+    ),
+    "gpu_library_matmul": Group(
+        "gpu", "matmuls are cuBLAS's, none generated", {"xla_gpu_enable_triton_gemm": False}
+    ),
+}  # fmt: skip
+
+# Without any group. On CPU the YNNPACK fusions of XLA make this step slower by a tenth to a quarter
+# (jax 0.10.2).
+_ALWAYS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+# What runs once is not worth optimizing: compiling the init of a small network takes 2 s, not 23 s.
+_INIT = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerConfig:
+    groups: str = field(
+        "",
+        f"groups of compiler options, separated by commas, of {', '.join(GROUPS)}; each acts on "
+        "its own platform alone",
+        changeable=True,
+    )
+
+    def __post_init__(self):
+        for name in self.names:
+            if name not in GROUPS:
+                raise ValueError(
+                    f"--compiler.groups={self.groups}: {name!r} is unknown; known: "
+                    f"{', '.join(GROUPS)}"
+                )
+        for platform in {group.platform for group in GROUPS.values()}:
+            _joined(self.names, platform)
+
+    @property
+    def names(self) -> list[str]:
+        return [name.strip() for name in self.groups.split(",") if name.strip()]
+
+
+def options(config: CompilerConfig, platform: str) -> dict[str, bool | int | str] | None:
+    """What the step is compiled with on "cpu", "gpu" or "tpu"; None for the compiler's defaults."""
+    return {**_ALWAYS.get(platform, {}), **_joined(config.names, platform)} or None
+
+
+def init_options(platform: str) -> Options | None:
+    """What the first state's making is compiled with."""
+    return _INIT.get(platform)
+
+
+def _joined(names: list[str], platform: str) -> dict[str, bool | int | str]:
+    """The options of the groups for a platform. ValueError if two of them contradict each other."""
+    found, owner = {}, {}
+    for name in names:
+        group = GROUPS[name]
+        if group.platform != platform:
+            continue
+        for option, value in group.options.items():
+            if found.setdefault(option, value) != value:
+                raise ValueError(
+                    f"--compiler.groups: {owner[option]} sets {option} to {found[option]}, {name} "
+                    f"to {value}; leave one out"
+                )
+            owner.setdefault(option, name)
+    return found

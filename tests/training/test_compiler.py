@@ -1,0 +1,40 @@
+"""Named groups of compiler options."""
+
+import pytest
+
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
+from genai_jax.training.compiler import GROUPS, CompilerConfig, init_options, options
+from tests.kernels_pallas.target_process import need, report_of
+
+
+def test_groups_join_on_their_own_platform_alone():
+    config = parse_run(["--compiler.groups=large_vmem, pipelined_all_gather,gpu_priority"]).compiler
+    assert options(config, "tpu") == {
+        "xla_tpu_scoped_vmem_limit_kib": 98304,
+        "xla_tpu_enable_ag_backward_pipelining": True,
+    }
+    assert options(config, "gpu") == {"xla_gpu_enable_highest_priority_async_stream": True}
+    assert options(config, "cpu") == options(CompilerConfig(), "cpu") != {}
+    assert options(CompilerConfig(), "tpu") is None
+    assert init_options("cpu") and init_options("tpu") is None
+
+
+def test_an_unknown_group_is_one_line_with_the_known():
+    with pytest.raises(ConfigError, match="'fast' is unknown; known: large_vmem, ") as error:
+        parse_run(["--compiler.groups=large_vmem,fast"])
+    assert "\n" not in str(error.value)
+
+
+def test_groups_that_contradict_each_other_are_named():
+    with pytest.raises(ConfigError, match=r"fused_all_gather sets .*, sparse_core_all_gather to"):
+        parse_run(["--compiler.groups=fused_all_gather,sparse_core_all_gather"])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("chip", "package"), [("v6e", "libtpu"), ("h200", "jax_cuda13_plugin")])
+def test_the_compilers_know_every_option(chip, package):
+    need(package)
+    report = report_of("tests.training.compiler_targets", chip)
+    assert report["platform"] in {group.platform for group in GROUPS.values()}
+    assert set(report["refused"]) == {"made up"}, report["refused"]
