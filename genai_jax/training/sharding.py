@@ -29,7 +29,7 @@ LOGICAL_AXES = {
     # convolution wrong when both sides of its kernel are (jax 0.10.2, 2 x 2 x 2 devices).
     "features": ("fsdp", "tensor"),
     "experts": ("expert",),
-    "stage": ("stage",),
+    "layers": ("stage",),
 }
 
 
@@ -189,6 +189,26 @@ def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placements(state: Any) -> str:
+    """A line for every parameter: its name, shape, partition, and the shape of one device's part."""
+
+    def line(path, x):
+        parts = ", ".join("+".join(_listed(p)) or "-" for p in x.sharding.spec)
+        local = x.sharding.shard_shape(x.shape)
+        return f"{path_name(path)} {_dims(x.shape)} [{parts}] {_dims(local)}"
+
+    leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    return "\n".join(line(path, x) for path, x in leaves) + "\n"
+
+
+def _listed(part) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,91 @@
+"""Compiles a run's step for a slice that is not here, and says whether it fits and how fast it is.
+
+python -m genai_jax.compile_check --flagfile=F --topology=v5p:8x8x8 [--flag=value ...]
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from genai_jax.command import run
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError, field, flag_names, help_text, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckRequest:
+    topology: str = field("", "slice, as chip:shape (v5p:8x8x8, h200:1x32x8), or cpu:N")
+    slices: int = field(1, "slices of that shape, linked by the data-center network", minimum=1)
+    compare: str = field("", "flagfile of a second run, shown beside the first")
+    output: str = field("", "file for the numbers, as JSON")
+    program: str = field("", "file for the compiled program's text")
+    dump_shardings: str = field("", "file for the placement of every parameter; - prints it")
+    compiles: bool = field(True, "off: only what is known without compiling")
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(help_text(__doc__, {"run": CheckRequest}) + "\n\nand every flag of the train command")
+        return 0
+    request, rest = _split(argv)
+    from genai_jax.scaling.chips import EXAMPLES, Topology
+
+    if not request.topology:
+        raise ConfigError(f"--topology is not set: say which slice, e.g. {EXAMPLES}")
+    topology = Topology(request.topology, request.slices)
+    topology.prepare()
+    codes = [_check(request, topology, rest, "")]
+    if request.compare:
+        others = [a for a in rest if not a.startswith(("--flagfile", "-flagfile"))]
+        print()
+        codes.append(_check(request, topology, [f"--flagfile={request.compare}", *others], ".2"))
+    return max(codes)
+
+
+def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
+    """This command's flags, and those of the run."""
+    names = flag_names({"run": CheckRequest})
+    own = [a for a in argv if a.lstrip("-").split("=")[0].removeprefix("no") in names]
+    found, _ = parse(own, {"run": CheckRequest})
+    return found.run, [a for a in argv if a not in own]
+
+
+def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) -> int:
+    """Compiles one run and prints what came out; 1 if it does not fit."""
+    from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
+    from genai_jax.scaling.compile_text import as_text
+    from genai_jax.training.sharding import placements
+
+    config = parse_run(argv)
+    named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
+    built = prepared(config, topology)
+    if request.dump_shardings:
+        _write(request.dump_shardings, suffix, placements(built.compiled.shapes))
+    if not request.compiles:
+        print(as_text(named, facts(config, topology, built)))
+        return 0
+    try:
+        report, program = check(config, topology, built)
+    except DoesNotFit as problem:
+        report, program = problem.report, None
+    print(as_text(named, report))
+    if request.output:
+        _write(request.output, suffix, json.dumps(report, indent=1) + "\n")
+    if request.program and program:
+        _write(request.program, suffix, program)
+    return 0 if report["fits"] else 1
+
+
+def _write(path: str, suffix: str, text: str):
+    if path == "-":
+        print(text)
+        return
+    target = pathlib.Path(path)
+    target = target.with_name(target.stem + suffix + target.suffix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,136 @@
+"""Chips and slices that a program can be compiled for, present or not, and what bounds it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+import kernels_pallas.targets
+from genai_jax.config import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published peaks of one jax device (a v4 or v5p chip is one, a 7x chip two)."""
+
+    name: str
+    flops: float  # dense bfloat16, a second
+    hbm: float  # bytes a second
+    memory: float  # bytes that a program may use
+    clock: float  # Hz; 0: the compiler's cycles are not used
+    link: float  # bytes a second of one link to a neighbour, in one direction
+    ring: int  # a dimension of a multiple of this size closes to a ring
+    network: float  # bytes a second of one device to what no link reaches
+    switched: int = 0  # devices of a host that reach each other at `link`; 0: links make a torus
+
+
+# Links: "bidirectional inter-chip interconnect bandwidth per chip" of the system architecture pages
+# in Google Cloud's TPU documentation, over the ports of a chip (4 or 6) and both directions: 300
+# (v4), 400 (v5e), 1200 (v5p), 800 (v6e), 1200 GB/s (7x, a chip's links shared by its two devices).
+# Network: DCN bandwidth, same pages: 50 Gbit/s a chip (v5p, and taken for v4), 6.4 and 25.6 Tbit/s
+# a pod of 256 (v5e, v6e), 100 Gbit/s (7x). H200: NVLink 900 GB/s and 400 Gbit/s InfiniBand a GPU,
+# from NVIDIA's data sheets of H200 and DGX H200. Memory: what the compiler reports as available
+# (libtpu 0.0.42); 141 GB of the H200 less what a process takes by default.
+_MORE = {
+    "v4": (30.75 * GIB, 25e9, 4, 6.25e9),
+    "v5e": (15.75 * GIB, 50e9, 16, 3.125e9),
+    "v5p": (95.74 * GIB, 100e9, 4, 6.25e9),
+    "v6e": (31.25 * GIB, 100e9, 16, 12.5e9),
+    "7x": (94.75 * GIB, 50e9, 4, 6.25e9),
+    "h200": (0.95 * 141e9, 450e9, 1, 50e9, 8),
+}
+CHIPS = {
+    name: Chip(name, t.bf16_flops, t.hbm_bytes, memory, t.clock_hz, *more)
+    for name, (memory, *more) in _MORE.items()
+    for t in (kernels_pallas.targets.TARGETS[name],)
+}
+EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, 7x:4x4x4, h200:1x32x8, cpu:8"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices described by ``chip:shape``, e.g. ``v5p:8x8x8``; of a GPU slices x hosts x GPUs."""
+
+    text: str
+    slices: int = 1
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w+:\d+(x\d+){0,2}", self.text) or self.kind not in (*CHIPS, "cpu"):
+            raise ConfigError(f"--topology={self.text} is unknown; known are, e.g., {EXAMPLES}")
+
+    @property
+    def kind(self) -> str:
+        return self.text.split(":")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.text.split(":")[1].split("x"))
+
+    @property
+    def chip(self) -> Chip | None:
+        """None for simulated devices of a CPU."""
+        return CHIPS.get(self.kind)
+
+    def prepare(self):
+        """Sets the process up to describe these devices; before jax is used.
+
+        Raises:
+          ConfigError: the compiler is not installed.
+        """
+        if self.kind == "cpu":
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", self.shape[0])
+            return
+        kernels_pallas.targets.prepare_environment()
+        needed = "jax_cuda13_plugin" if self.kind == "h200" else "libtpu"
+        try:
+            __import__(needed)
+        except ImportError:
+            raise ConfigError(
+                f"--topology={self.text} needs {needed}, which is not installed: `make targets`, "
+                "then run with PYTHONPATH=.venv/targets"
+            ) from None
+
+    def devices(self) -> list:
+        """The described devices.
+
+        Raises:
+          ConfigError: the compiler knows no such slice.
+        """
+        if self.kind == "cpu":
+            return jax.devices()
+        target = kernels_pallas.targets.TARGETS[self.kind]
+        sizes, options = "x".join(map(str, self.shape)), dict(target.options)
+        if target.platform == "gpu":
+            file = pathlib.Path(kernels_pallas.__file__).parent / "gpu" / f"{self.kind}.txtpb"
+            options |= dict(target_config=file.read_text(), topology=sizes)
+            arguments = ("cuda", self.kind)
+        else:
+            sizes += "x1" * (3 - len(self.shape)) if self.kind in ("v4", "v5p", "7x") else ""
+            arguments = ("tpu", f"{target.topology.split(':')[0]}:{sizes}")
+            if self.slices > 1:
+                options["num_slices"] = self.slices
+            if self.shape in ((1, 1), (1, 1, 1), (1,)):
+                options["chips_per_host_bounds"] = [1, 1, 1]
+        try:
+            found = topologies.get_topology_desc(
+                platform=arguments[0], topology_name=arguments[1], **options
+            )
+        except Exception as error:  # the plug-ins raise several types
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ConfigError(
+                f"--topology={self.text}: {reason}; known are, e.g., {EXAMPLES}"
+            ) from None
+        return list(found.devices)
+
+
+def machine_memory() -> float:
+    """Bytes of this machine's memory, which its simulated devices share."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,0 +1,159 @@
+"""What a compiled program sends between devices: kind, mesh axes, bytes, time on the links."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from genai_jax.scaling.chips import Chip
+from genai_jax.scaling.program import Instruction, Program, executed
+
+GATHER = "all-gather"
+KINDS = (GATHER, "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# In a TPU's program a reduce-scatter is a fusion of an all-reduce with a slice of its result.
+FUSED_SCATTER = "all-reduce-scatter"
+
+
+class Collective(NamedTuple):
+    """One collective instruction."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, along which its devices differ
+    size: int  # devices that take part with each other
+    bytes: float  # of the whole array: what a gather makes, what a reduction or exchange takes
+    times: int  # a step
+    hidden: bool  # runs beside computation
+    loop: str  # body of the innermost loop, empty outside
+    seconds: float = 0.0  # of all times, on the links alone
+    name: str = ""
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in a step, all times, as in a ring."""
+        share = (self.size - 1) / max(self.size, 1)
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.times * self.bytes * factor
+
+
+def collectives(program: Program, mesh: Mesh, chip: Chip | None) -> list[Collective]:
+    """All of a program compiled for `mesh`; without a chip their times are 0."""
+    found = []
+    for run in executed(program, into_fusions=True):
+        instruction = run.instruction
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        if run.where.startswith(FUSED_SCATTER) and kind == "all-reduce":
+            kind = "reduce-scatter"
+        group = _group(instruction, mesh.devices.size)
+        if len(group) < 2:
+            continue
+        operands = [program.computations[run.where][name] for name in instruction.operands]
+        item = Collective(
+            kind=kind,
+            axes=_axes(group, mesh),
+            size=len(group),
+            bytes=float(sum(o.bytes for o in operands)) * (len(group) if kind == GATHER else 1),
+            times=run.times,
+            hidden=instruction.opcode.endswith("-start") or "async" in run.where,
+            loop=run.loop,
+            name=instruction.name,
+        )
+        found.append(item._replace(seconds=_seconds(item, group, mesh, chip)))
+    return found
+
+
+def _group(instruction: Instruction, count: int) -> np.ndarray:
+    """Numbers of the first devices that take part with each other, in the program's numbering."""
+    text = instruction.attributes
+    if instruction.opcode.startswith("collective-permute"):
+        moved = re.findall(r"\{(\d+),(\d+)\}", text.split("source_target_pairs=", 1)[1])
+        far = [(int(a), int(b)) for a, b in moved if a != b]
+        return np.array(far[0] if far else (0,))
+    listed = re.search(r"replica_groups=\{(\{[\d,]*\})", text)
+    if listed:
+        return np.array([int(n) for n in re.findall(r"\d+", listed[1])])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        shape, sizes, order = (_numbers(part) for part in iota.groups())
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
+        return numbers.transpose(order or range(len(sizes))).reshape(shape)[0]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
+    if named:
+        return _named_group(*named.groups())
+    return np.arange(count)
+
+
+def _named_group(sizes: str, order: str, axes: str) -> np.ndarray:
+    """Of ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}``, the ids optional."""
+    names = re.findall(r"'([^']+)'=(\d+)", sizes)
+    shape = [int(size) for _, size in names]
+    numbers = np.arange(math.prod(shape))
+    iota = re.search(r"\[([\d,]+)\]T\(([\d,]+)\)", order)
+    if iota:
+        numbers = numbers.reshape(_numbers(iota[1])).transpose(_numbers(iota[2]))
+    elif re.search(r"\d+,\d+", order):
+        numbers = np.array(_numbers(re.search(r"[\d,]+", order)[0]))
+    numbers = numbers.reshape(shape)
+    # A part of an axis is written 'a':(outer)size: split the axis there.
+    taken = []
+    for name, outer, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        at = [n for n, _ in names].index(name)
+        taken.append((at, int(outer or 1), int(part or shape[at])))
+    index = [0] * len(shape)
+    for at, outer, part in taken:
+        step = shape[at] // (outer * part)
+        index[at] = np.arange(part) * step
+    grid = np.ix_(*[np.atleast_1d(i) for i in index])
+    return numbers[grid].ravel()
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []
+
+
+def _axes(group: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    at = np.array(np.unravel_index(group, mesh.devices.shape))
+    return tuple(n for n, places in zip(mesh.axis_names, at, strict=True) if np.ptp(places))
+
+
+def _seconds(item: Collective, group: np.ndarray, mesh: Mesh, chip: Chip | None) -> float:
+    """Time on the links: bytes over what the links of the spanned dimensions carry.
+
+    A ring sends both ways at once, and the dimensions of a torus at the same time; an exchange of
+    all with all loads each link with a quarter of the longest ring. Across slices, or hosts of
+    GPUs, the network alone counts.
+    """
+    if chip is None:
+        return 0.0
+    devices = [mesh.devices.flat[i] for i in group]
+    bandwidth, longest = _bandwidth(devices, mesh, chip)
+    if item.kind == "all-to-all" and longest:
+        return item.times * item.bytes * longest / 8 / chip.link
+    if item.kind == "collective-permute":
+        bandwidth = min(bandwidth, chip.link)
+    return item.sent / bandwidth
+
+
+def _bandwidth(devices: list, mesh: Mesh, chip: Chip) -> tuple[float, int]:
+    """(bytes a second that a device sends within this group, longest dimension of the torus)."""
+    if len({getattr(d, "slice_index", None) or 0 for d in devices}) > 1:
+        return chip.network, 0
+    if chip.switched:
+        hosts = {d.process_index for d in devices}
+        return (chip.network if len(hosts) > 1 else chip.link), 0
+    places = np.array([d.coords for d in devices])
+    every = np.array([d.coords for d in mesh.devices.flat])
+    total, longest = 0.0, 1
+    for used, whole in zip(places.T, every.T, strict=True):
+        count, size = len(set(used.tolist())), len(set(whole.tolist()))
+        if count > 1:
+            closed = count == size and size % chip.ring == 0
+            total += chip.link * (2 if closed else 1)
+            longest = max(longest, count if closed else 2 * count)
+    # Two devices of one chip: on-chip links, as fast as all of its others together.
+    return (total or 6 * chip.link), longest

@@ -1,0 +1,170 @@
+"""Compiles the step of a run for devices that may not be here, and says what came out."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+
+from genai_jax.config import Config
+from genai_jax.scaling.chips import Topology, machine_memory
+from genai_jax.scaling.estimate import KERNEL_SHARE, Estimate, estimate
+from genai_jax.scaling.memory import breakdown, largest, local_bytes, refused
+from genai_jax.scaling.program import parse
+from genai_jax.tasks import TASKS
+from genai_jax.training.loop import Compiled, build
+from genai_jax.training.sharding import make_mesh, mesh_context
+
+
+class DoesNotFit(Exception):
+    """The step needs more memory than a device has; the report names the largest buffers."""
+
+    def __init__(self, report: dict, needed: list[str]):
+        super().__init__(needed[0])
+        self.report = report | {"fits": False, "largest": needed}
+
+
+class Built(NamedTuple):
+    """A step, its inputs, and what is known of them before anything is compiled."""
+
+    task: Any
+    compiled: Compiled
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def prepared(config: Config, topology: Topology) -> Built:
+    """The step of `config` for the topology; nothing is compiled yet.
+
+    Raises:
+      ConfigError: a mesh that does not fit, an axis that does not divide.
+    """
+    mesh = make_mesh(config.mesh, topology.devices())
+    with mesh_context(mesh):
+        task = TASKS[config.run.task](config)
+        compiled = build(task, config, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=compiled.batch_shardings[name])
+        for name, x in task.batch_shapes().items()
+    }
+    return Built(task, compiled, batch)
+
+
+def check(config: Config, topology: Topology, built: Built) -> tuple[dict, str]:
+    """(report as a JSON-able dictionary, text of the compiled program).
+
+    Raises:
+      DoesNotFit: the step needs more memory than a device has.
+    """
+    report = facts(config, topology, built)
+    start = time.perf_counter()
+    with mesh_context(built.compiled.mesh):
+        lowered = built.compiled.step.trace(built.compiled.shapes, built.batch).lower()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            buffers = refused(str(error))
+            if buffers is None:
+                raise
+            if len(buffers) == 1:  # it named none
+                buffers += largest(built.compiled.shapes)
+            raise DoesNotFit(report, buffers) from None
+    report["compile_seconds"] = round(time.perf_counter() - start, 1)
+    text = program.as_text()
+    parsed = parse(text)
+    report["memory"] = breakdown(program, parsed, built.compiled.shapes, built.batch)
+    costs = program.cost_analysis() or {}
+    report["compiler_flops"] = costs.get("flops")
+    report |= _predicted(estimate(parsed, built.compiled.mesh, topology.chip), report, topology)
+    if topology.chip is None:
+        capacity = machine_memory() / len(built.compiled.mesh.devices.flat)
+    else:
+        capacity = topology.chip.memory
+    report["capacity"] = int(capacity)
+    report["fits"] = report["memory"]["total"] <= capacity
+    if not report["fits"]:
+        total = f"{report['memory']['total'] / 2**30:.2f} GiB of {capacity / 2**30:.2f}"
+        raise DoesNotFit(report, [total, *largest(built.compiled.shapes)])
+    return report, text
+
+
+def facts(config: Config, topology: Topology, built: Built) -> dict:
+    """What is known before compiling."""
+    mesh, state = built.compiled.mesh, built.compiled.shapes
+    packages = ["jax", "libtpu"] if topology.kind not in ("cpu", "h200") else ["jax"]
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "topology": topology.text,
+        "slices": topology.slices,
+        "devices": mesh.devices.size,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "versions": versions,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "state_bytes": local_bytes(state),
+        "tokens_per_step": built.task.tokens_per_step(),
+        "batch_size": config.data.batch_size,
+        **built.task.flops_per_step(),
+    }
+
+
+def _predicted(found: Estimate, report: dict, topology: Topology) -> dict:
+    """Counts of the program and, for a known chip, time and MFU."""
+    table: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for c in found.collectives:
+        row = table[c.kind, "+".join(c.axes), "hidden" if c.hidden else "exposed"]
+        row[0] += c.times
+        row[1] += c.sent
+        row[2] += c.seconds
+    counted = {
+        "program_flops": found.flops,
+        "hbm_bytes": found.hbm_bytes,
+        "collectives": [
+            dict(kind=k, axes=a, overlap=o, times=n, bytes_sent=round(b), seconds=s)
+            for (k, a, o), (n, b, s) in sorted(table.items(), key=lambda item: -item[1][1])
+        ],
+    }
+    chip = topology.chip
+    if chip is None:
+        return counted
+    model = report["flops_per_step"] / report["devices"]
+    bounds = {
+        "matrix units": found.flops / chip.flops,
+        "memory": found.hbm_bytes / chip.hbm,
+        "links": sum(c.seconds for c in found.collectives),
+    }
+    return counted | {
+        "predicted": {
+            "bounds_seconds": bounds,
+            "compute_seconds": found.compute_seconds,
+            "exposed_seconds": found.exposed_seconds,
+            "step_seconds": found.seconds,
+            "mfu": model / chip.flops / found.seconds,
+            "roofline_mfu": model / chip.flops / max(bounds.values()),
+        },
+        "assumptions": assumptions(topology),
+    }
+
+
+def assumptions(topology: Topology) -> list[str]:
+    """What the prediction takes for granted."""
+    chip = topology.chip
+    cycles = (
+        f"cycles that the compiler writes beside its fusions, at {chip.clock / 1e9:.2f} GHz"
+        if chip.clock and not chip.switched
+        else "the longer of FLOPs at the peak and bytes at the memory's bandwidth"
+    )
+    return [
+        f"peak {chip.flops / 1e12:.0f} TFLOP/s, memory {chip.hbm / 1e9:.0f} GB/s, "
+        f"{chip.link / 1e9:.0f} GB/s a link and direction, network {chip.network / 1e9:.1f} GB/s",
+        f"time of an instruction: {cycles}",
+        f"kernels at the share of the peak in kernels_pallas/tuning.csv, else {KERNEL_SHARE:.0%}",
+        "collectives add up unless asynchronous, those are hidden behind what their loop computes",
+        "no time for the host, the data, latencies and stragglers; nothing was measured",
+    ]

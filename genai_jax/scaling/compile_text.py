@@ -1,0 +1,86 @@
+"""The report of a compile check as text."""
+
+from __future__ import annotations
+
+GIB = 2**30
+
+
+def as_text(name: str, report: dict) -> str:
+    """A page for the terminal and for the file beside a flagfile."""
+    parts = [_head(name, report)]
+    if "memory" in report:
+        parts += [_memory(report), _work(report), _collectives(report)]
+    if "predicted" in report:
+        parts.append(_predicted(report))
+    if "fits" in report:
+        parts.append(_verdict(report))
+    return "\n\n".join(parts)
+
+
+def _head(name: str, report: dict) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()) or "1"
+    slices = f", {report['slices']} slices" if report["slices"] > 1 else ""
+    tokens = report["tokens_per_step"]
+    batch = f"{report['batch_size']:,} examples" + (f", {tokens:,} tokens" if tokens else "")
+    versions = ", ".join(f"{n} {v}" for n, v in report["versions"].items())
+    return (
+        f"{name}\n"
+        f"{report['topology']}{slices}: {report['devices']:,} devices as {mesh} ({versions})\n"
+        f"{report['parameters']:,} parameters, {batch} a step"
+    )
+
+
+def _memory(report: dict) -> str:
+    memory, capacity = report["memory"], report["capacity"]
+    rows = [f"memory of a device, GiB (of {capacity / GIB:.2f})"]
+    rows += [f"  {name:12} {size / GIB:8.2f}" for name, size in memory.items() if size]
+    return "\n".join(rows)
+
+
+def _work(report: dict) -> str:
+    devices = report["devices"]
+    rows = [
+        ("model FLOPs", f"{report['flops_per_step'] / devices:.4g}", report["convention"]),
+        ("program FLOPs", f"{report['program_flops']:.4g}", "as compiled, loops multiplied out"),
+    ]
+    if report["compiler_flops"]:
+        note = "the compiler's own count, a loop's body once"
+        rows.append(("compiler FLOPs", f"{report['compiler_flops']:.4g}", note))
+    rows.append(("HBM bytes", f"{report['hbm_bytes']:.4g}", "read and written"))
+    return "work of a device, a step\n" + "\n".join(f"  {n:14} {v:>10}  {c}" for n, v, c in rows)
+
+
+def _collectives(report: dict) -> str:
+    lines = [
+        "collectives of a device, a step",
+        f"  {'kind':18} {'axes':12} {'':8} times       sent  on the links",
+    ]
+    for c in report["collectives"]:
+        lines.append(
+            f"  {c['kind']:18} {c['axes']:12} {c['overlap']:8} {c['times']:5} "
+            f"{c['bytes_sent'] / 1e9:7.3f} GB  {c['seconds'] * 1e3:8.2f} ms"
+        )
+    return "\n".join(lines if len(lines) > 2 else ["no collectives"])
+
+
+def _predicted(report: dict) -> str:
+    p = report["predicted"]
+    bounds = ", ".join(f"{name} {s:.3f} s" for name, s in p["bounds_seconds"].items())
+    return (
+        f"predicted step {p['step_seconds']:.3f} s (computing {p['compute_seconds']:.3f}, waiting "
+        f"for links {p['exposed_seconds']:.3f}), MFU {p['mfu']:.1%}\n"
+        f"bounds: {bounds}; at the largest MFU would be {p['roofline_mfu']:.1%}\nassuming\n"
+        + "\n".join(f"  - {line}" for line in report["assumptions"])
+    )
+
+
+def _verdict(report: dict) -> str:
+    if report["fits"]:
+        total, capacity = report["memory"]["total"], report["capacity"]
+        return f"fits: {total / GIB:.2f} of {capacity / GIB:.2f} GiB"
+    return (
+        "does not fit: "
+        + report["largest"][0]
+        + "\n"
+        + "\n".join(f"  {line}" for line in report["largest"][1:])
+    )

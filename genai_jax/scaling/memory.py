@@ -1,0 +1,103 @@
+"""What a compiled step keeps in the memory of one device, by purpose."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+
+from genai_jax.scaling.program import Program, executed, trip_count
+from genai_jax.training.sharding import path_name
+
+HOST = 5  # XLA's number of the host's memory
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of one device's part of `jax.ShapeDtypeStruct`s that know their sharding."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def breakdown(compiled, program: Program, state: Any, batch: Any) -> dict[str, int]:
+    """Bytes by purpose; "total" is what the device must have at once.
+
+    "activations" and "gradients" are the arrays that loops over layers fill row by row, those in
+    the shape of a parameter being gradients; "temporary" is the rest of what the step needs beside
+    its arguments. "host" is kept in the host's memory.
+    """
+    stats = compiled.memory_analysis()
+    params = {
+        x.sharding.shard_shape(x.shape)
+        for x in jax.tree.leaves(state.params)
+    }  # fmt: skip
+    stacked = stacked_buffers(program)
+    kept = sum(bytes_ for shape, space, bytes_ in stacked if shape not in params and space == 0)
+    gradients = sum(bytes_ for shape, space, bytes_ in stacked if shape in params and space == 0)
+    kept, gradients = (min(x, stats.temp_size_in_bytes) for x in (kept, gradients))
+    return {
+        "parameters": local_bytes(state.params),
+        "optimizer": local_bytes(state.opt_state),
+        "averages": local_bytes((state.ema, state.mutables)),
+        "batch": local_bytes(batch),
+        "activations": kept,
+        "gradients": gradients,
+        "temporary": max(0, stats.temp_size_in_bytes - kept - gradients),
+        "program": stats.generated_code_size_in_bytes,
+        "total": stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes,
+        "host": stats.host_temp_size_in_bytes + stats.host_argument_size_in_bytes,
+    }
+
+
+def stacked_buffers(program: Program) -> list[tuple[tuple[int, ...], int, int]]:
+    """(shape, memory space, bytes) of each array that a loop fills a row at a time."""
+    trips = {
+        run.instruction.called("body")[0]: trip_count(program, run.instruction)
+        for run in executed(program)
+        if run.instruction.opcode == "while"
+    }
+    found = []
+    for run in executed(program, into_fusions=True):
+        if run.instruction.opcode != "dynamic-update-slice" or run.loop not in trips:
+            continue
+        (array,) = run.instruction.arrays
+        if array.shape[:1] == (trips[run.loop],):
+            found.append((array.shape, array.space, array.bytes))
+    return found
+
+
+def largest(state: Any, count: int = 5) -> list[str]:
+    """The largest arrays of the state, one device's part of each."""
+    parts = [
+        (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize, path_name(path), x)
+        for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
+    ]
+    top = sorted(parts, key=lambda part: -part[0])[:count]
+    return [
+        f"{size / 2**30:.2f} GiB {name} {x.sharding.shard_shape(x.shape)}" for size, name, x in top
+    ]
+
+
+def refused(message: str) -> list[str] | None:
+    """What a compiler that ran out of memory says of the largest buffers; None for other errors."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    needed = re.search(
+        r"Used [\d.]+\w of [\d.]+\w hbm|memory required .*?available HBM \([^)]*\)", message
+    )
+    lines = [needed[0]] if needed else [message.strip().splitlines()[0][:200]]
+    sizes = re.findall(r"Size: (\S+)", message)
+    shapes = re.findall(r"Shape: (\S+)", message)
+    names = re.findall(r'Operator: op_name="([^"]*)"', message)
+    for i, (size, shape) in enumerate(zip(sizes, shapes, strict=False)):
+        if i == 5:
+            break
+        where = names[i].split("/")[-3:] if i < len(names) else []
+        lines.append(f"{size} {shape} {'/'.join(where)}".rstrip())
+    return lines
