@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from genai_jax.config import field
+from genai_jax.config import ConfigError, field
+from kernels_pallas.targets import TARGETS
 
 Options = Mapping[str, bool | int | str]
 
@@ -19,6 +20,7 @@ class Group(NamedTuple):
     platform: str  # "tpu" or "gpu"
     meaning: str
     options: Options
+    chips: tuple[str, ...] = ()  # the only ones it is for, as in kernels_pallas.targets; (): all
 
 
 # How the sparse cores share a chip with the tensor cores, whatever they are given to do.
@@ -27,12 +29,15 @@ _SPARSE_CORE = {
     "xla_sc_enable_instruction_fusion": False,
     "xla_sc_disable_megacore_partitioning": True,
 }
+_SPARSE_CORE_CHIPS = ("v5p", "v6e", "7x")  # those that have sparse cores
 _COMBINED = 2**30  # bytes
 
+# libtpu 0.0.50 refuses fused collectives on chips other than v5e, and says that they may compute
+# wrong results there; 0.0.42 takes them without a word.
 GROUPS = {
     "large_vmem": Group(
-        "tpu", "96 MiB of on-chip memory for one fusion; for v5e and v6e, which have 128 MiB",
-        {"xla_tpu_scoped_vmem_limit_kib": 98304},
+        "tpu", "96 MiB of the 128 MiB on-chip memory for one fusion",
+        {"xla_tpu_scoped_vmem_limit_kib": 98304}, ("v5e", "v6e"),
     ),
     "fused_all_gather": Group(
         "tpu", "all-gathers go on inside the fusions of matmuls, through several of them",
@@ -43,6 +48,7 @@ GROUPS = {
             "xla_tpu_overlap_compute_collective_tc": True,
             "xla_enable_async_all_gather": True,
         },
+        ("v5e",),
     ),
     "fused_all_reduce": Group(
         "tpu", "all-reduces go on inside the fusions of matmuls, through several of them",
@@ -53,6 +59,7 @@ GROUPS = {
             "xla_tpu_overlap_compute_collective_tc": True,
             "xla_enable_async_all_reduce": True,
         },
+        ("v5e",),
     ),
     "async_all_to_all": Group(
         "tpu", "the exchange of experts' tokens goes on beside computation",
@@ -78,31 +85,34 @@ GROUPS = {
         },
     ),
     "sparse_core_all_gather": Group(
-        "tpu", "all-gathers run on the sparse cores; for v5p, v6e and 7x, which have them",
+        "tpu", "all-gathers run on the sparse cores, not on the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
             "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
             "xla_tpu_enable_all_gather_offload_tracing": True,
             **_SPARSE_CORE,
         },
+        _SPARSE_CORE_CHIPS,
     ),
     "sparse_core_reduce_scatter": Group(
-        "tpu", "reduce-scatters run on the sparse cores; for v5p, v6e and 7x, which have them",
+        "tpu", "reduce-scatters run on the sparse cores, not on the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
             "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
             "xla_tpu_enable_reduce_scatter_offload_tracing": True,
             **_SPARSE_CORE,
         },
+        _SPARSE_CORE_CHIPS,
     ),
     "sparse_core_all_reduce": Group(
-        "tpu", "all-reduces run on the sparse cores; for v5p, v6e and 7x, which have them",
+        "tpu", "all-reduces run on the sparse cores, not on the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
             "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
             "xla_tpu_enable_all_reduce_offload_tracing": True,
             **_SPARSE_CORE,
         },
+        _SPARSE_CORE_CHIPS,
     ),
     "windowed_einsum": Group(
         "tpu", "every matmul with a gathered operand is a ring of small ones, whatever its size",
@@ -197,8 +207,25 @@ class CompilerConfig:
         return [name.strip() for name in self.groups.split(",") if name.strip()]
 
 
-def options(config: CompilerConfig, platform: str) -> dict[str, bool | int | str] | None:
-    """What the step is compiled with on "cpu", "gpu" or "tpu"; None for the compiler's defaults."""
+def options(config: CompilerConfig, platform: str, device_kind: str = "") -> Options | None:
+    """What the step is compiled with; None for the compiler's defaults.
+
+    Args:
+      config: which groups.
+      platform: "cpu", "gpu" or "tpu".
+      device_kind: as jax names it, e.g. "TPU v6 lite".
+
+    Raises:
+      ConfigError: a group that is not for such a device.
+    """
+    kinds = {target.device_kind: name for name, target in TARGETS.items()}
+    for name in config.names:
+        group, chip = GROUPS[name], kinds.get(device_kind)
+        if chip and group.platform == platform and chip not in (group.chips or (chip,)):
+            raise ConfigError(
+                f"--compiler.groups={config.groups}: {name} is for {', '.join(group.chips)}, not "
+                f"for {chip}"
+            )
     return {**_ALWAYS.get(platform, {}), **_joined(config.names, platform)} or None
 
 
@@ -207,7 +234,7 @@ def init_options(platform: str) -> Options | None:
     return _INIT.get(platform)
 
 
-def _joined(names: list[str], platform: str) -> dict[str, bool | int | str]:
+def _joined(names: list[str], platform: str) -> Options:
     """The options of the groups for a platform. ValueError if two of them contradict each other."""
     found, owner = {}, {}
     for name in names:

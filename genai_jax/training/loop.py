@@ -75,7 +75,8 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     averages = config.ema.averages()
     batch = task.batch_shapes()
     rows = next(iter(batch.values())).shape[0]
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh)
         phases = task.phases(shapes.params)
@@ -89,7 +90,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             in_shardings=(shardings, batch_in),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
-            compiler_options=compiler.options(config.compiler, platform),
+            compiler_options=compiler.options(config.compiler, platform, device.device_kind),
         )
         init = jax.jit(
             lambda rng: init_state(task, rng, averages),
@@ -161,7 +162,9 @@ class Run:
     def go(self) -> int:
         with mesh_context(self.mesh):
             start, state = self._restore_or_init()
-            self.log = MetricsLog(self.workdir, start) if self.main else None
+            # A row that is still to come may be there, from a life that a later crash undid.
+            logged = start if self.unfinished_row is None else start - 1
+            self.log = MetricsLog(self.workdir, logged) if self.main else None
             self.batches = DeviceBatches(self.source, self.placement)
             rows = self.config.data.batch_size
             self.progress = Progress(

@@ -44,15 +44,23 @@ def attempt(mesh: Mesh, options) -> str | None:
 
 
 def main(chip: str):
-    """Prints {"platform": of devices, "refused": {group: objection}}, one group being made up."""
+    """Prints {"platform": of the devices, "tried": groups, "refused": {group: objection}}.
+
+    They are those for the chip, and one that is made up.
+    """
     targets.prepare_environment()
     mesh = slice_of(chip)
     kind = targets.TARGETS[chip].platform
-    groups = {name: group.options for name, group in GROUPS.items() if group.platform == kind}
+    groups = {
+        name: group.options
+        for name, group in GROUPS.items()
+        if group.platform == kind and chip in (group.chips or (chip,))
+    }
     groups["made up"] = {"xla_option_that_is_not": True}
     found = {name: attempt(mesh, options) for name, options in groups.items()}
     refused = {name: objection for name, objection in found.items() if objection}
-    print(json.dumps({"platform": mesh.devices.flat[0].platform, "refused": refused}))
+    platform = mesh.devices.flat[0].platform
+    print(json.dumps({"platform": platform, "tried": list(groups), "refused": refused}))
 
 
 if __name__ == "__main__":

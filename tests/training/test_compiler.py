@@ -31,10 +31,24 @@ def test_groups_that_contradict_each_other_are_named():
         parse_run(["--compiler.groups=fused_all_gather,sparse_core_all_gather"])
 
 
+def test_a_group_is_refused_on_a_chip_that_it_is_not_for():
+    config = CompilerConfig("fused_all_gather,gpu_priority")
+    assert options(config, "tpu", "TPU v5 lite")
+    assert options(config, "gpu", "NVIDIA A100")
+    with pytest.raises(ConfigError, match="fused_all_gather is for v5e, not for v6e"):
+        options(config, "tpu", "TPU v6 lite")
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize(("chip", "package"), [("v6e", "libtpu"), ("h200", "jax_cuda13_plugin")])
-def test_the_compilers_know_every_option(chip, package):
+@pytest.mark.parametrize(
+    ("platform", "chips", "package"),
+    [("tpu", ("v5e", "v6e"), "libtpu"), ("gpu", ("h200",), "jax_cuda13_plugin")],
+)
+def test_the_compilers_know_every_option(platform, chips, package):
     need(package)
-    report = report_of("tests.training.compiler_targets", chip)
-    assert report["platform"] in {group.platform for group in GROUPS.values()}
-    assert set(report["refused"]) == {"made up"}, report["refused"]
+    reports = [report_of("tests.training.compiler_targets", chip) for chip in chips]
+    for report in reports:
+        assert report["platform"] == platform
+        assert set(report["refused"]) == {"made up"}, report["refused"]
+    tried = {name for report in reports for name in report["tried"]}
+    assert tried >= {name for name, group in GROUPS.items() if group.platform == platform}
