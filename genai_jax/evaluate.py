@@ -7,6 +7,7 @@ from genai_jax.command import run
 from genai_jax.components import all_requests, parse_request
 from genai_jax.config import help_text
 from genai_jax.tasks import TASKS
+from genai_jax.training.distributed import refuse_several
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(__doc__, {"run": all_requests("evaluate_request")}))
         return 0
     request, config = parse_request(argv, "evaluate_request")
+    refuse_several("evaluate")
     from genai_jax.training.batches import BatchPlacement
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import batch_shardings, mesh_context

@@ -175,6 +175,16 @@ def _tpu_env() -> dict[str, str]:
     return dict(pairs)
 
 
+def refuse_several(command: str):
+    """Raises `ConfigError` where this is one of several processes, and `command` is for one."""
+    place = find_place(DistributedConfig())
+    if place:
+        raise ConfigError(
+            f"{command} runs in one process, and this is number {place.index} of {place.count}: "
+            "start it on one machine, outside of the SLURM step or the TPU pod"
+        )
+
+
 @contextlib.contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
     """Inside, all processes of the run are one program; nothing happens where there is only one.
