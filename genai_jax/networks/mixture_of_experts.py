@@ -19,10 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from genai_jax.config import field
 from genai_jax.networks.layers import GATED, Mlp, activate
+from genai_jax.networks.parallel import axis_size, free_axes, split_over, whole_axes
 from kernels_pallas import grouped_matmul
 
 SCORES = ("softmax", "sigmoid")
@@ -253,6 +254,7 @@ class Axes(NamedTuple):
     experts: tuple[str, ...] = ()  # experts, and the exchange of rows
     embed: tuple[str, ...] = ()  # kernels, gathered before use
     hidden: tuple[str, ...] = ()  # hidden width: outputs are summed over it
+    out: tuple[str, ...] = ()  # last dimension of the sums: all of `hidden`, or nothing
 
 
 def over_mesh(config, activation, kernels, x, choice, weight):
@@ -261,53 +263,39 @@ def over_mesh(config, activation, kernels, x, choice, weight):
     The sharding table says over which axes; those that do not divide a size are left out, and the
     devices along them compute the same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
-    if all(size == 1 for size in free.values()):
-        return compute(Axes(), config, activation, kernels, x, choice, weight)
-    experts, embed, hidden = _split(kernels["up"].shape, ("experts", "embed", "mlp"), free)
-    rows, length = _split(x.shape, ("batch", "length"), free)
-    out_embed = hidden if x.shape[-1] % math.prod(free[a] for a in hidden) == 0 else ()
-    axes = Axes(experts, embed, hidden)
-    kernel_specs = {
-        name: PartitionSpec(experts, *((hidden, embed) if name == "down" else (embed, hidden)))
-        for name in kernels
-    }
-    tokens = PartitionSpec(rows, length)
+    run = functools.partial(compute, config, activation)
+    if all(axis_size(axis) == 1 for axis in free_axes()):
+        return run(Axes(), kernels, x, choice, weight)
+    axes = _axes(*kernels["up"].shape)
+    up = PartitionSpec(axes.experts, axes.embed, axes.hidden)
+    down = PartitionSpec(axes.experts, axes.hidden, axes.embed)
+    rows = (*split_over("batch", x.shape[0]), *whole_axes())
+    tokens = PartitionSpec(rows, split_over("length", x.shape[1]))
     out, computed = jax.shard_map(
-        functools.partial(compute, axes, config, activation),
-        in_specs=(kernel_specs, tokens, tokens, tokens),
-        out_specs=(PartitionSpec(rows, length, out_embed), tokens),
-        axis_names=set(free),
+        functools.partial(run, axes),
+        in_specs=({n: down if n == "down" else up for n in kernels}, tokens, tokens, tokens),
+        out_specs=(PartitionSpec(*tokens, axes.out), tokens),
+        axis_names=free_axes(),
         check_vma=False,
     )(kernels, x, choice, weight)
     return nn.with_logical_constraint(out, ("batch", "length", "activation_embed")), computed
 
 
-def _split(shape, names, sizes: dict[str, int]) -> list[tuple[str, ...]]:
-    """Of each named dimension, the mesh axes that the sharding table gives it and that divide it.
-
-    sizes: of the mesh axes to choose from; each is given once.
-    """
-    table, taken, found = dict(nn.get_logical_axis_rules()), set(), []
-    for name, length in zip(names, shape, strict=False):
-        mine = []
-        for axis in table.get(name) or ():
-            size = sizes.get(axis, 1)
-            if size > 1 and axis not in taken and length % size == 0:
-                mine.append(axis)
-                length //= size
-        taken |= set(mine)
-        found.append(tuple(mine))
-    return found
+def _axes(experts: int, embed: int, hidden: int) -> Axes:
+    over = split_over("mlp", hidden)
+    divides = embed % math.prod(axis_size(axis) for axis in over) == 0
+    return Axes(
+        experts=split_over("experts", experts),
+        embed=split_over("embed", embed),
+        hidden=over,
+        out=over if divides else (),
+    )
 
 
-def compute(axes: Axes, config, activation, kernels, x, choice, weight):
+def compute(config, activation, axes: Axes, kernels, x, choice, weight):
     """What `Experts` returns, for the tokens of one device.
 
-    kernels are this device's experts; x, choice and weight its tokens. Over axes.hidden the outputs
-    are summed, and each device keeps its part of their last dimension if there are as many.
+    kernels are this device's experts; x, choice and weight its tokens.
     """
     if axes.embed:
         kernels = {
@@ -317,10 +305,10 @@ def compute(axes: Axes, config, activation, kernels, x, choice, weight):
     apply = functools.partial(_mlp, kernels, activation)
     how = with_capacity if config.capacity_factor else dropless
     out, computed = how(axes.experts, config, apply, x, choice, weight)
-    if axes.hidden:
-        if x.shape[-1] % jax.lax.axis_size(axes.hidden):
-            return jax.lax.psum(out, axes.hidden), computed
-        out = jax.lax.psum_scatter(out, axes.hidden, scatter_dimension=2, tiled=True)
+    if axes.out:
+        out = jax.lax.psum_scatter(out, axes.out, scatter_dimension=2, tiled=True)
+    elif axes.hidden:
+        out = jax.lax.psum(out, axes.hidden)
     return out, computed
 
 
@@ -342,6 +330,7 @@ def with_capacity(axis, config, apply, x, choice, weight):
     capacity = min(group, math.ceil(config.capacity_factor * choices * group / config.num_experts))
     grouped = lambda a: a.reshape(-1, group, a.shape[-1])
     places = jax.vmap(lambda c: assign(c, config.num_experts, capacity))(grouped(choice))
+    places = checkpoint_name(places, "places")
     sent = jax.vmap(to_slots)(grouped(x), places)  # [groups, experts x capacity, embed]
     received = _exchange(sent, axis, 1)  # [groups, devices x own experts x capacity, embed]
     by_expert = received.reshape(received.shape[0], _devices(axis), -1, capacity, x.shape[-1])
@@ -370,6 +359,7 @@ def dropless(axis, config, apply, x, choice, weight):
     else:
         own = config.num_experts // devices
         places = assign(choices // own, devices, _exchanged_rows(config, devices, *choices.shape))
+        places = checkpoint_name(places, "places")
         # Rows go with the number of their expert on the device they go to; `own` marks no row.
         number = jnp.append((choices % own).T.reshape(-1), own)[places.source]
         received = _exchange(to_slots(tokens, places), axis, 0)
@@ -390,7 +380,7 @@ def _exchanged_rows(config, devices: int, tokens: int, choices: int) -> int:
 
 def _sorted_by_expert(experts: int, apply, tokens, choices):
     """(outputs of all choices, sorted by expert; their places)."""
-    places = assign(choices, experts, None)
+    places = checkpoint_name(assign(choices, experts, None), "places")
     sizes = jnp.sum(_one_hot(choices, experts), (0, 1), dtype=jnp.int32)
     product = lambda rows, kernels: grouped_matmul(rows, kernels, sizes)
     return apply(to_slots(tokens, places), product), places
@@ -435,20 +425,48 @@ def assign(bucket: jax.Array, buckets: int, capacity: int | None) -> Places:
     tokens, choices = bucket.shape
     total = tokens * choices
     bucket = bucket.T.reshape(-1)
-    order = jnp.argsort(bucket, stable=True)
-    rank = jnp.argsort(order).astype(jnp.int32)  # the inverse; sorting is cheaper than a scatter
+    rank, sizes = ranks(bucket, buckets)
+    starts = jnp.cumsum(sizes) - sizes
+    order = _stable_order(bucket, buckets)
     if capacity is None:
-        source = jnp.where(bucket[order] < buckets, order, total)
-        slot = jnp.where(bucket < buckets, rank, total)
-        return Places(source.astype(jnp.int32), slot.reshape(choices, tokens))
-    starts = jnp.searchsorted(bucket[order], jnp.arange(buckets + 1)).astype(jnp.int32)
-    within = rank - starts[bucket]
-    fits = (within < capacity) & (bucket < buckets)
-    slot = jnp.where(fits, bucket * capacity + within, buckets * capacity)
-    at = starts[:-1, None] + jnp.arange(capacity)
-    filled = at < starts[1:, None]
-    source = jnp.where(filled, order[jnp.minimum(at, total - 1)], total)
-    return Places(source.reshape(-1).astype(jnp.int32), slot.reshape(choices, tokens))
+        slot = rank + jnp.sum(jnp.where(_one_hot(bucket, buckets), starts, 0), -1)
+        slot = jnp.where(bucket < buckets, slot, total)
+        source = jnp.where(jnp.arange(total) < jnp.sum(sizes), order, total)
+        return Places(source, slot.reshape(choices, tokens))
+    fits = (rank < capacity) & (bucket < buckets)
+    slot = jnp.where(fits, bucket * capacity + rank, buckets * capacity)
+    order = jnp.append(order, jnp.full(capacity, total, jnp.int32))
+    source = jax.vmap(lambda start: jax.lax.dynamic_slice(order, (start,), (capacity,)))(starts)
+    source = jnp.where(jnp.arange(capacity) < sizes[:, None], source, total)
+    return Places(source.reshape(-1), slot.reshape(choices, tokens))
+
+
+def ranks(bucket: jax.Array, buckets: int, block: int = 256) -> tuple[jax.Array, jax.Array]:
+    """How many earlier entries of bucket [entries] are the same, and how many there are of each.
+
+    Counted in blocks by a triangular matmul: sorting twice would be dearer, to run and to compile.
+    An entry of `buckets` is not counted.
+    """
+    entries = bucket.shape[0]
+    block = min(block, entries)  # few enough that float32 holds the sums, and bfloat16 the ones
+    padded = jnp.pad(bucket, (0, -entries % block), constant_values=buckets)
+    ones = _one_hot(padded.reshape(-1, block), buckets).astype(jnp.bfloat16)
+    earlier = jnp.tri(block, k=-1, dtype=jnp.bfloat16)
+    within = jnp.einsum("ij,bje->bie", earlier, ones, preferred_element_type=jnp.float32)
+    of_block = jnp.sum(ones, 1, dtype=jnp.float32).astype(jnp.int32)
+    before = jnp.cumsum(of_block, 0) - of_block
+    found = (within.astype(jnp.int32) + before[:, None]) * ones.astype(jnp.int32)
+    return jnp.sum(found, -1).reshape(-1)[:entries], jnp.sum(of_block, 0)
+
+
+def _stable_order(bucket, buckets: int):
+    """The stable argsort of bucket [entries], of values up to `buckets`."""
+    entries = bucket.shape[0]
+    number = jnp.arange(entries, dtype=jnp.int32)
+    if (buckets + 1) * entries >= 2**31:
+        return jnp.argsort(bucket, stable=True).astype(jnp.int32)
+    # One operand and no ties: twice as fast to compile for TPUs.
+    return jax.lax.sort(bucket * entries + number, is_stable=False) % entries
 
 
 @jax.custom_vjp

@@ -17,13 +17,19 @@ from genai_jax.networks.parallel import ParallelConfig, token_order
 from genai_jax.networks.positions import alibi_slopes, rotary, rotation, sinusoidal
 from genai_jax.networks.sequence_attention import attention
 
+
+def _save(*names: str):
+    """Saves these alone, and where the tokens of experts go: small, and slow to make again."""
+    return jax.checkpoint_policies.save_only_these_names(*names, "places")
+
+
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": _save(),
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-    "attention_mlp": jax.checkpoint_policies.save_only_these_names("attention", "mlp_hidden"),
+    "attention": _save("attention"),
+    "attention_mlp": _save("attention", "mlp_hidden"),
 }
 
 
