@@ -83,7 +83,7 @@ def attend(q, k, v, kv_mask, backend) -> jax.Array:
     )
 
 
-# Parameter path -> logical axes; a stack of blocks prepends "layers".
+# Parameter path -> logical axes; a stack of blocks prepends one.
 PARTITION_RULES = (
     (r"(query|key|value)/kernel", ("embed", "heads", "head_dim")),
     (r"(query|key|value)/bias", ("heads", "head_dim")),
@@ -93,6 +93,6 @@ PARTITION_RULES = (
 )
 
 
-def stacked(pattern: str, rules: tuple) -> tuple:
+def stacked(pattern: str, rules: tuple, axis: str = "blocks") -> tuple:
     """The rules for blocks under a path that matches `pattern`, stacked on a leading axis."""
-    return tuple((f"{pattern}.*{path}", ("layers", *axes)) for path, axes in rules)
+    return tuple((f"{pattern}.*{path}", (axis, *axes)) for path, axes in rules)

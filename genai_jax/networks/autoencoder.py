@@ -237,7 +237,7 @@ _BLOCK = (
 # axes in front as there are of space, and of blocks.
 PARTITION_RULES = (
     (r"level_\d+/.*kernel", (..., None, "features")),
-    (r"level_\d+/blocks/.*(scale|bias)", ("layers", "embed")),
+    (r"level_\d+/blocks/.*(scale|bias)", ("blocks", "embed")),
     (r"level_\d+/block/.*(scale|bias)", ("embed",)),
     *((f"middle/.*{pattern}", axes) for pattern, axes in _BLOCK),
     (r"(down|up)_\d+/kernel", (..., None, "features")),

@@ -167,7 +167,7 @@ PARTITION_RULES = (
     (r"text/embed/embedding", (None, "embed")),
     *attention.stacked("text/blocks/", attention.PARTITION_RULES),
     *attention.stacked("text/blocks/", MLP_RULES),
-    (r"text/blocks/\w+_norm/scale", ("layers", "embed")),
+    (r"text/blocks/\w+_norm/scale", ("blocks", "embed")),
     (r"text/norm/scale", ("embed",)),
     (r"(noise|step_size)/up/kernel", (None, "embed")),
     (r"(noise|step_size)/down/kernel", ("mlp", "embed")),

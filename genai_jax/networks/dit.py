@@ -303,7 +303,7 @@ _BLOCK = (
 # Parameter path -> logical axes. The first pattern found in the path decides.
 PARTITION_RULES = (
     *((f"condition/{path}", axes) for path, axes in conditioning.PARTITION_RULES),
-    *attention.stacked("blocks/", _BLOCK),
+    *attention.stacked("blocks/", _BLOCK, "layers"),
     (r"final_modulation/dense/kernel", ("embed", None, "mlp")),
     (r"final_modulation/dense/bias", (None, "mlp")),
     (r"patch_embed/kernel", (None, "embed")),

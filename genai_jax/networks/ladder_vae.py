@@ -235,7 +235,7 @@ class LadderVae(nn.Module):
 # axes in front as there are of space, and of blocks.
 PARTITION_RULES = (
     (r"(up|down)_\d+/.*kernel", (..., None, "features")),
-    (r"(up|down)_\d+/.*bias", ("layers", None)),
+    (r"(up|down)_\d+/.*bias", ("blocks", None)),
     (r"conv_in/kernel", (..., None, "features")),
     (r"conv_out/kernel", (..., None, None)),
     (r"labels_\d+/kernel", (None, "embed")),

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 import kernels_pallas
-from genai_jax.config import field
+from genai_jax.config import ConfigError, field
 from genai_jax.networks import mixture_of_experts
 from genai_jax.networks.embedding import Embed
 from genai_jax.networks.layers import ACTIVATIONS, GATED, NORMS, Dense, Mlp, Norm
 from genai_jax.networks.mixture_of_experts import MixtureOfExperts, MoeConfig
-from genai_jax.networks.parallel import ParallelConfig, token_order
+from genai_jax.networks.parallel import STAGE, ParallelConfig, axis_size, token_order
+from genai_jax.networks.pipeline import pipeline
 from genai_jax.networks.positions import alibi_slopes, rotary, rotation, sinusoidal
 from genai_jax.networks.sequence_attention import attention
 
@@ -241,18 +242,22 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             self.head = Head(self.vocab_size)
         self.dropout = nn.Dropout(c.dropout)
-        block = Block
+        self.layers = self._stack(c.num_layers)
+        self.final_norm = Norm(c.norm, dtype=self.dtype)
+
+    def _stack(self, count: int, **options) -> nn.Module:
+        """`count` blocks, one after the other."""
+        c, block = self.config, Block
         if c.remat != "none":
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
-        self.layers = nn.scan(
+        return nn.scan(
             block,
             variable_axes={"params": 0, "router": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            unroll=1 if c.scan_layers else c.num_layers,
-        )(c, self.backend, self.dtype, self.parallel, self.moe)
-        self.final_norm = Norm(c.norm, dtype=self.dtype)
+            length=count,
+            unroll=1 if c.scan_layers else count,
+        )(c, self.backend, self.dtype, self.parallel, self.moe, **options)
 
     def __call__(
         self,
@@ -282,11 +287,38 @@ class Transformer(nn.Module):
             x = x + sinusoidal(positions, c.embed_dim).astype(self.dtype)
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         x = nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
-        rotate_by = None
-        if c.positions == "rope":
-            rotate_by = rotation(positions, c.head_width, theta=c.rope_theta)
-        x, cache = self.layers(x, cache, positions, segment_ids, rotate_by)
+        if axis_size(STAGE) > 1 and cache is None and not self.is_initializing():
+            x = self._pipelined(x, positions, segment_ids)
+        else:
+            x, cache = self.layers(x, cache, positions, segment_ids, self._rotation(positions))
         return self.final_norm(x), cache
+
+    def _rotation(self, positions: jax.Array):
+        c = self.config
+        if c.positions != "rope":
+            return None
+        return rotation(positions, c.head_width, theta=c.rope_theta)
+
+    def _pipelined(self, x, positions, segment_ids) -> jax.Array:
+        """The blocks over the stages of a pipeline."""
+        if self.moe.num_experts:
+            raise ConfigError("--mesh.stage does not go with --moe.num_experts: use --mesh.expert")
+        c, key = self.config, self.make_rng("dropout") if self.has_rng("dropout") else None
+
+        def apply_layers(params, x, context):
+            (params, layers), (positions, segment_ids, rows) = params, context
+            rngs = {}
+            if key is not None:  # another one for every piece and every microbatch
+                rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, layers[0]), rows[0])}
+            stack = self._stack(layers.shape[0], parent=None)
+            rotate_by = self._rotation(positions)
+            return stack.apply(
+                {"params": params}, x, None, positions, segment_ids, rotate_by, rngs=rngs
+            )[0]
+
+        params = self.variables["params"]["layers"], jnp.arange(c.num_layers)
+        context = positions, segment_ids, jnp.arange(x.shape[0])
+        return pipeline(apply_layers, params, x, context, self.parallel)
 
     def head_kernel(self) -> jax.Array:
         """The output embedding, [embed_dim, vocab_size], float32."""

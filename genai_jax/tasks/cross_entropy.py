@@ -1,9 +1,11 @@
 """Next-token cross-entropy without `[batch, length, vocabulary]` logits."""
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
-from genai_jax.networks.parallel import split_over, whole_axes
+from genai_jax.networks.parallel import STAGE, axis_size, split_over, whole_axes
 from kernels_pallas import linear_cross_entropy
 
 
@@ -37,6 +39,9 @@ def cross_entropy(
       log-likelihood in nats alone, summed; the number of targets predicted right.
     """
     batch, length = (split_over(*a) for a in zip(("batch", "length"), targets.shape, strict=True))
+    shards = math.prod(axis_size(axis) for axis in (*length, STAGE))
+    if axis_size(STAGE) > 1 and targets.shape[1] % shards == 0:  # else each stage makes it all
+        length = (*length, STAGE)
     across = (*batch, *length, *whole_axes())
 
     def sums(hidden, kernel, targets, mask):

@@ -152,7 +152,7 @@ def _decay_at_rate(schedule, decay, mask):
     return optax.GradientTransformation(decay_alone.init, update)
 
 
-_BATCH_AXES = ("layers", "experts", "stage")
+_BATCH_AXES = ("layers", "blocks", "experts")
 
 
 def _map_axes(function, axes):
