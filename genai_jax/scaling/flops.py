@@ -4,20 +4,31 @@ import math
 
 import jax
 
+from genai_jax.networks.layers import GATED
+from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.transformer import TransformerConfig
 
+DENSE = MoeConfig()
 
-def transformer_forward_flops(config: TransformerConfig, vocab_size: int, length: int) -> dict:
+
+def transformer_forward_flops(
+    config: TransformerConfig, vocab_size: int, length: int, moe: MoeConfig = DENSE
+) -> dict:
     """FLOPs of one forward pass for one token, by part: `dense`, `attention`, `head`.
 
     A multiply-add is 2. Attention counts the pairs that the causal mask leaves, taken as half of
     length (a window: at most its width) keys a query; norms, softmax and the embedding look-up are
-    left out. The head counts whether tied or not.
+    left out. The head counts whether tied or not. Of experts, those count that a token chooses,
+    none of them dropped.
     """
     c = config
     heads, kv_heads = c.num_heads * c.head_width, c.kv_heads * c.head_width
-    gates = 3 if c.activation in ("swiglu", "geglu") else 2
-    block = c.embed_dim * (2 * heads + 2 * kv_heads) + gates * c.embed_dim * c.mlp_width
+    block = c.embed_dim * (2 * heads + 2 * kv_heads)
+    if moe.num_experts:
+        active = moe.experts_per_token + moe.shared_experts
+        block += c.embed_dim * moe.num_experts + active * _expert_parameters(c, moe)
+    else:
+        block += _mlp_parameters(c, c.mlp_width)
     keys = length / 2
     if c.window is not None:
         keys = min(keys, c.window + 1)
@@ -28,15 +39,35 @@ def transformer_forward_flops(config: TransformerConfig, vocab_size: int, length
     }
 
 
-def transformer_training_flops(config: TransformerConfig, vocab_size: int, batch: int, length: int):
+def transformer_training_flops(
+    config: TransformerConfig, vocab_size: int, batch: int, length: int, moe: MoeConfig = DENSE
+) -> float:
     """FLOPs of one training step: three forward passes; rematerialization is not model work."""
-    parts = transformer_forward_flops(config, vocab_size, length)
+    parts = transformer_forward_flops(config, vocab_size, length, moe)
     return 3 * batch * length * sum(parts.values())
 
 
+def inactive_parameters(config: TransformerConfig, moe: MoeConfig) -> int:
+    """Parameters of the experts that a token does not choose, in all layers; 0 without experts."""
+    if not moe.num_experts:
+        return 0
+    others = moe.num_experts - moe.experts_per_token
+    return config.num_layers * others * _expert_parameters(config, moe)
+
+
+def _expert_parameters(config: TransformerConfig, moe: MoeConfig) -> int:
+    return _mlp_parameters(config, moe.expert_dim or config.mlp_width)
+
+
+def _mlp_parameters(config: TransformerConfig, width: int) -> int:
+    """Of the kernels of an MLP of this hidden width."""
+    return (3 if config.activation in GATED else 2) * config.embed_dim * width
+
+
 CONVENTION = (
-    "6 x matmul parameters (head counted, input embedding not) x tokens + causal attention "
-    "halved; as if one document filled each row; no rematerialization"
+    "6 x matmul parameters (head counted, input embedding not; of experts those that a token "
+    "chooses) x tokens + causal attention halved; as if one document filled each row; no "
+    "rematerialization"
 )
 
 

@@ -21,7 +21,7 @@ from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.parallel import ParallelConfig, arranged, check_length
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
-from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
+from genai_jax.scaling.flops import CONVENTION, inactive_parameters, transformer_training_flops
 from genai_jax.tasks.cross_entropy import cross_entropy
 from genai_jax.tasks.router_losses import router_losses
 from genai_jax.training.optimizer import make_optimizer
@@ -323,12 +323,16 @@ class LanguageModel:
         return jax.jit(run)
 
     def flops_per_step(self) -> dict:
-        data = self.config.data
+        shape, data, moe = self.config.transformer, self.config.data, self.config.moe
         flops = transformer_training_flops(
-            self.config.transformer, self.vocab_size, data.batch_size,
-            data.sequence_length,
-        )  # fmt: skip
-        return {"flops_per_step": flops, "convention": CONVENTION}
+            shape, self.vocab_size, data.batch_size, data.sequence_length, moe
+        )
+        found = {"flops_per_step": flops, "convention": CONVENTION}
+        if moe.num_experts:
+            shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+            total = sum(x.size for x in jax.tree.leaves(shapes))
+            found["active_parameters"] = total - inactive_parameters(shape, moe)
+        return found
 
     def tokens_per_step(self) -> int:
         return self.config.data.batch_size * self.config.data.sequence_length

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from genai_jax.networks.dit import Dit, DitConfig
+from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.scaling.flops import (
     count_flops,
+    inactive_parameters,
     transformer_forward_flops,
     transformer_training_flops,
 )
@@ -78,3 +80,26 @@ def test_a_transformer_of_images_counts_within_three_percent_of_the_compiler():
     cost = jax.jit(plain.apply).lower(params, x, t).compile().cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     assert count_flops(plain.apply, params, x, t) == pytest.approx(cost["flops"], rel=0.03)
+
+
+def test_of_experts_those_count_that_a_token_chooses():
+    config = TransformerConfig(num_layers=2, embed_dim=128, num_heads=2, scan_layers=False)
+    moe = MoeConfig(
+        num_experts=4, experts_per_token=2, expert_dim=96, shared_experts=1, capacity_factor=1.0
+    )
+    parts = transformer_forward_flops(config, VOCABULARY, LENGTH, moe)
+    model = Transformer(config, VOCABULARY, backend="xla", moe=moe)
+    tokens = jnp.zeros((2, LENGTH), jnp.int32)
+    variables = jax.eval_shape(
+        lambda rng: model.init(rng, tokens, method="init_all"), jax.random.key(0)
+    )
+    apply = lambda v, t: model.apply(v, t, method="init_all")
+    # With a capacity factor of 1 the experts compute as many rows as there are choices. The slots
+    # are counted by a triangular matmul: [choices, choices] by [choices, experts], in each layer.
+    choices = 2 * LENGTH
+    counting = 2 * 2 * choices**2 * 4 / LENGTH
+    ours = parts["dense"] + 2 * parts["attention"] + parts["head"] + counting
+    assert count_flops(apply, {"params": variables["params"]}, tokens) / tokens.size == ours
+    experts = 2 * 3 * 128 * 96
+    assert inactive_parameters(config, moe) == 2 * experts
+    assert inactive_parameters(config, MoeConfig()) == 0
