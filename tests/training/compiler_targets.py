@@ -43,10 +43,24 @@ def attempt(mesh: Mesh, options) -> str | None:
     return None
 
 
+def refusals(mesh: Mesh, groups: dict) -> dict[str, str]:
+    """{group: objection}; groups that do not contradict each other are compiled together."""
+    together, alone = {}, []
+    for name, options in groups.items():
+        if all(together.get(option, value) == value for option, value in options.items()):
+            together |= options
+        else:
+            alone.append(name)
+    if attempt(mesh, together):
+        alone = list(groups)
+    found = {name: attempt(mesh, groups[name]) for name in alone}
+    return {name: objection for name, objection in found.items() if objection}
+
+
 def main(chip: str):
     """Prints {"platform": of the devices, "tried": groups, "refused": {group: objection}}.
 
-    They are those for the chip, and one that is made up.
+    They are those for the chip; one that is made up is tried apart.
     """
     targets.prepare_environment()
     mesh = slice_of(chip)
@@ -56,9 +70,7 @@ def main(chip: str):
         for name, group in GROUPS.items()
         if group.platform == kind and chip in (group.chips or (chip,))
     }
-    groups["made up"] = {"xla_option_that_is_not": True}
-    found = {name: attempt(mesh, options) for name, options in groups.items()}
-    refused = {name: objection for name, objection in found.items() if objection}
+    refused = refusals(mesh, groups) | refusals(mesh, {"made up": {"xla_made_up": True}})
     platform = mesh.devices.flat[0].platform
     print(json.dumps({"platform": platform, "tried": list(groups), "refused": refused}))
 
