@@ -61,7 +61,9 @@ def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) ->
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
     built = prepared(config, topology)
     if request.dump_shardings:
-        _write(request.dump_shardings, suffix, placements(built.compiled.shapes))
+        params, rules = built.compiled.shapes.params, built.task.partition_rules
+        placed = placements(params, rules, built.compiled.mesh)
+        _write(request.dump_shardings, suffix, placed)
     if not request.compiles:
         print(as_text(named, facts(config, topology, built)))
         return 0

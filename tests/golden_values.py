@@ -1,15 +1,19 @@
 """What the golden files hold: resolved flags of every flagfile, and numbers of one step."""
 
+import contextlib
 import hashlib
+import math
 import pathlib
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from genai_jax.components import parse_run
+from genai_jax.tasks import TASKS
 from genai_jax.tasks.language_model import LanguageModel
 from genai_jax.training.loop import build
-from genai_jax.training.sharding import make_mesh, mesh_context
+from genai_jax.training.sharding import make_mesh, mesh_context, placements
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -41,6 +45,29 @@ def flagfiles() -> dict[str, pathlib.Path]:
 def resolved(path: pathlib.Path) -> str:
     """All flags of the run that a flagfile defines."""
     return parse_run([f"--flagfile={path}"]).to_flags(leave_out=("workdir",))
+
+
+# Flagfile of experiments/pods -> how many devices its parameters are placed on.
+PLACED = {
+    "llama3_8b_v6e_256": 256,
+    "llama3_405b_v5p_1024": 1024,
+    "llama3_8b_128k_v5p_256": 256,
+    "mixtral_8x7b_v5p_128": 128,
+    "latent_dit_xl2_v5e_16": 16,
+}
+
+
+def placed(name: str) -> str:
+    """The placement of every parameter of a pod experiment."""
+    with contextlib.chdir(ROOT):  # paths in flagfiles are relative to the repository
+        config = parse_run([f"--flagfile=experiments/pods/{name}.flags"])
+        task = TASKS[config.run.task](config)
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    sizes = config.mesh.sizes()
+    rest = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(PLACED[name] // rest if size == -1 else size for size in sizes.values())
+    mesh = AbstractMesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+    return placements(params, task.partition_rules, mesh)
 
 
 def one_step(flags: tuple[str, ...]) -> dict[str, float]:

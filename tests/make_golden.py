@@ -2,7 +2,7 @@
 
 import json
 
-from tests.golden_values import GOLDEN, STEP_FLAGS, flagfiles, one_step, resolved
+from tests.golden_values import GOLDEN, PLACED, STEP_FLAGS, flagfiles, one_step, placed, resolved
 
 
 def main():
@@ -11,6 +11,8 @@ def main():
         old.unlink()
     for name, path in flagfiles().items():
         (GOLDEN / name).write_text(resolved(path))
+    for name in PLACED:
+        (GOLDEN / f"{name}.shardings").write_text(placed(name))
     numbers = {name: one_step(flags) for name, flags in STEP_FLAGS.items()}
     (GOLDEN / "one_step.json").write_text(json.dumps(numbers, indent=2) + "\n")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.golden_values import GOLDEN, STEP_FLAGS, flagfiles, one_step, resolved
+from tests.golden_values import GOLDEN, PLACED, STEP_FLAGS, flagfiles, one_step, placed, resolved
 
 
 @pytest.mark.smoke
@@ -12,6 +12,11 @@ def test_every_flagfile_resolves_to_its_golden_dump():
     for name, path in flagfiles().items():
         assert (GOLDEN / name).read_text() == resolved(path), f"{path}: see make golden"
     assert {p.name for p in GOLDEN.glob("*.flags")} == set(flagfiles())
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_every_parameter_of_a_pod_experiment_is_placed_as_before(name):
+    assert (GOLDEN / f"{name}.shardings").read_text() == placed(name), "see make golden"
 
 
 @pytest.mark.smoke

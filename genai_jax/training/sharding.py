@@ -159,18 +159,22 @@ def batch_shardings(shapes: dict, axes: dict, mesh: Mesh) -> dict[str, NamedShar
     }
 
 
+def parameter_specs(params: Any, rules, mesh: Mesh) -> Any:
+    """A tree like `params` with the partition of every parameter; errors as `spec_of`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, axes: spec_of(f"parameter {path_name(path)}", leaf.shape, axes, mesh),
+        params,
+        logical_axes(params, rules),
+    )
+
+
 def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
     """Shardings of a whole `TrainState` of shapes.
 
     Parameters follow the table. A leaf of an average or of an optimizer state follows the parameter
     that its path ends with, if it has its shape; everything else is on every device.
     """
-    axes = logical_axes(state.params, rules)
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, a: spec_of(f"parameter {path_name(path)}", leaf.shape, a, mesh),
-        state.params,
-        axes,
-    )
+    specs = parameter_specs(state.params, rules, mesh)
     by_name = {
         path_name(path): (leaf.shape, spec)
         for (path, leaf), spec in zip(
@@ -191,16 +195,20 @@ def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def placements(state: Any) -> str:
-    """A line for every parameter: its name, shape, partition, and the shape of one device's part."""
+def placements(params: Any, rules, mesh: Mesh) -> str:
+    """A line for every parameter: its name, shape, partition, and the shape of one device's part.
 
-    def line(path, x):
-        parts = ", ".join("+".join(_listed(p)) or "-" for p in x.sharding.spec)
-        local = x.sharding.shard_shape(x.shape)
+    `params` may be shapes, and the mesh one without devices.
+    """
+
+    def line(path, x, spec):
+        parts = ", ".join("+".join(_listed(part)) or "-" for part in spec)
+        local = NamedSharding(mesh, spec).shard_shape(x.shape)
         return f"{path_name(path)} {_dims(x.shape)} [{parts}] {_dims(local)}"
 
-    leaves = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    return "\n".join(line(path, x) for path, x in leaves) + "\n"
+    specs = parameter_specs(params, rules, mesh)
+    lines = jax.tree_util.tree_map_with_path(line, params, specs)
+    return "\n".join(jax.tree.leaves(lines)) + "\n"
 
 
 def _listed(part) -> tuple[str, ...]:

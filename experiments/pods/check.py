@@ -1,0 +1,119 @@
+"""Compiles every experiment of this folder for its slice and writes the table of README.md.
+
+    python experiments/pods/check.py [NAME ...]   # those flagfiles; all of them without a name
+    python experiments/pods/check.py --table      # the table alone, from the numbers that are here
+
+Beside each flagfile lie what compile_check printed (NAME.txt) and its numbers (NAME.json).
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+GIB = 2**30
+# Model FLOPs utilization that the leading public JAX trainer reports for the size and chip: MaxText,
+# "Performance" tiers (docs/reference/models/tiering.md), read in 2026.
+PUBLISHED = {"llama3_8b_v6e_256": 0.455, "llama3_70b_v6e_256": 0.503, "llama2_70b_v5p_512": 0.654}
+COLUMNS = (
+    "experiment",
+    "slice",
+    "mesh",
+    "tokens a chip",
+    "memory GiB",
+    "step s",
+    "MFU",
+    "published",
+)
+
+
+def main(arguments: list[str]) -> int:
+    names = [a.removesuffix(".flags") for a in arguments if not a.startswith("-")]
+    failed = []
+    if "--table" not in arguments:
+        for flagfile in experiments():
+            if not names or flagfile.stem in names:
+                failed += [] if check(flagfile) else [flagfile.stem]
+    write_between(HERE / "README.md", "experiments", table())
+    if failed:
+        print(f"did not compile: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def experiments() -> list[pathlib.Path]:
+    """The flagfiles that name a topology."""
+    return [path for path in sorted(HERE.glob("*.flags")) if topology_of(path)]
+
+
+def topology_of(flagfile: pathlib.Path) -> str:
+    """What the comment ``# topology:`` of a flagfile says, empty if there is none."""
+    found = re.search(r"^# topology: *(\S+)", flagfile.read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def check(flagfile: pathlib.Path) -> bool:
+    """Compiles one; whether it compiled, be it fitting or not."""
+    print(f"{flagfile.stem} for {topology_of(flagfile)} ...", flush=True)
+    command = (
+        sys.executable, "-m", "genai_jax.compile_check", f"--flagfile={flagfile.relative_to(ROOT)}",
+        f"--topology={topology_of(flagfile)}", f"--output={flagfile.with_suffix('.json')}",
+    )  # fmt: skip
+    compilers = pathlib.Path(sys.prefix) / "targets"
+    path = os.pathsep.join((str(compilers), os.environ.get("PYTHONPATH", "")))
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode not in (0, 1) or not done.stdout:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return False
+    flagfile.with_suffix(".txt").write_text(done.stdout)
+    print(done.stdout.splitlines()[-1], flush=True)
+    return True
+
+
+def table() -> str:
+    """Of all experiments, from the numbers beside them."""
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for flagfile in experiments():
+        numbers = flagfile.with_suffix(".json")
+        if numbers.exists():
+            rows.append(
+                "| " + " | ".join(row(flagfile.stem, json.loads(numbers.read_text()))) + " |"
+            )
+        else:
+            rows.append(f"| {flagfile.stem} | {topology_of(flagfile)} | not compiled yet |")
+    return "\n".join(rows)
+
+
+def row(name: str, report: dict) -> list[str]:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    tokens = report["tokens_per_step"]
+    each = tokens / report["devices"] if tokens else report["batch_size"] / report["devices"]
+    cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{each:,.0f}"]
+    published = f"{PUBLISHED[name]:.1%}" if name in PUBLISHED else ""
+    if not report["fits"]:
+        return [*cells, f"does not fit: {report['largest'][0]}", "", "", published]
+    memory = f"{report['memory']['total'] / GIB:.1f} of {report['capacity'] / GIB:.1f}"
+    predicted = report["predicted"]
+    return [
+        *cells,
+        memory,
+        f"{predicted['step_seconds']:.2f}",
+        f"{predicted['mfu']:.1%}",
+        published,
+    ]
+
+
+def write_between(path: pathlib.Path, name: str, text: str):
+    """Replaces what stands between ``<!-- name -->`` and ``<!-- end of name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = path.read_text().split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Communication of one step against the number of chips, on paper: from compiled programs.
+
+    python experiments/pods/weak_scaling.py   # writes weak_scaling.json, .png and README.md's table
+
+The decoder of 1B parameters, 8,192 tokens a chip, for v5p from 16 to 4,096 chips: FSDP over all
+chips, and FSDP x 4-way tensor parallelism.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from check import ROOT, write_between  # noqa: E402
+
+SLICES = {16: "2x2x4", 64: "4x4x4", 256: "4x8x8", 1024: "8x8x16", 4096: "16x16x16"}
+TENSOR = {"fsdp": 1, "fsdp x tensor 4": 4}
+RESULTS = HERE / "weak_scaling.json"
+
+
+def main() -> int:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, tensor in TENSOR.items():
+        for chips, shape in SLICES.items():
+            key = f"{name}/{chips}"
+            if key not in results:
+                results[key] = compiled(chips, shape, tensor)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print(key, results[key], flush=True)
+    write_between(HERE / "README.md", "weak scaling", table(results))
+    plot(results)
+    return 0
+
+
+def compiled(chips: int, shape: str, tensor: int) -> dict:
+    """What one device sends in a step, by kind of collective, and the predicted MFU."""
+    output = HERE / "weak_scaling.tmp.json"
+    command = (
+        sys.executable, "-m", "genai_jax.compile_check",
+        "--flagfile=experiments/pods/shapes/llama3_1b.flags", f"--topology=v5p:{shape}",
+        f"--mesh.tensor={tensor}", f"--data.batch_size={chips}", "--transformer.remat=full",
+        f"--output={output}",
+    )  # fmt: skip
+    path = os.pathsep.join(
+        (str(pathlib.Path(sys.prefix) / "targets"), os.environ.get("PYTHONPATH", ""))
+    )
+    subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True
+    )
+    report = json.loads(output.read_text())
+    output.unlink()
+    sent: dict[str, int] = {}
+    for c in report["collectives"]:
+        sent[c["kind"]] = sent.get(c["kind"], 0) + c["bytes_sent"]
+    return {
+        "sent": sent,
+        "links_seconds": report["predicted"]["bounds_seconds"]["links"],
+        "step_seconds": report["predicted"]["step_seconds"],
+        "mfu": report["predicted"]["mfu"],
+    }
+
+
+def table(results: dict) -> str:
+    rows = [
+        "| mesh | chips | sent GB | on the links s | step s | MFU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, r in results.items():
+        mesh, chips = key.split("/")
+        rows.append(
+            f"| {mesh} | {int(chips):,} | {sum(r['sent'].values()) / 1e9:.2f} | "
+            f"{r['links_seconds']:.3f} | {r['step_seconds']:.3f} | {r['mfu']:.1%} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(results: dict):
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in TENSOR:
+        chips = [c for c in SLICES if f"{name}/{c}" in results]
+        sent = [sum(results[f"{name}/{c}"]["sent"].values()) / 1e9 for c in chips]
+        axes.plot(chips, sent, marker="o", label=name)
+    axes.set(xscale="log", xlabel="chips (v5p)", ylabel="sent by a chip in a step (GB)")
+    axes.set_xticks(list(SLICES), [f"{c:,}" for c in SLICES])
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(HERE / "weak_scaling.png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
