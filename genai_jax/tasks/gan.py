@@ -24,6 +24,7 @@ from genai_jax.tasks.gan_sampling import GanRequest, draw, draw_images
 from genai_jax.tasks.growing import smaller_groups
 from genai_jax.tasks.image_scores import ScoreFlags, score_images
 from genai_jax.tasks.image_task import ImageTask
+from genai_jax.training.distributed import to_host
 from genai_jax.training.phase import Phase
 from genai_jax.training.sharding import logical_axes
 
@@ -253,9 +254,9 @@ class Gan(ImageTask):
             found.append((verdicts, batch["loss_mask"]))
             if i * len(made) < MOST_COMPARED:
                 images.append((made, batch["image"], batch["loss_mask"]))
-        verdicts, mask = (np.concatenate(x, -1) for x in zip(*jax.device_get(found), strict=True))
+        verdicts, mask = (np.concatenate(x, -1) for x in zip(*to_host(found), strict=True))
         real, fake = verdicts.astype(np.float64) @ mask / mask.sum()
-        made, held_out, kept = map(np.concatenate, zip(*jax.device_get(images), strict=True))
+        made, held_out, kept = map(np.concatenate, zip(*to_host(images), strict=True))
         unit = 2 / (self.loader.levels - 1)
         made, held_out = (x[kept > 0][:MOST_COMPARED] * unit for x in (made, held_out))
         return {

@@ -23,6 +23,7 @@ from genai_jax.tasks.image_scores import ScoreFlags, score_images
 from genai_jax.tasks.image_task import ImageTask
 from genai_jax.tasks.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.tasks.vae_sampling import VaeRequest, draw, draw_images
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import make_optimizer
 from genai_jax.training.phase import Phase
 from genai_jax.training.sharding import logical_axes
@@ -209,7 +210,7 @@ class Vae(ImageTask):
             (self._evaluation_step(params, batch, jax.random.fold_in(key, i)), batch["loss_mask"])
             for i, batch in enumerate(batches)
         ]
-        values, mask = zip(*jax.device_get(found), strict=True)
+        values, mask = zip(*to_host(found), strict=True)
         values, mask = np.concatenate(values, 1).astype(np.float64), np.concatenate(mask)
         fit, kl, _ = values @ mask / mask.sum()
         loss = (kl - fit) / self.dimensions

@@ -4,11 +4,15 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
 from genai_jax.training.distributed import everywhere, is_main
+from genai_jax.training.sharding import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=args.Composite(
-                state=args.StandardSave(state),
+                state=args.PyTreeSave(state),
                 data=args.JsonSave(data),
                 clock=args.JsonSave(clock),
                 checksums=args.JsonSave(checksums(state, data=data, clock=clock)),
@@ -75,13 +79,17 @@ class Checkpointer:
             force=True,
         )
 
-    def restore(self, shapes: Any, step: int | None = None) -> tuple[int, Any, dict, dict] | None:
+    def restore(
+        self, shapes: Any, step: int | None = None, only: Sequence[str] | None = None
+    ) -> tuple[int, Any, dict, dict] | None:
         """(step, state, data, clock) of a step, or of the newest that is whole, or None.
 
         Args:
           shapes: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto, which may
             belong to another mesh than the one that saved it.
           step: a certain step.
+          only: the parts of the state to read, as paths ("params", "ema/0.99"); all if None. What
+            is not in them comes back as None and is not read.
 
         Raises:
           ConfigError: `step` does not exist, or there are checkpoints but none can be read.
@@ -93,7 +101,7 @@ class Checkpointer:
         problem = None
         for candidate in candidates:
             try:
-                return candidate, *self._restore(candidate, shapes)
+                return candidate, *self._restore(candidate, shapes, only)
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
                 if is_main():
@@ -104,14 +112,21 @@ class Checkpointer:
             )
         return None
 
-    def _restore(self, step: int, shapes: Any) -> tuple[Any, dict, dict]:
-        args = self._ocp.args
+    def _restore(
+        self, step: int, shapes: Any, only: Sequence[str] | None
+    ) -> tuple[Any, dict, dict]:
+        args, left_out = self._ocp.args, self._ocp.PLACEHOLDER
+        target = jax.tree_util.tree_map_with_path(
+            lambda path, x: x if _is_part(path_name(path), only) else left_out, shapes
+        )
         problem = None
         try:
             restored = self._manager.restore(
                 step,
                 args=args.Composite(
-                    state=args.StandardRestore(shapes),
+                    state=args.PyTreeRestore(
+                        target, self._ocp.checkpoint_utils.construct_restore_args(target)
+                    ),
                     data=args.JsonRestore(),
                     clock=args.JsonRestore(),
                     checksums=args.JsonRestore(),
@@ -121,9 +136,11 @@ class Checkpointer:
             problem = error
         if not everywhere(problem is None):  # a damaged file is seen by those who read it
             raise problem or ValueError("another process cannot read it")
-        state, data, clock = restored["state"], restored["data"], restored["clock"]
+        state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
+        data, clock = restored["data"], restored["clock"]
         found, saved = checksums(state, data=data, clock=clock), restored["checksums"]
-        damaged = [name for name in found | saved if found.get(name) != saved.get(name)]
+        names = found | saved if only is None else found
+        damaged = [name for name in names if found.get(name) != saved.get(name)]
         if damaged:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
         return state, data, clock
@@ -153,6 +170,11 @@ class Checkpointer:
 
     def close(self):
         self._manager.close()
+
+
+def _is_part(path: str, only: Sequence[str] | None) -> bool:
+    """Whether a path is in one of the parts, each the beginning of a path."""
+    return only is None or any(f"{path}/".startswith(f"{part}/") for part in only)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import sys
 import traceback
 import urllib.error
 import urllib.request
@@ -23,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from genai_jax.config import ConfigError, field
-from genai_jax.training.roll_call import RollCall, leave
+from genai_jax.training.roll_call import RollCall
 
 TPU_PORT = 8790  # of the coordinator on a TPU pod, where nobody names one
 
@@ -225,18 +224,17 @@ def _ending_all(call: RollCall, heartbeat_s: int) -> Iterator[None]:
         yield
     except (ConfigError, OSError) as error:
         call.tell(str(error), 2)
-        leave(str(error), 2)
+        call.leave(str(error), 2)
     except KeyboardInterrupt:
         call.tell("interrupted", 130)
-        leave("interrupted", 130)
+        call.leave("interrupted", 130)
     except BaseException as error:
         # What breaks here when another process is lost is a collective; the line says who.
         if isinstance(error, jax.errors.JaxRuntimeError) and call.wait_for_end(heartbeat_s):
-            leave(f"{call.reason}; the same command goes on from the last checkpoint", call.code)
+            call.leave(call.reason, call.code)
         call.tell(f"{type(error).__name__}: {error}", 1)
         traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
+        call.exit(1)
 
 
 def is_main() -> bool:
@@ -260,8 +258,14 @@ def everywhere(true: bool) -> bool:
     return all(gathered(bool(true)))
 
 
-def whole(array: jax.Array) -> np.ndarray:
-    """All of a global array in host memory; all processes have to call it."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+def to_host(tree: Any) -> Any:
+    """All of every global array of a tree, in host memory; all processes have to call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def whole(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)

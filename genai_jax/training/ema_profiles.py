@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from genai_jax.config import ConfigError
-from genai_jax.training.distributed import is_main, whole
+from genai_jax.training.distributed import is_main, to_host
 from genai_jax.training.ema import gamma_of
 from genai_jax.training.sharding import path_name
 
@@ -44,7 +44,7 @@ def write_snapshot(workdir: pathlib.Path, step: int, ema: dict) -> None:
     """
     averages = {name: values for name, values in ema.items() if name.startswith("width")}
     arrays = {
-        path_name(path): whole(x) for path, x in jax.tree_util.tree_flatten_with_path(averages)[0]
+        path_name(path): to_host(x) for path, x in jax.tree_util.tree_flatten_with_path(averages)[0]
     }
     if not is_main():
         return

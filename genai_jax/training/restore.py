@@ -80,27 +80,33 @@ def restore_model(
         )
     mesh = _mesh_here(config)
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True)
-    restored = checkpointer.restore(state_shapes(task, config, mesh), step)
+    shapes = state_shapes(task, config, mesh)
+    averaged = _averaged(shapes, ema)  # groups that are never trained have no average
+    groups = [f"params/{group}" for group in shapes.params if group not in averaged]
+    average = [f"ema/{ema}"] if ema in kept else []
+    restored = checkpointer.restore(shapes, step, ("mutables", *groups, *average))
     checkpointer.close()
     if restored is None:
         raise ConfigError(f"no checkpoint in --workdir={workdir}: the run has not saved one yet")
     step, state, _, _ = restored
-    # Groups that are never trained have no average.
-    params = {**state.params, **_average(workdir, ema, step, state)}
+    params = dict(state.params)
+    if ema in kept:
+        params |= state.ema[ema]
+    elif averaged:
+        profile = reconstruct(workdir, float(ema.removeprefix("width:")), step, averaged)
+        params |= jax.device_put(profile, jax.tree.map(lambda x: x.sharding, averaged))
     return Restored(step, params, state.mutables, mesh, None if ema == "none" else ema)
 
 
-def _average(workdir: pathlib.Path, ema: str, step: int, state) -> Params:
-    if ema == "none":
-        return {}
+def _averaged(shapes: Any, ema: str) -> Params:
+    """The groups that the average `ema` has, as shapes; none of them for "none"."""
     if not ema.startswith("width:"):
-        return state.ema[ema]
+        return shapes.ema.get(ema, {})
     try:
-        width = float(ema.removeprefix("width:"))
+        float(ema.removeprefix("width:"))
     except ValueError:
         raise ConfigError(f"--ema={ema} is not width:W with a number W") from None
-    like = next((values for name, values in state.ema.items() if name.startswith("width")), None)
-    if like is None:
-        raise ConfigError(f"--ema={ema} needs a run with --ema.relative_width and snapshots")
-    profile = reconstruct(workdir, width, step, like)
-    return jax.device_put(profile, jax.tree.map(lambda x: x.sharding, like))
+    for name, values in shapes.ema.items():
+        if name.startswith("width"):
+            return values
+    raise ConfigError(f"--ema={ema} needs a run with --ema.relative_width and snapshots")

@@ -17,7 +17,8 @@ import time
 
 from genai_jax.config import ConfigError
 
-_GRACE_S = 3.0  # for a main thread that is failing for the same reason, and says it better
+_GRACE_S = 2.0  # for a main thread that is failing for the reason that another process tells
+_LAST_S = 3.0  # process 0 leaves last: when it goes, XLA's service aborts those who are still there
 
 
 class RollCall:
@@ -38,6 +39,7 @@ class RollCall:
         self.index, self._count = index, count
         self._lines: dict[int, socket.socket] = {}  # index of the process at the other end -> line
         self._leaving = False
+        self._last_word = threading.Lock()
         self._ended = threading.Event()
         self.reason, self.code = "", 1  # why all have to leave, and the exit code
         deadline = time.monotonic() + timeout_s
@@ -64,11 +66,33 @@ class RollCall:
         """Whether, within so many seconds, some process turns out to be gone."""
         return self._ended.wait(seconds)
 
+    def leave(self, reason: str, code: int):
+        """Ends this process, whatever its other threads wait for, with an error of one line."""
+        self._last_word.acquire()  # one thread has it
+        advice = "; the same command goes on from the last checkpoint" if code == 1 else ""
+        print(f"error: {' '.join(reason.split())}{advice}", file=sys.stderr)
+        self.exit(code)
+
+    def exit(self, code: int):
+        """Ends this process, whatever its other threads wait for."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.index == 0:
+            time.sleep(_LAST_S)
+        os._exit(code)
+
     def _gather(self, port: int, timeout_s: float, deadline: float):
         """In process 0: waits for the others."""
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
-        with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
+        try:
+            listening = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+        except OSError as error:
+            raise ConfigError(
+                f"process 0 cannot listen on port {port} (that of --distributed.coordinator + 1): "
+                f"{error.strerror}"
+            ) from None
+        with listening as server:
             while missing := set(range(1, self._count)) - self._lines.keys():
                 server.settimeout(max(deadline - time.monotonic(), 0.01))
                 try:
@@ -136,15 +160,16 @@ class RollCall:
                         self._end(told["end"], told["code"])
 
     def _end(self, reason: str, code: int):
-        if self._ended.is_set():
+        if self._ended.is_set() or self._leaving:
             return
         self.reason, self.code = reason, code
         self._ended.set()
         if self.index == 0:
             self._send_all({"end": reason, "code": code})
-        time.sleep(_GRACE_S)
+        if code != 1:
+            time.sleep(_GRACE_S)
         if not self._leaving:  # the main thread may wait for the lost process for ever
-            leave(f"{reason}; the same command goes on from the last checkpoint", code)
+            self.leave(reason, code)
 
     def _send_all(self, message: dict):
         for line in self._lines.values():
@@ -152,14 +177,6 @@ class RollCall:
                 line.sendall(json.dumps(message).encode() + b"\n")
             except OSError:  # it is gone, and the watch knows
                 continue
-
-
-def leave(reason: str, code: int):
-    """Ends this process at once, whatever its other threads wait for."""
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _receive(line: socket.socket) -> dict | None:

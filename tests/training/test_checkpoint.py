@@ -30,6 +30,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep_best, kept):
     checkpointer.close()
 
 
+def test_parts_of_a_state_are_restored_alone(tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    state = {"params": {"a": jnp.ones(3), "b": jnp.ones(2)}, "ema": {"0.9": 2.0, "0.99": 3.0}}
+    state["ema"] = jax.tree.map(jnp.float32, state["ema"])
+    checkpointer.save(1, state, {}, {})
+    _, found, _, _ = checkpointer.restore(state, only=("params/b", "ema/0.9"))
+    assert found["params"]["a"] is None and found["ema"]["0.99"] is None
+    np.testing.assert_array_equal(found["params"]["b"], 1.0)
+    assert found["ema"]["0.9"] == 2.0
+    checkpointer.close()
+
+
 def test_checkpoints_set_aside_are_moved_and_not_deleted(tmp_path):
     checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=3))
     for step in (1, 2, 3):
