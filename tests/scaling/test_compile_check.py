@@ -1,0 +1,133 @@
+"""The command, on simulated devices: what it counts, what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from genai_jax.compile_check import CheckRequest, _split
+from genai_jax.config import ConfigError
+from genai_jax.scaling.chips import CHIPS, Topology
+from tests.commands import environment
+from tests.conftest import ROOT
+
+TINY = (
+    "--transformer.num_layers=2", "--transformer.embed_dim=64", "--transformer.num_heads=4",
+    "--data.batch_size=8", "--data.sequence_length=32",
+)  # fmt: skip
+
+
+def check(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "genai_jax.compile_check", *flags]
+    return subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def report_of(folder, *flags: str) -> tuple[dict, str]:
+    path = folder / "report.json"
+    result = check("--topology=cpu:8", f"--output={path}", *TINY, *flags)
+    assert result.returncode == 0, result.stderr
+    return json.loads(path.read_text()), result.stdout
+
+
+def by_kind(report: dict) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for c in report["collectives"]:
+        sums[c["kind"]] = sums.get(c["kind"], 0) + c["bytes_sent"]
+    return sums
+
+
+@pytest.mark.smoke
+def test_data_parallelism_adds_only_the_all_reduce_of_the_gradients(tmp_path):
+    report, text = report_of(tmp_path, "--mesh.data=8")
+    assert set(by_kind(report)) == {"all-reduce"}
+    # A ring sends 2 (n - 1) / n of an array.
+    reduced = by_kind(report)["all-reduce"] / (2 * 7 / 8)
+    assert reduced == pytest.approx(4 * report["parameters"], rel=0.01)
+    assert report["devices"] == 8 and report["mesh"] == {"data": 8}
+    assert report["memory"]["parameters"] == 4 * report["parameters"]
+    assert report["memory"]["optimizer"] == pytest.approx(8 * report["parameters"], rel=0.01)
+    # Without rematerialization the program computes what the model's count says, but for the
+    # causal half of attention, which a CPU computes too.
+    assert report["program_flops"] * 8 == pytest.approx(report["flops_per_step"], rel=0.1)
+    assert "fits" in text and "all-reduce" in text
+
+
+def test_sharded_parameters_are_gathered_a_layer_at_a_time(tmp_path):
+    placements, program = tmp_path / "placements.txt", tmp_path / "program.txt"
+    report, _ = report_of(
+        tmp_path, "--mesh.data=1", "--mesh.fsdp=8", f"--dump_shardings={placements}",
+        f"--program={program}",
+    )  # fmt: skip
+    assert report["memory"]["parameters"] == pytest.approx(4 * report["parameters"] / 8, rel=0.01)
+    line = next(x for x in placements.read_text().splitlines() if "mlp/up/kernel" in x)
+    assert line == "model/layers/mlp/up/kernel 2x64x160 [-, fsdp, -] 2x8x160"
+    gathers = [c for c in report["collectives"] if c["kind"] == "all-gather"]
+    # Each pass gathers each parameter once; the backward pass may gather them again. A gather of
+    # the stacked layers in every iteration would send a multiple of it.
+    sent = sum(c["bytes_sent"] for c in gathers)
+    assert sent <= 2.1 * 4 * report["parameters"] * 7 / 8
+    from genai_jax.scaling.program import executed, parse
+
+    largest = max(
+        run.instruction.bytes
+        for run in executed(parse(program.read_text()), into_fusions=True)
+        if run.instruction.opcode.startswith("all-gather")
+    )
+    assert largest <= 4 * 320 * 64  # an embedding; the stacked layers are larger
+
+
+def test_two_runs_beside_each_other(tmp_path):
+    flagfile = tmp_path / "other.flags"
+    flagfile.write_text("\n".join((*TINY, "--mesh.data=1", "--mesh.tensor=4")) + "\n")
+    result = check(
+        "--topology=cpu:4", "--compiles=false", f"--compare={flagfile}", f"--flagfile={flagfile}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cpu:4: 4 devices as tensor 4") == 2
+
+
+def test_flags_are_told_apart():
+    request, rest = _split(["--topology=cpu:2", "--nocompiles", "--mesh.data=2"])
+    assert request == CheckRequest(topology="cpu:2", compiles=False) and rest == ["--mesh.data=2"]
+
+
+def test_an_unknown_topology_lists_the_known():
+    for text in ("v9:2x2", "v5p", "v5p:", "cpu:2x", "h200"):
+        with pytest.raises(ConfigError, match=r"--topology=.* is unknown; known are, e.g., v4:"):
+            Topology(text)
+    assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e", "7x", "h200"}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((), "--topology is not set"),
+        (("--topology=cpu:4", "--mesh.data=3"), "--mesh.data=3 does not fit 4 device"),
+        (
+            ("--topology=cpu:8", "--mesh.data=1", "--mesh.tensor=8", *TINY),
+            "parameter model/layers/attention/key/kernel (2, 64, 4, 16): kv_heads of size 4 is not "
+            "divisible by --mesh.tensor=8",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(flags, message):
+    result = check(*flags)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_missing_compiler_is_said(tmp_path):
+    environment_ = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-m", "genai_jax.compile_check", "--topology=v5e:2x2", *TINY]
+    result = subprocess.run(
+        command, env=environment_, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if "libtpu" not in result.stderr and result.returncode == 0:
+        pytest.skip("libtpu is installed beside jax")
+    assert result.returncode == 2
+    assert "needs libtpu, which is not installed: `make targets`" in result.stderr
+    assert os.linesep not in result.stderr.strip()
