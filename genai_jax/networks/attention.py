@@ -6,7 +6,9 @@ import jax.numpy as jnp
 
 import kernels_pallas
 from genai_jax.networks.layers import Dense, Norm
+from genai_jax.networks.parallel import ParallelConfig
 from genai_jax.networks.positions import Rotation, rotary
+from genai_jax.networks.sequence_attention import attention
 
 
 class Attention(nn.Module):
@@ -17,6 +19,7 @@ class Attention(nn.Module):
       head_dim: width of a head.
       qk_norm: RMSNorm on queries and keys.
       out_scale: variance of the output projection, times fan-in; 0 starts it at zero.
+      parallel: how x is split over the sequence axis; None: not at all.
     """
 
     num_heads: int
@@ -25,6 +28,7 @@ class Attention(nn.Module):
     out_scale: float = 1.0
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig | None = None
 
     @nn.compact
     def __call__(
@@ -48,7 +52,8 @@ class Attention(nn.Module):
         )(x, source)
         if rotate_by is not None:
             q, k = rotary(q, rotate_by), rotary(k, rotate_by)
-        out = attend(q, k, v, context_mask, self.backend)
+        parallel = None if self.is_initializing() else self.parallel
+        out = attend(q, k, v, context_mask, self.backend, parallel)
         return Dense(
             x.shape[-1:], 2, use_bias=True, init_scale=self.out_scale, dtype=self.dtype, name="out"
         )(out)
@@ -73,14 +78,15 @@ class Projection(nn.Module):
         return q, k, v
 
 
-def attend(q, k, v, kv_mask, backend) -> jax.Array:
+def attend(q, k, v, kv_mask, backend, parallel=None) -> jax.Array:
     """Attention of every query to every key that exists, [batch, length, heads, head_dim]."""
     segment_ids = None
     if kv_mask is not None:
         segment_ids = (jnp.ones(q.shape[:2], jnp.int32), kv_mask.astype(jnp.int32))
-    return kernels_pallas.attention(
-        q, k, v, mask=kernels_pallas.Full(), segment_ids=segment_ids, backend=backend
-    )
+    return attention(
+        q, k, v, mask=kernels_pallas.Full(), parallel=parallel, segment_ids=segment_ids,
+        backend=backend,
+    )  # fmt: skip
 
 
 # Parameter path -> logical axes; a stack of blocks prepends one.

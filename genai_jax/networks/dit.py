@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from genai_jax.config import field
+from genai_jax.config import ConfigError, field
 from genai_jax.networks import attention, conditioning
 from genai_jax.networks.attention import Attention, Projection, attend
 from genai_jax.networks.conditioning import Condition, ConditionEmbedding
 from genai_jax.networks.layers import Dense, Mlp
+from genai_jax.networks.parallel import SEQUENCE, STAGE, ParallelConfig, axis_size
+from genai_jax.networks.pipeline import pipeline
 from genai_jax.networks.positions import axial_rotation, axial_sinusoidal, rotary
 from genai_jax.networks.transformer import REMAT
 
@@ -92,6 +94,7 @@ class Block(nn.Module):
     config: DitConfig
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
     def __call__(self, carry, vector, text, text_mask, rotations):
@@ -100,8 +103,8 @@ class Block(nn.Module):
         batch, frames, points, dim = x.shape
         video = frames > 1
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        attends = lambda name, scale=1.0: Attention(
-            c.num_heads, c.head_dim, c.qk_norm, scale, self.backend, self.dtype, name=name
+        attends = lambda name, scale=1.0, parallel=self.parallel: Attention(
+            c.num_heads, c.head_dim, c.qk_norm, scale, self.backend, self.dtype, parallel, name=name
         )
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *in_time = Modulation(
             9 if video else 6, dim, self.dtype, name="modulation"
@@ -118,7 +121,7 @@ class Block(nn.Module):
             x = x + dropout(update.reshape(x.shape))
         if video:
             normed = modulate(x, *in_time[:2]).swapaxes(1, 2).reshape(-1, frames, dim)
-            update = attends("time_attention")(normed, rotate_by=rotations[1])
+            update = attends("time_attention", parallel=None)(normed, rotate_by=rotations[1])
             update = update.reshape(batch, points, frames, dim).swapaxes(1, 2)
             x = x + dropout(gated(in_time[2], update))
         mlp = Mlp(c.mlp_dim or 4 * dim, "gelu", True, 1.0, self.dtype, name="mlp")
@@ -135,6 +138,7 @@ class JointBlock(nn.Module):
     config: DitConfig
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
     def __call__(self, carry, vector, text, text_mask, rotations):
@@ -179,6 +183,8 @@ class Dit(nn.Module):
       uses_step_size: whether the size of a solver's step is an input.
       backend: of the attention.
       dtype: of the matmuls.
+      parallel: how the tokens of an image or a signal are split over the sequence axis, and the
+        blocks over the stages of a pipeline.
     """
 
     config: DitConfig
@@ -188,6 +194,7 @@ class Dit(nn.Module):
     uses_step_size: bool = False
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
     def __call__(
@@ -217,6 +224,7 @@ class Dit(nn.Module):
         joint = self.vocab_size > 0 and c.text_mode == "joint"
         if joint and frames > 1:
             raise ValueError("--dit.text_mode=joint is for images and signals; video takes cross")
+        self._check_sequence(tokens.shape[2], "joint text" if joint else "video" * (frames > 1))
         h = Dense((c.embed_dim,), use_bias=True, dtype=self.dtype, name="patch_embed")(tokens)
         rotations = (None, None)
         if c.positions == "rope":
@@ -228,10 +236,10 @@ class Dit(nn.Module):
                 h = h + in_time.astype(self.dtype)
         h = nn.with_logical_constraint(h, TOKEN_AXES)
         text = embedded.text
-        (h, _), _ = self._blocks(JointBlock if joint else Block)(
-            (h, text if joint else None), embedded.vector, None if joint else text,
-            embedded.text_mask, rotations,
-        )  # fmt: skip
+        context = embedded.vector, None if joint else text, embedded.text_mask
+        h, _ = self._apply_blocks(
+            JointBlock if joint else Block, (h, text if joint else None), context, rotations
+        )
         shift, scale = Modulation(2, c.embed_dim, self.dtype, name="final_modulation")(
             embedded.vector
         )
@@ -242,7 +250,37 @@ class Dit(nn.Module):
         space = x.shape[1:-1]
         return joined(out.astype(jnp.float32), space, c.patch_size, self.channels_out)
 
-    def _blocks(self, block):
+    def _check_sequence(self, points: int, unfit: str):
+        """Raises `ConfigError` for tokens that the sequence axis cannot split."""
+        size = axis_size(SEQUENCE)
+        if size == 1:
+            return
+        if unfit:
+            raise ConfigError(f"--mesh.sequence={size} does not split {unfit} of a DiT")
+        if points % size:
+            raise ConfigError(
+                f"{points} tokens of --dit.patch_size={self.config.patch_size} are not divisible "
+                f"by --mesh.sequence={size}"
+            )
+
+    def _apply_blocks(self, block, carry, context, rotations):
+        """The carry behind all blocks, over the stages of a pipeline if there are any."""
+        if axis_size(STAGE) == 1 or self.is_initializing():
+            return self._stack(block, self.config.num_layers, name="blocks")(
+                carry, *context, rotations
+            )[0]
+
+        def apply_layers(params, carry, context, key):
+            stack = self._stack(block, jax.tree.leaves(params)[0].shape[0], parent=None)
+            rngs = {} if key is None else {"dropout": key}
+            return stack.apply({"params": params}, carry, *context, rotations, rngs=rngs)[0]
+
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        params = self.variables["params"]["blocks"]
+        return pipeline(apply_layers, params, carry, context, self.parallel, key)
+
+    def _stack(self, block, count: int, **options) -> nn.Module:
+        """`count` blocks, one after the other."""
         c = self.config
         if c.remat != "none":
             block = nn.remat(block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
@@ -251,9 +289,9 @@ class Dit(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * 4,
-            length=c.num_layers,
-            unroll=1 if c.scan_layers else c.num_layers,
-        )(c, self.backend, self.dtype, name="blocks")
+            length=count,
+            unroll=1 if c.scan_layers else count,
+        )(c, self.backend, self.dtype, self.parallel, **options)
 
 
 def patches(x: jax.Array, size: int) -> tuple[jax.Array, tuple[int, ...], int]:

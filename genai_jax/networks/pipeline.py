@@ -29,28 +29,30 @@ PyTree = Any
 
 
 def pipeline(
-    apply_layers: Callable[[PyTree, PyTree, PyTree], PyTree],
+    apply_layers: Callable[[PyTree, PyTree, PyTree, jax.Array | None], PyTree],
     params: PyTree,
     x: PyTree,
     context: PyTree,
     config: ParallelConfig,
+    key: jax.Array | None = None,
 ) -> PyTree:
-    """What `apply_layers(params, x, context)` gives, by stages and microbatches.
+    """What `apply_layers(params, x, context, key)` gives, by stages and microbatches.
 
     Args:
-      apply_layers: (parameters of consecutive layers [count, ...], x, context) -> x, for any count
-        of layers and of rows; rows do not see each other.
+      apply_layers: (parameters of consecutive layers [count, ...], x, context, key) -> x, for any
+        count of layers and of rows; rows do not see each other.
       params: of all layers, [num_layers, ...].
       x: arrays [batch, ...].
       context: arrays [batch, ...] that every layer is given.
       config: microbatches and repeats.
+      key: of dropout; every piece is given another one for every microbatch. None for none.
 
     Raises:
       ConfigError: layers or rows that do not divide.
     """
+    check_pipeline(_length(params), _length(x), config)
     stages, repeats = axis_size(STAGE), config.repeats
     microbatches = config.microbatches or stages
-    _check(_length(params), _length(x), stages, microbatches, repeats)
     # Row i goes to microbatch i % microbatches, so that rows stay on their devices.
     cut = lambda a: jnp.moveaxis(a.reshape(-1, microbatches, *a.shape[1:]), 1, 0)
     each_stage = lambda a: _staged(jnp.broadcast_to(a, (stages, *a.shape)))
@@ -58,34 +60,40 @@ def pipeline(
     waiting = jax.tree.map(lambda a: each_stage(cut(a)), (x, context))
     working = jax.tree.map(lambda a: jnp.zeros_like(a[:, 0]), waiting)
     pieces = jax.tree.map(lambda a: _pieces(a, stages, repeats), params)
-    is_first = jnp.arange(stages) == 0
+    numbers = jnp.arange(stages)
 
-    def stage(piece, waiting, working, is_first, tick):
+    def stage(piece, waiting, working, number, tick):
         """One stage at one tick; working: what the stage before made in the tick before."""
         (kept, contexts), (x, context) = waiting, working
         kept = jax.tree.map(lambda a, new: _put(a, new, tick - stages), kept, x)
         entering = jax.tree.map(lambda a: _take(a, tick % microbatches), (kept, contexts))
-        x, context = jax.tree.map(lambda a, b: jnp.where(is_first, a, b), entering, working)
-        return (kept, contexts), (apply_layers(piece, x, context), context)
+        x, context = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), entering, working)
+        own = None if key is None else jax.random.fold_in(key, tick * stages + number)
+        return (kept, contexts), (apply_layers(piece, x, context, own), context)
 
     stage = jax.vmap(stage, in_axes=(0, 0, 0, 0, None), spmd_axis_name=STAGE)
 
     def turn(carry, tick):
         piece = pieces
         if repeats > 1:
-            turns = jnp.clip((tick - jnp.arange(stages)) // microbatches, 0, repeats - 1)
+            turns = jnp.clip((tick - numbers) // microbatches, 0, repeats - 1)
             piece = jax.tree.map(lambda a: _staged(jax.vmap(_take)(a, turns)), pieces)
-        waiting, working = stage(piece, *carry, is_first, tick)
+        waiting, working = stage(piece, *carry, numbers, tick)
         return (waiting, jax.tree.map(lambda a: _staged(jnp.roll(a, 1, axis=0)), working)), None
 
     ticks = jnp.arange(microbatches * repeats + stages - 1)
     (waiting, working), _ = jax.lax.scan(turn, (waiting, working), ticks)
     # Back at stage 0 are all microbatches but the last one, which the last tick has just sent.
     whole = jax.tree.map(lambda a, new: a.at[:, -1].set(new), waiting[0], working[0])
-    return jax.tree.map(lambda a: _of_first(a, is_first), whole)
+    return jax.tree.map(lambda a: _of_first(a, numbers == 0), whole)
 
 
-def _check(layers: int, rows: int, stages: int, microbatches: int, repeats: int):
+def check_pipeline(layers: int, rows: int, config: ParallelConfig):
+    """Raises `ConfigError` for what the stages of the mesh in use do not divide."""
+    stages, repeats = axis_size(STAGE), config.repeats
+    if stages == 1:
+        return
+    microbatches = config.microbatches or stages
     if layers % (stages * repeats):
         raise ConfigError(
             f"{layers} layers are not divisible by --mesh.stage={stages} x "

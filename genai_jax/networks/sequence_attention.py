@@ -83,7 +83,9 @@ def attention(
     kv_length = None if whole_keys else SEQUENCE
     of_queries = PartitionSpec(batch, SEQUENCE, heads or None)
     of_keys = PartitionSpec(batch, kv_length, heads or None)
-    of_ids = PartitionSpec(batch, SEQUENCE), PartitionSpec(batch, kv_length)
+    of_ids = PartitionSpec()
+    if segment_ids is not None:
+        of_ids = PartitionSpec(batch, SEQUENCE), PartitionSpec(batch, kv_length)
     return jax.shard_map(
         run,
         in_specs=(of_queries, of_keys, of_keys, of_ids, PartitionSpec(heads or None)),

@@ -303,22 +303,19 @@ class Transformer(nn.Module):
         """The blocks over the stages of a pipeline."""
         if self.moe.num_experts:
             raise ConfigError("--mesh.stage does not go with --moe.num_experts: use --mesh.expert")
-        c, key = self.config, self.make_rng("dropout") if self.has_rng("dropout") else None
 
-        def apply_layers(params, x, context):
-            (params, layers), (positions, segment_ids, rows) = params, context
-            rngs = {}
-            if key is not None:  # another one for every piece and every microbatch
-                rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(key, layers[0]), rows[0])}
-            stack = self._stack(layers.shape[0], parent=None)
+        def apply_layers(params, x, context, key):
+            positions, segment_ids = context
+            stack = self._stack(jax.tree.leaves(params)[0].shape[0], parent=None)
             rotate_by = self._rotation(positions)
+            rngs = {} if key is None else {"dropout": key}
             return stack.apply(
                 {"params": params}, x, None, positions, segment_ids, rotate_by, rngs=rngs
             )[0]
 
-        params = self.variables["params"]["layers"], jnp.arange(c.num_layers)
-        context = positions, segment_ids, jnp.arange(x.shape[0])
-        return pipeline(apply_layers, params, x, context, self.parallel)
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        params, context = self.variables["params"]["layers"], (positions, segment_ids)
+        return pipeline(apply_layers, params, x, context, self.parallel, key)
 
     def head_kernel(self) -> jax.Array:
         """The output embedding, [embed_dim, vocab_size], float32."""

@@ -16,6 +16,7 @@ from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert, inp
 from genai_jax.networks import dit, unet
 from genai_jax.networks.conditioning import Condition
 from genai_jax.networks.dit import Dit, DitConfig
+from genai_jax.networks.parallel import SEQUENCE, ParallelConfig
 from genai_jax.networks.unet import Unet, UnetConfig
 from genai_jax.scaling.flops import count_flops
 from genai_jax.tasks.diffusion_sampling import DiffusionRequest, SamplerConfig, draw
@@ -75,6 +76,7 @@ class Diffusion(ImageTask):
         "diffusion": DiffusionConfig,
         "unet": UnetConfig,
         "dit": DitConfig,
+        "parallel": ParallelConfig,
         "sampler": SamplerConfig,
     }
     loss_unit = "squared error"
@@ -103,7 +105,9 @@ class Diffusion(ImageTask):
             uses_step_size=self.uses_step_size,
             backend=config.run.attention,
             dtype=self.dtype,
+            **({"parallel": config.parallel} if chosen.network == "dit" else {}),
         )
+        self.activation_axes = (SEQUENCE,) if chosen.network == "dit" else ()
         try:
             jax.eval_shape(self._init_model, jax.random.key(0))
         except ValueError as error:  # sizes that the network cannot take

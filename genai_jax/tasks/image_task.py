@@ -15,6 +15,7 @@ class ImageTask:
     """The data half of a task; see `genai_jax.training.phase.Task`."""
 
     sample_shape: ClassVar[tuple[int, ...]]
+    activation_axes: ClassVar[tuple[str, ...]] = ()
     curves: ClassVar = {}
 
     def __init__(self, config: Config):

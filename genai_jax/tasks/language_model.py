@@ -19,6 +19,7 @@ from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
 from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.parallel import ParallelConfig, arranged, check_length
+from genai_jax.networks.pipeline import check_pipeline
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.scaling.flops import CONVENTION, inactive_parameters, transformer_training_flops
@@ -85,6 +86,7 @@ class LanguageModel:
         name: ("batch", "length")
         for name in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
     }
+    activation_axes: ClassVar = ()
     loss_unit = "nats per token"
     curves: ClassVar = {}
 
@@ -175,10 +177,17 @@ class LanguageModel:
         return {}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:
-        check_length(self.config.data.sequence_length, self.config.parallel)
+        self._check_mesh()
         axes = logical_axes(params, self.partition_rules)
         optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
         return (Phase("next_token", ("model",), self._loss, optimizer),)
+
+    def _check_mesh(self):
+        """Raises `ConfigError` for what the mesh in use does not divide."""
+        data, parallel = self.config.data, self.config.parallel
+        check_length(data.sequence_length, parallel)
+        rows = data.batch_size // self.config.train.accumulate
+        check_pipeline(self.config.transformer.num_layers, rows, parallel)
 
     def _loss(self, params, mutables, batch, rng):
         (loss, nll, right), written = self._sums(params, batch, {"dropout": rng}, ["router"])

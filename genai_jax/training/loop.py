@@ -84,7 +84,8 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             check_rows(rows, phase.repeats * config.train.accumulate, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         batch_in = batch_shardings(batch, task.batch_axes, mesh)
-        check_mesh_is_used(mesh, [*jax.tree.leaves(shardings), *batch_in.values()])
+        arrays = [*jax.tree.leaves(shardings), *batch_in.values()]
+        check_mesh_is_used(mesh, arrays, task.activation_axes)
         step = jax.jit(
             make_step(phases, accumulate=config.train.accumulate, averages=averages),
             in_shardings=(shardings, batch_in),
@@ -100,9 +101,9 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
 
-def check_mesh_is_used(mesh: Mesh, shardings: list[NamedSharding]):
+def check_mesh_is_used(mesh: Mesh, shardings: list[NamedSharding], more: tuple[str, ...] = ()):
     """An axis that splits nothing would only repeat the work of its devices."""
-    used = {name for s in shardings for part in s.spec for name in _names(part)}
+    used = {*more, *(name for s in shardings for part in s.spec for name in _names(part))}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")

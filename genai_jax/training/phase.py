@@ -42,6 +42,7 @@ class Task(Protocol):
       components: flag component -> dataclass, for the flags that only this task uses.
       partition_rules: (parameter path pattern, logical axes), in order.
       batch_axes: batch entry -> logical axes.
+      activation_axes: mesh axes that split neither parameters nor batches, but activations.
       loss_unit: of the losses, for the axis of the plot.
       curves: further plots, name -> (how the names of their metrics end, label of the axis).
       sample_request: the flags of the sample command, a `SampleRequest`.
@@ -51,6 +52,7 @@ class Task(Protocol):
     components: ClassVar[Mapping[str, type]]
     partition_rules: ClassVar[tuple]
     batch_axes: ClassVar[Mapping[str, tuple]]
+    activation_axes: ClassVar[tuple[str, ...]]
     loss_unit: ClassVar[str]
     curves: ClassVar[Mapping[str, tuple[tuple[str, ...], str]]]
     sample_request: ClassVar[type]
