@@ -16,8 +16,8 @@ import sys
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 GIB = 2**30
-# Model FLOPs utilization that the leading public JAX trainer reports for the size and chip: MaxText,
-# "Performance" tiers (docs/reference/models/tiering.md), read in 2026.
+# Model FLOPs utilization that the leading public JAX trainer, MaxText, reports for size and chip
+# (docs/reference/models/tiering.md, read in 2026).
 PUBLISHED = {"llama3_8b_v6e_256": 0.455, "llama3_70b_v6e_256": 0.503, "llama2_70b_v5p_512": 0.654}
 COLUMNS = (
     "experiment",

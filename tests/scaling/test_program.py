@@ -184,7 +184,8 @@ def test_asynchronous_collectives_hide_behind_computation():
 def test_what_a_compiler_without_room_says():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm. "
-        "Exceeded hbm capacity by 4.35G.\n  Largest program allocations in hbm:\n\n  1. Size: 8.00G\n"
+        "Exceeded hbm capacity by 4.35G.\n  Largest program allocations in hbm:\n\n"
+        "  1. Size: 8.00G\n"
         '     Operator: op_name="jit(step)/layers/mlp/up"\n     Shape: bf16[32,8192,14336]{2,1,0}\n'
     )
     assert refused(message) == [
