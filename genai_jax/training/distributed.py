@@ -105,11 +105,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Place | None:
         return None
     job, count, index, nodes = (environ[name] for name in names)
     # The first of "node1", "node[003-017,021]", "node1,other2".
-    host = (
-        re.sub(r"\[(\w+)[^\]]*\].*", r"\1", nodes)
-        if "[" in nodes.split(",")[0]
-        else (nodes.split(",")[0])
-    )
+    host = "".join(re.match(r"([^,\[]+)\[?(\w*)", nodes).groups())
     together = int(re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
     visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES", ""))
     bound = bool(visible) and "," not in visible

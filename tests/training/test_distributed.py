@@ -1,5 +1,7 @@
 """Which process this is, by flags, SLURM and TPU pods; and who does not answer the roll call."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ from genai_jax.config import ConfigError
 from genai_jax.training import distributed
 from genai_jax.training.distributed import DistributedConfig, Place, find_place, refuse_several
 from genai_jax.training.roll_call import RollCall
+from tests.commands import environment
 from tests.training.test_processes import free_port
 
 FLAGS = {"coordinator": "host:1234", "num_processes": 4, "process_id": 3}
@@ -118,6 +121,43 @@ def test_those_who_do_not_join_are_named_to_all():
     assert set(found.values()) == {"processes 1, 3 of 4 did not join within 0.5 s"}
     found = call_all([1], 2)
     assert found[1].startswith("process 0 did not join within 0.5 s: nothing answers at localhost:")
+
+
+PROCESS = """
+import sys, time
+from genai_jax.training.roll_call import RollCall
+port, index, fails = map(int, sys.argv[1:])
+call = RollCall("localhost", port, 3, index, 60)
+print("there", flush=True)
+if index == fails:
+    call.tell("no space left", 2)
+    call.leave("no space left", 2)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("killed", "fails"), [(0, -1), (1, -1), (-1, 0), (-1, 1)])
+def test_all_leave_when_one_is_lost_or_fails(killed, fails):
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, port, str(index), str(fails)],
+            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(3)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in processes] == ["there\n"] * 3
+    if killed >= 0:
+        processes[killed].kill()
+    for index, process in enumerate(processes):
+        _, said = process.communicate(timeout=60)
+        if killed >= 0 and index != killed:
+            assert process.returncode == 1
+            assert said.startswith(f"error: process {killed} is gone; the same command goes on")
+        elif killed < 0:
+            assert process.returncode == 2
+            who = "" if index == fails else f"process {fails}: "
+            assert said == f"error: {who}no space left\n"
 
 
 def test_processes_of_different_runs_do_not_mix():

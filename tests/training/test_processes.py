@@ -50,8 +50,8 @@ class Processes:
     """One run by several processes of 8 / count devices."""
 
     def __init__(self, count: int, *flags: str):
-        place = (f"--distributed.coordinator=127.0.0.1:{free_port()}", "--distributed.timeout_s=90")
-        command = [sys.executable, "-m", "genai_jax.train", *flags, *place]
+        address = f"--distributed.coordinator=127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "genai_jax.train", *flags, address]
         self.said = [""] * count  # stderr of each, so far
         self.processes = [
             subprocess.Popen(
@@ -71,14 +71,14 @@ class Processes:
         for line in self.processes[index].stderr:
             self.said[index] += line
 
-    def wait_until(self, condition, seconds: float = 240):
+    def wait_until(self, condition, seconds: float = 400):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.said
             assert all(p.poll() is None for p in self.processes), self.said
             time.sleep(0.02)
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = 400) -> list[int]:
         """The exit codes of all."""
         try:
             codes = [process.wait(seconds) for process in self.processes]
