@@ -42,9 +42,7 @@ def prepared(config: Config, topology: Topology) -> Built:
       ConfigError: a mesh that does not fit, an axis that does not divide.
     """
     mesh = make_mesh(config.mesh, topology.devices())
-    with mesh_context(mesh):
-        task = TASKS[config.run.task](config)
-        compiled = build(task, config, mesh)
+    compiled = build(task := TASKS[config.run.task](config), config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=compiled.batch_shardings[name])
         for name, x in task.batch_shapes().items()
