@@ -2,12 +2,17 @@
 
 import dataclasses
 import functools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
 from genai_jax.networks import transformer
 from genai_jax.networks.layers import Mlp
 from genai_jax.networks.mixture_of_experts import (
@@ -19,7 +24,10 @@ from genai_jax.networks.mixture_of_experts import (
     to_tokens,
 )
 from genai_jax.networks.transformer import Transformer, TransformerConfig
+from genai_jax.tasks.language_model import LanguageModel
 from genai_jax.tasks.router_losses import router_losses
+from tests.commands import environment
+from tests.conftest import ROOT
 
 EMBED, HIDDEN, LENGTH = 8, 12, 10
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, EMBED))
@@ -54,8 +62,7 @@ def close(a, b, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), a, b)
 
 
-@pytest.mark.parametrize("capacity", [0.0, 1.0])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("capacity", "score"), [(0.0, "softmax"), (1.0, "sigmoid")])
 def test_one_expert_is_the_dense_mlp(capacity, score):
     one = layer(num_experts=1, experts_per_token=1, capacity_factor=capacity, score=score)
     params = params_of(one)
@@ -67,8 +74,7 @@ def test_one_expert_is_the_dense_mlp(capacity, score):
     close(({n: {"kernel": k[0]} for n, k in grads["experts"].items()}, x_grad), want_grads)
 
 
-@pytest.mark.parametrize("experts_per_token", [1, 3])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("experts_per_token", "score"), [(1, "softmax"), (3, "sigmoid")])
 def test_a_capacity_that_is_large_enough_is_dropless(experts_per_token, score):
     k = experts_per_token
     common = dict(num_experts=4, experts_per_token=k, score=score, renormalize=k > 1)
@@ -143,7 +149,8 @@ def test_padding_is_neither_computed_nor_counted(capacity):
 
 def test_the_load_balance_loss_is_one_for_a_uniform_router():
     config = MoeConfig(num_experts=4, load_balance=0.5, router_z_loss=0.0)
-    _, _, sums = run(layer(num_experts=4), params_of(layer(num_experts=4)))
+    module = layer(num_experts=4)
+    _, _, sums = run(module, params_of(module), X, jnp.ones((2, LENGTH), bool))
     two_layers = jax.tree.map(lambda a: jnp.stack([a, a]), sums)
     loss, metrics = router_losses(two_layers, config)
     assert metrics["moe/load_balance"] > 1.01 and metrics["moe/largest_load"] > 1.01
@@ -178,7 +185,8 @@ def test_router_losses_are_those_of_the_papers():
 def test_places_are_a_matching_and_its_two_gathers_each_others_transpose(capacity):
     rng = np.random.default_rng(0)
     bucket = rng.integers(0, 6, (7, 3))  # 5 buckets, and 5 for none
-    places = assign(jnp.asarray(bucket, jnp.int32), 5, capacity)
+    places = jax.jit(assign, static_argnums=(1, 2))(jnp.asarray(bucket, jnp.int32), 5, capacity)
+    places = jax.tree.map(np.asarray, places)
     slots = places.source.shape[0]
     assert slots == (21 if capacity is None else 15)
     for j, t in np.ndindex(3, 7):
@@ -203,7 +211,7 @@ def test_places_are_a_matching_and_its_two_gathers_each_others_transpose(capacit
 
 def test_counting_goes_on_from_block_to_block():
     bucket = jax.random.randint(jax.random.key(0), (700, 1), 0, 4)
-    places = assign(bucket, 3, None)
+    places = jax.jit(assign, static_argnums=(1, 2))(bucket, 3, None)
     kept = np.asarray(bucket[:, 0]) < 3
     want = np.argsort(np.asarray(bucket[:, 0]), kind="stable")
     np.testing.assert_array_equal(places.source[: kept.sum()], want[: kept.sum()])
@@ -213,14 +221,35 @@ def test_counting_goes_on_from_block_to_block():
     assert isinstance(places, Places)
 
 
+def test_eight_devices_equal_one_in_the_whole_state():
+    script = ROOT / "tests" / "training" / "eight_devices_moe.py"
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    refused = report.pop("refused")
+    assert "parameter model/layers/mlp/experts/" in refused
+    assert "experts of size 6 is not divisible by --mesh.expert=4" in refused
+    for name, facts in report.items():
+        assert facts["difference"] < 2e-5, (name, facts)
+    assert {name: facts["experts"] for name, facts in report.items()} == {
+        "expert": 1, "data_expert": 2, "mixed": 4,
+    }  # fmt: skip
+    # Tokens go to their experts by an exchange: nobody gathers all tokens, or all experts.
+    for name in ("expert", "data_expert"):
+        assert report[name]["sent"] == ["all-reduce", "all-to-all"]
+    assert report["expert"]["dropped"] > 0.1 and report["mixed"]["dropped"] == 0
+
+
 SHAPE = TransformerConfig(num_layers=2, embed_dim=16, num_heads=2)
 MOE = MoeConfig(num_experts=4, expert_dim=8, shared_experts=1)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("remat", ["none", "attention"])
-def test_the_layers_are_scanned_and_report_what_their_routers_did(remat):
-    model = Transformer(dataclasses.replace(SHAPE, remat=remat), 11, moe=MOE)
+def test_the_layers_are_scanned_and_report_what_their_routers_did():
+    model = Transformer(dataclasses.replace(SHAPE, remat="attention"), 11, moe=MOE)
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 11)
     variables = jax.eval_shape(
         lambda rng: model.init(rng, tokens, method="init_all"), jax.random.key(0)
@@ -245,10 +274,9 @@ def test_the_layers_are_scanned_and_report_what_their_routers_did(remat):
     )
 
 
-@pytest.mark.parametrize("capacity", [0.0, 0.5])
-def test_with_a_cache_no_token_is_dropped(capacity):
+def test_with_a_cache_no_token_is_dropped():
     """Drawing is dropless: equal to the uncached pass where that is, too."""
-    moe = dataclasses.replace(MOE, capacity_factor=capacity)
+    moe = dataclasses.replace(MOE, capacity_factor=0.5)
     model, dropless = Transformer(SHAPE, 11, moe=moe), Transformer(SHAPE, 11, moe=MOE)
     tokens = jax.random.randint(jax.random.key(3), (2, 9), 0, 11)
     params = jax.jit(lambda r: dropless.init(r, tokens, method="init_all")["params"])(
@@ -258,7 +286,7 @@ def test_with_a_cache_no_token_is_dropped(capacity):
     cache = transformer.make_cache(SHAPE, 2, 9, jnp.float32)
     step = jax.jit(lambda t, p, cache: model.apply({"params": params}, t, p, cache=cache))
     seen = []
-    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 8), (8, 9)]:
+    for start, stop in [(0, 7), (7, 8), (8, 9)]:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
         hidden, cache = step(tokens[:, start:stop], positions, cache)
         seen.append(hidden)
@@ -277,6 +305,14 @@ def test_with_a_cache_no_token_is_dropped(capacity):
 def test_choices_that_contradict_each_other_are_named(flags, said):
     with pytest.raises(ValueError, match=said):
         MoeConfig(**flags)
+
+
+def test_flags_of_experts_need_experts_and_no_biases():
+    with pytest.raises(ConfigError, match=r"--moe.expert_dim=8 needs experts: set --moe.num_exp"):
+        parse_run(["--moe.expert_dim=8"])
+    biased = parse_run(["--moe.num_experts=4", "--transformer.use_bias"])
+    with pytest.raises(ConfigError, match=r"--transformer.use_bias: experts have no biases"):
+        LanguageModel(biased)
 
 
 def test_a_group_that_does_not_divide_a_row_is_named():

@@ -18,11 +18,14 @@ AXES = {
     "kernel": ("layers", "embed", "mlp"),
     "out": ("layers", "heads", "head_dim", "embed"),
     "scale": ("layers", "embed"),
+    "experts": ("layers", "experts", "mlp", "embed"),
 }
 PARAMS = {
     name: 0.1 * jax.random.normal(jax.random.key(i), shape)
     for i, (name, shape) in enumerate(
-        dict(embed=(5, 4), kernel=(2, 4, 6), out=(2, 2, 3, 4), scale=(2, 4)).items()
+        dict(
+            embed=(5, 4), kernel=(2, 4, 6), out=(2, 2, 3, 4), scale=(2, 4), experts=(2, 3, 6, 4)
+        ).items()
     )
 }
 
@@ -76,12 +79,12 @@ def test_weight_decay_shrinks_matrices_alone(name):
     update = jax.jit(optimizer.update)
     _, state = update(zeros, optimizer.init(PARAMS), PARAMS)
     updates, _ = update(zeros, state, PARAMS)  # the second: momentum must not gather decay
-    for key in ("embed", "kernel", "out"):
+    for key in ("embed", "kernel", "out", "experts"):
         np.testing.assert_allclose(updates[key], -0.1 * 0.5 * PARAMS[key], rtol=1e-4)
     np.testing.assert_array_equal(updates["scale"], 0)
 
 
-def test_muon_makes_every_layer_of_a_stack_orthogonal_on_its_own():
+def test_muon_makes_every_layer_and_expert_of_a_stack_orthogonal_on_its_own():
     config = OptimizerConfig(
         name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0
     )
@@ -89,7 +92,8 @@ def test_muon_makes_every_layer_of_a_stack_orthogonal_on_its_own():
     optimizer = make_optimizer(config, 10, AXES)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(PARAMS), PARAMS)
     for layer in range(2):
-        for matrix in (updates["kernel"][layer], updates["out"][layer].reshape(6, 4)):
+        matrices = [updates["kernel"][layer], updates["out"][layer].reshape(6, 4)]
+        for matrix in (*matrices, *updates["experts"][layer]):
             scale = 0.2 * max(matrix.shape) ** 0.5
             singular = np.linalg.svd(matrix, compute_uv=False) / scale
             # Five Newton-Schulz steps bring singular values near 1, not to it.
