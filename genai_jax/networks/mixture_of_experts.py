@@ -183,13 +183,25 @@ def route(logits: jax.Array, real: jax.Array, config: MoeConfig) -> Routes:
     else:
         score = jax.nn.sigmoid(logits)
         probability = score / jnp.sum(score, -1, keepdims=True)
-    _, choice = jax.lax.top_k(jax.lax.stop_gradient(score), config.experts_per_token)
+    choice = _best(jax.lax.stop_gradient(score), config.experts_per_token)
     # Not the values of top_k, whose gradient is a scatter.
     weight = jnp.sum(jnp.where(_one_hot(choice, config.num_experts), score[..., None, :], 0), -1)
     if config.renormalize:
         weight = weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1e-20)
     choice = jnp.where(real[..., None], choice, config.num_experts)
     return Routes(choice.astype(jnp.int32), weight, probability)
+
+
+def _best(score, count: int):
+    """The numbers of the `count` highest of [batch, length, experts], the best first."""
+    top = lambda score: jax.lax.top_k(score, count)[1]
+    if _on_one_device():
+        return top(score)
+    # Left to itself the compiler gathers the scores of all tokens on every device.
+    tokens = _token_spec(score.shape)
+    return jax.shard_map(
+        top, in_specs=tokens, out_specs=tokens, axis_names=free_axes(), check_vma=False
+    )(score)
 
 
 def _one_hot(choice, num_experts: int):
@@ -264,13 +276,12 @@ def over_mesh(config, activation, kernels, x, choice, weight):
     devices along them compute the same.
     """
     run = functools.partial(compute, config, activation)
-    if all(axis_size(axis) == 1 for axis in free_axes()):
+    if _on_one_device():
         return run(Axes(), kernels, x, choice, weight)
     axes = _axes(*kernels["up"].shape)
     up = PartitionSpec(axes.experts, axes.embed, axes.hidden)
     down = PartitionSpec(axes.experts, axes.hidden, axes.embed)
-    rows = (*split_over("batch", x.shape[0]), *whole_axes())
-    tokens = PartitionSpec(rows, split_over("length", x.shape[1]))
+    tokens = _token_spec(x.shape)
     out, computed = jax.shard_map(
         functools.partial(run, axes),
         in_specs=({n: down if n == "down" else up for n in kernels}, tokens, tokens, tokens),
@@ -279,6 +290,16 @@ def over_mesh(config, activation, kernels, x, choice, weight):
         check_vma=False,
     )(kernels, x, choice, weight)
     return nn.with_logical_constraint(out, ("batch", "length", "activation_embed")), computed
+
+
+def _on_one_device() -> bool:
+    return all(axis_size(axis) == 1 for axis in free_axes())
+
+
+def _token_spec(shape: tuple[int, ...]) -> PartitionSpec:
+    """Of arrays [batch, length, ...]."""
+    rows = (*split_over("batch", shape[0]), *whole_axes())
+    return PartitionSpec(rows, split_over("length", shape[1]))
 
 
 def _axes(experts: int, embed: int, hidden: int) -> Axes:
