@@ -19,7 +19,7 @@ from ..choose import check_not_split
 from ..group_visits import group_visits
 from ..spec import Unsupported
 from .layout import vmem_capacity
-from .products import add_product
+from .products import add_product, cost
 from .tile import LANES, positions
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -101,6 +101,7 @@ def product(lhs, rhs, group_sizes, dtype, transposed: bool, settings: Settings =
         ),
         out_shape=jax.ShapeDtypeStruct((tokens, width), _widened_dtype(dtype)),
         compiler_params=_parameters("parallel", "arbitrary", "arbitrary"),
+        cost_estimate=cost(2 * tokens * lhs.shape[1] * width, lhs, rhs),
         interpret=settings.interpret,
         name="grouped_matmul",
     )(*visits[:4], lhs, rhs).astype(dtype)
@@ -158,6 +159,7 @@ def outer(lhs, grad, group_sizes, dtype, settings: Settings = DEFAULT):
             (groups, lhs.shape[1], grad.shape[1]), _widened_dtype(dtype)
         ),
         compiler_params=_parameters("parallel", "parallel", "arbitrary"),
+        cost_estimate=cost(2 * lhs.size * grad.shape[1], lhs, grad),
         interpret=settings.interpret,
         name="grouped_outer",
     )(*visits[:4], lhs, grad).astype(dtype)

@@ -28,7 +28,7 @@ from ..chunked_cross_entropy import Spec, Tokens, indices, known, weighted_sums
 from ..padding import pad_length
 from ..spec import Unsupported
 from .layout import vmem_capacity
-from .products import add_product
+from .products import add_product, cost
 from .tile import LANES, LOG2_E, LOWEST, across, as_columns, lane_sums, positions
 
 ROWS = 32  # tokens whose logits are in registers at once
@@ -134,6 +134,7 @@ def forward(x, w, targets, spec: Spec, settings: Settings, *, mean: bool):
         out_shape=shapes,
         scratch_shapes=list(scratch.values()),
         compiler_params=_parameters("parallel", "arbitrary"),
+        cost_estimate=cost(2 * (1 + mean) * x.size * vocab, x, w),
         interpret=settings.interpret,
         name="linear_cross_entropy_forward",
     )(x, w, pad_length(targets[None], 1, blocks.tokens, -1))
@@ -285,6 +286,7 @@ def weight_gradient(x, w, targets, lse, grad_lse, grad_chosen, dtype, spec, sett
             *(pltpu.VMEM((blocks.tokens, LANES), a.dtype) for a in rows.values()),
         ],
         compiler_params=_parameters("parallel", "arbitrary"),
+        cost_estimate=cost(4 * x.size * vocab, x, w),
         interpret=settings.interpret,
         name="linear_cross_entropy_weight_gradient",
     )(x, x.T, w, *rows.values()).astype(dtype)
