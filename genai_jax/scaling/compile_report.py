@@ -146,11 +146,11 @@ def _predicted(found: Estimate, report: dict, topology: Topology) -> dict:
             "mfu": model / chip.flops / found.seconds,
             "roofline_mfu": model / chip.flops / max(bounds.values()),
         },
-        "assumptions": assumptions(topology),
+        "assumptions": assumptions(topology, found.silent_kernels),
     }
 
 
-def assumptions(topology: Topology) -> list[str]:
+def assumptions(topology: Topology, silent_kernels: tuple[str, ...]) -> list[str]:
     """What the prediction takes for granted."""
     chip = topology.chip
     cycles = (
@@ -158,11 +158,13 @@ def assumptions(topology: Topology) -> list[str]:
         if chip.clock and not chip.switched
         else "the longer of FLOPs at the peak and bytes at the memory's bandwidth"
     )
+    silent = [f"no time at all for {name}, which does not say its FLOPs" for name in silent_kernels]
     return [
         f"peak {chip.flops / 1e12:.0f} TFLOP/s, memory {chip.hbm / 1e9:.0f} GB/s, "
         f"{chip.link / 1e9:.0f} GB/s a link and direction, network {chip.network / 1e9:.1f} GB/s",
         f"time of an instruction: {cycles}",
         f"kernels at the share of the peak in kernels_pallas/tuning.csv, else {KERNEL_SHARE:.0%}",
         "collectives add up unless asynchronous, those are hidden behind what their loop computes",
+        *silent,
         "no time for the host, the data, latencies and stragglers; nothing was measured",
     ]

@@ -21,6 +21,7 @@ from genai_jax.scaling.program import Computation, Instruction, Program, execute
 from kernels_pallas import tuning
 
 KERNEL_SHARE = 0.5  # of the peak, taken for a kernel of which the table says nothing
+KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")  # targets of custom calls
 # Move or make nothing of their own.
 FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional",
@@ -38,6 +39,7 @@ class Estimate(NamedTuple):
     compute_seconds: float
     exposed_seconds: float  # of collectives that nothing hides
     collectives: list[Collective]
+    silent_kernels: tuple[str, ...]  # that do not say what they cost, and count nothing here
 
     @property
     def seconds(self) -> float:
@@ -47,12 +49,15 @@ class Estimate(NamedTuple):
 def estimate(program: Program, mesh: Mesh, chip: Chip | None) -> Estimate:
     """Counts and, where the chip is known, times of a program compiled for `mesh`."""
     flops = bytes_moved = 0.0
+    silent = set()
     computing: dict[str, float] = defaultdict(float)  # body of the innermost loop -> seconds
     for run in executed(program):
         computation = program.computations[run.where]
         work = _flops(run.instruction, computation, program)
         moved = traffic(run.instruction, computation, program)
         flops += run.times * work
+        if not work and any(name in run.instruction.attributes for name in KERNELS):
+            silent.add(kernel_name(run.instruction))
         bytes_moved += run.times * moved
         if chip:
             kind = mesh.devices.flat[0].device_kind
@@ -64,7 +69,8 @@ def estimate(program: Program, mesh: Mesh, chip: Chip | None) -> Estimate:
         here = [c for c in sent if c.loop == loop]
         exposed += sum(c.seconds for c in here if not c.hidden)
         exposed += max(0.0, sum(c.seconds for c in here if c.hidden) - computing[loop])
-    return Estimate(flops, bytes_moved, sum(computing.values()), exposed, sent)
+    seconds = sum(computing.values())
+    return Estimate(flops, bytes_moved, seconds, exposed, sent, tuple(sorted(silent)))
 
 
 def _flops(instruction: Instruction, computation: Computation, program: Program) -> float:
@@ -91,7 +97,6 @@ def _seconds(instruction, computation, flops, moved, chip: Chip, device_kind: st
 
 def _kernel_share(instruction: Instruction, computation: Computation, device_kind: str) -> float:
     """Share of the peak that the tuning table predicts for a kernel, by its name and operands."""
-    kernel = re.match(r"[a-z_]+", instruction.name)[0].rstrip("_")
     queries = [
         a for name in instruction.operands for a in computation[name].arrays if len(a.shape) == 4
     ]
@@ -99,8 +104,13 @@ def _kernel_share(instruction: Instruction, computation: Computation, device_kin
         return KERNEL_SHARE
     dtype = {"bf16": "bfloat16", "f16": "float16"}.get(queries[0].dtype, "float32")
     *_, length, head_dim = queries[0].shape
-    row = tuning.lookup(kernel, device_kind, dtype, head_dim, length, "causal")
+    row = tuning.lookup(kernel_name(instruction), device_kind, dtype, head_dim, length, "causal")
     return row.share if row else KERNEL_SHARE
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """As the kernel's author called it."""
+    return re.match(r"[a-z_]+", instruction.name)[0].rstrip("_")
 
 
 def traffic(instruction: Instruction, computation: Computation, program: Program) -> float:
