@@ -271,18 +271,20 @@ class Dit(nn.Module):
             )[0]
 
         def apply_layers(params, carry, context, key):
-            stack = self._stack(block, jax.tree.leaves(params)[0].shape[0], parent=None)
+            count, once = jax.tree.leaves(params)[0].shape[0], self.parallel.repeats == 1
+            stack = self._stack(block, count, remat=once, parent=None)
             rngs = {} if key is None else {"dropout": key}
             return stack.apply({"params": params}, carry, *context, rotations, rngs=rngs)[0]
 
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         params = self.variables["params"]["blocks"]
-        return pipeline(apply_layers, params, carry, context, self.parallel, key)
+        policy = REMAT[self.config.remat]
+        return pipeline(apply_layers, params, carry, context, self.parallel, key, policy)
 
-    def _stack(self, block, count: int, **options) -> nn.Module:
+    def _stack(self, block, count: int, remat: bool = True, **options) -> nn.Module:
         """`count` blocks, one after the other."""
         c = self.config
-        if c.remat != "none":
+        if remat and c.remat != "none":
             block = nn.remat(block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
         return nn.scan(
             block,

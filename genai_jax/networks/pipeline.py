@@ -35,6 +35,7 @@ def pipeline(
     context: PyTree,
     config: ParallelConfig,
     key: jax.Array | None = None,
+    policy: Callable | None = None,
 ) -> PyTree:
     """What `apply_layers(params, x, context, key)` gives, by stages and microbatches.
 
@@ -46,6 +47,8 @@ def pipeline(
       context: arrays [batch, ...] that every layer is given.
       config: microbatches and repeats.
       key: of dropout; every piece is given another one for every microbatch. None for none.
+      policy: what the backward pass need not make again, for repeats > 1; None for everything. With
+        one repeat `apply_layers` sees to that itself.
 
     Raises:
       ConfigError: layers or rows that do not divide.
@@ -62,23 +65,31 @@ def pipeline(
     pieces = jax.tree.map(lambda a: _pieces(a, stages, repeats), params)
     numbers = jnp.arange(stages)
 
-    def stage(piece, waiting, working, number, tick):
-        """One stage at one tick; working: what the stage before made in the tick before."""
+    def enter(waiting, working, number, tick):
+        """What a stage begins with; working: what the stage before made in the tick before."""
         (kept, contexts), (x, context) = waiting, working
         kept = jax.tree.map(lambda a, new: _put(a, new, tick - stages), kept, x)
         entering = jax.tree.map(lambda a: _take(a, tick % microbatches), (kept, contexts))
-        x, context = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), entering, working)
-        own = None if key is None else jax.random.fold_in(key, tick * stages + number)
-        return (kept, contexts), (apply_layers(piece, x, context, own), context)
+        working = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), entering, (x, context))
+        return (kept, contexts), working
 
-    stage = jax.vmap(stage, in_axes=(0, 0, 0, 0, None), spmd_axis_name=STAGE)
-
-    def turn(carry, tick):
-        piece = pieces
+    def work(pieces, working, tick):
+        """One tick of all stages."""
         if repeats > 1:
             turns = jnp.clip((tick - numbers) // microbatches, 0, repeats - 1)
-            piece = jax.tree.map(lambda a: _staged(jax.vmap(_take)(a, turns)), pieces)
-        waiting, working = stage(piece, *carry, numbers, tick)
+            pieces = jax.tree.map(lambda a: _staged(jax.vmap(_take)(a, turns)), pieces)
+        keys = None
+        if key is not None:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, tick * stages + numbers)
+        return jax.vmap(apply_layers, spmd_axis_name=STAGE)(pieces, *working, keys)
+
+    if repeats > 1:  # else each tick would save the parameters that it selects
+        work = jax.checkpoint(work, policy=policy or _all_but_weights, prevent_cse=False)
+    enter = jax.vmap(enter, (0, 0, 0, None), spmd_axis_name=STAGE)
+
+    def turn(carry, tick):
+        waiting, (x, context) = enter(*carry, numbers, tick)
+        working = work(pieces, (x, context), tick), context
         return (waiting, jax.tree.map(lambda a: _staged(jnp.roll(a, 1, axis=0)), working)), None
 
     ticks = jnp.arange(microbatches * repeats + stages - 1)
@@ -86,6 +97,18 @@ def pipeline(
     # Back at stage 0 are all microbatches but the last one, which the last tick has just sent.
     whole = jax.tree.map(lambda a, new: a.at[:, -1].set(new), waiting[0], working[0])
     return jax.tree.map(lambda a: _of_first(a, numbers == 0), whole)
+
+
+# What makes a matmul's weights out of the stored parameters.
+_OF_WEIGHTS = (
+    "gather", "squeeze", "sharding_constraint", "convert_element_type", "reduce_precision",
+    "reshape", "transpose",
+)  # fmt: skip
+
+
+def _all_but_weights(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint` that saves as much as can be without parameters."""
+    return primitive.name not in _OF_WEIGHTS
 
 
 def check_pipeline(layers: int, rows: int, config: ParallelConfig):

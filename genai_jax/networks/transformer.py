@@ -245,10 +245,10 @@ class Transformer(nn.Module):
         self.layers = self._stack(c.num_layers)
         self.final_norm = Norm(c.norm, dtype=self.dtype)
 
-    def _stack(self, count: int, **options) -> nn.Module:
+    def _stack(self, count: int, remat: bool = True, **options) -> nn.Module:
         """`count` blocks, one after the other."""
         c, block = self.config, Block
-        if c.remat != "none":
+        if remat and c.remat != "none":
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
         return nn.scan(
             block,
@@ -306,7 +306,8 @@ class Transformer(nn.Module):
 
         def apply_layers(params, x, context, key):
             positions, segment_ids = context
-            stack = self._stack(jax.tree.leaves(params)[0].shape[0], parent=None)
+            count, once = jax.tree.leaves(params)[0].shape[0], self.parallel.repeats == 1
+            stack = self._stack(count, remat=once, parent=None)
             rotate_by = self._rotation(positions)
             rngs = {} if key is None else {"dropout": key}
             return stack.apply(
@@ -315,7 +316,8 @@ class Transformer(nn.Module):
 
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         params, context = self.variables["params"]["layers"], (positions, segment_ids)
-        return pipeline(apply_layers, params, x, context, self.parallel, key)
+        policy = REMAT[self.config.remat]
+        return pipeline(apply_layers, params, x, context, self.parallel, key, policy)
 
     def head_kernel(self) -> jax.Array:
         """The output embedding, [embed_dim, vocab_size], float32."""

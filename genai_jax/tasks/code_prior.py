@@ -18,6 +18,7 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.image_loader import ImageDataConfig
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
+from genai_jax.networks.parallel import ParallelConfig
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.scaling.flops import CONVENTION, transformer_training_flops
@@ -66,6 +67,7 @@ class CodePrior(ImageTask):
     components: ClassVar = {
         "data": ImageDataConfig,
         "transformer": TransformerConfig,
+        "parallel": ParallelConfig,
         "code_prior": CodePriorConfig,
     }
     partition_rules: ClassVar = (
@@ -102,7 +104,9 @@ class CodePrior(ImageTask):
                 f"an image: {self.prefix} in front and {self.num_codes} codes"
             )
         vocab_size = self.code_tokens + (sum(self.label_sizes) or 1)
-        self.model = Transformer(shape, vocab_size, config.run.attention, self.dtype)
+        self.model = Transformer(
+            shape, vocab_size, config.run.attention, self.dtype, config.parallel
+        )
 
     # Codes and tokens.
 

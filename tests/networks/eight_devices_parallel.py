@@ -49,8 +49,8 @@ IMAGES = (
 )
 # name: (mesh, further flags)
 LANGUAGE_MESHES = {
-    "ring, contiguous": (dict(sequence=8), "--parallel.sequence_order=contiguous"),
-    "ring, zigzag": (dict(data=2, sequence=4),),
+    "ring, zigzag": (dict(sequence=8),),
+    "ring, contiguous": (dict(data=2, sequence=4), "--parallel.sequence_order=contiguous"),
     "ring, mixed": (dict(fsdp=2, tensor=2, sequence=2),),
     "all to all": (dict(fsdp=2, tensor=2, sequence=2), "--parallel.sequence=all_to_all"),
     "stages": (dict(stage=4, data=2), "--parallel.microbatches=2"),
@@ -142,8 +142,8 @@ def pipelined(stages: int, microbatches: int, repeats: int) -> float:
     """Difference of a pipeline and its layers one after the other, gradient and dropout's keys."""
     mesh = make_mesh(MeshConfig(data=8 // stages, stage=stages), jax.devices())
     rng = np.random.default_rng(0)
-    params = rng.normal(size=(8, 4, 4)).astype(np.float32)
-    x, shift = (rng.normal(size=(32, 4)).astype(np.float32) for _ in "xy")
+    sizes = (8, 4, 4), (32, 4), (32, 4)
+    params, x, shift = (rng.normal(scale=0.3, size=size).astype(np.float32) for size in sizes)
 
     def layers(params, x, shift, key=None):
         del key
