@@ -103,7 +103,7 @@ def main():
             process.communicate()
     report = {
         "survivor_exit_code": first[0].returncode,
-        "survivor_said": said.strip().splitlines()[-1],
+        "survivor_said": [line for line in said.splitlines() if line.startswith("error:")],
         "checkpoint": step,
         "steps_lost": reached - step,
         "first_start_to_step_1_s": started - began,

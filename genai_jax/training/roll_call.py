@@ -7,6 +7,7 @@ cannot share (a full disk) ends all with its text. Nothing of the training goes 
 and the heartbeats of XLA's service still find what does not close a line: a machine that hangs.
 """
 
+import contextlib
 import json
 import os
 import selectors
@@ -18,7 +19,7 @@ import time
 from genai_jax.config import ConfigError
 
 _GRACE_S = 2.0  # for a main thread that is failing for the reason that another process tells
-_LAST_S = 3.0  # process 0 leaves last: when it goes, XLA's service aborts those who are still there
+_LAST_S = 3.0  # that process 0 waits for the others to leave before it does
 
 
 class RollCall:
@@ -74,11 +75,16 @@ class RollCall:
         self.exit(code)
 
     def exit(self, code: int):
-        """Ends this process, whatever its other threads wait for."""
+        """Ends this process, whatever its other threads wait for; process 0 when the others have.
+
+        With process 0 goes XLA's service, which aborts those who are still there.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         if self.index == 0:
-            time.sleep(_LAST_S)
+            deadline = time.monotonic() + _LAST_S
+            for line in self._lines.values():
+                _wait_for_silence(line, deadline)
         os._exit(code)
 
     def _gather(self, port: int, timeout_s: float, deadline: float):
@@ -177,6 +183,14 @@ class RollCall:
                 line.sendall(json.dumps(message).encode() + b"\n")
             except OSError:  # it is gone, and the watch knows
                 continue
+
+
+def _wait_for_silence(line: socket.socket, deadline: float):
+    """Returns when the other end of a line is closed, or at the deadline."""
+    with contextlib.suppress(OSError):
+        line.settimeout(max(deadline - time.monotonic(), 0.01))
+        while line.recv(4096):
+            continue
 
 
 def _receive(line: socket.socket) -> dict | None:
