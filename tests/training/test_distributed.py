@@ -52,6 +52,7 @@ def test_half_given_and_impossible_flags(changes, said):
         find_place(DistributedConfig(**FLAGS | changes), {})
 
 
+@pytest.mark.smoke
 def test_a_slurm_step():
     place = find_place(DistributedConfig(), SLURM)
     assert place == Place("gpu07", place.port, 6, 4, [1]) and 61440 <= place.port < 65535
@@ -116,6 +117,7 @@ def test_all_there():
     assert not any(call.wait_for_end(0.05) for call in found.values())
 
 
+@pytest.mark.smoke
 def test_those_who_do_not_join_are_named_to_all():
     found = call_all([0, 2], 4)
     assert set(found.values()) == {"processes 1, 3 of 4 did not join within 0.5 s"}
