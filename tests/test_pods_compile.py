@@ -1,0 +1,42 @@
+"""Experiments of experiments/pods compile for the TPU slices that they are for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from genai_jax.scaling.program import executed, parse
+from tests.conftest import ROOT
+from tests.kernels_pallas.target_process import COMPILERS, need
+
+NAMES = ("ladder_512_v5e_16", "ladder_768_v5e_16", "ladder_1024_v5e_16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_compiles_and_fits(name, tmp_path):
+    need("libtpu")
+    output, text = tmp_path / "report.json", tmp_path / "program.txt"
+    command = (
+        sys.executable, "-m", "genai_jax.compile_check", "--topology=v5e:4x4",
+        f"--flagfile=experiments/pods/{name}.flags", f"--output={output}", f"--program={text}",
+    )  # fmt: skip
+    # The compiler takes a third of its time when it is asked for little effort.
+    more = {"PYTHONPATH": str(COMPILERS), "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
+    done = subprocess.run(
+        command, env=os.environ | more, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(output.read_text())
+    assert report["fits"] and report["devices"] == 16
+    # The program computes what the model's count says, and what it rematerializes.
+    work = report["program_flops"] * 16 / report["flops_per_step"]
+    assert 0.9 < work < 1.5
+    assert {c["axes"] for c in report["collectives"]} == {"fsdp"}
+    program = parse(text.read_text())
+    runs = list(executed(program, into_fusions=True))
+    assert any(r.instruction.name.startswith("flash_attention_forward") for r in runs)
+    # Each pass gathers a parameter once, the backward pass again; never all layers in each of them.
+    sent = sum(c["bytes_sent"] for c in report["collectives"] if c["kind"] == "all-gather")
+    assert 0 < sent < 2.1 * 4 * report["parameters"]
