@@ -1,8 +1,8 @@
 """Reads a compiled program: what runs, how often, and what each instruction works on.
 
 The text is XLA's (`jax.stages.Compiled.as_text`), after partitioning, so all shapes are those of
-one device. A loop's body counts as often as the loop runs; of the branches of a conditional the one
-that computes most counts, as devices wait for each other.
+one device. A loop's body counts as often as the loop runs (once, where data decide); of the
+branches of a conditional the one that computes most counts, as devices wait for each other.
 """
 
 from __future__ import annotations
@@ -149,19 +149,13 @@ def _walk(program, where, times, loop, into_fusions) -> Iterator[Executed]:
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often the body of a while instruction runs.
-
-    Raises:
-      ValueError: neither the compiler's note nor the condition say it.
-    """
+    """How often the body of a while instruction runs; 1 if that depends on data."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
     (condition,) = loop.called("condition")
     limits = _constants(program, condition)
-    if len(limits) != 1:
-        raise ValueError(f"loop {loop.name} runs an unknown number of times")
-    return limits.pop()
+    return limits.pop() if len(limits) == 1 else 1
 
 
 def _constants(program: Program, name: str) -> set[int]:
