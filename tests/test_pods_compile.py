@@ -14,19 +14,43 @@ from tests.kernels_pallas.target_process import COMPILERS, need
 NAMES = ("ladder_512_v5e_16", "ladder_768_v5e_16", "ladder_1024_v5e_16")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_compiles_and_fits(name, tmp_path):
+def check(*flags: str) -> subprocess.CompletedProcess:
+    """Runs the command where it finds the compilers."""
     need("libtpu")
-    output, text = tmp_path / "report.json", tmp_path / "program.txt"
-    command = (
-        sys.executable, "-m", "genai_jax.compile_check", "--topology=v5e:4x4",
-        f"--flagfile=experiments/pods/{name}.flags", f"--output={output}", f"--program={text}",
-    )  # fmt: skip
     # The compiler takes a third of its time when it is asked for little effort.
     more = {"PYTHONPATH": str(COMPILERS), "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
-    done = subprocess.run(
+    command = [sys.executable, "-m", "genai_jax.compile_check", *flags]
+    return subprocess.run(
         command, env=os.environ | more, cwd=ROOT, capture_output=True, text=True, timeout=900
     )
+
+
+def test_what_does_not_fit_names_the_largest_buffers():
+    done = check(
+        "--topology=v5e:2x2", "--dtype=bfloat16", "--mesh.data=4", "--transformer.num_layers=2",
+        "--transformer.embed_dim=8192", "--transformer.num_heads=64", "--data.batch_size=4",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr[-3000:]
+    *_, verdict, first, _, _, _, _ = done.stdout.splitlines()
+    assert verdict.startswith("does not fit: memory required")
+    assert "available HBM (15.75G)" in verdict
+    assert first == "  1.33 GiB params/model/layers/mlp/down/kernel (2, 21856, 8192)"
+
+
+def test_a_slice_that_the_compiler_does_not_know():
+    done = check("--topology=v5e:3x5")
+    assert done.returncode == 2
+    message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and "--topology=v5e:3x5" in message[0] and "known are" in message[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_compiles_and_fits(name, tmp_path):
+    output, text = tmp_path / "report.json", tmp_path / "program.txt"
+    done = check(
+        "--topology=v5e:4x4", f"--flagfile=experiments/pods/{name}.flags", f"--output={output}",
+        f"--program={text}",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(output.read_text())
     assert report["fits"] and report["devices"] == 16
