@@ -66,6 +66,10 @@ def prepare_environment(libtpu_flags: str = "") -> None:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip to keep others from
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    # Without these it asks the cloud where it is, and complains.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
     # Autotuning would measure on the device.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     if libtpu_flags:
