@@ -44,6 +44,15 @@ def test_a_slice_that_the_compiler_does_not_know():
     assert len(message) == 1 and "--topology=v5e:3x5" in message[0] and "known are" in message[0]
 
 
+def test_an_axis_spans_the_slices():
+    shared = ("--topology=v5p:2x2x2", "--slices=2", "--nocompiles", "--data.batch_size=16")
+    done = check(*shared, "--mesh.data=2", "--mesh.fsdp=8")
+    assert done.returncode == 0, done.stderr
+    assert "v5p:2x2x2, 2 slices: 16 devices as data 2 x fsdp 8" in done.stdout
+    done = check(*shared, "--mesh.data=1", "--mesh.fsdp=16")
+    assert done.returncode == 2 and "--mesh.data=1 spans 2 slices" in done.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles_and_fits(name, tmp_path):
     output, text = tmp_path / "report.json", tmp_path / "program.txt"
