@@ -32,19 +32,19 @@ class Chip:
 
 
 # Links: "bidirectional inter-chip interconnect bandwidth per chip" of the system architecture pages
-# in Google Cloud's TPU documentation, over the ports of a chip (4 or 6) and both directions: 300
+# in Google Cloud's TPU documentation, over the ports of a chip (4 or 6) and both directions: 600
 # (v4), 400 (v5e), 1200 (v5p), 800 (v6e), 1200 GB/s (7x, a chip's links shared by its two devices).
 # Network: DCN bandwidth, same pages: 50 Gbit/s a chip (v5p, and taken for v4), 6.4 and 25.6 Tbit/s
 # a pod of 256 (v5e, v6e), 100 Gbit/s (7x). H200: NVLink 900 GB/s and 400 Gbit/s InfiniBand a GPU,
 # from NVIDIA's data sheets of H200 and DGX H200. Memory: what the compiler reports as available
-# (libtpu 0.0.42); 141 GB of the H200 less what a process takes by default.
+# (libtpu 0.0.42); of the H200's 141 GB the three quarters that jax takes by default.
 _MORE = {
-    "v4": (30.75 * GIB, 25e9, 4, 6.25e9),
+    "v4": (30.75 * GIB, 50e9, 4, 6.25e9),
     "v5e": (15.75 * GIB, 50e9, 16, 3.125e9),
     "v5p": (95.74 * GIB, 100e9, 4, 6.25e9),
     "v6e": (31.25 * GIB, 100e9, 16, 12.5e9),
     "7x": (94.75 * GIB, 50e9, 4, 6.25e9),
-    "h200": (0.95 * 141e9, 450e9, 1, 50e9, 8),
+    "h200": (0.75 * 141e9, 450e9, 1, 50e9, 8),
 }
 CHIPS = {
     name: Chip(name, t.bf16_flops, t.hbm_bytes, memory, t.clock_hz, *more)
@@ -64,6 +64,10 @@ class Topology:
     def __post_init__(self):
         if not re.fullmatch(r"\w+:\d+(x\d+){0,2}", self.text) or self.kind not in (*CHIPS, "cpu"):
             raise ConfigError(f"--topology={self.text} is unknown; known are, e.g., {EXAMPLES}")
+        if 0 in self.shape or (self.kind == "cpu" and len(self.shape) > 1):
+            raise ConfigError(f"--topology={self.text}: sizes are at least 1, and of a cpu one")
+        if self.slices > 1 and self.kind in ("cpu", "h200"):
+            raise ConfigError(f"--slices={self.slices} is for TPUs, not for {self.text}")
 
     @property
     def kind(self) -> str:

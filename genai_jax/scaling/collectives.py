@@ -125,8 +125,8 @@ def _seconds(item: Collective, group: np.ndarray, mesh: Mesh, chip: Chip | None)
     """Time on the links: bytes over what the links of the spanned dimensions carry.
 
     A ring sends both ways at once, and the dimensions of a torus at the same time; an exchange of
-    all with all loads each link with a quarter of the longest ring. Across slices, or hosts of
-    GPUs, the network alone counts.
+    all with all loads each link with a quarter of the longest ring. What crosses slices, or hosts
+    of GPUs, shares the network of all members there.
     """
     if chip is None:
         return 0.0
@@ -141,11 +141,13 @@ def _seconds(item: Collective, group: np.ndarray, mesh: Mesh, chip: Chip | None)
 
 def _bandwidth(devices: list, mesh: Mesh, chip: Chip) -> tuple[float, int]:
     """(bytes a second that a device sends within this group, longest dimension of the torus)."""
-    if len({getattr(d, "slice_index", None) or 0 for d in devices}) > 1:
-        return chip.network, 0
-    if chip.switched:
-        hosts = {d.process_index for d in devices}
-        return (chip.network if len(hosts) > 1 else chip.link), 0
+    slices = {getattr(d, "slice_index", None) or 0 for d in devices}
+    parts = {d.process_index for d in devices} if chip.switched else slices
+    if len(parts) > 1 or chip.switched:
+        # What comes from outside is shared among the members of a part.
+        members = len(devices) / len(parts)
+        across = chip.network * members if len(parts) > 1 else math.inf
+        return min(across, chip.link * (1 if chip.switched else 2)), 0
     places = np.array([d.coords for d in devices])
     every = np.array([d.coords for d in mesh.devices.flat])
     total, longest = 0.0, 1

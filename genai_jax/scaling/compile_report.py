@@ -166,5 +166,6 @@ def assumptions(topology: Topology, silent_kernels: tuple[str, ...]) -> list[str
         f"kernels at the share of the peak in kernels_pallas/tuning.csv, else {KERNEL_SHARE:.0%}",
         "collectives add up unless asynchronous, those are hidden behind what their loop computes",
         *silent,
+        "a grouped matmul computes every row of its buffer, filled or not",
         "no time for the host, the data, latencies and stragglers; nothing was measured",
     ]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from genai_jax.scaling.chips import Chip
-from genai_jax.scaling.collectives import Collective, collectives
+from genai_jax.scaling.collectives import KINDS, Collective, collectives
 from genai_jax.scaling.program import Computation, Instruction, Program, executed, flops_of
 from kernels_pallas import tuning
 
@@ -90,7 +90,8 @@ def _seconds(instruction, computation, flops, moved, chip: Chip, device_kind: st
     if instruction.opcode == "custom-call" and flops:
         share = _kernel_share(instruction, computation, device_kind)
         return flops / (chip.flops * share)
-    if instruction.opcode in FREE or instruction.opcode.endswith(("-start", "-done")):
+    collective = instruction.opcode in KINDS  # its time is that on the links
+    if collective or instruction.opcode in FREE or instruction.opcode.endswith(("-start", "-done")):
         return 0.0
     return max(flops / chip.flops, moved / chip.hbm)
 
@@ -126,10 +127,22 @@ def traffic(instruction: Instruction, computation: Computation, program: Program
         return _fusion_traffic(instruction, operands, program)
     if opcode == "dynamic-update-slice":
         return 2.0 * _in_memory(operands[1])
+    if opcode.endswith("-start"):
+        return _start_traffic(instruction, operands)
     written = _in_memory(instruction)
     if opcode in SLICES:
         return 2.0 * written
     return float(written + sum(_in_memory(o) for o in operands))
+
+
+def _start_traffic(start: Instruction, operands: list[Instruction]) -> float:
+    """Of an asynchronous copy, slice or collective, whose result repeats its operands."""
+    results = [a for a in start.arrays if a.shape]
+    for array in (a for operand in operands for a in operand.arrays):
+        if array in results:
+            results.remove(array)
+    read = min(sum(map(_in_memory, operands)), sum(a.bytes for a in results))
+    return float(read + sum(a.bytes for a in results if a.space == 0))
 
 
 def _in_memory(instruction: Instruction) -> int:

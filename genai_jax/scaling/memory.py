@@ -11,8 +11,6 @@ import jax
 from genai_jax.scaling.program import Program, executed, trip_count
 from genai_jax.training.sharding import path_name
 
-HOST = 5  # XLA's number of the host's memory
-
 
 def local_bytes(tree: Any) -> int:
     """Bytes of one device's part of `jax.ShapeDtypeStruct`s that know their sharding."""
@@ -36,7 +34,8 @@ def breakdown(compiled, program: Program, state: Any, batch: Any) -> dict[str, i
     stacked = stacked_buffers(program)
     kept = sum(bytes_ for shape, space, bytes_ in stacked if shape not in params and space == 0)
     gradients = sum(bytes_ for shape, space, bytes_ in stacked if shape in params and space == 0)
-    kept, gradients = (min(x, stats.temp_size_in_bytes) for x in (kept, gradients))
+    kept = min(kept, stats.temp_size_in_bytes)
+    gradients = min(gradients, stats.temp_size_in_bytes - kept)
     return {
         "parameters": local_bytes(state.params),
         "optimizer": local_bytes(state.opt_state),

@@ -171,6 +171,28 @@ def test_time_on_the_links_of_a_torus():
     assert _bandwidth(apart, mesh, chip) == (chip.network, 0)
 
 
+def test_devices_of_a_host_share_its_network():
+    chip = CHIPS["h200"]
+    hosts = [Device(0, 0, 0, process_index=i // 8) for i in range(32)]
+    assert _bandwidth(hosts, mesh_of(), chip) == (min(8 * chip.network, chip.link), 0)
+    assert _bandwidth(hosts[::4], mesh_of(), chip) == (2 * chip.network, 0)
+    assert _bandwidth(hosts[:8], mesh_of(), chip) == (chip.link, 0)
+
+
+def test_bytes_of_asynchronous_copies():
+    text = """ENTRY %e (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128] parameter(0)
+  %in = (f32[8,128]{1,0:S(1)}, f32[8,128], u32[]) copy-start(%x)
+  %part = ((f32[8,128]), f32[2,128]{1,0:S(1)}, u32[]) async-start(%x), calls=%slice
+  %all = (f32[8,128], f32[32,128]) all-gather-start(%x), replica_groups=[2,4]<=[8]
+}"""
+    body = parse(text).computations["e"]
+    program = parse(text)
+    assert traffic(body["in"], body, program) == 8 * 128 * 4
+    assert traffic(body["part"], body, program) == 2 * 128 * 4
+    assert traffic(body["all"], body, program) == 8 * 128 * 4 + 32 * 128 * 4
+
+
 def test_asynchronous_collectives_hide_behind_computation():
     chip, mesh = CHIPS["v5p"], mesh_of()
     exposed = estimate(parse(TEXT), mesh, chip)
