@@ -35,24 +35,34 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--topology is not set: say which slice, e.g. {EXAMPLES}")
     topology = Topology(request.topology, request.slices)
     topology.prepare()
-    codes = [_check(request, topology, rest, "")]
+    code, report = _check(request, topology, rest, "")
     if request.compare:
+        from genai_jax.scaling.compile_text import beside
+
         others = [a for a in rest if not a.startswith(("--flagfile", "-flagfile"))]
         print()
-        codes.append(_check(request, topology, [f"--flagfile={request.compare}", *others], ".2"))
-    return max(codes)
+        second, other = _check(request, topology, [f"--flagfile={request.compare}", *others], ".2")
+        print(f"\n{beside(report, other)}")
+        code = max(code, second)
+    return code
 
 
 def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
     """This command's flags, and those of the run."""
     names = flag_names({"run": CheckRequest})
-    own = [a for a in argv if a.lstrip("-").split("=")[0].removeprefix("no") in names]
+    given = {a: a.lstrip("-").split("=")[0] for a in argv if a.startswith("-")}
+    own = [a for a, name in given.items() if {name, name.removeprefix("no")} & names]
+    for argument in own:
+        if "=" not in argument and given[argument].removeprefix("no") != "compiles":
+            raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
     found, _ = parse(own, {"run": CheckRequest})
+    if not found.run.compiles and (found.run.output or found.run.program):
+        raise ConfigError("--output and --program need the compiled step, without --compiles=false")
     return found.run, [a for a in argv if a not in own]
 
 
-def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) -> int:
-    """Compiles one run and prints what came out; 1 if it does not fit."""
+def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) -> tuple[int, dict]:
+    """Compiles one run and prints what came out; (1 if it does not fit, the numbers)."""
     from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
     from genai_jax.scaling.compile_text import as_text
     from genai_jax.training.sharding import placements
@@ -65,8 +75,9 @@ def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) ->
         placed = placements(params, rules, built.compiled.mesh)
         _write(request.dump_shardings, suffix, placed)
     if not request.compiles:
-        print(as_text(named, facts(config, topology, built)))
-        return 0
+        report = facts(config, topology, built)
+        print(as_text(named, report))
+        return 0, report
     try:
         report, program = check(config, topology, built)
     except DoesNotFit as problem:
@@ -76,7 +87,7 @@ def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) ->
         _write(request.output, suffix, json.dumps(report, indent=1) + "\n")
     if request.program and program:
         _write(request.program, suffix, program)
-    return 0 if report["fits"] else 1
+    return (0 if report["fits"] else 1), report
 
 
 def _write(path: str, suffix: str, text: str):

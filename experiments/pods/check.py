@@ -93,7 +93,8 @@ def row(name: str, report: dict) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     tokens = report["tokens_per_step"]
     each = tokens / report["devices"] if tokens else report["batch_size"] / report["devices"]
-    cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{each:,.0f}"]
+    what = "" if tokens else " images"
+    cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{each:,.0f}{what}"]
     published = f"{PUBLISHED[name]:.1%}" if name in PUBLISHED else ""
     if not report["fits"]:
         return [*cells, f"does not fit: {report['largest'][0]}", "", "", published]

@@ -84,3 +84,31 @@ def _verdict(report: dict) -> str:
         + "\n"
         + "\n".join(f"  {line}" for line in report["largest"][1:])
     )
+
+
+def beside(one: dict, other: dict) -> str:
+    """Two reports as columns, and the second over the first."""
+    rows = [f"{'':24} {'first':>12} {'second':>12} {'ratio':>8}"]
+    for name, value in _numbers(one).items():
+        second = _numbers(other).get(name)
+        if second is not None:
+            ratio = f"{second / value:8.3f}" if value else ""
+            rows.append(f"{name:24} {value:12.4g} {second:12.4g} {ratio}")
+    return "\n".join(rows)
+
+
+def _numbers(report: dict) -> dict[str, float]:
+    """What two runs can be compared by."""
+    found = {"parameters": report["parameters"], "batch_size": report["batch_size"]}
+    found["model FLOPs a device"] = report["flops_per_step"] / report["devices"]
+    if "memory" in report:
+        found["memory GiB"] = report["memory"]["total"] / GIB
+        found["program FLOPs"] = report["program_flops"]
+        found["HBM bytes"] = report["hbm_bytes"]
+        for c in report["collectives"]:
+            name = f"sent by {c['kind']}"
+            found[name] = found.get(name, 0) + c["bytes_sent"]
+    if "predicted" in report:
+        found["step s"] = report["predicted"]["step_seconds"]
+        found["MFU"] = report["predicted"]["mfu"]
+    return found

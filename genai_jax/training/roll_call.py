@@ -113,7 +113,7 @@ class RollCall:
         """Takes in the process at the other end of a new line; strangers are ignored."""
         line.settimeout(5)
         told = _receive(line)
-        if not told or "index" not in told:
+        if not isinstance(told, dict) or not {"index", "count"} <= told.keys():
             line.close()
             return
         index, count = told["index"], told["count"]

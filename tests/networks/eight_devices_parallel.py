@@ -139,7 +139,7 @@ def facts(program: str) -> dict:
 
 
 def pipelined(stages: int, microbatches: int, repeats: int) -> float:
-    """Difference of a pipeline and its layers one after the other, gradient and dropout's keys."""
+    """Difference of a pipeline and its layers one after the other, the gradient too."""
     mesh = make_mesh(MeshConfig(data=8 // stages, stage=stages), jax.devices())
     rng = np.random.default_rng(0)
     sizes = (8, 4, 4), (32, 4), (32, 4)

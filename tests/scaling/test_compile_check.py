@@ -88,11 +88,26 @@ def test_two_runs_beside_each_other(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("cpu:4: 4 devices as tensor 4") == 2
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith("parameters ")]
+    _, first, second, ratio = line.split()
+    assert first == second and ratio == "1.000"
 
 
 def test_flags_are_told_apart():
     request, rest = _split(["--topology=cpu:2", "--nocompiles", "--mesh.data=2"])
     assert request == CheckRequest(topology="cpu:2", compiles=False) and rest == ["--mesh.data=2"]
+
+
+def test_flags_that_would_be_ignored_are_refused():
+    with pytest.raises(ConfigError, match="--topology needs a value: write --topology=VALUE"):
+        _split(["--topology", "cpu:2"])
+    with pytest.raises(ConfigError, match="--output and --program need the compiled step"):
+        _split(["--topology=cpu:2", "--nocompiles", "--output=x.json"])
+    for text, slices in (("cpu:0", 1), ("cpu:2x4", 1), ("v5e:0x4", 1)):
+        with pytest.raises(ConfigError, match="sizes are at least 1, and of a cpu one"):
+            Topology(text, slices)
+    with pytest.raises(ConfigError, match="--slices=2 is for TPUs, not for h200:1x1x8"):
+        Topology("h200:1x1x8", 2)
 
 
 def test_an_unknown_topology_lists_the_known():
