@@ -30,6 +30,12 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": _save("attention"),
+    "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["places"],
+        names_which_can_be_offloaded=["attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "attention_mlp": _save("attention", "mlp_hidden"),
 }
 
