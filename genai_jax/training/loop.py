@@ -84,8 +84,8 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             check_rows(rows, phase.repeats * config.train.accumulate, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         batch_in = batch_shardings(batch, task.batch_axes, mesh)
-        arrays = [*jax.tree.leaves(shardings), *batch_in.values()]
-        check_mesh_is_used(mesh, arrays, task.activation_axes)
+        split = jax.tree.leaves(shardings), list(batch_in.values())
+        check_mesh_is_used(mesh, *split, task.activation_axes)
         step = jax.jit(
             make_step(phases, accumulate=config.train.accumulate, averages=averages),
             in_shardings=(shardings, batch_in),
@@ -101,9 +101,14 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
 
-def check_mesh_is_used(mesh: Mesh, shardings: list[NamedSharding], more: tuple[str, ...] = ()):
-    """An axis that splits nothing would only repeat the work of its devices."""
-    used = {*more, *(name for s in shardings for part in s.spec for name in _names(part))}
+def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ...] = ()):
+    """An axis that splits nothing would only repeat the work of its devices.
+
+    state, batch: shardings; more: axes that split activations. The batch goes over the expert axis
+    as well, but what uses that is experts.
+    """
+    names = lambda shardings: {n for s in shardings for part in s.spec for n in _names(part)}
+    used = names(state) | (names(batch) - {"expert"}) | {*more}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
