@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError, field, flag_names, help_text, parse
+from genai_jax.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) ->
 
     config = parse_run(argv)
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
-    built = prepared(config, topology)
+    built = prepared(TASKS[config.run.task](config), config, topology)
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         placed = placements(params, rules, built.compiled.mesh)

@@ -1,5 +1,6 @@
 """The commands, run as a user runs them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,3 +39,13 @@ def run(module: str, *flags: str, code: int = 0, devices: int = 1, **options) ->
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def report_of(script: str, *arguments: str) -> dict:
+    """The JSON that a script of the tests prints as its last line, on eight simulated devices."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / script), *arguments],
+        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])

@@ -58,14 +58,10 @@ def topology_of(flagfile: pathlib.Path) -> str:
 def check(flagfile: pathlib.Path) -> bool:
     """Compiles one; whether it compiled, be it fitting or not."""
     print(f"{flagfile.stem} for {topology_of(flagfile)} ...", flush=True)
-    command = (
-        sys.executable, "-m", "genai_jax.compile_check", f"--flagfile={flagfile.relative_to(ROOT)}",
-        f"--topology={topology_of(flagfile)}", f"--output={flagfile.with_suffix('.json')}",
-    )  # fmt: skip
-    compilers = pathlib.Path(sys.prefix) / "targets"
-    path = os.pathsep.join((str(compilers), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    done = compile_check(
+        f"--flagfile={flagfile.relative_to(ROOT)}",
+        f"--topology={topology_of(flagfile)}",
+        f"--output={flagfile.with_suffix('.json')}",
     )
     if done.returncode not in (0, 1) or not done.stdout:
         print(done.stderr[-2000:], file=sys.stderr)
@@ -73,6 +69,16 @@ def check(flagfile: pathlib.Path) -> bool:
     flagfile.with_suffix(".txt").write_text(done.stdout)
     print(done.stdout.splitlines()[-1], flush=True)
     return True
+
+
+def compile_check(*flags: str) -> subprocess.CompletedProcess:
+    """Runs the command where it finds the compilers of `make targets`."""
+    compilers = pathlib.Path(sys.prefix) / "targets"
+    path = os.pathsep.join((str(compilers), os.environ.get("PYTHONPATH", "")))
+    command = (sys.executable, "-m", "genai_jax.compile_check", *flags)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
 
 
 def table() -> str:

@@ -8,9 +8,7 @@ the compiler for GPUs takes seconds.
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import matplotlib
@@ -20,7 +18,7 @@ import matplotlib.pyplot as plt
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from check import ROOT, write_between  # noqa: E402
+from check import compile_check, write_between  # noqa: E402
 
 CHIPS = (16, 64, 256, 1024, 4096)
 TENSOR = {"fsdp": 1, "fsdp x tensor 4": 4}
@@ -44,18 +42,12 @@ def main() -> int:
 def compiled(chips: int, tensor: int) -> dict:
     """What one device sends in a step, by kind of collective, and the predicted MFU."""
     output = HERE / "weak_scaling.tmp.json"
-    command = (
-        sys.executable, "-m", "genai_jax.compile_check",
+    done = compile_check(
         "--flagfile=experiments/pods/shapes/llama3_8b.flags", f"--topology=h200:1x{chips // 8}x8",
         f"--mesh.tensor={tensor}", f"--data.batch_size={chips}", "--transformer.remat=attention",
         f"--output={output}",
     )  # fmt: skip
-    path = os.pathsep.join(
-        (str(pathlib.Path(sys.prefix) / "targets"), os.environ.get("PYTHONPATH", ""))
-    )
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True
-    )
+    done.check_returncode()
     report = json.loads(output.read_text())
     output.unlink()
     sent: dict[str, int] = {}

@@ -68,9 +68,8 @@ def whole_axes() -> tuple[str, ...]:
     A Pallas kernel has to be inside a shard_map over all axes. Where one of them is not named in
     the specs, the gradients are summed over it, so these are named along with the batch.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(n for n, kind in kinds if kind != AxisType.Manual and mesh.shape[n] == 1)
+    mesh, free = jax.sharding.get_abstract_mesh(), free_axes()
+    return tuple(name for name in mesh.axis_names if name in free and mesh.shape[name] == 1)
 
 
 def free_axes() -> set[str]:

@@ -14,7 +14,6 @@ from genai_jax.scaling.chips import Topology, machine_memory
 from genai_jax.scaling.estimate import KERNEL_SHARE, Estimate, estimate
 from genai_jax.scaling.memory import breakdown, largest, local_bytes, refused
 from genai_jax.scaling.program import parse
-from genai_jax.tasks import TASKS
 from genai_jax.training.loop import Compiled, build
 from genai_jax.training.sharding import make_mesh, mesh_context
 
@@ -35,14 +34,14 @@ class Built(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def prepared(config: Config, topology: Topology) -> Built:
-    """The step of `config` for the topology; nothing is compiled yet.
+def prepared(task: Any, config: Config, topology: Topology) -> Built:
+    """The step of `task`, a `genai_jax.training.phase.Task`; nothing is compiled yet.
 
     Raises:
       ConfigError: a mesh that does not fit, an axis that does not divide.
     """
     mesh = make_mesh(config.mesh, topology.devices())
-    compiled = build(task := TASKS[config.run.task](config), config, mesh)
+    compiled = build(task, config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=compiled.batch_shardings[name])
         for name, x in task.batch_shapes().items()

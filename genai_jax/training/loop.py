@@ -24,6 +24,7 @@ from genai_jax.training.progress import Progress
 from genai_jax.training.restore import state_shapes
 from genai_jax.training.sharding import (
     LOGICAL_AXES,
+    axes_of,
     batch_shardings,
     batch_shards,
     make_mesh,
@@ -107,15 +108,11 @@ def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ..
     state, batch: shardings; more: axes that split activations. The batch goes over the expert axis
     as well, but what uses that is experts.
     """
-    names = lambda shardings: {n for s in shardings for part in s.spec for n in _names(part)}
+    names = lambda shardings: {n for s in shardings for part in s.spec for n in axes_of(part)}
     used = names(state) | (names(batch) - {"expert"}) | {*more}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
             raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
-
-
-def _names(part) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def check_rows(rows: int, parts: int, mesh: Mesh):

@@ -202,7 +202,7 @@ def placements(params: Any, rules, mesh: Mesh) -> str:
     """
 
     def line(path, x, spec):
-        parts = ", ".join("+".join(_listed(part)) or "-" for part in spec)
+        parts = ", ".join("+".join(axes_of(part)) or "-" for part in spec)
         local = NamedSharding(mesh, spec).shard_shape(x.shape)
         return f"{path_name(path)} {_dims(x.shape)} [{parts}] {_dims(local)}"
 
@@ -211,7 +211,8 @@ def placements(params: Any, rules, mesh: Mesh) -> str:
     return "\n".join(jax.tree.leaves(lines)) + "\n"
 
 
-def _listed(part) -> tuple[str, ...]:
+def axes_of(part) -> tuple[str, ...]:
+    """The mesh axes that one dimension of a `PartitionSpec` names."""
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +23,7 @@ from genai_jax.networks.mixture_of_experts import (
 from genai_jax.networks.transformer import Transformer, TransformerConfig
 from genai_jax.tasks.language_model import LanguageModel
 from genai_jax.tasks.router_losses import router_losses
-from tests.commands import environment
-from tests.conftest import ROOT
+from tests.commands import report_of
 
 EMBED, HIDDEN, LENGTH = 8, 12, 10
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, EMBED))
@@ -222,13 +218,7 @@ def test_counting_goes_on_from_block_to_block():
 
 
 def test_eight_devices_equal_one_in_the_whole_state():
-    script = ROOT / "tests" / "training" / "eight_devices_moe.py"
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = report_of("training/eight_devices_moe.py")
     refused = report.pop("refused")
     assert "parameter model/layers/mlp/experts/" in refused
     assert "experts of size 6 is not divisible by --mesh.expert=4" in refused

@@ -1,13 +1,8 @@
 """The sequence and stage axes change where things are computed, and nothing else."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.commands import environment
-from tests.conftest import ROOT
+from tests.commands import report_of
 
 REFUSALS = {
     "length": "length 20 is not divisible by --mesh.sequence=8",
@@ -21,13 +16,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    script = ROOT / "tests" / "networks" / "eight_devices_parallel.py"
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return report_of("networks/eight_devices_parallel.py")
 
 
 def test_eight_devices_equal_one_in_the_whole_state(report):

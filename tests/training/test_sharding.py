@@ -1,9 +1,5 @@
 """The sharding table: what it refuses, and that a mesh changes nothing but the placement."""
 
-import json
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,8 +7,7 @@ import pytest
 from genai_jax.config import ConfigError
 from genai_jax.tasks.language_model import LanguageModel
 from genai_jax.training.sharding import MESH_AXES, MeshConfig, logical_axes, make_mesh, spec_of
-from tests.commands import environment
-from tests.conftest import ROOT
+from tests.commands import report_of
 
 
 def test_a_parameter_that_no_rule_matches_is_named():
@@ -45,13 +40,7 @@ def test_a_size_that_its_axis_does_not_divide_is_named():
 
 
 def test_eight_devices_equal_one_in_the_whole_state():
-    script = ROOT / "tests" / "training" / "eight_devices.py"
-    result = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout.splitlines()[-1])
+    report = report_of("training/eight_devices.py")
     assert set(report) == {"data", "fsdp", "tensor", "mixed", "dirac"}
     for name, facts in report.items():
         assert facts["difference"] < 2e-5, (name, facts)
