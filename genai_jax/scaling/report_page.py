@@ -34,12 +34,14 @@ a { color: var(--accent); }
 nav { font-size: .95rem; margin: 1.25rem 0; }
 nav a { margin-right: 1.1rem; text-decoration: none; white-space: nowrap; }
 .wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: max-content; font-size: .88rem;
+  font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: .3rem; }
 th { text-align: left; vertical-align: bottom; font-weight: 600;
   border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .9rem .3rem 0; }
-td { border-bottom: 1px solid var(--line); vertical-align: top; }
+td { border-bottom: 1px solid var(--line); vertical-align: top; max-width: 30rem; }
+tbody th { border-bottom: 1px solid var(--line); font-weight: 400; color: var(--soft); }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 figure { margin: 1.5rem 0; }
@@ -53,7 +55,8 @@ summary { cursor: pointer; }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --shade: #f4f4f4;
   --accent: #000; --warn: #000; } body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; } figure, tr { break-inside: avoid; } nav { display: none; }
-  .wide { overflow: visible; } table { font-size: 7.5pt; } th, td { padding-right: .5rem; }
+  .wide { overflow: visible; } table { width: auto; font-size: 7.5pt; }
+  th, td { padding-right: .5rem; }
   pre { white-space: pre-wrap; } }
 """
 

@@ -1,0 +1,73 @@
+"""How runs belong together: by their names up to the first dot, and by what their flags say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from genai_jax.config import Config, ConfigError
+from genai_jax.scaling.study.folder import Counts, Run
+from genai_jax.scaling.study.results import Result
+from genai_jax.training.population import member_config
+
+T = TypeVar("T")
+
+
+class Model(NamedTuple):
+    """A model that a run is to train: the run itself, or a member of a population."""
+
+    run: Run
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def counts(self) -> Counts:
+        return self.run.counts
+
+
+def models_of(runs: Sequence[Run]) -> list[Model]:
+    return [
+        Model(run, member_config(run.config, k) if run.members > 1 else run.config)
+        for run in runs
+        for k in range(run.members)
+    ]
+
+
+def group_of(model: Model | Result) -> str:
+    """Its architecture, or other variant: the flagfile's name up to the first dot."""
+    return model.name.split("/")[0].split(".")[0]
+
+
+def grouped(models: Sequence[T]) -> dict[str, list[T]]:
+    """Group -> its models; groups as they first come."""
+    found: dict[str, list[T]] = {}
+    for model in models:
+        found.setdefault(group_of(model), []).append(model)
+    return found
+
+
+def learning_rate(model: Model | Result) -> float:
+    return model.config.optimizer.learning_rate
+
+
+def seed(model: Model | Result) -> int:
+    return model.config.run.seed
+
+
+def flag_value(flag: str, name: str, model: Model | Result) -> float:
+    """The value of the flag `name` of a model, a number.
+
+    Raises:
+      ConfigError: the model has no such flag, or it is no number; `flag` is what named it.
+    """
+    values = model.config.items()
+    if name not in values:
+        raise ConfigError(f"--{flag}={name} is no flag of run {model.name}")
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"--{flag}={name} is {value!r} in run {model.name}, which is no number")
+    return value

@@ -1,0 +1,171 @@
+"""What the runs of a study left behind: whether they are finished, and their numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from typing import NamedTuple
+
+from genai_jax.config import Config, ConfigError
+from genai_jax.scaling.study.folder import Counts, Run
+from genai_jax.training.metrics_log import read_metrics
+from genai_jax.training.population import member_config
+from genai_jax.training.workdir import read_record, write_atomically
+
+FATE = "study.json"  # in a run's workdir: how its last process ended
+NOT_FINITE = re.compile(r"(loss|grad_norm|penalty)\S* is (nan|-?inf) at step")
+
+
+class Result(NamedTuple):
+    """One trained model: a run, or a member of one that is a population."""
+
+    name: str
+    config: Config
+    counts: Counts
+    rows: list[dict]  # of metrics.jsonl, with the model's own metrics
+    diverged: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.counts.tokens_per_step * self.config.train.steps
+
+    @property
+    def flops(self) -> float:
+        return self.counts.flops_per_step * self.config.train.steps
+
+    def final(self, metric: str) -> float:
+        """Its value at the last step; infinite if the run diverged.
+
+        Raises:
+          ConfigError: no such metric; those there are are named.
+        """
+        if self.diverged:
+            return math.inf
+        last = self.rows[-1]
+        if metric not in last:
+            known = ", ".join(name for name in sorted(last) if name.startswith(("eval/", "train/")))
+            raise ConfigError(f"run {self.name} has no metric {metric!r}; it has {known}")
+        return last[metric]
+
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of all rows that have the metric."""
+        found = [(row["step"], row[metric]) for row in self.rows if metric in row]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+class Fate(NamedTuple):
+    """How the last process of a run ended."""
+
+    code: int
+    error: str  # empty if there was none
+    seconds: float  # of that process
+    began_at: int  # the step from which it went on
+
+    @property
+    def diverged(self) -> bool:
+        return bool(NOT_FINITE.search(self.error))
+
+
+def write_fate(run: Run, fate: Fate):
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.workdir / FATE, json.dumps(fate._asdict()) + "\n")
+
+
+def read_fate(run: Run) -> Fate | None:
+    path = run.workdir / FATE
+    return Fate(**json.loads(path.read_text())) if path.exists() else None
+
+
+def is_finished(run: Run, may_diverge: bool) -> bool:
+    """Whether the run needs no process any more.
+
+    Raises:
+      ConfigError: what is there was made with other flags.
+    """
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    fate = read_fate(run)
+    diverged = may_diverge and fate is not None and fate.diverged
+    if not diverged and (not rows or rows[-1]["step"] < run.steps):
+        return False
+    _refuse_other_flags(run)
+    if diverged:
+        return True
+    last = rows[-1]
+    if last["step"] > run.steps:
+        raise ConfigError(
+            f"{run.workdir} was trained to step {last['step']}, {run.flagfile} asks for "
+            f"{run.steps}: use another --workdir"
+        )
+    return not run.config.eval.batches or any(name.startswith("eval/") for name in last)
+
+
+def _refuse_other_flags(run: Run):
+    """Raises `ConfigError` if the flags that decide on a finished run's numbers have changed."""
+    text = (run.workdir / "flags.txt").read_text()
+    before, now = _values(text), _values(run.config.to_flags(leave_out=("workdir",)))
+    free = run.config.changeable() - {"eval.batches"}
+    changed = [
+        f"--{name}={before[name]} -> {now[name]}"
+        for name in before
+        if name in now and name not in free and before[name] != now[name]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run.workdir} holds a run with other flags than {run.flagfile}: "
+            f"{', '.join(changed)}; use another --workdir, or delete it"
+        )
+
+
+def _values(flagfile: str) -> dict[str, str]:
+    return dict(line.removeprefix("--").split("=", 1) for line in flagfile.splitlines())
+
+
+def read_results(run: Run) -> list[Result]:
+    """The models of a finished run."""
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    fate = read_fate(run)
+    gone = not rows or rows[-1]["step"] < run.steps
+    diverged = gone and fate is not None and fate.diverged
+    if run.members == 1:
+        return [Result(run.name, run.config, run.counts, rows, diverged)]
+    return [_member(run, k, rows, diverged) for k in range(run.members)]
+
+
+def _member(run: Run, member: int, rows: list[dict], diverged: bool) -> Result:
+    """A member's metrics are named ``<metric>/<member>``, and are missing once it diverged."""
+    end = f"/{member}"
+    own = [
+        {"step": row["step"]} | {n.removesuffix(end): v for n, v in row.items() if n.endswith(end)}
+        for row in rows
+    ]
+    config = member_config(run.config, member)
+    diverged = diverged or len(own[-1]) == 1
+    return Result(f"{run.name}/{member}", config, run.counts, own, diverged)
+
+
+def environments(runs: list[Run]) -> dict:
+    """What the runs were made with, from their run.json; values that differ stand side by side."""
+    fields = ("python", "versions", "git_commit", "platform", "device_kind", "devices", "data")
+    records = [read_record(run.workdir) for run in runs]
+    found: dict = {}
+    for record in records:
+        for name in fields:
+            _join(found, name, record.get(name))
+    return found
+
+
+def _join(found: dict, name: str, value):
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _join(found.setdefault(name, {}), key, part)
+    elif value is not None:
+        before = found.setdefault(name, str(value))
+        if str(value) not in before.split(" | "):
+            found[name] = f"{before} | {value}"
+
+
+def log_path(run: Run) -> pathlib.Path:
+    """What the run's processes printed."""
+    return run.workdir / "train.log"

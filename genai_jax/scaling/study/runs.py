@@ -1,0 +1,145 @@
+"""Runs what is missing of a study, each run in a process of its own, several at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, NamedTuple
+
+from genai_jax.scaling.study.cores import affinity, core_shares
+from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.results import Fate, log_path, write_fate
+from genai_jax.scaling.study.table import Display
+from genai_jax.training.metrics_log import read_metrics
+
+POLL_SECONDS = 0.2
+
+
+class Outcome(NamedTuple):
+    """How the processes of a study ended."""
+
+    failed: dict[str, str]  # run -> the last line of its error
+    signal: int  # that ended the study, 0 if none did
+
+
+def command(run: Run) -> list[str]:
+    """What trains a run, or goes on with it."""
+    flags = [f"--flagfile={run.flagfile}", f"--workdir={run.workdir}"]
+    return ["python", "-m", "genai_jax.train", *flags]
+
+
+def execute(
+    runs: Sequence[Run], *, jobs: int, display: Display, lock: IO, may_diverge: bool
+) -> Outcome:
+    """Trains the runs to their ends, `jobs` at a time, those with most FLOPs first.
+
+    A SIGINT or SIGTERM is passed on once: the runs save and leave, and no other starts. A second
+    one ends them at once. One that fails leaves the others alone.
+
+    Args:
+      runs: of them, those that are to be trained.
+      jobs: processes at a time; each gets its share of the processor's cores.
+      display: is told what happens.
+      lock: a locked file, which the processes keep open, and so locked, while they live.
+      may_diverge: a loss that is not finite is no failure.
+    """
+    waiting = sorted(runs, key=lambda run: run.flops, reverse=True)
+    shares = core_shares(jobs)
+    processes: list[_Process] = []
+    failed: dict[str, str] = {}
+    with _Signals() as signals, display:
+        while processes or (waiting and not signals.received):
+            while waiting and len(processes) < jobs and not signals.received:
+                free = next(s for s in shares if s not in [p.cores for p in processes])
+                processes.append(_Process(waiting.pop(0), free, lock))
+                display.started(processes[-1].run)
+            for number in signals.new():
+                display.interrupted(len(processes), signals.count)
+                for process in processes:
+                    process.send(number)
+            for process in [p for p in processes if p.ended()]:
+                processes.remove(process)
+                fate = process.fate()
+                write_fate(process.run, fate)
+                if fate.code and not signals.received and not (may_diverge and fate.diverged):
+                    failed[process.run.name] = fate.error
+                display.ended(process.run, fate)
+            display.refresh()
+            time.sleep(POLL_SECONDS)
+    return Outcome(failed, signals.received)
+
+
+class _Process:
+    """The process of a run."""
+
+    def __init__(self, run: Run, cores: frozenset[int], lock: IO):
+        self.run, self.cores = run, cores
+        self._began = time.monotonic()
+        rows = read_metrics(run.workdir / "metrics.jsonl")
+        self._began_at = rows[-1]["step"] if rows else 0
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        self._log_start = log_path(run).stat().st_size if log_path(run).exists() else 0
+        with open(log_path(run), "ab") as log, affinity(cores):
+            # A session of its own: a Ctrl-C of the terminal reaches the study alone, which passes
+            # it on once. Affinity is inherited.
+            self._process = subprocess.Popen(
+                [sys.executable, *command(run)[1:]],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=(lock.fileno(),),
+            )  # fmt: skip
+
+    def send(self, number: int):
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def fate(self) -> Fate:
+        code = self._process.returncode
+        seconds = time.monotonic() - self._began
+        return Fate(code, self._error(code) if code else "", seconds, self._began_at)
+
+    def _error(self, code: int) -> str:
+        """The last line that the process printed of an error."""
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        with open(log_path(self.run), "rb") as log:
+            log.seek(self._log_start)
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+        ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        said = ours or [line for line in lines if line] or [f"exit code {code}"]
+        return said[-1]
+
+
+class _Signals:
+    """While entered, collects SIGINT and SIGTERM."""
+
+    def __init__(self):
+        self.received = 0  # the first one
+        self.count = 0
+        self._new: list[int] = []
+        self._before: dict = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _frame):
+        self.received = self.received or number
+        self.count += 1
+        self._new.append(number)
+
+    def new(self) -> list[int]:
+        """Those that came since the last call."""
+        found, self._new = self._new, []
+        return found

@@ -1,0 +1,109 @@
+"""What a study does: trains what is missing, in waves, and writes the report."""
+
+from __future__ import annotations
+
+import pathlib
+import shlex
+from collections.abc import Sequence
+from typing import IO, Any, NamedTuple
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.report import read_numbers, write_report
+from genai_jax.scaling.study.analyses import ANALYSES
+from genai_jax.scaling.study.expected import off, read_expected
+from genai_jax.scaling.study.folder import Run, Study
+from genai_jax.scaling.study.overview import runs_section
+from genai_jax.scaling.study.results import Result, environments, is_finished, read_results
+from genai_jax.scaling.study.runs import Outcome, execute
+from genai_jax.scaling.study.settings import StudyConfig
+from genai_jax.scaling.study.table import make_display
+
+
+class State(NamedTuple):
+    """Of a study, as its workdir says."""
+
+    needed: list[Run]  # by the analysis, as far as it can tell so far
+    missing: list[Run]  # of those, what is not finished
+    results: dict[str, list[Result]]  # of those that are
+
+
+def state_of(study: Study, settings: StudyConfig) -> State:
+    """What is finished and what is missing.
+
+    Raises:
+      ConfigError: a study that its analysis could not use; a run made with other flags.
+    """
+    finished = {
+        run.name: read_results(run) for run in study.runs if is_finished(run, settings.may_diverge)
+    }
+    needed = ANALYSES[settings.analysis].needed(study.runs, finished, settings)
+    missing = [run for run in needed if run.name not in finished]
+    results = {run.name: finished[run.name] for run in needed if run.name in finished}
+    return State(needed, missing, results)
+
+
+def train_missing(
+    study: Study, settings: StudyConfig, only: Sequence[str], jobs: int, lock: IO
+) -> Outcome:
+    """Trains until nothing is missing that did not fail; what is finished may call for more."""
+    failed: dict[str, str] = {}
+    while True:
+        state = state_of(study, settings)
+        runs = [r for r in state.missing if r.name in only and r.name not in failed]
+        if not runs:
+            return Outcome(failed, 0)
+        finished = [run for run in state.needed if run not in state.missing]
+        outcome = execute(
+            runs, jobs=jobs, lock=lock, may_diverge=settings.may_diverge,
+            display=make_display([*finished, *runs], finished, settings.metric),
+        )  # fmt: skip
+        failed |= outcome.failed
+        if outcome.signal:
+            return Outcome(failed, outcome.signal)
+
+
+def report(
+    study: Study, settings: StudyConfig, workdir: pathlib.Path, failed: dict[str, str],
+    argv: Sequence[str],
+) -> pathlib.Path:  # fmt: skip
+    """Writes the report of the finished runs into ``workdir/report`` and returns its page.
+
+    Raises:
+      ConfigError: the analysis cannot use what is there.
+    """
+    state = state_of(study, settings)
+    if not state.results:
+        raise ConfigError("no run is finished")
+    results = [result for found in state.results.values() for result in found]
+    finished = [run for run in state.needed if run.name in state.results]
+    sections = ANALYSES[settings.analysis].analyze(results, settings)
+    sections = [*sections, runs_section(finished, state.results, settings.metric)]
+    folder = workdir / "report"
+    write_report(
+        folder, study.title, sections,
+        record=_record(study, state, finished, failed, argv),
+    )  # fmt: skip
+    return folder / "index.html"
+
+
+def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[str, Any]:
+    missing = [
+        f"{run.name} is missing" + (f": {failed[run.name]}" if run.name in failed else "")
+        for run in state.missing
+    ]
+    return {
+        "question": study.question,
+        "warnings": missing,
+        "commands": [
+            shlex.join(["python", "-m", "genai_jax.study", *argv]),
+            "# a single run, with its flags as below in RUN.flags:",
+            "python -m genai_jax.train --flagfile=RUN.flags --workdir=runs/RUN",
+        ],
+        "environment": environments(finished),
+        "flags": {run.name: (run.workdir / "flags.txt").read_text() for run in finished},
+    }
+
+
+def check(study: Study, workdir: pathlib.Path) -> list[str]:
+    """A line for each number of the report that is not as the study's expected.json says."""
+    return off(read_numbers(workdir / "report" / "results.json"), read_expected(study.folder))

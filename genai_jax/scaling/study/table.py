@@ -1,0 +1,205 @@
+"""What is shown while a study runs: a live table in a terminal, elsewhere a line per event."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.results import Fate
+
+TAIL_BYTES = 1 << 16  # the last row of metrics.jsonl is shorter
+
+
+class Display(Protocol):
+    """Is told what happens to the runs; a context manager around all of it."""
+
+    def __enter__(self): ...
+
+    def __exit__(self, *_): ...
+
+    def started(self, run: Run): ...
+
+    def ended(self, run: Run, fate: Fate): ...
+
+    def interrupted(self, running: int, count: int): ...
+
+    def refresh(self): ...
+
+
+def make_display(runs: Sequence[Run], finished: Sequence[Run], metric: str) -> Display:
+    """A table if somebody looks at it."""
+    if sys.stderr.isatty():
+        return LiveTable(runs, finished, metric)
+    return Lines(len(runs), len(finished), metric)
+
+
+class Lines:
+    """A line on stderr for every event."""
+
+    def __init__(self, total: int, finished: int, metric: str):
+        self._total, self._done, self._metric = total, finished, metric
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def started(self, run: Run):
+        row = last_row(run)
+        again = f" again, from step {row['step']}" if row else ""
+        self._say(f"{run.name}: started{again}, {run.steps} steps")
+
+    def ended(self, run: Run, fate: Fate):
+        self._done += 1
+        self._say(f"{run.name}: {_end(run, fate, self._metric)}")
+
+    def interrupted(self, running: int, count: int):
+        self._say(interruption(running, count))
+
+    def refresh(self):
+        pass
+
+    def _say(self, text: str):
+        print(f"[{self._done}/{self._total}] {text}", file=sys.stderr, flush=True)
+
+
+class LiveTable:
+    """A table of all runs, drawn anew every half second."""
+
+    def __init__(self, runs: Sequence[Run], finished: Sequence[Run], metric: str):
+        from rich.console import Console
+        from rich.live import Live
+
+        self._runs, self._metric, self._notice = runs, metric, ""
+        self._states = {run.name: "waiting" for run in runs} | {r.name: "done" for r in finished}
+        self._began: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        self._first_step: dict[str, int] = {}
+        self._live = Live(
+            get_renderable=self._table, console=Console(stderr=True), refresh_per_second=2
+        )
+
+    def __enter__(self):
+        self._live.start()
+        return self
+
+    def __exit__(self, *_):
+        self._live.stop()
+
+    def started(self, run: Run):
+        self._states[run.name] = "running"
+        self._began[run.name] = time.monotonic()
+        self._first_step[run.name] = (last_row(run) or {"step": 0})["step"]
+
+    def ended(self, run: Run, fate: Fate):
+        self._states[run.name] = _end(run, fate, self._metric) if fate.code else "done"
+        self._seconds[run.name] = time.monotonic() - self._began.pop(run.name)
+
+    def interrupted(self, running: int, count: int):
+        self._notice = interruption(running, count)
+
+    def refresh(self):
+        pass  # the table draws itself
+
+    def _table(self):
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, caption=self._notice, caption_justify="left")
+        table.add_column("run", no_wrap=True)
+        for name in ("step", self._metric, "tokens/s", "time"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("state", overflow="ellipsis", no_wrap=True)
+        for run in self._shown():
+            table.add_row(*self._row(run), style=self._style(run))
+        counts = {s: list(self._states.values()).count(s) for s in ("done", "running", "waiting")}
+        table.title = ", ".join(f"{n} {s}" for s, n in counts.items()) + f" of {len(self._runs)}"
+        return table
+
+    def _shown(self) -> list[Run]:
+        """All runs, or as many as the terminal is high: first those where something happens."""
+        most = max(self._live.console.height - 5, 3)
+        order = lambda run: ("running", "waiting", "done").index(self._kind(run))
+        chosen = sorted(self._runs, key=order)[:most] if len(self._runs) > most else self._runs
+        return [run for run in self._runs if run in chosen]
+
+    def _kind(self, run: Run) -> str:
+        state = self._states[run.name]
+        return state if state in ("running", "waiting", "done") else "running"  # failed: on top
+
+    def _style(self, run: Run) -> str:
+        styles = {"running": "bold", "waiting": "dim", "done": "green"}
+        return styles.get(self._states[run.name], "red")
+
+    def _row(self, run: Run) -> tuple[str, ...]:
+        row = last_row(run) or {}
+        step, score = row.get("step", 0), row.get(self._metric)
+        if score is None:
+            score = row.get("train/loss")
+        rate = row.get("perf/tokens_per_second", row.get("perf/examples_per_second"))
+        return (
+            run.name,
+            f"{step}/{run.steps}",
+            "" if score is None else f"{score:.4f}",
+            "" if rate is None else f"{rate:,.0f}",
+            self._time(run, step),
+            self._states[run.name],
+        )
+
+    def _time(self, run: Run, step: int) -> str:
+        """Time so far, and an estimate of what is left."""
+        if run.name not in self._began:
+            return duration(self._seconds[run.name]) if run.name in self._seconds else ""
+        elapsed = time.monotonic() - self._began[run.name]
+        done = step - self._first_step[run.name]
+        left = f", {duration(elapsed / done * (run.steps - step))} left" if done > 0 else ""
+        return duration(elapsed) + left
+
+
+def last_row(run: Run) -> dict | None:
+    """The last whole row of a run's metrics, without reading the rest."""
+    path = run.workdir / "metrics.jsonl"
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None
+
+
+def duration(seconds: float) -> str:
+    """As "42 s", "3 min 10 s" or "2 h 5 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def interruption(running: int, count: int) -> str:
+    """What to say after the `count`-th signal."""
+    if count > 1:
+        return f"ending {running} run(s) at once"
+    return f"stopping: {running} run(s) save a checkpoint and leave; a second signal ends them"
+
+
+def _end(run: Run, fate: Fate, metric: str) -> str:
+    """How a run ended."""
+    if fate.code in (130, 143):
+        return "stopped, saved"
+    if fate.code:
+        return f"{'diverged' if fate.diverged else 'failed'}: {fate.error}"
+    row = last_row(run) or {}
+    score = f", {metric} {row[metric]:.4f}" if metric in row else ""
+    return f"done in {duration(fate.seconds)}{score}"

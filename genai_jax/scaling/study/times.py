@@ -1,0 +1,125 @@
+"""How long runs will take, and where that estimate is from."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.study.cores import affinity, core_shares
+from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.results import read_fate
+from genai_jax.training.metrics_log import read_metrics
+
+CALIBRATION_STEPS = 8
+
+
+class Speed(NamedTuple):
+    """A run takes startup + steps x (overhead + FLOPs of a step / rate) seconds."""
+
+    startup: float
+    overhead: float
+    rate: float  # FLOP/s
+    source: str
+
+    def seconds(self, run: Run) -> float:
+        """Expected for a whole run, started anew."""
+        step = self.overhead + run.flops / run.steps / self.rate
+        return self.startup + run.steps * step
+
+
+class Measured(NamedTuple):
+    """What one run's process took."""
+
+    step_flops: float
+    step_seconds: float
+    startup: float  # whatever was no step: imports, compilation, evaluation, saving
+
+
+def given(flops_per_second: float) -> Speed:
+    return Speed(0.0, 0.0, flops_per_second, f"--flops_per_second={flops_per_second:g} alone")
+
+
+def from_finished(runs: Sequence[Run]) -> Speed | None:
+    """From the finished runs of the study, None if there are none."""
+    found = [m for run in runs if (m := _measured(run)) is not None]
+    return _fitted(found, f"{len(found)} finished run(s) of the study") if found else None
+
+
+def calibrated(runs: Sequence[Run], jobs: int) -> Speed:
+    """From a few steps of the cheapest and the dearest of the runs, on a job's share of cores.
+
+    Raises:
+      ConfigError: one of them fails.
+    """
+    ordered = sorted(runs, key=lambda run: run.flops / run.steps)
+    chosen = list({run.name: run for run in (ordered[0], ordered[-1])}.values())
+    with affinity(core_shares(jobs)[0]):
+        found = [_calibrate(run) for run in chosen]
+    names = " and ".join(run.name for run in chosen)
+    return _fitted(found, f"{CALIBRATION_STEPS} steps of {names}, on this machine as it is now")
+
+
+def makespan(seconds: Sequence[float], jobs: int) -> float:
+    """When the last of the runs ends, the longest started first, `jobs` at a time."""
+    ends = [0.0] * jobs
+    for duration in sorted(seconds, reverse=True):
+        ends[ends.index(min(ends))] += duration
+    return max(ends)
+
+
+def _measured(run: Run) -> Measured | None:
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    steps = [row["perf/step_time_s"] for row in rows if "perf/step_time_s" in row]
+    if not steps:
+        return None
+    step = float(np.median(steps))
+    fate = read_fate(run)
+    whole = fate is not None and fate.code == 0 and fate.began_at == 0
+    startup = max(fate.seconds - step * run.steps, 0.0) if whole else 0.0
+    return Measured(run.flops / run.steps, step, startup)
+
+
+def _calibrate(run: Run) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [
+            f"--flagfile={run.flagfile}", f"--workdir={folder}", "--train.log_every=1",
+            f"--train.steps={CALIBRATION_STEPS}", "--eval.batches=0", "--train.progress=false",
+        ]  # fmt: skip
+        began = time.monotonic()
+        result = subprocess.run(
+            [sys.executable, "-m", "genai_jax.train", *flags],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        rows = read_metrics(pathlib.Path(folder) / "metrics.jsonl")
+    if result.returncode:
+        said = [line for line in result.stderr.splitlines() if line.strip()]
+        raise ConfigError(f"{run.flagfile}: {said[-1] if said else result.returncode}")
+    # The first step includes the compilation, the second its last parts.
+    step = float(np.median([row["perf/step_time_s"] for row in rows][2:]))
+    return Measured(run.flops / run.steps, step, max(seconds - CALIBRATION_STEPS * step, 0.0))
+
+
+def _fitted(found: Sequence[Measured], source: str) -> Speed:
+    """Overhead and rate, neither negative, by least squares of the relative error of step times."""
+    from scipy.optimize import nnls
+
+    flops = np.array([m.step_flops for m in found])
+    seconds = np.array([m.step_seconds for m in found])
+    startups = [m.startup for m in found if m.startup]
+    startup = float(np.median(startups)) if startups else 0.0
+    if flops.max() / flops.min() < 1.5:  # nothing to tell the two apart by
+        return Speed(startup, 0.0, float(np.median(flops / seconds)), source)
+    scale = float(np.median(flops / seconds))
+    columns = np.stack([1 / seconds, flops / scale / seconds], 1)
+    (overhead, inverse), _ = nnls(columns, np.ones(len(found)))
+    rate = scale / inverse if inverse > 0 else scale
+    return Speed(startup, float(overhead), float(rate), source)

@@ -1,0 +1,169 @@
+"""Does the best learning rate stay where it is as the network gets wider?
+
+A flagfile's name up to its first dot is its variant, such as a parametrization; width and learning
+rate are what the flags say. Runs that differ in their seed alone are averaged.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError, field
+from genai_jax.scaling.report import Section, Table, file_name
+from genai_jax.scaling.study.groups import flag_value, grouped, learning_rate
+from genai_jax.scaling.study.results import Result
+from genai_jax.scaling.study.settings import StudyConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferConfig(StudyConfig):
+    width: str = field("transformer.embed_dim", "the flag, without dashes, that makes it wider")
+
+
+class Optimum(NamedTuple):
+    """Of a parabola through the lowest loss and its neighbours, over log2 of the learning rate."""
+
+    rate: float  # nan if the lowest loss is the first or last
+    loss: float
+    curvature: float  # loss = loss at the optimum + curvature (log2 rate - log2 optimum)^2
+
+    def at(self, rate: float) -> float:
+        """The parabola's loss at a learning rate."""
+        return self.loss + self.curvature * (math.log2(rate) - math.log2(self.rate)) ** 2
+
+
+def optimum(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
+    """The optimum of losses over increasing learning rates; a diverged run's loss is infinite."""
+    best = int(np.argmin(losses))
+    around = slice(best - 1, best + 2)
+    if best in (0, len(losses) - 1) or not np.all(np.isfinite(losses[around])):
+        return Optimum(math.nan, losses[best], math.nan)
+    x, y = np.log2(rates[around]), np.asarray(losses[around], np.float64)
+    a, b, c = np.polyfit(x - x[1], y, 2)
+    return Optimum(float(2 ** (x[1] - b / (2 * a))), float(c - b * b / (4 * a)), float(a))
+
+
+def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
+    """Loss against learning rate at every width, and how far the optimum moves.
+
+    Raises:
+      ConfigError: a variant with one width, or with fewer than three learning rates at a width.
+    """
+    variants = {name: _curves(members, config) for name, members in grouped(results).items()}
+    for name, curves in variants.items():
+        if len(curves) < 2:
+            raise ConfigError(f"{name} has one value of --{config.width}; transfer needs two")
+        for width, points in curves.items():
+            if len(points) < 3:
+                raise ConfigError(
+                    f"{name} at --{config.width}={width:g} has {len(points)} learning rate(s); an "
+                    "optimum needs three"
+                )
+    optima = {
+        name: {width: optimum([*points], [*points.values()]) for width, points in curves.items()}
+        for name, curves in variants.items()
+    }
+    return [_shift_section(optima, config), _losses_section(variants, optima, config)]
+
+
+def _curves(members: Sequence[Result], config: TransferConfig) -> dict[float, dict[float, float]]:
+    """Width -> learning rate -> loss, both increasing, averaged over what is left."""
+    found: dict[float, dict[float, list[float]]] = {}
+    for r in members:
+        width = flag_value("study.width", config.width, r)
+        found.setdefault(width, {}).setdefault(learning_rate(r), []).append(r.final(config.metric))
+    return {
+        width: {rate: float(np.mean(scores)) for rate, scores in sorted(points.items())}
+        for width, points in sorted(found.items())
+    }
+
+
+def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Section:
+    rows, numbers, paragraphs = [], {}, []
+    for name, widths in optima.items():
+        first, last = min(widths), max(widths)
+        for width, found in widths.items():
+            rows.append((name, width, found.rate, found.loss))
+            numbers[f"{name}/{width:g}/learning_rate"] = found.rate
+            numbers[f"{name}/{width:g}/loss"] = found.loss
+        known = {w: math.log2(o.rate) for w, o in widths.items() if math.isfinite(o.rate)}
+        if len(known) < 2:
+            paragraphs.append(f"{name}: too few optima lie inside the rates that were tried.")
+            continue
+        slope = float(np.polyfit(np.log2([*known]), [*known.values()], 1)[0])
+        numbers[f"{name}/slope"] = slope
+        text = f"{name}: the optimum goes as width to the power {slope:.2f}"
+        if first in known and last in known:
+            moved = known[last] - known[first]
+            lost = widths[last].at(widths[first].rate) - widths[last].loss
+            numbers |= {f"{name}/octaves": moved, f"{name}/lost": lost}
+            text += (
+                f"; from width {first:g} to {last:g} it moves by {moved:+.2f} octaves, and the "
+                f"narrow network's rate costs the wide one {lost:.4f} in {config.metric}"
+            )
+        paragraphs.append(text + ".")
+    columns = ("variant", f"--{config.width}", "best learning rate", f"{config.metric} there")
+    how = (
+        "The optimum of a width is that of the parabola through the lowest loss and its two "
+        "neighbours, over the logarithm of the learning rate. A power of 0 is perfect transfer."
+    )
+    return Section(
+        "Transfer", [how, *paragraphs], [Table("optima", columns, rows)],
+        {"optima": _optima_figure(optima, config)}, numbers,
+    )  # fmt: skip
+
+
+def _losses_section(variants, optima, config) -> Section:
+    rows = [
+        (name, width, rate, loss)
+        for name, curves in variants.items()
+        for width, points in curves.items()
+        for rate, loss in points.items()
+    ]
+    columns = ("variant", f"--{config.width}", "learning rate", config.metric)
+    figures = {
+        f"losses_{file_name(name)}": _losses_figure(name, curves, optima[name], config)
+        for name, curves in variants.items()
+    }
+    text = ["Crosses are the optima of the parabolas; a run that diverged has no point."]
+    return Section("Loss against learning rate", text, [Table("losses", columns, rows)], figures)
+
+
+def _losses_figure(name, curves, optima, config):
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
+    for color, (width, points) in zip(colors, curves.items(), strict=True):
+        finite = [(rate, loss) for rate, loss in points.items() if math.isfinite(loss)]
+        axes.plot(*zip(*finite, strict=True), marker="o", color=color, label=f"width {width:g}")
+        if math.isfinite(optima[width].rate):
+            axes.plot(
+                optima[width].rate, optima[width].loss, "x", color=color, markersize=10, mew=2
+            )
+    axes.set(xlabel="learning rate", ylabel=config.metric, title=name)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _optima_figure(optima, config):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, widths in optima.items():
+        known = [(w, o.rate) for w, o in widths.items() if math.isfinite(o.rate)]
+        axes.plot([w for w, _ in known], [rate for _, rate in known], marker="o", label=name)
+    axes.set(xlabel=f"--{config.width}", ylabel="best learning rate")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
