@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.data.packing import Batch, Packer
+from genai_jax.data.packing import Batch, Packer, padding
 from genai_jax.data.passages import Passages
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.sources import SPLITS, Source, open_source
@@ -23,21 +23,33 @@ _CACHED_BYTES = 64 * 2**20  # text of a source whose token ids are kept: four by
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    dataset: str = field("python_docs", "TFDS name, python_docs, python_source, or text:PATH")
+    dataset: str = field(
+        "python_docs",
+        "TFDS name, python_docs, python_source, text:PATH, or arithmetic: addition:DIGITS, "
+        "modular_addition:P, modular_division:P",
+    )
     batch_size: int = field(8, "sequences in a step, over all devices", minimum=1)
     sequence_length: int = field(256, "tokens in a sequence", minimum=1)
     tokenizer: str = field(
-        "bytes", "bytes, a tokenizers .json file, or a SentencePiece .model file"
+        "bytes", "bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file"
     )
     data_dir: str | None = field(None, "folder of prepared TFDS data sets")
     text_key: str = field("text", "TFDS feature that holds the text")
     validation_percent: int = field(
-        5, "documents held out if the data has no validation split", minimum=1, maximum=50
+        5, "documents held out if the data has no validation split", minimum=1, maximum=99
+    )
+    unique_tokens: int | None = field(
+        None,
+        "training tokens, about, after which they come again; all if unset",
+        minimum=1,
+    )
+    answer_after: str | None = field(
+        None, "one token behind which a document's targets count, without its end; all if unset"
     )
     passage_length: int | None = field(
         None,
         "characters after which a training document in memory is cut, so that batches mix; "
-        "4 sequence_length if unset, 0 never",
+        "4 sequence_length if unset (with answer_after, 0), 0 never",
         minimum=0,
     )
     prefetch: int = field(
@@ -46,7 +58,9 @@ class DataConfig:
 
     @property
     def passage_characters(self) -> int:
-        return 4 * self.sequence_length if self.passage_length is None else self.passage_length
+        if self.passage_length is not None:
+            return self.passage_length
+        return 4 * self.sequence_length if self.answer_after is None else 0
 
 
 class TextLoader:
@@ -79,14 +93,48 @@ class TextLoader:
         from genai_jax.data.prefetch import BatchIterator
 
         documents = self._open(split)
+        chosen = self._unique(documents) if split == "train" else range(len(documents))
 
         def get_document(ordinal: int) -> np.ndarray:
-            epoch, index = divmod(ordinal, len(documents))
-            return documents[permuted(index, len(documents), (self._seed, epoch))]
+            epoch, index = divmod(ordinal, len(chosen))
+            return documents[chosen[permuted(index, len(chosen), (self._seed, epoch))]]
 
-        size = self.config.batch_size
-        packer = Packer(get_document, self._chosen(rows), size, self.config.sequence_length)
-        return BatchIterator(packer, self.config.prefetch)
+        return BatchIterator(self._packer(get_document, self._chosen(rows)), self.config.prefetch)
+
+    def _packer(self, get_document, rows: Sequence[int]) -> Packer:
+        config, counted = self.config, None
+        if config.answer_after is not None:
+            mark = self.tokenizer.encode(config.answer_after)
+            if len(mark) != 1:
+                raise ConfigError(
+                    f"--data.answer_after={config.answer_after} is {len(mark)} tokens of "
+                    f"--data.tokenizer={config.tokenizer} and has to be 1"
+                )
+            counted = lambda ids: (
+                (np.cumsum(ids == mark) > 0) & (ids != mark) & (ids != self.tokenizer.boundary_id)
+            )
+        return Packer(get_document, rows, config.batch_size, config.sequence_length, counted)
+
+    def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
+        """The numbers of the passages to train on: some, which fewer unique tokens are a part of.
+
+        Raises:
+          ConfigError: there are not so many tokens.
+        """
+        limit = self.config.unique_tokens
+        if limit is None:
+            return range(len(documents))
+        chosen, tokens = [], 0
+        for i in range(len(documents)):
+            if tokens >= limit:
+                return chosen
+            chosen.append(permuted(i, len(documents), (self._seed, 2**32 - 1)))
+            tokens += len(documents[chosen[-1]]) - 1
+        if tokens < limit:
+            raise ConfigError(
+                f"--data.unique_tokens={limit}: the training data has {tokens} tokens in all"
+            )
+        return chosen
 
     def evaluation_batches(
         self, max_batches: int = -1, rows: Sequence[int] | None = None
@@ -105,7 +153,7 @@ class TextLoader:
         def get_document(ordinal: int) -> np.ndarray | None:
             return documents[ordinal] if ordinal < len(documents) else None
 
-        packer = Packer(get_document, rows, config.batch_size, config.sequence_length)
+        packer = self._packer(get_document, rows)
         done = 0
         while done != max_batches:
             batch = packer.next_batch()
@@ -118,7 +166,7 @@ class TextLoader:
         if done != max_batches and others:
             total = max(self._evaluation_length(documents, row, max_batches) for row in others)
             for _ in range(done, total):
-                yield _padding(len(rows), config.sequence_length)
+                yield padding(len(rows), config.sequence_length)
 
     def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
         return range(self.config.batch_size) if rows is None else rows
@@ -131,6 +179,8 @@ class TextLoader:
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer_sha256": self.tokenizer.fingerprint(),
         }
+        if self.config.unique_tokens is not None:
+            facts["unique_tokens"] = self.config.unique_tokens
         for split in SPLITS:
             try:
                 source = self._open(split).source
@@ -156,7 +206,10 @@ class TextLoader:
         length = self.config.sequence_length
         tokens = 0
         for ordinal in range(row, len(documents), self.config.batch_size):
-            tokens += len(documents[ordinal]) - 1
+            size = len(documents[ordinal]) - 1
+            if self.config.answer_after is not None and tokens % length + size > length:
+                tokens += -tokens % length  # a document that is not cut
+            tokens += size
             if 0 <= limit * length <= tokens:
                 return limit
         return -(-tokens // length)
@@ -185,9 +238,3 @@ class _TokenizedSource:
         if self._cache is not None:
             self._cache[index] = ids
         return ids
-
-
-def _padding(rows: int, length: int) -> Batch:
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros((rows, length), np.int32) for name in names}
-    return batch | {"loss_mask": np.zeros((rows, length), np.float32)}

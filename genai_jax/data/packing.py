@@ -4,7 +4,8 @@ Row r of the global batch reads the documents r, r + batch_size, r + 2 batch_siz
 that all processes share (a document here may be a passage of a longer one). A document is
 ``x = [boundary, tokens..., boundary]``, with inputs ``x[:-1]`` and targets ``x[1:]``. What does not
 fit into a row goes on in the same row of the next batch, as a new segment with positions from 0,
-for its context is gone.
+for its context is gone. Where only some targets count, those of answers, a document is not cut,
+since an answer means nothing without its question: the rest of the row is padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ class Packer:
       rows: which rows of the global batch to fill.
       batch_size: rows of the global batch.
       length: tokens in a row.
+      counted: ids of a document -> which of them count as targets, ``[length]``; None for all.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class Packer:
         rows: Sequence[int],
         batch_size: int,
         length: int,
+        counted: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         self._get_document = get_document
         self._rows = list(rows)
         self._batch_size = batch_size
         self._length = length
+        self._counted = counted
         self._cursors = [(0, 0) for _ in self._rows]  # documents finished, tokens into the next
         self._current: list[np.ndarray | None] = [None] * len(self._rows)
 
@@ -48,14 +52,11 @@ class Packer:
           Arrays ``[rows, length]``: tokens, targets, segment_ids (from 1; 0 is padding) and
           positions, all int32, and loss_mask, float32 (1 where a target counts).
         """
-        shape = (len(self._rows), self._length)
-        names = ("tokens", "targets", "segment_ids", "positions")
-        batch = {name: np.zeros(shape, np.int32) for name in names}
+        batch = padding(len(self._rows), self._length)
         for index in range(len(self._rows)):
             self._fill(index, {name: array[index] for name, array in batch.items()})
         if not batch["segment_ids"].any():
             return None
-        batch["loss_mask"] = (batch["segment_ids"] > 0).astype(np.float32)
         return batch
 
     def get_state(self) -> dict:
@@ -90,11 +91,19 @@ class Packer:
             finished, offset = self._cursors[index]
             left = len(document) - 1 - offset
             size = min(left, self._length - start)
+            if self._counted and size < left:
+                if start:
+                    return
+                raise ConfigError(
+                    f"a question with its answer has {left} tokens and does not fit into "
+                    f"--data.sequence_length={self._length}"
+                )
             stop = start + size
             row["tokens"][start:stop] = document[offset : offset + size]
             row["targets"][start:stop] = document[offset + 1 : offset + 1 + size]
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = np.arange(size)
+            row["loss_mask"][start:stop] = self._counted(document)[1:] if self._counted else 1
             if size == left:
                 self._cursors[index] = (finished + 1, 0)
                 self._current[index] = None
@@ -108,6 +117,13 @@ class Packer:
             ordinal = self._rows[index] + finished * self._batch_size
             self._current[index] = self._get_document(ordinal)
         return self._current[index]
+
+
+def padding(rows: int, length: int) -> Batch:
+    """A batch without tokens, as `Packer.next_batch` describes it."""
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: np.zeros((rows, length), np.int32) for name in names}
+    return batch | {"loss_mask": np.zeros((rows, length), np.float32)}
 
 
 def _span(rows: Sequence[int]) -> str:

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from genai_jax.config import ConfigError
-from genai_jax.data import stdlib, text_files
+from genai_jax.data import arithmetic, stdlib, text_files
 
 SPLITS = ("train", "validation")
 EMBEDDED = {"python_docs": stdlib.docs, "python_source": stdlib.source}
+# Made up; each takes a number, as in ``addition:3``.
+SYNTHETIC = {
+    "addition": arithmetic.addition,
+    "modular_addition": arithmetic.modular_addition,
+    "modular_division": arithmetic.modular_division,
+}
 
 
 class Source(Protocol):
@@ -71,10 +77,13 @@ def open_source(config, split: str) -> Source:
     elif name.startswith("text:"):
         path = name.removeprefix("text:")
         documents = text_files.read(path, strict=config.tokenizer != "bytes")
+    elif name.partition(":")[0] in SYNTHETIC:
+        documents = _synthetic(name)
     else:
         from genai_jax.data import tfds_source
 
-        return tfds_source.open_tfds(config, split, embedded=[*sorted(EMBEDDED), "text:PATH"])
+        ours = [*sorted(EMBEDDED), *(f"{kind}:N" for kind in sorted(SYNTHETIC)), "text:PATH"]
+        return tfds_source.open_tfds(config, split, embedded=ours)
     held_out = hold_out(documents, config.validation_percent)
     chosen = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
     if not chosen:
@@ -112,3 +121,11 @@ def encode_document(document: str) -> bytes:
 @functools.cache
 def _embedded(name: str) -> list[str]:
     return EMBEDDED[name]()
+
+
+@functools.cache
+def _synthetic(name: str) -> list[str]:
+    kind, _, number = name.partition(":")
+    if not (number.isascii() and number.isdigit()):
+        raise ConfigError(f"--data.dataset={name}: write {kind}:N with a number for N")
+    return SYNTHETIC[kind](int(number))

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, a ``tokenizers`` JSON file, or a SentencePiece model.
+"""Text to token ids and back: bytes, numbers, a ``tokenizers`` JSON file, a SentencePiece model.
 
 Every tokenizer also says how many bytes each of its tokens stands for, so that models with
 different vocabularies can be compared in bits per byte.
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.data.arithmetic import SYMBOLS
 
 BOUNDARIES = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
@@ -42,15 +43,17 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Loads "bytes", a tokenizers ``.json`` file or a SentencePiece ``.model`` file."""
+    """Loads "bytes", "numbers:N", a tokenizers ``.json`` or a SentencePiece ``.model`` file."""
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith("numbers:"):
+        return NumberTokenizer(spec)
     kinds = {".json": JsonTokenizer, ".model": SentencePieceTokenizer}
     kind = kinds.get(os.path.splitext(spec)[1])
     if kind is None:
         raise ConfigError(
-            f"tokenizer {spec!r} is none of: bytes, a tokenizers .json file, a SentencePiece "
-            ".model file"
+            f"tokenizer {spec!r} is none of: bytes, numbers:N, a tokenizers .json file, a "
+            "SentencePiece .model file"
         )
     if not os.path.isfile(os.path.expanduser(spec)):
         raise ConfigError(f"tokenizer {spec!r}: no such file")
@@ -79,6 +82,42 @@ class ByteTokenizer:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(b"bytes").hexdigest()
+
+
+class NumberTokenizer:
+    """Words of arithmetic, divided by spaces: the numbers below N, a token each, and symbols.
+
+    A word counts as its bytes and the space behind it.
+    """
+
+    boundary_id = 0
+
+    def __init__(self, spec: str):
+        self.spec = spec
+        number = spec.removeprefix("numbers:")
+        if not (number.isascii() and number.isdigit() and int(number)):
+            raise ConfigError(f"tokenizer {spec!r}: write numbers:N, for the numbers below N")
+        self._words = ["", *SYMBOLS, *map(str, range(int(number)))]
+        self._ids = {word: i for i, word in enumerate(self._words)}
+        self.vocab_size = len(self._words)
+
+    def encode(self, text: str) -> np.ndarray:
+        try:
+            return np.array([self._ids[word] for word in text.split()], np.int32)
+        except KeyError as error:
+            raise ConfigError(
+                f"tokenizer {self.spec!r} has no word {error}: it knows the numbers up to "
+                f"{self._words[-1]} and {' '.join(SYMBOLS)}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self._words[i] for i in ids if i != self.boundary_id)
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([0, *(len(word) + 1 for word in self._words[1:])], np.int32)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.spec.encode()).hexdigest()
 
 
 class JsonTokenizer:

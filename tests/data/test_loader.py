@@ -6,7 +6,7 @@ import pytest
 
 from genai_jax.config import Config, ConfigError, parse
 from genai_jax.data import DataConfig, TextLoader, train_tokenizer
-from genai_jax.data.loader import _padding
+from genai_jax.data.packing import padding
 from genai_jax.training.batches import joined_states
 
 
@@ -44,7 +44,7 @@ def assert_equal(a, b):
 def test_flags():
     config, _ = parse(["--data.dataset=x", "--data.prefetch=0"], {"data": DataConfig})
     assert config.data == DataConfig(dataset="x", prefetch=0)
-    for flag in ("batch_size=0", "validation_percent=51", "prefetch=-1", "sequence_length=0"):
+    for flag in ("batch_size=0", "validation_percent=100", "prefetch=-1", "sequence_length=0"):
         with pytest.raises(ConfigError):
             parse([f"--data.{flag}"], {"data": DataConfig})
 
@@ -166,7 +166,7 @@ def test_evaluation_is_as_long_on_every_process(config, batch_size, limit):
     for batch, *parts in zip(whole, *shares, strict=True):
         assert_equal(batch, {k: np.concatenate([part[k] for part in parts]) for k in batch})
     if batch_size == 32 and limit == -1:  # ten documents: most rows have none
-        assert_equal(shares[3][0], _padding(8, 16))
+        assert_equal(shares[3][0], padding(8, 16))
 
 
 def test_close_ends_the_thread(config):

@@ -98,7 +98,7 @@ def test_bpe_compresses(bpe):
 
 @pytest.mark.parametrize("spec", ["words", "tok.txt", ""])
 def test_unknown_kind(spec):
-    with pytest.raises(ConfigError, match=r"is none of: bytes, a tokenizers .json"):
+    with pytest.raises(ConfigError, match=r"is none of: bytes, numbers:N, a tokenizers .json"):
         load_tokenizer(spec)
 
 
