@@ -21,7 +21,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #15171a; --ink: #e4e6e8; --soft: #98a1aa;
   --line: #33383d; --shade: #1e2125; --accent: #7db4f0; --warn: #f0b070; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 56rem; background: var(--paper);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 64rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans",
   sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em; }
@@ -41,7 +41,8 @@ th { text-align: left; vertical-align: bottom; font-weight: 600;
   border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .9rem .3rem 0; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; max-width: 30rem; }
-tbody th { border-bottom: 1px solid var(--line); font-weight: 400; color: var(--soft); }
+tbody th { border-bottom: 1px solid var(--line); font-weight: 400; color: var(--soft);
+  vertical-align: top; }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 figure { margin: 1.5rem 0; }
@@ -146,7 +147,7 @@ def _row(row: Iterable[Cell], classes: Sequence[str]) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A cell as a reader wants it: four significant digits, whole numbers in full."""
+    """A cell as a reader wants it: five significant digits, whole numbers in full."""
     if cell is None:
         return ""
     if isinstance(cell, str | bool):
@@ -155,7 +156,7 @@ def shown(cell: Cell) -> str:
         return str(cell)
     if isinstance(cell, Integral) or (cell == int(cell) and abs(cell) < 1e6):
         return f"{int(cell):,}" if abs(cell) < 1e12 else f"{cell:.4g}"
-    return f"{cell:.4g}" if not 1e4 <= abs(cell) < 1e6 else f"{cell:,.0f}"
+    return f"{cell:.5g}" if not 1e5 <= abs(cell) < 1e6 else f"{cell:,.0f}"
 
 
 def _environment(environment: Mapping) -> str:

@@ -114,12 +114,12 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
         config = parse_run([f"--flagfile={path}", f"--workdir={workdir}"])
         # The backend of the accelerator that runs it need not be there where it is read.
         task = make_task(config.replace("run", attention="auto"))
-        return Run(path.stem, path, workdir, config, _counts(task, config))
+        return Run(path.stem, path, workdir, config, counts_of(task, config))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _counts(task: Task, config: Config) -> Counts:
+def counts_of(task: Task, config: Config) -> Counts:
     """Shapes alone: nothing is allocated."""
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -12,6 +12,7 @@ from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, chosen, numbers
 
 PARAMETERS = ("non_embedding", "total", "active")
+CURVE_POINTS = 5  # fewer are no curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +35,52 @@ def check(runs: Sequence[Run], config: ScalingLawConfig):
 
 
 def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section]:
-    """Every fit of `genai_jax.scaling.fits` on the runs; D is the tokens, or examples, seen."""
-    from genai_jax.scaling.fits.analysis import scaling_law
-    from genai_jax.scaling.fits.points import Points
+    """Every fit of `genai_jax.scaling.fits` on the runs; D is the tokens, or examples, seen.
 
-    count = {
-        "non_embedding": lambda r: r.counts.non_embedding,
-        "total": lambda r: r.counts.parameters,
-        "active": lambda r: r.counts.active,
-    }[config.parameters]
-    points = Points(
-        parameters=np.array([count(r) for r in results], np.float64),
-        tokens=np.array([r.tokens for r in results], np.float64),
-        flops=np.array([r.flops for r in results], np.float64),
-        loss=np.array([r.final(config.metric) for r in results], np.float64),
-    )
+    Raises:
+      ConfigError: too few points for a fit, or a budget outside what they can say.
+    """
+    from genai_jax.scaling.fits.analysis import scaling_law
+    from genai_jax.scaling.fits.points import make_points
+
     names = [r.name for r in results]
-    held_out = set(chosen("study.held_out", config.held_out, names))
-    try:
-        return scaling_law(
-            points,
-            held_out=np.array([name in held_out for name in names]),
-            budgets=numbers("study.budgets", config.budgets) or None,
-            seed=config.fit_seed,
-            resamples=config.resamples,
-        )
-    except ConfigError:
-        raise
-    except ValueError as error:  # too few points, a budget out of reach
-        raise ConfigError(str(error)) from None
+    # One that is not finished yet is no mistake: the report says that it is missing.
+    held_out = set(chosen("study.held_out", config.held_out, names, missing_ok=True))
+    points = make_points(
+        [_size(r, config) for r in results],
+        [r.tokens for r in results],
+        [r.final(config.metric) for r in results],
+        [r.flops for r in results],
+    )
+    return scaling_law(
+        points,
+        held_out=np.array([name in held_out for name in names]),
+        curves=_curves([r for r in results if r.name not in held_out], config),
+        budgets=numbers("study.budgets", config.budgets) or None,
+        seed=config.fit_seed,
+        resamples=config.resamples,
+    )
+
+
+def _size(result: Result, config: ScalingLawConfig) -> int:
+    """N of a model."""
+    counts = result.counts
+    return {
+        "non_embedding": counts.non_embedding,
+        "total": counts.parameters,
+        "active": counts.active,
+    }[config.parameters]
+
+
+def _curves(results: Sequence[Result], config: ScalingLawConfig) -> list | None:
+    """The metric while the runs trained, if they scored it often enough; else None."""
+    from genai_jax.scaling.fits.points import Curve
+
+    found = []
+    for r in results:
+        steps, values = (np.array(part, np.float64) for part in r.curve(config.metric))
+        if len(steps) < CURVE_POINTS:
+            return None
+        tokens, flops = steps * r.counts.tokens_per_step, steps * r.counts.flops_per_step
+        found.append(Curve(_size(r, config), tokens, flops, values))
+    return found

@@ -37,16 +37,16 @@ def numbers(flag: str, text: str) -> list[float]:
     return sorted(set(found))
 
 
-def chosen(flag: str, text: str, known: Sequence[str]) -> list[str]:
+def chosen(flag: str, text: str, known: Sequence[str], *, missing_ok: bool = False) -> list[str]:
     """Those of the `known` names that a list of names, or patterns with * and ?, chooses.
 
     Raises:
-      ConfigError: a pattern that chooses none.
+      ConfigError: a pattern that chooses none, unless `missing_ok`.
     """
     found: set[str] = set()
     for pattern in names(text):
         matched = fnmatch.filter(known, pattern)
-        if not matched:
+        if not matched and not missing_ok:
             listed = ", ".join(known)
             raise ConfigError(f"--{flag}={pattern} is no run of the study; there are {listed}")
         found.update(matched)

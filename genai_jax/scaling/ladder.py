@@ -1,0 +1,187 @@
+"""isoFLOP ladders: flagfiles of networks of several sizes, each trained on the same budgets.
+
+A budget C is spent on every width; depth follows from the width by a rule, and the number of steps
+from the exact FLOPs of a step, so that C is met to half a step. Knows no task: whoever calls says
+how a command line becomes `Counts`.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from genai_jax.config import ConfigError, field
+from genai_jax.scaling.study.folder import Counts
+from genai_jax.scaling.study.settings import numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderRequest:
+    output: str = field("", "folder for the flagfiles")
+    budgets: str = field("", "training compute of the runs in FLOPs, comma-separated: 1e12,3e12")
+    widths: str = field("", "widths of the networks, comma-separated: 64,96,128")
+    component: str = field(
+        "transformer",
+        "whose embed_dim, num_layers and num_heads are set",
+        choices=("transformer", "dit"),
+    )
+    aspect_ratio: float = field(32, "width over depth; depth is rounded, and at least", minimum=1)
+    least_layers: int = field(2, "this many layers", minimum=1)
+    head_dim: int = field(32, "width of a head; every width is a multiple of it", minimum=1)
+    least_tokens: float = field(
+        0, "tokens, or examples, per non-embedding parameter: no run with fewer", minimum=0
+    )
+    most_tokens: float = field(math.inf, "nor with more", minimum=0)
+    least_steps: int = field(50, "steps of a run: none with fewer", minimum=1)
+    warmup: float | None = field(
+        None, "share of the steps that warms up; the base's warmup_steps if unset", minimum=0,
+        maximum=1,
+    )  # fmt: skip
+    evaluations: int = field(0, "evaluations while training; 0: the last step alone", minimum=0)
+
+
+class Rung(NamedTuple):
+    """A run of the ladder."""
+
+    budget: float
+    width: int
+    layers: int
+    heads: int
+    steps: int
+    counts: Counts
+
+    @property
+    def name(self) -> str:
+        return f"c{_short(self.budget)}_w{self.width}"
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.counts.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        return self.steps * self.counts.flops_per_step
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per non-embedding parameter."""
+        return self.tokens / self.counts.non_embedding
+
+
+def ladder(
+    request: LadderRequest, count: Callable[[Sequence[str]], Counts]
+) -> tuple[list[Rung], list[str]]:
+    """The runs of all budgets and widths, and a line for each that is left out and why.
+
+    Args:
+      request: the flags of the ladder.
+      count: flags that are added to the base's -> counts of that network.
+
+    Raises:
+      ConfigError: budgets or widths that are not numbers, a width without whole heads, a budget
+        that no width can use.
+    """
+    budgets = numbers("budgets", request.budgets)
+    widths = numbers("widths", request.widths)
+    for name, values in (("budgets", budgets), ("widths", widths)):
+        if not values:
+            raise ConfigError(f"--{name} is not set: say which, comma-separated")
+    sizes = {}
+    for width in widths:
+        if width % request.head_dim:
+            raise ConfigError(
+                f"--widths: {width:g} is not a multiple of --head_dim={request.head_dim}"
+            )
+        sizes[int(width)] = count(_size_flags(request, int(width)))
+    rungs, left_out = [], []
+    for budget in budgets:
+        made = [_rung(request, budget, width, counts) for width, counts in sizes.items()]
+        good = [rung for rung in made if not _why_not(request, rung)]
+        left_out += [f"{r.name} is left out: {why}" for r in made if (why := _why_not(request, r))]
+        if not good:
+            raise ConfigError(
+                f"--budgets: {budget:g} FLOPs suit no width; "
+                f"{'; '.join(f'{r.name}: {_why_not(request, r)}' for r in made)}"
+            )
+        rungs += good
+    return rungs, left_out
+
+
+def _rung(request: LadderRequest, budget: float, width: int, counts: Counts) -> Rung:
+    steps = round(budget / counts.flops_per_step)
+    return Rung(budget, width, _layers(request, width), width // request.head_dim, steps, counts)
+
+
+def _layers(request: LadderRequest, width: int) -> int:
+    return max(request.least_layers, round(width / request.aspect_ratio))
+
+
+def _size_flags(request: LadderRequest, width: int) -> list[str]:
+    component = request.component
+    return [
+        f"--{component}.embed_dim={width}",
+        f"--{component}.num_layers={_layers(request, width)}",
+        f"--{component}.num_heads={width // request.head_dim}",
+    ]
+
+
+def _why_not(request: LadderRequest, rung: Rung) -> str:
+    """Why a run is left out, empty if it is not."""
+    if rung.steps < request.least_steps:
+        return f"{rung.steps} step(s), --least_steps={request.least_steps}"
+    if rung.ratio < request.least_tokens:
+        return f"{rung.ratio:.3g} tokens a parameter, --least_tokens={request.least_tokens:g}"
+    if rung.ratio > request.most_tokens:
+        return f"{rung.ratio:.3g} tokens a parameter, --most_tokens={request.most_tokens:g}"
+    return ""
+
+
+def write_ladder(
+    request: LadderRequest, base: str, more: Sequence[str], rungs: Sequence[Rung]
+) -> list[pathlib.Path]:
+    """Writes a flagfile for each run, named by budget and width; they include the base.
+
+    Args:
+      request: the flags of the ladder.
+      base: the base's flagfile.
+      more: further flags, written into every file.
+      rungs: the runs.
+
+    Raises:
+      ConfigError: the folder cannot be written to.
+    """
+    folder = pathlib.Path(request.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        included = os.path.relpath(pathlib.Path(base).resolve(), folder.resolve())
+        paths = [folder / f"{rung.name}.flags" for rung in rungs]
+        for path, rung in zip(paths, rungs, strict=True):
+            path.write_text(_flagfile(request, included, more, rung))
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output={folder}: {error.strerror}") from None
+    return paths
+
+
+def _flagfile(request: LadderRequest, included: str, more: Sequence[str], rung: Rung) -> str:
+    counts = rung.counts
+    flags = [f"--flagfile={included}", *more, *_size_flags(request, rung.width)]
+    flags.append(f"--train.steps={rung.steps}")
+    if request.warmup is not None:
+        flags.append(f"--optimizer.warmup_steps={round(request.warmup * rung.steps)}")
+    if request.evaluations:
+        flags.append(f"--eval.every={max(rung.steps // request.evaluations, 1)}")
+    rule = 6 * counts.non_embedding * rung.tokens
+    return (
+        f"# N {counts.non_embedding:,} non-embedding parameters of {counts.parameters:,}\n"
+        f"# D {rung.tokens:,} tokens or examples, {rung.ratio:.4g} per non-embedding parameter\n"
+        f"# C {rung.flops:.4e} FLOPs of a budget of {rung.budget:.4g} "
+        f"({rung.flops / rung.budget - 1:+.2%}); 6 N D is {rule:.4e}\n" + "\n".join(flags) + "\n"
+    )
+
+
+def _short(budget: float) -> str:
+    """As "3e12" or "2.5e13"."""
+    mantissa, exponent = f"{budget:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
