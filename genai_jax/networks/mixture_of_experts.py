@@ -111,12 +111,14 @@ class MixtureOfExperts(nn.Module):
       config: as flags say; of at least one expert.
       hidden_dim: of an expert whose width the config leaves open.
       out_scale: variance of the kernels `down`, times fan-in.
+      width_growth: divides the router's logits, and multiplies the variance of its kernel.
     """
 
     config: MoeConfig
     hidden_dim: int
     activation: str = "swiglu"
     out_scale: float = 1.0
+    width_growth: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -134,7 +136,7 @@ class MixtureOfExperts(nn.Module):
         c = self.config
         hidden_dim = c.expert_dim or self.hidden_dim
         real = jnp.ones(x.shape[:2], bool) if real is None else real
-        logits = Router(c.num_experts, name="router")(x)
+        logits = Router(c.num_experts, self.width_growth, name="router")(x)
         routes = route(logits, real, c)
         if dropless or self.is_initializing():
             c = dataclasses.replace(c, capacity_factor=0.0, exchange_factor=0.0)
@@ -155,17 +157,19 @@ class MixtureOfExperts(nn.Module):
 
 
 class Router(nn.Module):
-    """A linear map to one logit an expert, in float32."""
+    """A linear map to one logit an expert, in float32; width_growth as of `MixtureOfExperts`."""
 
     num_experts: int
+    width_growth: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.initializers.lecun_normal()
+        init = nn.initializers.variance_scaling(self.width_growth, "fan_in", "truncated_normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.num_experts), jnp.float32)
         # "high" keeps 16 bits of the kernel on TPU, where the default keeps 8 and "highest" costs
         # as much as a twentieth of the experts; x has 8 where it comes in bfloat16.
-        return jnp.matmul(x.astype(jnp.float32), kernel, precision="high")
+        logits = jnp.matmul(x.astype(jnp.float32), kernel, precision="high")
+        return logits if self.width_growth == 1 else logits / self.width_growth
 
 
 class Routes(NamedTuple):

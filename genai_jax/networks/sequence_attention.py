@@ -42,6 +42,7 @@ def attention(
     order: str = "contiguous",
     segment_ids=None,
     slopes: jax.Array | None = None,
+    scale: float | None = None,
     logits_soft_cap: float | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -56,6 +57,7 @@ def attention(
       order: of the tokens, as `token_order` says; "contiguous" for masks other than causal ones.
       segment_ids: None, [batch, length], or a pair of [batch, length] and [batch, kv_length].
       slopes: None, or those of ALiBi, [heads].
+      scale: of the scores; 1 / sqrt(head_dim) if None.
       logits_soft_cap: tanh cap of the scores.
       backend: of `kernels_pallas`.
 
@@ -67,7 +69,7 @@ def attention(
     """
     if not (isinstance(segment_ids, tuple) or segment_ids is None):
         segment_ids = segment_ids, segment_ids
-    shared = dict(mask=mask, logits_soft_cap=logits_soft_cap, backend=backend)
+    shared = dict(mask=mask, scale=scale, logits_soft_cap=logits_soft_cap, backend=backend)
     if parallel is None or axis_size(SEQUENCE) == 1:
         return _plain(q, k, v, segment_ids, slopes, **shared)
     check_length(q.shape[1], parallel)

@@ -1,6 +1,7 @@
 """A decoder-only transformer: tokens in, hidden states out."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,9 @@ REMAT = {
 }
 
 
+PARAMETRIZATIONS = ("standard", "maximal_update")
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shapes and choices of a transformer; its defaults are a small Llama-like model."""
@@ -71,6 +75,15 @@ class TransformerConfig:
     dropout: float = field(0.0, "rate on embeddings and residual branches", minimum=0, maximum=1)
     scan_layers: bool = field(True, "one compiled block looped over; off unrolls it")
     remat: str = field("none", "what the backward pass recomputes", choices=tuple(REMAT))
+    parametrization: str = field(
+        "standard", "how scales and learning rates depend on the width", choices=PARAMETRIZATIONS
+    )
+    base_width: int | None = field(
+        None, "embed_dim at which maximal_update is standard; all widths in proportion", minimum=1
+    )
+    base_head_dim: int | None = field(
+        None, "head_dim at base_width; that of this width, with fewer heads, if unset", minimum=1
+    )
 
     def __post_init__(self):
         if self.head_dim is None and self.embed_dim % self.num_heads:
@@ -85,6 +98,34 @@ class TransformerConfig:
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        self._check_base()
+
+    def _check_base(self):
+        """Raises `ValueError` where the flags do not say what the base shape is."""
+        if self.parametrization == "standard":
+            for name in ("base_width", "base_head_dim"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--transformer.{name}={getattr(self, name)} is for "
+                        "--transformer.parametrization=maximal_update"
+                    )
+            return
+        if self.base_width is None:
+            raise ValueError(
+                "--transformer.parametrization=maximal_update needs --transformer.base_width"
+            )
+        if self.base_width != self.embed_dim and not (self.head_dim or self.base_head_dim):
+            raise ValueError(
+                "--transformer.parametrization=maximal_update: say what grows with the width, set "
+                "--transformer.head_dim (more heads) or --transformer.base_head_dim (wider ones)"
+            )
+        for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
+            if abs(heads / self.growth["heads"] % 1 - 0.5) < 0.499:  # no integer, not by rounding
+                raise ValueError(
+                    f"--transformer.{name}={heads} is not a multiple of the "
+                    f"{self.growth['heads']:g} times that heads grow from --transformer.base_width="
+                    f"{self.base_width}"
+                )
 
     @property
     def kv_heads(self) -> int:
@@ -102,6 +143,32 @@ class TransformerConfig:
         if self.activation in GATED:
             return max(8, round(self.embed_dim * 8 / 3 / 32) * 32)
         return 4 * self.embed_dim
+
+    @property
+    def growth(self) -> dict[str, float]:
+        """Logical axis -> its size relative to the base shape, 1 if not named.
+
+        Empty in the standard parametrization, which has no base. Heads and MLP are taken to be as
+        wide as the residual stream in both shapes: see `genai_jax.scaling.parametrization`.
+        """
+        if self.parametrization == "standard":
+            return {}
+        width = self.embed_dim / self.base_width
+        head = self.head_width / (self.base_head_dim or self.head_width)
+        heads = {"heads": width / head, "kv_heads": width / head, "head_dim": head}
+        return {"embed": width, "mlp": width, **heads}
+
+    @property
+    def width_growth(self) -> float:
+        """Divides outputs, and multiplies the variance of the matrix that makes them."""
+        return self.growth.get("embed", 1.0)
+
+    @property
+    def attention_scale(self) -> float | None:
+        """What scores are multiplied by; None for 1 / sqrt(head_dim)."""
+        if self.base_head_dim in (None, self.head_width):
+            return None
+        return math.sqrt(self.base_head_dim) / self.head_width
 
 
 # Parameter path -> logical axes. The first pattern found in the path decides.
@@ -165,14 +232,15 @@ class Attention(nn.Module):
             parallel = None if self.is_initializing() else self.parallel
             out = attention(
                 q, k, v, mask=mask, parallel=parallel, order=token_order(self.parallel),
-                segment_ids=segment_ids, slopes=slopes, logits_soft_cap=c.attention_soft_cap,
-                backend=self.backend,
+                segment_ids=segment_ids, slopes=slopes, scale=c.attention_scale,
+                logits_soft_cap=c.attention_soft_cap, backend=self.backend,
             )  # fmt: skip
         else:
             lengths = positions[:, 0] + q.shape[1]
             cache = kernels_pallas.append(cache, k, v, lengths)
             out = kernels_pallas.decode(
-                q, cache, lengths=lengths, mask=mask, logits_soft_cap=c.attention_soft_cap,
+                q, cache, lengths=lengths, mask=mask, scale=c.attention_scale,
+                logits_soft_cap=c.attention_soft_cap,
                 bias=None if slopes is None else kernels_pallas.Alibi(slopes),
             )  # fmt: skip
         out = checkpoint_name(out, "attention")
@@ -220,7 +288,7 @@ class Block(nn.Module):
         if not self.moe.num_experts:
             return Mlp(c.mlp_width, c.activation, c.use_bias, out_scale, self.dtype, name="mlp")
         mixture = MixtureOfExperts(
-            self.moe, c.mlp_width, c.activation, out_scale, self.dtype, name="mlp"
+            self.moe, c.mlp_width, c.activation, out_scale, c.width_growth, self.dtype, name="mlp"
         )
         real = None if segment_ids is None else segment_ids != 0
         return lambda x: mixture(x, real, dropless=cache is not None)
@@ -246,7 +314,7 @@ class Transformer(nn.Module):
         if c.positions == "learned":
             self.position_embed = Embed(c.max_length, c.embed_dim, dtype=self.dtype)
         if not c.tie_embeddings:
-            self.head = Head(self.vocab_size)
+            self.head = Head(self.vocab_size, c.width_growth)
         self.dropout = nn.Dropout(c.dropout)
         self.layers = self._stack(c.num_layers)
         self.final_norm = Norm(c.norm, dtype=self.dtype)
@@ -258,7 +326,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
         return nn.scan(
             block,
-            variable_axes={"params": 0, "router": 0},
+            variable_axes={"params": 0, "router": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=count,
@@ -326,10 +394,10 @@ class Transformer(nn.Module):
         return pipeline(apply_layers, params, x, context, self.parallel, key, policy)
 
     def head_kernel(self) -> jax.Array:
-        """The output embedding, [embed_dim, vocab_size], float32."""
-        if self.config.tie_embeddings:
-            return self.embed.embedding.T
-        return self.head(self.config.embed_dim)
+        """What hidden states are multiplied by, [embed_dim, vocab_size], float32."""
+        c = self.config
+        kernel = self.embed.embedding.T if c.tie_embeddings else self.head(c.embed_dim)
+        return kernel if c.width_growth == 1 else kernel / c.width_growth
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[batch, length, embed_dim] -> [batch, length, vocab_size], float32."""
@@ -341,13 +409,14 @@ class Transformer(nn.Module):
 
 
 class Head(nn.Module):
-    """The untied output embedding."""
+    """The untied output embedding; its variance is init_scale, divided by the fan-in."""
 
     vocab_size: int
+    init_scale: float = 1.0
 
     @nn.compact
     def __call__(self, embed_dim: int) -> jax.Array:
-        init = nn.initializers.lecun_normal()
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         return self.param("kernel", init, (embed_dim, self.vocab_size), jnp.float32)
 
 

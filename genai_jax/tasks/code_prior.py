@@ -141,7 +141,10 @@ class CodePrior(ImageTask):
     def phases(self, params: Any) -> tuple[Phase, ...]:
         axes = logical_axes(params, self.partition_rules)
         optimizer = make_optimizer(
-            self.config.optimizer, self.config.train.steps, {"prior": axes["prior"]}
+            self.config.optimizer,
+            self.config.train.steps,
+            {"prior": axes["prior"]},
+            growth=self.config.transformer.growth,
         )
         return (Phase("next_code", ("prior",), self._loss, optimizer),)
 

@@ -179,7 +179,10 @@ class LanguageModel:
     def phases(self, params: Any) -> tuple[Phase, ...]:
         self._check_mesh()
         axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        growth = self.config.transformer.growth
+        optimizer = make_optimizer(
+            self.config.optimizer, self.config.train.steps, axes, growth=growth
+        )
         return (Phase("next_token", ("model",), self._loss, optimizer),)
 
     def _check_mesh(self):
@@ -221,6 +224,32 @@ class LanguageModel:
         )
         return sums, written
 
+    @property
+    def asks(self) -> bool:
+        """Whether documents are questions, and targets those of their answers."""
+        return self.config.data.answer_after is not None
+
+    def _exact_matches(self, params, batch) -> tuple[jax.Array, jax.Array]:
+        """(answers all of whose tokens are predicted right, answers), float32."""
+        batch = arranged(batch, self.config.parallel)
+        variables = {"params": params["model"]}
+        hidden, _ = self.model.apply(
+            variables, batch["tokens"], batch["positions"], batch["segment_ids"]
+        )
+        each = kernels_pallas.linear_cross_entropy(
+            hidden, self.model.apply(variables, method="head_kernel"), batch["targets"],
+            logits_soft_cap=self.config.transformer.logits_soft_cap or None,
+        )  # fmt: skip
+        mask, (rows, length) = batch["loss_mask"], batch["targets"].shape
+        answer = batch["segment_ids"] + (length + 1) * jnp.arange(rows)[:, None]
+
+        def count(tokens):
+            return jax.ops.segment_sum(tokens.ravel(), answer.ravel(), rows * (length + 1))
+
+        asked = count(mask) > 0
+        right = asked & (count(mask * (1 - each.correct)) == 0)
+        return jnp.sum(right, dtype=jnp.float32), jnp.sum(asked, dtype=jnp.float32)
+
     @functools.cached_property
     def _evaluation_step(self):
         token_bytes = np.asarray(self.tokenizer.token_bytes(), np.float32)
@@ -230,7 +259,8 @@ class LanguageModel:
             (_, nll, right), _ = self._sums(params, batch)
             mask = batch["loss_mask"]
             size = jnp.sum(jnp.asarray(token_bytes)[batch["targets"]] * mask)
-            return jnp.stack([nll, right, mask.sum(), size])
+            exact = self._exact_matches(params, batch) if self.asks else ()
+            return jnp.stack([nll, right, mask.sum(), size, *exact])
 
         return evaluation_step
 
@@ -238,15 +268,19 @@ class LanguageModel:
         """Loss in nats a token, perplexity, bits per byte, over all targets of `batches`.
 
         Bits per byte divides the bits of every target, ends of documents included, by the UTF-8
-        bytes of the text.
+        bytes of the text. Of data with questions (--data.answer_after) the targets are those of
+        answers, and the share of answers that are right as a whole is given as well, each token
+        the likeliest one behind the right ones.
         """
         del mutables
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
-        nll, right, tokens, size = np.sum(np.asarray(sums, np.float64).reshape(-1, 4), 0)
+        columns = 6 if self.asks else 4
+        sums = np.sum(np.asarray(sums, np.float64).reshape(-1, columns), 0)
+        nll, right, tokens, size = sums[:4]
         if not size:
             raise ConfigError("the held-out data has no text to score")
         loss = nll / tokens
-        return {
+        scores = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": nll / size / math.log(2),
@@ -254,6 +288,10 @@ class LanguageModel:
             "tokens": int(tokens),
             "bytes": int(size),
         }
+        if self.asks:
+            exact, answers = sums[4:]
+            scores |= {"exact_match": exact / answers, "answers": int(answers)}
+        return scores
 
     def score(self, params, mutables, batches, request) -> dict:
         """As `evaluate`, and the speed of it."""

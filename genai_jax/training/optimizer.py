@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, from optax, chosen by flags."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from genai_jax.config import ConfigError, field
+from genai_jax.scaling.parametrization import learning_rate_factor
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
@@ -73,6 +75,7 @@ def make_optimizer(
     steps: int,
     axes: Any,
     *,
+    growth: Mapping[str, float] | None = None,
     updates_per_step: float = 1,
     correction: float = 1,
 ) -> optax.GradientTransformation:
@@ -83,6 +86,8 @@ def make_optimizer(
       steps: steps of the run, for the schedule.
       axes: logical axes of every parameter, a tree like the parameters with tuples as leaves. They
         say what is a matrix: weight decay and muon act on those alone.
+      growth: logical axis -> its size relative to the base shape of maximal-update
+        parametrization, by which the learning rate of each parameter goes; None for one rate.
       updates_per_step: on average; the schedule advances by its inverse at each update.
       correction: for lazy regularization, the share of the updates that are not for it: learning
         rate x correction, momenta ^ correction (Karras et al. 2020, "Analyzing and improving the
@@ -98,27 +103,37 @@ def make_optimizer(
     )
     decayed = _map_axes(lambda a: _is_matrix(a), axes)
     name, decay = config.name, config.weight_decay
-    if name == "adamw":
-        core = optax.adamw(
-            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=decay, mask=decayed
-        )
-    elif name == "lion":
-        core = optax.lion(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decayed)
-    elif name == "sgd":
-        core = optax.chain(
-            optax.sgd(schedule, momentum=config.momentum or None),
-            _decay_at_rate(schedule, decay, decayed),
-        )
-    elif name == "adafactor":
-        # optax decays by an unscaled rate here; like the others, ours follows the learning rate.
-        core = optax.adafactor(schedule, multiply_by_parameter_scale=False)
-        core = optax.chain(core, _decay_at_rate(schedule, decay, decayed))
+    by_width = _by_width(name, axes, growth or {})
+    if name in ("adamw", "lion"):
+        if name == "adamw":
+            rule = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        else:
+            rule = optax.scale_by_lion(config.beta1, config.beta2)
+        decay_all = optax.add_decayed_weights(decay, decayed)
+        core = optax.chain(rule, *by_width, decay_all, optax.scale_by_learning_rate(schedule))
     else:
-        # optax masks the decay of the matrices alone, and decays scales through its Adam.
-        core = optax.chain(_muon(config, schedule, axes), _decay_at_rate(schedule, decay, decayed))
+        if name == "sgd":
+            rule = optax.sgd(schedule, momentum=config.momentum or None)
+        elif name == "adafactor":
+            # optax decays by an unscaled rate here; ours follows the learning rate, as elsewhere.
+            rule = optax.adafactor(schedule, multiply_by_parameter_scale=False)
+        else:
+            # optax masks the decay of the matrices alone, and decays scales through its Adam.
+            rule = _muon(config, schedule, axes)
+        core = optax.chain(rule, *by_width, _decay_at_rate(schedule, decay, decayed))
     if config.clip_norm:
         core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
     return core
+
+
+def _by_width(name: str, axes, growth: Mapping[str, float]) -> list[optax.GradientTransformation]:
+    """Multiplies updates by what the width asks for; nothing where that is 1 for all of them."""
+    rule = name if name in ("sgd", "muon") else "adam"  # those whose updates know no scale
+    factors = _map_axes(lambda a: learning_rate_factor(a, growth, rule) if growth else 1.0, axes)
+    if all(factor == 1 for factor in jax.tree.leaves(factors)):
+        return []
+    multiply = lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)
+    return [optax.stateless(multiply)]
 
 
 def _muon(config, schedule, axes):
