@@ -12,6 +12,7 @@ from genai_jax.training.distributed import DistributedConfig
 from genai_jax.training.ema import EmaConfig
 from genai_jax.training.loop import EvalConfig, ProfileConfig, TrainConfig
 from genai_jax.training.optimizer import OptimizerConfig
+from genai_jax.training.population import PopulationConfig
 from genai_jax.training.sharding import MeshConfig
 from genai_jax.training.workdir import flags_path
 
@@ -39,6 +40,7 @@ SHARED = {
     "profile": ProfileConfig,
     "distributed": DistributedConfig,
     "compiler": CompilerConfig,
+    "population": PopulationConfig,
 }
 
 

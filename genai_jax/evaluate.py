@@ -21,7 +21,9 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.sharding import batch_shardings, mesh_context
 
     task = TASKS[config.run.task](config)
-    model = restore_model(task, config, step=request.checkpoint_step, ema=request.ema)
+    model = restore_model(
+        task, config, step=request.checkpoint_step, ema=request.ema, member=request.member
+    )
     shapes = task.batch_shapes()
     placement = BatchPlacement(shapes, batch_shardings(shapes, task.batch_axes, model.mesh))
 

@@ -19,6 +19,7 @@ class SampleRequest:
     ema: str | None = field(
         None, "average to draw from: one that the run kept, width:W, or none; --ema.use if unset"
     )
+    member: int = field(0, "of a population, which run to draw from", minimum=0)
     seed: int = field(0, "of the draws", minimum=0)
     output: str = field("", "file to write")
 
@@ -30,6 +31,7 @@ class EvaluateRequest:
     ema: str | None = field(
         None, "average to score: one that the run kept, width:W, or none; --ema.use if unset"
     )
+    member: int = field(0, "of a population, which run to score", minimum=0)
     seed: int = field(0, "of what is random in the scores", minimum=0)
     batches: int = field(-1, "held-out batches; -1: all", minimum=-1)
 

@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.sharding import mesh_context
 
     task = TASKS[config.run.task](config)
-    model = restore_model(task, config, step=request.checkpoint_step, ema=request.ema)
+    model = restore_model(
+        task, config, step=request.checkpoint_step, ema=request.ema, member=request.member
+    )
     with mesh_context(model.mesh):
         drawn = task.sample(model.params, model.mutables, request)
     for line in drawn.write(request.output, pathlib.Path(request.workdir) / "samples"):

@@ -37,8 +37,12 @@ SHAPE_FLAGS = (
 
 
 def flagfiles() -> dict[str, pathlib.Path]:
-    """Name of the golden file -> flagfile, for every flagfile of the project."""
+    """Name of the golden file -> flagfile, for every flagfile of the project.
+
+    Of a study it is what its runs have in common; they differ from it in a flag or two.
+    """
     found = sorted((ROOT / "experiments").rglob("*.flags"))
+    found = [p for p in found if p.name == "base.flags" or not (p.parent / "study.flags").exists()]
     return {".".join(path.relative_to(ROOT / "experiments").parts): path for path in found}
 
 

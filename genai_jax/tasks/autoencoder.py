@@ -248,13 +248,14 @@ class Autoencoder(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Means over the held-out images, without noise in the latents; errors of [-1, 1].
 
         `loss` leaves out the discriminator. `psnr` is that of the mean squared error over all
         images; `kl` is in nats an image; `usage` is the share of the codes that occurred at all,
         `perplexity` exp(entropy) of how often (means over codebooks).
         """
+        del seed  # nothing is random
         found = jax.device_get([self._evaluation_step(params, mutables, b) for b in batches])
         sums = {name: sum(float(part[name]) for part, _ in found) for name in found[0][0]}
         images = int(sums.pop("images"))

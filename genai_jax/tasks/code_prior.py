@@ -183,9 +183,9 @@ class CodePrior(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Loss in nats a code of the held-out images; bits are of codes, not of pixels."""
-        del mutables
+        del mutables, seed  # nothing is random
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
         nll, right, images = np.sum(np.asarray(sums, np.float64), 0)
         codes = images * self.num_codes

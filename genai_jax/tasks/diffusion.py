@@ -330,9 +330,9 @@ class Diffusion(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """The mean loss of the held-out images, with the same noise at every evaluation."""
-        del mutables
+        del mutables, seed
         key = jax.random.key(0)
         sums = [
             self._evaluation_step(params, batch, jax.random.fold_in(key, i))

@@ -101,9 +101,9 @@ class ImageClassifier(ImageTask):
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Loss in nats an image; accuracy, an example counting as right if all attributes are."""
-        del mutables
+        del mutables, seed  # nothing is random
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
         count, loss, whole, *each = np.sum(np.asarray(sums, np.float64), 0)
         scores = {"loss": loss / count, "accuracy": whole / count, "images": int(count)}

@@ -264,7 +264,7 @@ class LanguageModel:
 
         return evaluation_step
 
-    def evaluate(self, params, mutables, batches) -> dict:
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
         """Loss in nats a token, perplexity, bits per byte, over all targets of `batches`.
 
         Bits per byte divides the bits of every target, ends of documents included, by the UTF-8
@@ -272,7 +272,7 @@ class LanguageModel:
         answers, and the share of answers that are right as a whole is given as well, each token
         the likeliest one behind the right ones.
         """
-        del mutables
+        del mutables, seed  # nothing is random
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
         columns = 6 if self.asks else 4
         sums = np.sum(np.asarray(sums, np.float64).reshape(-1, columns), 0)

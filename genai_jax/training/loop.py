@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 import sys
 import time
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
 from genai_jax.training.phase import PyTree, Task
+from genai_jax.training.population import Population
 from genai_jax.training.progress import Progress
 from genai_jax.training.restore import state_shapes
 from genai_jax.training.sharding import (
@@ -73,31 +75,37 @@ class Compiled(NamedTuple):
 
 def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
-    averages = config.ema.averages()
-    batch = task.batch_shapes()
-    rows = next(iter(batch.values())).shape[0]
+    averages, accumulate = config.ema.averages(), config.train.accumulate
     device = mesh.devices.flat[0]
     platform = device.platform
+    population = task if isinstance(task, Population) else None
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh)
         phases = task.phases(shapes.params)
         for phase in phases:
-            check_rows(rows, phase.repeats * config.train.accumulate, mesh)
+            shards = 1 if population else batch_shards(mesh)
+            check_rows(config.data.batch_size, phase.repeats * accumulate, shards)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
-        batch_in = batch_shardings(batch, task.batch_axes, mesh)
-        split = jax.tree.leaves(shardings), list(batch_in.values())
-        check_mesh_is_used(mesh, *split, task.activation_axes)
+        if population:
+            population.check_mesh(mesh)
+            batch_in = population.batch_shardings(mesh)
+            init = population.init(averages, mesh)
+            step = population.step(accumulate, averages, mesh)
+        else:
+            batch_in = batch_shardings(task.batch_shapes(), task.batch_axes, mesh)
+            split = jax.tree.leaves(shardings), list(batch_in.values())
+            check_mesh_is_used(mesh, *split, task.activation_axes)
+            init = lambda rng: init_state(task, rng, averages)
+            step = make_step(phases, accumulate=accumulate, averages=averages)
         step = jax.jit(
-            make_step(phases, accumulate=config.train.accumulate, averages=averages),
+            step,
             in_shardings=(shardings, batch_in),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
             donate_argnums=0,
             compiler_options=compiler.options(config.compiler, platform, device.device_kind),
         )
         init = jax.jit(
-            lambda rng: init_state(task, rng, averages),
-            out_shardings=shardings,
-            compiler_options=compiler.init_options(platform),
+            init, out_shardings=shardings, compiler_options=compiler.init_options(platform)
         )
     return Compiled(mesh, phases, shapes, batch_in, init, step)
 
@@ -115,9 +123,8 @@ def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ..
             raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
 
 
-def check_rows(rows: int, parts: int, mesh: Mesh):
+def check_rows(rows: int, parts: int, shards: int):
     """The batch divides into microbatches, and each of them over the devices that share it."""
-    shards = batch_shards(mesh)
     if rows % (shards * parts):
         raise ConfigError(
             f"--data.batch_size={rows} is not divisible by {shards} device(s) of the axes "
@@ -134,6 +141,8 @@ def train(task: Task, config: Config) -> int:
     Raises:
       ConfigError: a mistake in the flags or the data, or a loss that is not finite.
     """
+    if config.population.size > 1:
+        task = Population(type(task), config)
     with StopSignal() as stop:
         return Run(task, config, stop).go()
 
@@ -143,16 +152,23 @@ class Run:
 
     def __init__(self, task: Task, config: Config, stop: StopSignal):
         self.task, self.config, self.stop = task, config, stop
+        self.population = task if isinstance(task, Population) else None
         self.workdir = pathlib.Path(config.run.workdir)
         self.main = is_main()
         self.mesh = make_mesh(config.mesh)
         self.compiled = build(task, config, self.mesh)
         self.placement = BatchPlacement(task.batch_shapes(), self.compiled.batch_shardings)
+        self.held_out = self.placement
+        if self.population:  # whose members are scored one after another, each by all devices
+            first = self.population.first
+            shapes = first.batch_shapes()
+            where = batch_shardings(shapes, first.batch_axes, self.mesh)
+            self.held_out = BatchPlacement(shapes, where)
         self.source = task.train_batches(self.placement.rows)
         self.peak = peak_of(_nearest_first(self.mesh)) if self.main else None
         self.flops = task.flops_per_step()
         if config.eval.batches:  # held-out data that is missing is found now, not at the end
-            next(iter(task.evaluation_batches(1, self.placement.rows)), None)
+            next(iter(task.evaluation_batches(1, self.held_out.rows)), None)
         if self.main:
             write_record(self.workdir, self._record())
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", config.checkpoint)
@@ -169,7 +185,7 @@ class Run:
             logged = start if self.unfinished_row is None else start - 1
             self.log = MetricsLog(self.workdir, logged) if self.main else None
             self.batches = DeviceBatches(self.source, self.placement)
-            rows = self.config.data.batch_size
+            rows = self.config.data.batch_size * self.config.population.size
             self.progress = Progress(
                 start, self.config.train.steps, rows, self.task.tokens_per_step(),
                 self.flops["flops_per_step"], self.peak, self.main and self.config.train.progress,
@@ -227,7 +243,8 @@ class Run:
 
     def _begin(self):
         """A fresh state; what was trained elsewhere is put in place, in averages as well."""
-        state = self.compiled.init(jax.random.key(self.config.run.seed))
+        key = jax.random.key(self.config.run.seed)
+        state = self.compiled.init(self.population.keys() if self.population else key)
         adopted = self.task.pretrained()
         if not adopted:
             return state
@@ -287,16 +304,18 @@ class Run:
         """
         phases = self.compiled.phases
         metrics = {
-            name: float(value)
+            name: value
             for name, value in jax.device_get(metrics).items()
             if phase_ran(phases, name, step - 1)
         }
+        if self.population:
+            metrics = self.population.joined(metrics)
+        metrics = {name: float(value) for name, value in metrics.items()}
         self._check_alive(step, metrics)
         seldom = tuple(f"{phase.name}/" for phase in phases if phase.every > 1)
         self.rare |= {name: v for name, v in metrics.items() if name.startswith(seldom)}
-        hidden = ("weight", "alive")
         found = metrics | self.rare
-        shown = {f"train/{n}": v for n, v in found.items() if not n.endswith(hidden)}
+        shown = {f"train/{n}": v for n, v in found.items() if not _HIDDEN.search(n)}
         row = {"step": step} | shown
         if step % self.config.train.log_every == 0 or step == self.config.train.steps or not write:
             speeds = self.progress.measure(step)
@@ -328,10 +347,17 @@ class Run:
 
     def _evaluate_and_log(self, step: int, state, row: dict) -> float | None:
         """Scores `state` and writes the row; returns the loss, None if a signal cut it short."""
-        batches = self.task.evaluation_batches(self.config.eval.batches, self.placement.rows)
-        on_devices = map(self.placement.to_devices, batches)
+
+        def batches():
+            found = self.task.evaluation_batches(self.config.eval.batches, self.held_out.rows)
+            return self.stop.watch(map(self.held_out.to_devices, found))
+
+        model = state.params, state.mutables
         try:
-            scores = self.task.evaluate(state.params, state.mutables, self.stop.watch(on_devices))
+            if self.population:
+                scores = self.population.evaluate(*model, batches, self.mesh)
+            else:
+                scores = self.task.evaluate(*model, batches())
         except Stopped:
             self.unfinished_row = row
             return None
@@ -411,6 +437,9 @@ def _nearest_first(mesh: Mesh) -> list[jax.Device]:
     """The devices of a mesh, those of this process first."""
     here = jax.process_index()
     return sorted(mesh.devices.flatten(), key=lambda device: device.process_index != here)
+
+
+_HIDDEN = re.compile("(weight|alive)(/[0-9]+)?$")  # what is for the step and the loop alone
 
 
 def _failed(name: str, value: float) -> bool:

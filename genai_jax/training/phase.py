@@ -83,8 +83,13 @@ class Task(Protocol):
     ) -> Iterator[Batch]:
         """Held-out batches, always the same ones in the same order; as many for any `rows`."""
 
-    def evaluate(self, params: Params, mutables: PyTree, batches: Iterator[Batch]) -> dict:
-        """Scores: metric name -> number; "loss" among them, the lower the better."""
+    def evaluate(
+        self, params: Params, mutables: PyTree, batches: Iterator[Batch], seed: int | None = None
+    ) -> dict:
+        """Scores: metric name -> number; "loss" among them, the lower the better.
+
+        What is random in them depends on `seed` alone; the run's own if None.
+        """
 
     def score(
         self, params: Params, mutables: PyTree, batches: Callable[[int], Iterator], request: Any

@@ -11,6 +11,7 @@ from genai_jax.config import Config, ConfigError
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
 from genai_jax.training.phase import Params, PyTree, Task
+from genai_jax.training.population import Population, member_config, take_member
 from genai_jax.training.sharding import (
     MeshConfig,
     batch_shards,
@@ -25,6 +26,8 @@ from genai_jax.training.workdir import read_record
 def state_shapes(task: Task, config: Config, mesh: Mesh) -> Any:
     """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
     averages = config.ema.averages()
+    if isinstance(task, Population):
+        return task.state_shapes(averages, mesh)
     with mesh_context(mesh):
         shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages))
     shardings = state_shardings(shapes, task.partition_rules, mesh)
@@ -56,7 +59,12 @@ def _mesh_here(config: Config) -> Mesh:
 
 
 def restore_model(
-    task: Task, config: Config, *, step: int | None = None, ema: str | None = None
+    task: Task,
+    config: Config,
+    *,
+    step: int | None = None,
+    ema: str | None = None,
+    member: int = 0,
 ) -> Restored:
     """Restores the parameters of a run, or an average of them, copied to this machine's devices.
 
@@ -66,9 +74,10 @@ def restore_model(
       step: of the checkpoint; the newest if None.
       ema: an average that the run kept, "width:W" for the power-function profile of that relative
         width out of its snapshots, "none" for the parameters; None for what ``--ema.use`` says.
+      member: of a population, counted from 0.
 
     Raises:
-      ConfigError: no such checkpoint or average, or data that the run was not trained on.
+      ConfigError: no such checkpoint, average or member, or data that the run was not trained on.
     """
     workdir = pathlib.Path(config.run.workdir)
     task.check_data(read_record(workdir).get("data", {}))
@@ -78,9 +87,10 @@ def restore_model(
         raise ConfigError(
             f"--ema={ema} is not an average of this run; it kept: {', '.join(kept) or 'none'}"
         )
-    mesh = _mesh_here(config)
+    mesh = _mesh_here(member_config(config, member))
+    population = Population(type(task), config) if config.population.size > 1 else None
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True)
-    shapes = state_shapes(task, config, mesh)
+    shapes = state_shapes(population or task, config, mesh)
     averaged = _averaged(shapes, ema)  # groups that are never trained have no average
     groups = [f"params/{group}" for group in shapes.params if group not in averaged]
     average = [f"ema/{ema}"] if ema in kept else []
@@ -95,7 +105,10 @@ def restore_model(
     elif averaged:
         profile = reconstruct(workdir, float(ema.removeprefix("width:")), step, averaged)
         params |= jax.device_put(profile, jax.tree.map(lambda x: x.sharding, averaged))
-    return Restored(step, params, state.mutables, mesh, None if ema == "none" else ema)
+    model = params, state.mutables
+    if population:
+        model = take_member(model, member, mesh)
+    return Restored(step, *model, mesh, None if ema == "none" else ema)
 
 
 def _averaged(shapes: Any, ema: str) -> Params:
