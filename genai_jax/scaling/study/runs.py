@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 from genai_jax.scaling.study.cores import affinity, core_shares
 from genai_jax.scaling.study.folder import Run
-from genai_jax.scaling.study.results import Fate, log_path, write_fate
+from genai_jax.scaling.study.results import STOPPED, Fate, log_path, write_fate
 from genai_jax.scaling.study.table import Display
 from genai_jax.training.metrics_log import read_metrics
 
@@ -102,7 +102,8 @@ class _Process:
     def fate(self) -> Fate:
         code = self._process.returncode
         seconds = time.monotonic() - self._began
-        return Fate(code, self._error(code) if code else "", seconds, self._began_at)
+        error = "" if code == 0 or code in STOPPED else self._error(code)
+        return Fate(code, error, seconds, self._began_at)
 
     def _error(self, code: int) -> str:
         """The last line that the process printed of an error."""

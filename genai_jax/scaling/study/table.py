@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from genai_jax.scaling.study.folder import Run
-from genai_jax.scaling.study.results import Fate
+from genai_jax.scaling.study.results import STOPPED, Fate
 
 TAIL_BYTES = 1 << 16  # the last row of metrics.jsonl is shorter
 
@@ -55,7 +55,7 @@ class Lines:
         self._say(f"{run.name}: started{again}, {run.steps} steps")
 
     def ended(self, run: Run, fate: Fate):
-        self._done += 1
+        self._done += fate.code not in STOPPED
         self._say(f"{run.name}: {_end(run, fate, self._metric)}")
 
     def interrupted(self, running: int, count: int):
@@ -196,8 +196,8 @@ def interruption(running: int, count: int) -> str:
 
 def _end(run: Run, fate: Fate, metric: str) -> str:
     """How a run ended."""
-    if fate.code in (130, 143):
-        return "stopped, saved"
+    if fate.code in STOPPED:
+        return "stopped, saved" if fate.code > 0 else "stopped before it began"
     if fate.code:
         return f"{'diverged' if fate.diverged else 'failed'}: {fate.error}"
     row = last_row(run) or {}

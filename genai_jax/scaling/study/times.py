@@ -16,6 +16,7 @@ from genai_jax.config import ConfigError
 from genai_jax.scaling.study.cores import affinity, core_shares
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import read_fate
+from genai_jax.scaling.study.table import last_row
 from genai_jax.training.metrics_log import read_metrics
 
 CALIBRATION_STEPS = 8
@@ -30,9 +31,10 @@ class Speed(NamedTuple):
     source: str
 
     def seconds(self, run: Run) -> float:
-        """Expected for a whole run, started anew."""
+        """Expected for what is left of a run."""
+        done = (last_row(run) or {"step": 0})["step"]
         step = self.overhead + run.flops / run.steps / self.rate
-        return self.startup + run.steps * step
+        return self.startup + (run.steps - done) * step
 
 
 class Measured(NamedTuple):
