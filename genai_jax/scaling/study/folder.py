@@ -25,6 +25,7 @@ class Counts(NamedTuple):
     tokens_per_step: int  # examples, where there are no tokens
     flops_per_step: float
     convention: str  # of the FLOPs
+    loss_unit: str
 
     @property
     def non_embedding(self) -> int:
@@ -133,6 +134,7 @@ def counts_of(task: Task, config: Config) -> Counts:
         tokens_per_step=task.tokens_per_step() or config.data.batch_size,
         flops_per_step=flops["flops_per_step"],
         convention=flops["convention"],
+        loss_unit=task.loss_unit,
     )
 
 

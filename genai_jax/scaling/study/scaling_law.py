@@ -21,7 +21,13 @@ class ScalingLawConfig(StudyConfig):
         "", "runs that are predicted, not fitted: names, with * and ?, comma-separated"
     )
     parameters: str = field("non_embedding", "what N counts", choices=PARAMETERS)
-    budgets: str = field("", "compute of the isoFLOP profiles in FLOPs, comma-separated")
+    budgets: str = field(
+        "",
+        "FLOPs to find the best size and tokens for, comma-separated; those of the runs if unset",
+    )
+    extrapolate: float = field(
+        1.0, "how far beyond the fitted runs, as a factor, these may be", minimum=1
+    )
     resamples: int = field(1000, "bootstrap resamples of the intervals", minimum=0)
     fit_seed: int = field(0, "of the resamples", minimum=0)
 
@@ -59,7 +65,14 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
         budgets=numbers("study.budgets", config.budgets) or None,
         seed=config.fit_seed,
         resamples=config.resamples,
+        extrapolate=config.extrapolate,
+        loss_unit=_unit(results[0], config),
     )
+
+
+def _unit(result: Result, config: ScalingLawConfig) -> str:
+    """Of the metric: the task's own of its loss, else the metric's name."""
+    return result.counts.loss_unit if config.metric == "eval/loss" else config.metric
 
 
 def _size(result: Result, config: ScalingLawConfig) -> int:

@@ -1,0 +1,105 @@
+"""isoFLOP ladders: every flagfile spends its budget, by the counts of the task itself."""
+
+import re
+
+import jax
+import pytest
+
+from genai_jax import ladder
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
+from genai_jax.tasks import TASKS
+
+BASE = ("--data.batch_size=8", "--data.sequence_length=64", "--optimizer.schedule=linear")
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.flags"
+    path.write_text("\n".join(BASE) + "\n")
+    return path
+
+
+def flags(base, **changes) -> list[str]:
+    every = {
+        "budgets": "1e11,3.5e11", "widths": "32,64,128", "aspect_ratio": 32, "head_dim": 16,
+        "output": base.parent / "study", "least_steps": 20,
+    } | changes  # fmt: skip
+    return [f"--flagfile={base}", *(f"--{name}={value}" for name, value in every.items())]
+
+
+def test_every_run_spends_its_budget(base, capsys):
+    more = "--data.dataset=python_source"
+    assert ladder.main([*flags(base, warmup=0.1, evaluations=4), more]) == 0
+    paths = sorted((base.parent / "study").glob("*.flags"))
+    assert {p.stem for p in paths} == {
+        f"c{c}_w{w}" for c in ("1e11", "3.5e11") for w in (32, 64, 128)
+    }
+    for path in paths:
+        config = parse_run([f"--flagfile={path}"])
+        task = TASKS[config.run.task](config)
+        per_step = task.flops_per_step()["flops_per_step"]
+        budget = float(path.stem[1:].split("_")[0])
+        assert abs(config.train.steps * per_step - budget) <= per_step / 2
+        width = config.transformer.embed_dim
+        assert config.transformer.num_layers == max(2, width // 32)
+        assert config.transformer.head_width == 16
+        assert config.optimizer.warmup_steps == round(0.1 * config.train.steps)
+        assert config.eval.every == config.train.steps // 4
+        assert config.data.dataset == "python_source" and config.data.sequence_length == 64
+        n, total, d, ratio, c = (
+            float(x.replace(",", ""))
+            for x in re.search(
+                r"# N ([\d,]+) .* of ([\d,]+)\n# D ([\d,]+) .*, ([\d.]+) per .*\n# C (\S+) FLOPs",
+                path.read_text(),
+            ).groups()
+        )
+        params = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))[0]
+        assert total == sum(x.size for x in jax.tree.leaves(params))
+        assert n == total - task.vocab_size * width  # the head is no embedding
+        assert d == config.train.steps * 8 * 64
+        assert ratio == pytest.approx(d / n, rel=1e-3)
+        assert c == pytest.approx(config.train.steps * per_step, rel=1e-4)
+    assert "C counts 6 x matmul parameters" in capsys.readouterr().out
+
+
+def test_what_is_out_of_bounds_is_left_out_and_said(base, capsys):
+    ladder.main(flags(base, least_tokens=1, most_tokens=20))
+    out = capsys.readouterr().out
+    kept = {p.stem for p in (base.parent / "study").glob("*.flags")}
+    assert kept and len(kept) < 6
+    for line in out.splitlines():
+        if "is left out" in line:
+            assert re.match(r"c\S+_w\d+ is left out: \S+ tokens a parameter, --(least|most)", line)
+            assert line.split()[0] not in kept
+
+
+def test_files_of_an_earlier_ladder_are_named(base, capsys):
+    ladder.main(flags(base))
+    capsys.readouterr()
+    ladder.main(flags(base, widths="32"))
+    out = capsys.readouterr().out
+    assert "c1e11_w64.flags was there before, and is no run of this ladder" in out
+    assert "c1e11_w32.flags was there" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "words"),
+    [
+        ({"widths": "40"}, (), "--widths: 40 is not a multiple of --head_dim=16"),
+        ({"widths": "32,x"}, (), "--widths=32,x is not a list of numbers"),
+        ({"budgets": "-1"}, (), "--budgets=-1: allowed are positive numbers"),
+        ({"budgets": "1e6"}, (), "--budgets: 1e.06 FLOPs suit no width; c1e6_w32: 0 step"),
+        ({"budgets": ""}, (), "--budgets is not set"),
+        ({"output": ""}, (), "--output is not set"),
+        ({"component": "dit"}, (), "--component=dit is none of --task=language_model"),
+        ({}, ("--transformer.mlp_dim=64",), "mlp_dim=64 is set; on a ladder"),
+        ({}, ("--flagfile=x",), "--flagfile is needed once"),
+        ({}, ("--dit.patch=2",), "dit.patch"),
+    ],
+)  # fmt: skip
+def test_bad_ladders_are_one_line(base, changes, more, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        ladder.main([*flags(base, **changes), *more])
+    assert "\n" not in str(caught.value)
+    assert not list(base.parent.glob("study/*"))

@@ -1,0 +1,205 @@
+"""A study as a user runs it: interrupted, resumed, with a run that fails, checked and launched.
+
+All real runs differ in their seed alone, so that one compiled step serves them all.
+"""
+
+import json
+import signal
+import time
+
+import pytest
+
+from genai_jax import study
+from genai_jax.config import ConfigError
+from tests.commands import TINY, run, start
+
+STEPS = 800  # of the run that is interrupted: a second or more
+
+
+def write_study(folder, base: tuple[str, ...], runs: dict[str, tuple[str, ...]], *settings: str):
+    """Writes the files of a study; the runs include the base."""
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text("# A tiny study\n\n**Question.** Do seeds\nmatter?\n\nYes.\n")
+    (folder / "base.flags").write_text("\n".join(base) + "\n")
+    (folder / "study.flags").write_text("\n".join(settings) + "\n")
+    for name, flags in runs.items():
+        lines = ["--flagfile=base.flags", *flags]
+        (folder / f"{name}.flags").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def rows(workdir) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(what):
+    until = time.time() + 240
+    while not what():
+        assert time.time() < until
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, text_folder):
+    """(study, workdir): two runs, one of them long, and one whose data is not there."""
+    base = (
+        *TINY, f"--data.dataset=text:{text_folder}", "--optimizer.schedule=rsqrt",
+        "--transformer.dropout=0.1", "--ema.decay=0.9", "--train.log_every=10",
+        "--train.steps=4", "--checkpoint.every=0",
+    )  # fmt: skip
+    runs = {
+        "quick": ("--seed=1",),
+        "long": ("--seed=2", f"--train.steps={STEPS}"),
+        "broken": ("--data.dataset=text:/nowhere",),
+    }
+    folder = write_study(
+        tmp_path_factory.mktemp("studies") / "tiny", base, runs, "--study.analysis=curves"
+    )
+    return folder, tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def done(folders):
+    """The same study command twice: the first interrupted, the second to its end."""
+    folder, workdir = folders
+    flags = (f"--study={folder}", f"--workdir={workdir}", "--jobs=2")
+    process = start("study", *flags)
+    wait_for(lambda: (workdir / "runs" / "broken" / "study.json").exists())
+    with pytest.raises(ConfigError, match="is in use: a study runs there"):
+        study.main(flags)
+    wait_for(lambda: rows(workdir / "runs" / "long"))
+    process.send_signal(signal.SIGINT)
+    _, first = process.communicate(timeout=240)
+    stopped_at = rows(workdir / "runs" / "long")[-1]["step"]
+    code = process.returncode
+    out, second = run("study", *flags, code=1)
+    return code, first, stopped_at, out, second
+
+
+def test_ctrl_c_is_passed_on_and_says_how_to_go_on(done, folders):
+    code, said, stopped_at, *_ = done
+    assert code == 130 and stopped_at < STEPS
+    assert "run(s) save a checkpoint and leave; a second signal ends them" in said
+    assert "long: stopped, saved" in said
+    assert f"this goes on: python -m genai_jax.study --study={folders[0]}" in said
+    log = (folders[1] / "runs" / "long" / "train.log").read_text()
+    assert "stopped by signal 2 at step" in log
+
+
+def test_the_same_command_goes_on(done, folders):
+    *_, said = done
+    long = folders[1] / "runs" / "long"
+    assert (
+        "long: started again, from step" in said and "resuming" in (long / "train.log").read_text()
+    )
+    assert [row["step"] for row in rows(long)] == list(range(10, STEPS + 1, 10))
+    assert "eval/loss" in rows(long)[-1]
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(done, folders):
+    *_, out, said = done
+    assert "broken failed: text:/nowhere: no such file or folder" in said
+    assert f"report: {folders[1] / 'report' / 'index.html'}" in out
+    page = (folders[1] / "report" / "index.html").read_text()
+    assert "broken is missing: text:/nowhere: no such file or folder" in page
+    assert "A tiny study" in page and "Do seeds matter?" in page
+    results = json.loads((folders[1] / "report" / "results.json").read_text())
+    last = rows(folders[1] / "runs" / "long")[-1]
+    assert results["numbers"]["long/eval/loss"] == last["eval/loss"]
+    assert results["record"]["environment"]["versions"]["jax"]
+    assert "--seed=1\n" in results["record"]["flags"]["quick"]
+
+
+def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
+    folder, workdir = folders
+    before = {
+        p: p.stat().st_mtime_ns for p in (workdir / "runs").rglob("*") if "broken" not in str(p)
+    }
+    flags = [f"--study={folder}", f"--workdir={workdir}", "--only=quick", "--check"]
+    loss = rows(workdir / "runs" / "quick")[-1]["eval/loss"]
+    expected = {"quick/eval/loss": {"value": loss * 1.01, "tolerance": "2%"}}
+    (folder / "expected.json").write_text(json.dumps(expected))
+    assert study.main(flags) == 0
+    assert "every number is as expected.json says" in capsys.readouterr().out
+    expected["quick/eval/loss"]["tolerance"] = 0.005 * loss
+    expected["quick/accuracy"] = {"value": 1, "tolerance": 0}
+    (folder / "expected.json").write_text(json.dumps(expected))
+    assert study.main(flags) == 1
+    said = capsys.readouterr().err
+    assert "quick/eval/loss is" in said and "quick/accuracy is not among the results" in said
+    assert all(p.stat().st_mtime_ns == mtime for p, mtime in before.items())
+
+
+def test_a_dry_run_says_sizes_and_time(done, folders, capsys):
+    folder, workdir = folders
+    assert study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    record = json.loads((workdir / "runs" / "quick" / "run.json").read_text())
+    assert f"{record['parameters']['total']:,}" in lines["quick"]
+    assert f"{record['flops_per_step'] * 4:.3e}" in lines["quick"]
+    assert lines["quick"].endswith("finished") and not lines["broken"].endswith("finished")
+    assert "1,024" in lines["quick"]  # tokens: 4 steps of 8 rows of 32
+    assert "expected from 2 finished run(s) of the study" in out
+
+
+def test_commands_for_elsewhere(done, folders, capsys):
+    folder, workdir = folders
+    study.main([f"--study={folder}", f"--workdir={workdir}", "--launcher=print"])
+    command = (
+        f"python -m genai_jax.train --flagfile={folder}/broken.flags "
+        f"--workdir={workdir}/runs/broken\n"
+    )
+    assert capsys.readouterr().out == command
+    with pytest.raises(ConfigError, match="jobs of --launcher=slurm read flagfiles from there"):
+        study.main([f"--study={folder}", f"--workdir={workdir}", "--launcher=slurm"])
+
+
+def test_changed_flags_of_a_finished_run_are_refused(done, folders, tmp_path):
+    folder, workdir = folders
+    path = folder / "quick.flags"
+    before = path.read_text()
+    path.write_text(before + "--optimizer.learning_rate=5e-3\n")
+    try:
+        with pytest.raises(ConfigError, match=r"other flags than .*learning_rate=0.001 -> 0.005"):
+            study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"])
+    finally:
+        path.write_text(before)
+
+
+BASE = (*TINY, "--train.steps=4")
+
+
+@pytest.mark.parametrize(
+    ("runs", "settings", "flags", "words"),
+    [
+        ({}, (), (), "holds no run: every flagfile there but base.flags and study.flags is one"),
+        ({"a": ("--workdir=x",)}, (), (), "a.flags: sets --workdir=x"),
+        ({"a": (), "A": ("--seed=2",)}, (), (), "write to the same workdir"),
+        ({"a": (), "b": ()}, (), (), "a.flags and .*b.flags are the same run"),
+        ({"a": ("--transformer.num_heads=3",)}, (), (), "a.flags: .*embed_dim=16 is not divisible"),
+        ({"a": ("--gan.loss=x",)}, (), (), "a.flags: "),
+        ({"a": ()}, (), ("--only=b*",), r"--only=b\* is no run of the study; there are a"),
+        ({"a": ()}, ("--study.baseline=a",), (), "--study.baseline is not used by --study"),
+        ({"a": ()}, ("--study.analysis=magic",), (), "magic is none of scaling_law, comparison"),
+        ({"a": ()}, ("--study.analysis=scaling_law", "--study.held_out=z"), (), "held_out=z is no"),
+        ({"a": ()}, (), ("--launcher_options=--nodes=2", "--launcher=print"), "slurm alone"),
+    ],
+)  # fmt: skip
+def test_bad_studies_are_one_line(runs, settings, flags, words, tmp_path):
+    settings = ("--study.analysis=curves", *settings)
+    folder = write_study(tmp_path / "study", BASE, runs, *settings)
+    with pytest.raises(ConfigError, match=words) as caught:
+        study.main([f"--study={folder}", f"--workdir={tmp_path / 'work'}", *flags])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "work" / "runs").exists()
+
+
+def test_what_is_no_folder_of_a_study(tmp_path):
+    with pytest.raises(ConfigError, match="--study is not set"):
+        study.main([f"--workdir={tmp_path}"])
+    with pytest.raises(ConfigError, match="no such folder"):
+        study.main([f"--study={tmp_path / 'x'}", f"--workdir={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"has no README.md, which holds the question"):
+        study.main([f"--study={tmp_path}", f"--workdir={tmp_path}"])
