@@ -6,7 +6,8 @@ The coordinate check of Yang et al. 2022 ("Tensor Programs V", appendix D.1): wh
 every activation is of one size at all widths, a learning rate means the same at all of them. In the
 standard parametrization changes grow with the width. The run's widths stay in proportion: heads are
 added, or wider where --transformer.base_head_dim is set. The learning rate is held at its peak from
-the first step on.
+the first step on. Logits come to it last: a random head answers changes below it by what falls as
+1 / sqrt(width), and what is learned has to outgrow that.
 """
 
 import csv
@@ -135,7 +136,7 @@ def changes_of(config: Config, steps: int) -> Iterator[tuple[int, str, float, fl
     Activations are those of the first batch.
     """
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from genai_jax.training.step import init_state, make_step
 
@@ -148,24 +149,22 @@ def changes_of(config: Config, steps: int) -> Iterator[tuple[int, str, float, fl
     state = jax.jit(lambda rng: init_state(task, rng, {}))(jax.random.key(config.run.seed))
     step = jax.jit(make_step(task.phases(state.params)))
 
-    @jax.jit
-    def look(params, before):
-        now = activations(task.model, params["model"], data[0]["tokens"])
-        size = lambda x: jnp.mean(jnp.abs(x.astype(jnp.float32)))
-        before = now if before is None else before
-        return now, {k: jnp.stack([size(x - before[k]), size(x)]) for k, x in now.items()}
-
-    first, _ = look(state.params, None)
+    look = jax.jit(lambda p: activations(task.model, p["model"], data[0]["tokens"]))
+    size = lambda x: float(np.mean(np.abs(x)))
+    first = jax.device_get(look(state.params))
     for number, batch in enumerate(data, 1):
         state, _ = step(state, batch)
-        sizes = jax.device_get(look(state.params, first)[1])
-        for name, (change, size) in sizes.items():
-            yield number, name, float(change), float(size)
+        for name, now in jax.device_get(look(state.params)).items():
+            yield number, name, size(now - first[name]), size(now)
 
 
 def activations(model, params, tokens) -> dict:
-    """Path of a module -> what it makes of tokens [batch, length]; of all blocks in one array."""
+    """Path of a module -> what it makes of tokens [batch, length]; of all blocks in one array.
+
+    Float32. What attention and MLP make is what their last dense layer does, and not there twice.
+    """
     import jax
+    import jax.numpy as jnp
 
     logits, written = model.apply(
         {"params": params}, tokens, method="init_all",
@@ -175,10 +174,12 @@ def activations(model, params, tokens) -> dict:
     for path, value in jax.tree_util.tree_flatten_with_path(written["intermediates"])[0]:
         *names, last = (part.key for part in path if hasattr(part, "key"))
         # A module may return several things; the first one is its activation. The head gives out
-        # its kernel, and what the whole network makes is that of its last norm.
+        # its kernel.
         if last == "__call__" and names and names[0] != "head":
             found.setdefault("/".join(names), value)
-    return found | {"logits": logits}
+    found["logits"] = logits
+    twice = ("dropout", "layers/Dropout_0", "layers/attention", "layers/mlp")
+    return {name: x.astype(jnp.float32) for name, x in found.items() if name not in twice}
 
 
 def slopes(changes: Sequence[Change]) -> dict[tuple[str, str], float]:

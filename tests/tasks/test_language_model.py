@@ -69,3 +69,25 @@ def test_batches_have_the_shapes_that_the_task_promises(task):
     for name, shape in task.batch_shapes().items():
         assert batch[name].shape == shape.shape and batch[name].dtype == shape.dtype
     assert np.all(batch["loss_mask"] == 1)
+
+
+def test_an_answer_is_right_if_all_of_its_tokens_are():
+    flags = (*TINY, "--data.dataset=addition:2", "--data.answer_after==")
+    task = LanguageModel(parse_run(flags))
+    params = jax.jit(lambda rng: task.init(rng)[0])(jax.random.key(0))
+    batch = next(task.evaluation_batches(1))
+    # Sums of three digits, three in a row, of which the end of the row is padding.
+    ids, counted = batch["segment_ids"], batch["loss_mask"] > 0
+    assert ids.max() == 3 and counted.sum() == 3 * 3 * ids.shape[0]
+    hidden, _ = task.model.apply(
+        {"params": params["model"]}, batch["tokens"], batch["positions"], ids
+    )
+    logits = task.model.apply({"params": params["model"]}, hidden, method="logits")
+    likeliest = np.argmax(logits, -1).astype(np.int32)
+    first = counted & (batch["tokens"] == ord("="))
+    right = (ids == 1) | ((ids == 2) & ~first)  # all of one answer, two thirds of the next
+    batch["targets"] = np.where(right, likeliest, (likeliest + 1) % 256)
+    scores = task.evaluate(params, {}, [batch])
+    assert scores["answers"] == 3 * ids.shape[0]
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["accuracy"] == pytest.approx(5 / 9)
