@@ -1,0 +1,92 @@
+"""Approach 1 of Hoffmann et al. (2022): which run is best at each FLOP count along the way."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.fits.bootstrap import RESAMPLES, resampled
+from genai_jax.scaling.fits.points import Curve
+from genai_jax.scaling.fits.power_law import PowerLaw, fit_line
+
+BUDGETS = 1500  # FLOP counts at which runs are compared, as in the paper
+
+
+class Envelope(NamedTuple):
+    """The best run at each budget, and power laws of the budget through them.
+
+    A run in the middle of its learning-rate schedule is worse than one that ends there, so that
+    this approach favours small models where all runs have one schedule.
+    """
+
+    budget: np.ndarray  # [budgets] at which the best run is neither the smallest nor the largest
+    parameters: np.ndarray  # [budgets] of the best run
+    tokens: np.ndarray  # [budgets] it has seen
+    loss: np.ndarray  # [budgets] it has there
+    parameters_law: PowerLaw
+    tokens_law: PowerLaw
+
+
+def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int = 0) -> Envelope:
+    """Compares runs at `BUDGETS` counts between the smallest and largest FLOPs of all curves.
+
+    Where the best run is the smallest or the largest of those that reach a count, nothing says
+    that a yet smaller or larger one would not be better: such counts are left out. Resamples are
+    of runs.
+
+    Raises:
+      ConfigError: the best run is of one size only.
+    """
+    curves = sorted(curves, key=lambda curve: curve.parameters)
+    sizes = np.array([curve.parameters for curve in curves])
+    ends = [curve.flops[[0, -1]] for curve in curves]
+    budget = np.geomspace(np.min(ends), np.max(ends), BUDGETS)
+    loss = np.stack([_along(budget, curve, curve.loss) for curve in curves])  # [runs, budgets]
+    tokens = np.stack([_along(budget, curve, curve.tokens) for curve in curves])
+    best, inside = _best(loss, sizes)
+    if len(np.unique(sizes[best[inside]])) < 2:
+        raise ConfigError(
+            f"the envelope of {len(curves)} training curves needs at least 2 sizes that are best "
+            f"somewhere, and neither the smallest nor the largest there; there are "
+            f"{len(np.unique(sizes[best[inside]]))}"
+        )
+    at = np.flatnonzero(inside)
+    found = sizes[best[at]], tokens[best[at], at], loss[best[at], at]
+    drawn = _resampled_lines(budget, loss, tokens, sizes, resamples, seed)
+    span = budget[at[0]], budget[at[-1]]
+    laws = [
+        PowerLaw(*map(float, fit_line(budget[at], y)), samples, span)
+        for y, samples in zip(found[:2], drawn, strict=True)
+    ]
+    return Envelope(budget[at], *found, *laws)
+
+
+def _along(budget: np.ndarray, curve: Curve, values: np.ndarray) -> np.ndarray:
+    """Values [steps] of a curve at these FLOPs, nan where it has none."""
+    logs = np.interp(np.log(budget), np.log(curve.flops), np.log(values), left=np.nan, right=np.nan)
+    return np.exp(logs)
+
+
+def _best(loss: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """([budgets] the best run, [budgets] whether its size is inside), runs by increasing size."""
+    there = np.isfinite(loss)
+    best = np.argmin(np.where(there, loss, np.inf), 0)
+    smallest = np.min(np.where(there, sizes[:, None], np.inf), 0)
+    largest = np.max(np.where(there, sizes[:, None], -np.inf), 0)
+    return best, (sizes[best] > smallest) & (sizes[best] < largest)
+
+
+def _resampled_lines(budget, loss, tokens, sizes, resamples: int, seed: int) -> np.ndarray:
+    """[2, resamples, 2]: lines of parameters and of tokens; nan where a resample fixes none."""
+    lines = np.full((2, resamples, 2), np.nan)
+    for i, counts in enumerate(resampled(len(sizes), resamples, seed, min(4, len(sizes)))):
+        runs = np.flatnonzero(counts)
+        best, inside = _best(loss[runs], sizes[runs])
+        at = np.flatnonzero(inside)
+        if len(at):
+            run = runs[best[at]]
+            lines[0, i] = fit_line(budget[at], sizes[run])
+            lines[1, i] = fit_line(budget[at], tokens[run, at])
+    return lines

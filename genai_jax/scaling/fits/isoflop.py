@@ -1,0 +1,144 @@
+"""Approach 2 of Hoffmann et al. (2022): at each budget, the best size is a parabola's minimum."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.fits.bootstrap import RESAMPLES, resampled
+from genai_jax.scaling.fits.points import Points
+from genai_jax.scaling.fits.power_law import PowerLaw, fit_line
+
+SAME_BUDGET = 1.1  # runs whose FLOPs differ by no more than this factor have one budget
+
+
+class Valley(NamedTuple):
+    """The runs of one budget and the parabola loss = c0 + c1 x + c2 x^2 of x = log N through them.
+
+    Attributes:
+      budget: geometric mean of the runs' FLOPs.
+      runs: their indices.
+      parabola: [3] (c0, c1, c2).
+      parameters, tokens, loss: at the minimum.
+      inside: whether the parabola has a minimum, and at a size between those of the runs.
+    """
+
+    budget: float
+    runs: np.ndarray
+    parabola: np.ndarray
+    parameters: float
+    tokens: float
+    loss: float
+    inside: bool
+
+
+class IsoFlop(NamedTuple):
+    """Best sizes, and power laws of the budget through those minima that are inside."""
+
+    valleys: list[Valley]
+    parameters: PowerLaw
+    tokens: PowerLaw
+    loss: PowerLaw
+
+
+def budgets(flops: np.ndarray) -> list[np.ndarray]:
+    """Indices of the runs of each budget, by increasing budget."""
+    groups: list[list[int]] = []
+    for index in np.argsort(flops):
+        if groups and flops[index] <= SAME_BUDGET * flops[groups[-1][0]]:
+            groups[-1].append(int(index))
+        else:
+            groups.append([int(index)])
+    return [np.array(group) for group in groups]
+
+
+def fit_isoflop(points: Points, *, resamples: int = RESAMPLES, seed: int = 0) -> IsoFlop:
+    """Parabolas, their minima, and power laws through them.
+
+    Resamples are drawn within each budget, of at least four different runs where there are four:
+    three would put the parabola through them whatever they are.
+
+    Raises:
+      ConfigError: fewer than two budgets of three sizes whose minimum is inside.
+    """
+    groups = [g for g in budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
+    valleys = [_valley(points, group) for group in groups]
+    inside = [valley for valley in valleys if valley.inside]
+    if len(inside) < 2:
+        raise ConfigError(
+            "an isoFLOP fit needs 2 budgets with 3 sizes each and a minimum between them; there "
+            f"are {len(inside)} (of {len(groups)} budgets with 3 sizes)"
+        )
+    drawn = [
+        _resampled_minima(points, valley, resamples, seed + i) for i, valley in enumerate(inside)
+    ]
+    samples = np.stack(drawn, -1)  # [3, resamples, budgets]
+    found = np.array([(v.parameters, v.tokens, v.loss) for v in inside]).T
+    budget = np.array([valley.budget for valley in inside])
+    laws = [_law(budget, *pair) for pair in zip(found, samples, strict=True)]
+    return IsoFlop(valleys, *laws)
+
+
+def _valley(points: Points, runs: np.ndarray) -> Valley:
+    here = points.where(runs)
+    weights = np.ones((1, len(runs)))
+    parabola, center = _parabolas(here, weights)
+    minimum = _minima(here, weights, parabola, center)[:, 0]
+    x = np.log(here.parameters)
+    inside = bool(parabola[0, 2] > 0 and x.min() < np.log(minimum[0]) < x.max())
+    c0, c1, c2 = parabola[0]  # of x - center
+    plain = np.array([c0 - c1 * center + c2 * center**2, c1 - 2 * c2 * center, c2])
+    budget = float(np.exp(np.mean(np.log(here.flops))))
+    return Valley(budget, runs, plain, *map(float, minimum), inside)
+
+
+def _resampled_minima(points: Points, valley: Valley, resamples: int, seed: int) -> np.ndarray:
+    """[3, resamples]: parameters, tokens and loss; nan where no minimum is near the runs."""
+    here = points.where(valley.runs)
+    counts = resampled(len(valley.runs), resamples, seed, min(4, len(valley.runs)))
+    parabola, center = _parabolas(here, counts)
+    minima = _minima(here, counts, parabola, center)
+    smallest, largest = here.parameters.min(), here.parameters.max()
+    good = (parabola[:, 2] > 0) & (minima[0] > smallest) & (minima[0] < largest)
+    return np.where(good, minima, np.nan)
+
+
+def _parabolas(here: Points, weights) -> tuple[np.ndarray, float]:
+    """([resamples, 3] by weighted least squares of loss on x - center, center), x = log N."""
+    x = np.log(here.parameters)
+    center = float(np.mean(x))
+    return _weighted_polynomials(x - center, here.loss, weights, 2), center
+
+
+def _minima(here: Points, weights, parabola, center: float) -> np.ndarray:
+    """[3, resamples]: parameters, tokens and loss where the parabolas are level.
+
+    Tokens come from a line through log D over log N: at one budget a larger model sees fewer.
+    """
+    c0, c1, c2 = parabola.T
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        x = -c1 / (2 * c2)
+        log_n = np.log(here.parameters) - center
+        d0, d1 = _weighted_polynomials(log_n, np.log(here.tokens), weights, 1).T
+        return np.stack([np.exp(center + x), np.exp(d0 + d1 * x), c0 + c1 * x / 2])
+
+
+def _weighted_polynomials(x, y, weights, degree: int) -> np.ndarray:
+    """[resamples, degree + 1], constant first.
+
+    x and y are [points], weights [resamples, points].
+    """
+    root = np.sqrt(weights)[..., None]
+    powers = x[:, None] ** np.arange(degree + 1)
+    return (np.linalg.pinv(root * powers) @ (root * y[:, None]))[..., 0]
+
+
+def _law(budget: np.ndarray, y: np.ndarray, samples: np.ndarray) -> PowerLaw:
+    """The line through y [budgets]; samples [resamples, budgets] may be nan and then weigh 0."""
+    log_scale, power = fit_line(budget, y)
+    usable = np.isfinite(samples)
+    filled = np.where(usable, samples, 1.0)
+    lines = fit_line(np.broadcast_to(budget, filled.shape), filled, usable.astype(float))
+    return PowerLaw(float(log_scale), float(power), lines, (budget.min(), budget.max()))

@@ -1,0 +1,236 @@
+"""Figures of the fits; none of them is made by pyplot, which would keep it."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, ScalarFormatter
+
+from genai_jax.scaling.fits.envelope import Envelope
+from genai_jax.scaling.fits.fit import Fit
+from genai_jax.scaling.fits.isoflop import IsoFlop
+from genai_jax.scaling.fits.optimum import Cost, Optimum, optimum
+from genai_jax.scaling.fits.points import Curve, Points
+from genai_jax.scaling.fits.power_law import KaplanLaw
+
+SIZE, TOKENS, FLOPS = "parameters N", "tokens D", "training FLOPs C"
+COLORS = "viridis"
+LINE, HIDDEN = "#c2410c", "#be123c"
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.2 * count if count < 3 else 13, 4.2), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for each in axes:
+        each.grid(alpha=0.25, linewidth=0.6)
+    return figure, list(axes)
+
+
+def _log(axes: Axes, *which: str):
+    """Logarithmic axes; one of less than a decade and a half gets ticks between the powers."""
+    for name in which:
+        getattr(axes, f"set_{name}scale")("log")
+        axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
+        if high / low < 30:
+            axis.set_major_locator(LogLocator(subs=_subs(high / low)))
+            plain = (
+                ScalarFormatter() if high < 1e4 else LogFormatterSciNotation(labelOnlyBase=False)
+            )
+            axis.set_major_formatter(plain)
+            axis.set_minor_formatter(NullFormatter())
+
+
+def _subs(ratio: float) -> list[float]:
+    if ratio < 2.5:
+        return np.arange(1, 10, 0.5 if ratio > 1.6 else 0.25).tolist()
+    return [1, 2, 3, 5, 7] if ratio < 8 else [1, 2, 5]
+
+
+def _colors(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> ScalarMappable:
+    """Colours by the logarithm of values, with their bar beside the axes."""
+    low, high = values.min(), values.max()
+    colors = ScalarMappable(LogNorm(low, high if high > low else 2 * low), COLORS)
+    figure.colorbar(colors, ax=axes, label=label)
+    return colors
+
+
+def law(points: Points, hidden: Points, fit: Fit, cost: Cost, unit: str) -> Figure:
+    """Loss over compute with the law's best, and its contours over N and D."""
+    figure, (left, right) = _panels(2)
+    _runs_over_compute(figure, left, points, hidden, unit)
+    reach = np.concatenate([points.flops, hidden.flops])
+    budgets = np.geomspace(reach.min(), reach.max(), 60)
+    best = _best(fit, cost, budgets)
+    if best:
+        left.plot(budgets, [b.loss.value for b in best], color=LINE, label="best by the law")
+        left.legend()
+    _contours(right, points, hidden, fit)
+    if best:
+        line = [b.parameters.value for b in best], [b.tokens.value for b in best]
+        limits = right.axis()
+        right.plot(*line, color=LINE, label="best by the law")
+        right.axis(limits)
+    right.legend(loc="upper left", fontsize="small")
+    return figure
+
+
+def _best(fit: Fit, cost: Cost, budgets: np.ndarray) -> list[Optimum]:
+    try:
+        plain = fit._replace(samples=fit.samples[:0])
+        return [optimum(plain, cost, budget) for budget in budgets]
+    except ValueError:  # a law without an optimum: its section says so
+        return []
+
+
+def _runs_over_compute(figure: Figure, axes: Axes, points: Points, hidden: Points, unit: str):
+    colors = _colors(figure, axes, points.parameters, SIZE)
+    axes.scatter(points.flops, points.loss, color=colors.to_rgba(points.parameters), s=16, zorder=3)
+    if len(hidden.loss):
+        axes.scatter(hidden.flops, hidden.loss, s=26, facecolors="none", edgecolors=HIDDEN,
+                     label="held out", zorder=3)  # fmt: skip
+    axes.set(xlabel=FLOPS, ylabel=f"loss ({unit})", title="runs")
+    _log(axes, "x", "y")
+
+
+def _contours(axes: Axes, points: Points, hidden: Points, fit: Fit):
+    sizes = np.concatenate([points.parameters, hidden.parameters])
+    tokens = np.concatenate([points.tokens, hidden.tokens])
+    span = lambda values: np.geomspace(values.min() / 1.3, values.max() * 1.3, 80)
+    n, d = np.meshgrid(span(sizes), span(tokens))
+    loss = fit.loss(n.ravel(), d.ravel()).reshape(n.shape)
+    drawn = axes.contour(n, d, loss, levels=14, cmap="cividis_r", linewidths=0.9)
+    axes.clabel(drawn, fontsize=7, fmt="%.3g")
+    axes.scatter(points.parameters, points.tokens, s=9, color="#444", label="runs", zorder=3)
+    if len(hidden.loss):
+        axes.scatter(hidden.parameters, hidden.tokens, s=26, facecolors="none",
+                     edgecolors=HIDDEN, label="held out", zorder=3)  # fmt: skip
+    axes.set(xlabel=SIZE, ylabel=TOKENS, title="loss by the law")
+    _log(axes, "x", "y")
+
+
+def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
+    """What the law leaves, over N, D and its prediction."""
+    figure, panels = _panels(3)
+    for runs, style, label in (
+        (points, dict(color="#2563a8", s=14), "fitted"),
+        (hidden, dict(facecolors="none", edgecolors=HIDDEN, s=26), "held out"),
+    ):
+        if not len(runs.loss):
+            continue
+        predicted = fit.loss(runs.parameters, runs.tokens)
+        left_over = 100 * (runs.loss / predicted - 1)
+        for axes, x in zip(panels, (runs.parameters, runs.tokens, predicted), strict=True):
+            axes.scatter(x, left_over, label=label, zorder=3, **style)
+    for axes, label in zip(panels, (SIZE, TOKENS, f"predicted loss ({unit})"), strict=True):
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel=label)
+        _log(axes, "x")
+    panels[0].set(ylabel="loss above the law (%)")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def single(points: Points, laws: dict[str, KaplanLaw], unit: str) -> Figure:
+    """Frontiers and lines of the laws of one variable."""
+    figure, panels = _panels(3)
+    data = {
+        "N": (points.parameters, SIZE),
+        "D": (points.tokens, TOKENS),
+        "C": (points.flops, FLOPS),
+    }
+    for axes, (of, found) in zip(panels, laws.items(), strict=True):
+        x, label = data[of]
+        axes.scatter(x, points.loss, s=8, color="#b8bec4", label="runs")
+        axes.scatter(found.x, found.loss, s=20, color="#2563a8", label="frontier", zorder=3)
+        span = np.geomspace(found.x.min(), found.x.max(), 50)
+        axes.plot(span, found.line(span), color=LINE, label=f"alpha {found.alpha:.3g}")
+        axes.set(xlabel=label)
+        axes.legend(fontsize="small")
+        _log(axes, "x", "y")
+    panels[0].set(ylabel=f"loss ({unit})")
+    return figure
+
+
+def isoflop(points: Points, found: IsoFlop, unit: str) -> Figure:
+    """The parabolas with their minima, and the power laws through these."""
+    figure, (left, right) = _panels(2)
+    colors = _colors(figure, left, np.array([v.budget for v in found.valleys]), "FLOPs")
+    for valley in found.valleys:
+        here, shade = points.where(valley.runs), colors.to_rgba(valley.budget)
+        left.scatter(here.parameters, here.loss, s=14, color=shade)
+        span = np.linspace(*np.log([here.parameters.min(), here.parameters.max()]), 60)
+        left.plot(np.exp(span), np.polyval(valley.parabola[::-1], span), color=shade, linewidth=1)
+        if valley.inside:
+            left.scatter(valley.parameters, valley.loss, marker="x", color=LINE, zorder=4)
+    left.set(xlabel=SIZE, ylabel=f"loss ({unit})", title="runs of one budget")
+    _log(left, "x")
+    inside = [v for v in found.valleys if v.inside]
+    budget = np.array([v.budget for v in inside])
+    for name, line, color in (("N", found.parameters, "#2563a8"), ("D", found.tokens, "#15803d")):
+        values = [v.parameters if name == "N" else v.tokens for v in inside]
+        right.scatter(budget, values, s=18, color=color)
+        label = f"{name} ~ C^{line.power:.3g}"
+        right.plot(budget, line(budget), color=color, label=label, linewidth=1.2)
+    right.set(xlabel=FLOPS, ylabel="best N, and its D", title="minima")
+    right.legend()
+    _log(right, "x", "y")
+    return figure
+
+
+def envelope(curves: list[Curve], found: Envelope, unit: str) -> Figure:
+    """The training curves with their envelope, and the sizes that make it up."""
+    figure, (left, right) = _panels(2)
+    colors = _colors(figure, left, np.array([curve.parameters for curve in curves]), SIZE)
+    for curve in curves:
+        left.plot(curve.flops, curve.loss, color=colors.to_rgba(curve.parameters), linewidth=0.9)
+    left.plot(found.budget, found.loss, color=LINE, linewidth=0, marker=".", markersize=2,
+              label="best, neither smallest nor largest")  # fmt: skip
+    left.set(xlabel=FLOPS, ylabel=f"loss ({unit})", title="training curves")
+    left.legend(fontsize="small", markerscale=4)
+    _log(left, "x", "y")
+    for name, values, line, color in (
+        ("N", found.parameters, found.parameters_law, "#2563a8"),
+        ("D", found.tokens, found.tokens_law, "#15803d"),
+    ):
+        right.plot(found.budget, values, ".", color=color, markersize=2)
+        right.plot(found.budget, line(found.budget), color=color, linewidth=1.2,
+                   label=f"{name} ~ C^{line.power:.3g}")  # fmt: skip
+    right.set(xlabel=FLOPS, ylabel="N and D of the best run")
+    right.legend()
+    _log(right, "x", "y")
+    return figure
+
+
+def optima(approaches: dict[str, list[Optimum]]) -> Figure:
+    """Best sizes and tokens over budgets, by approach, with their intervals."""
+    figure, panels = _panels(2)
+    markers = dict(zip(approaches, "osD", strict=False))
+    for i, (name, found) in enumerate(approaches.items()):
+        budget = np.array([best.budget for best in found]) * 1.04**i  # beside, not above each other
+        for axes, field in zip(panels, ("parameters", "tokens"), strict=True):
+            value, low, high = np.array([getattr(best, field) for best in found]).T
+            arms = np.nan_to_num(np.maximum([value - low, high - value], 0))
+            axes.errorbar(budget, value, arms, label=name, marker=markers[name], markersize=4,
+                          linewidth=0.8, capsize=2)  # fmt: skip
+    for axes, label in zip(panels, (SIZE, TOKENS), strict=True):
+        axes.set(xlabel="budget (FLOPs)", ylabel=f"best {label}")
+        axes.legend()
+        _log(axes, "x", "y")
+    return figure
+
+
+def held_out(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
+    """Predicted against measured loss."""
+    figure, (axes,) = _panels(1)
+    for runs, color, label in ((points, "#b8bec4", "fitted"), (hidden, HIDDEN, "held out")):
+        predicted = fit.loss(runs.parameters, runs.tokens)
+        axes.scatter(runs.loss, predicted, s=18, color=color, label=label, zorder=3)
+    ends = np.array([min(points.loss.min(), hidden.loss.min()), points.loss.max()])
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    axes.fill_between(ends, ends * 0.98, ends * 1.02, color="black", alpha=0.08, label="2 %")
+    axes.set(xlabel=f"measured loss ({unit})", ylabel=f"predicted loss ({unit})")
+    axes.legend()
+    return figure

@@ -1,0 +1,199 @@
+"""What is fitted: runs that ended, and the curves of those runs."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+
+
+class Points(NamedTuple):
+    """Runs, one a point; float64 arrays [points], all of them positive."""
+
+    parameters: np.ndarray  # N
+    tokens: np.ndarray  # D, seen in training
+    flops: np.ndarray  # C, of the whole training
+    loss: np.ndarray  # L at the end, nats a token
+
+    def where(self, which: np.ndarray) -> Points:
+        """Those that a mask [points] or an array of indices names."""
+        return Points(*(a[which] for a in self))
+
+
+class Curve(NamedTuple):
+    """One run while it trains; tokens, flops and loss are float64 arrays [steps], in order."""
+
+    parameters: float
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+
+
+def make_points(parameters, tokens, loss, flops=None) -> Points:
+    """Points of array-likes [points]; flops are 6 N D if not given.
+
+    Raises:
+      ConfigError: lengths that differ, or a value that is not a positive number (which one).
+    """
+    parameters, tokens, loss = (np.asarray(a, np.float64) for a in (parameters, tokens, loss))
+    flops = 6 * parameters * tokens if flops is None else np.asarray(flops, np.float64)
+    points = Points(parameters, tokens, flops, loss)
+    if any(a.ndim != 1 or len(a) != len(loss) for a in points):
+        shapes = ", ".join(f"{n} {a.shape}" for n, a in zip(Points._fields, points, strict=True))
+        raise ConfigError(f"points are arrays [points] of one length, not {shapes}")
+    for name, values in zip(Points._fields, points, strict=True):
+        bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+        if len(bad):
+            raise ConfigError(
+                f"point {bad[0]}: {name} is {values[bad[0]]:g}; it must be a positive number"
+            )
+    return points
+
+
+def check_enough(count: int, coefficients: int, what: str):
+    """Raises `ConfigError` where there are fewer points than coefficients."""
+    if count < coefficients:
+        raise ConfigError(f"{what} has {coefficients} coefficients; {count} points cannot fix them")
+
+
+def check_spread(points: Points):
+    """Raises `ConfigError` where sizes or tokens do not vary enough for a law of both.
+
+    A term A / N^alpha beside a constant shows itself at three sizes, not at two.
+    """
+    for name in ("parameters", "tokens"):
+        count = len(np.unique(getattr(points, name)))
+        if count < 3:
+            raise ConfigError(
+                f"a law of parameters and tokens needs at least 3 different {name}; there are "
+                f"{count}"
+            )
+
+
+class Columns(NamedTuple):
+    """The headings of a CSV's columns."""
+
+    parameters: str = "parameters"
+    tokens: str = "tokens"
+    loss: str = "loss"
+    flops: str | None = None  # 6 N D if None
+    run: str | None = None  # rows of one run are its curve, the last one its end
+
+
+class Data(NamedTuple):
+    """What a CSV holds."""
+
+    points: Points
+    held_out: np.ndarray  # [points] bool
+    curves: list[Curve] | None
+
+
+def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
+    """Reads runs from a CSV with a heading.
+
+    Args:
+      path: the file.
+      columns: which of its columns are what.
+      held_out: a condition on a column, such as "flops>1e19", "tokens>=2e9" or "large=1"; "flops"
+        is known also where it is not a column. Empty: nothing is held out.
+
+    Raises:
+      ConfigError: a column that is not there, or a value that is not a positive number; the row is
+        the line of the file, the heading being line 1.
+    """
+    lines, rows = _read_rows(path)
+    numbers = {
+        field: _positive_column(path, lines, rows, name)
+        for field, name in columns._asdict().items()
+        if name and field != "run"
+    }
+    points = make_points(**numbers)
+    hidden = _condition(path, lines, rows, held_out, points)
+    if not columns.run:
+        return Data(points, hidden, None)
+    runs = np.array(_column(path, rows, columns.run))
+    members = [np.flatnonzero(runs == name) for name in dict.fromkeys(runs.tolist())]
+    ends = np.array([m[-1] for m in members])
+    curves = [
+        Curve(points.parameters[m[-1]], points.tokens[m], points.flops[m], points.loss[m])
+        for m in members
+    ]
+    return Data(points.where(ends), hidden[ends], curves)
+
+
+def _read_rows(path: str) -> tuple[list[int], list[dict]]:
+    """(line of each row, heading -> text of each row)."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            found = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read --csv={path}: {reason}") from None
+    if not found:
+        raise ConfigError(f"--csv={path} has no rows below its heading")
+    lines, rows = zip(*found, strict=True)
+    return list(lines), list(rows)
+
+
+def _column(path: str, rows: list[dict], name: str) -> list[str]:
+    known = [n for n in rows[0] if n]
+    if name not in known:
+        raise ConfigError(f"--csv={path} has no column {name!r}; it has {', '.join(known)}")
+    return [(row[name] or "").strip() for row in rows]
+
+
+def _numeric_column(path: str, lines: list[int], rows: list[dict], name: str) -> np.ndarray:
+    """[points]; raises `ConfigError` for what is no number."""
+    values = []
+    for line, text in zip(lines, _column(path, rows, name), strict=True):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isnan(value):
+            raise ConfigError(f"{path} line {line}: {name} is {text!r}, not a number")
+        values.append(value)
+    return np.array(values)
+
+
+def _positive_column(path: str, lines: list[int], rows: list[dict], name: str) -> np.ndarray:
+    values = _numeric_column(path, lines, rows, name)
+    bad = np.flatnonzero((values <= 0) | np.isinf(values))
+    if len(bad):
+        line, value = lines[bad[0]], values[bad[0]]
+        raise ConfigError(f"{path} line {line}: {name} is {value:g}; it must be positive")
+    return values
+
+
+COMPARISONS = {
+    ">": np.greater, ">=": np.greater_equal, "<": np.less, "<=": np.less_equal, "=": np.equal,
+}  # fmt: skip
+
+
+def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
+    """[points] bool."""
+    if not text:
+        return np.zeros(len(rows), bool)
+    match = re.fullmatch(r"\s*(.+?)\s*(>=|<=|>|<|=)\s*(\S+)\s*", text)
+    try:
+        name, comparison, bound = match.group(1), match.group(2), float(match.group(3))
+    except (AttributeError, ValueError):
+        raise ConfigError(
+            f"--held_out={text}: write a column, one of > >= < <= =, and a number: flops>1e19"
+        ) from None
+    if name == "flops" and name not in rows[0]:
+        values = points.flops
+    else:
+        values = _numeric_column(path, lines, rows, name)
+    hidden = COMPARISONS[comparison](values, bound)
+    if hidden.all() or not hidden.any():
+        raise ConfigError(
+            f"--held_out={text} names {hidden.sum()} of {len(hidden)} rows; hold out some"
+        )
+    return hidden
