@@ -1,11 +1,13 @@
 """What studies conclude, on results that are made up so that the answer is known."""
 
+import io
 import json
 import math
 import pathlib
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from genai_jax.components import parse_run
@@ -18,6 +20,7 @@ from genai_jax.scaling.study.folder import Counts, Run
 from genai_jax.scaling.study.launch import commands
 from genai_jax.scaling.study.results import Fate, Result, is_finished, read_results, write_fate
 from genai_jax.scaling.study.scaling_law import ScalingLawConfig
+from genai_jax.scaling.study.table import LiveTable
 from genai_jax.scaling.study.times import Measured, Speed, _fitted, makespan
 from genai_jax.scaling.study.transfer import TransferConfig
 from tests.commands import TINY
@@ -347,7 +350,7 @@ def test_expected_numbers(tmp_path):
     assert len(wrong) == 2 and wrong[1] == "b is -8.9; expected is -10 within 1"
     for text in ('{"a": 3}', '{"a": {"value": 1, "tolerance": "x%"}}', '{"a": {"value": 1}}'):
         write(text)
-        with pytest.raises(ConfigError, match="a is .*; allowed is"):
+        with pytest.raises(ConfigError, match=r"a is .*; allowed is"):
             read_expected(tmp_path)
     write("{")
     with pytest.raises(ConfigError, match="is no JSON"):
@@ -371,3 +374,24 @@ def test_a_slurm_job_for_each_run(tmp_path):
         "experiments/pods/launch/slurm.sh --nodes=2 --partition=gpu "
         f"--flagfile=experiments/quickstart/vae.flags --workdir={tmp_path}"
     )
+
+
+def test_the_live_table_shows_every_run(tmp_path):
+    console = Console(width=110, height=30, record=True, file=io.StringIO())
+    runs = [made(name, tmp_path / name) for name in ("done", "going", "broken", "next")]
+    for run in runs[:2]:
+        run.workdir.mkdir()
+        row = {"step": 4, "eval/loss": 2.5, "perf/tokens_per_second": 1234.0}
+        (run.workdir / "metrics.jsonl").write_text(json.dumps(row) + '\n{"step": 6, "cut')
+    table = LiveTable(runs, runs[:1], "eval/loss", console)
+    with table:
+        table.started(runs[1])
+        table.started(runs[2])
+        table.ended(runs[2], Fate(2, "no such file", 1.0, 0))
+        table.interrupted(1, 1)
+    console.print(table.table())
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
+    assert "4/8" in lines["done"] and "2.5000" in lines["done"] and "1,234" in lines["going"]
+    assert lines["going"].rstrip().endswith("running")
+    assert "failed: no such file" in lines["broken"] and "waiting" in lines["next"]
+    assert "stopping: 1 run(s) save a checkpoint" in " ".join(lines.values())

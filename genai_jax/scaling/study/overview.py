@@ -29,7 +29,9 @@ def plan_text(
       speed: of this machine, None if nothing would be trained.
       jobs: processes at a time.
     """
-    states = {run.name: "finished" for run in finished} | {run.name: "later" for run in others}
+    states = {run.name: "finished" for run in finished} | {
+        run.name: "perhaps later" for run in others
+    }
     every = sorted((*runs, *finished, *others), key=lambda run: run.name)
     heads = ("run", "parameters", "non-embedding", "tokens", "FLOPs", "expected time", "")
     rows = [

@@ -71,7 +71,7 @@ class Lines:
 class LiveTable:
     """A table of all runs, drawn anew every half second."""
 
-    def __init__(self, runs: Sequence[Run], finished: Sequence[Run], metric: str):
+    def __init__(self, runs: Sequence[Run], finished: Sequence[Run], metric: str, console=None):
         from rich.console import Console
         from rich.live import Live
 
@@ -80,9 +80,8 @@ class LiveTable:
         self._began: dict[str, float] = {}
         self._seconds: dict[str, float] = {}
         self._first_step: dict[str, int] = {}
-        self._live = Live(
-            get_renderable=self._table, console=Console(stderr=True), refresh_per_second=2
-        )
+        self._console = console or Console(stderr=True)
+        self._live = Live(get_renderable=self.table, console=self._console, refresh_per_second=2)
 
     def __enter__(self):
         self._live.start()
@@ -106,7 +105,8 @@ class LiveTable:
     def refresh(self):
         pass  # the table draws itself
 
-    def _table(self):
+    def table(self):
+        """The table as it is now, for rich to print."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, caption=self._notice, caption_justify="left")
@@ -122,7 +122,7 @@ class LiveTable:
 
     def _shown(self) -> list[Run]:
         """All runs, or as many as the terminal is high: first those where something happens."""
-        most = max(self._live.console.height - 5, 3)
+        most = max(self._console.height - 5, 3)
         order = lambda run: ("running", "waiting", "done").index(self._kind(run))
         chosen = sorted(self._runs, key=order)[:most] if len(self._runs) > most else self._runs
         return [run for run in self._runs if run in chosen]
