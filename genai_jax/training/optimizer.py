@@ -128,7 +128,7 @@ def make_optimizer(
 
 def _by_width(name: str, axes, growth: Mapping[str, float]) -> list[optax.GradientTransformation]:
     """Multiplies updates by what the width asks for; nothing where that is 1 for all of them."""
-    rule = name if name in ("sgd", "muon") else "adam"  # those whose updates know no scale
+    rule = name if name in ("sgd", "muon") else "adam"  # updates whose size no gradient changes
     factors = _map_axes(lambda a: learning_rate_factor(a, growth, rule) if growth else 1.0, axes)
     if all(factor == 1 for factor in jax.tree.leaves(factors)):
         return []
