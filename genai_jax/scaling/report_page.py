@@ -55,7 +55,8 @@ summary { cursor: pointer; }
 @media (max-width: 36rem) { body { padding: 1.25rem .9rem 3rem; } h1 { font-size: 1.5rem; } }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --shade: #f4f4f4;
   --accent: #000; --warn: #000; } body { max-width: none; padding: 0; font-size: 10pt; }
-  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } nav { display: none; }
+  h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  figure svg { max-width: 30rem; } nav { display: none; }
   .wide { overflow: visible; } table { width: auto; font-size: 7.5pt; }
   th, td { padding-right: .5rem; }
   pre { white-space: pre-wrap; } }

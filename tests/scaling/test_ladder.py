@@ -28,6 +28,7 @@ def flags(base, **changes) -> list[str]:
     return [f"--flagfile={base}", *(f"--{name}={value}" for name, value in every.items())]
 
 
+@pytest.mark.smoke
 def test_every_run_spends_its_budget(base, capsys):
     more = "--data.dataset=python_source"
     assert ladder.main([*flags(base, warmup=0.1, evaluations=4), more]) == 0

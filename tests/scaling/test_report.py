@@ -74,6 +74,7 @@ def written(tmp_path_factory):
     return folder
 
 
+@pytest.mark.smoke
 def test_the_page_is_self_contained(written):
     text = (written / "index.html").read_text()
     page = Page(text)

@@ -1,7 +1,4 @@
-"""A study as a user runs it: interrupted, resumed, with a run that fails, checked and launched.
-
-All real runs differ in their seed alone, so that one compiled step serves them all.
-"""
+"""A study as a user runs it: interrupted, resumed, with a run that fails, checked and launched."""
 
 import json
 import signal
@@ -42,36 +39,31 @@ def wait_for(what):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, text_folder):
-    """(study, workdir): two runs, one of them long, and one whose data is not there."""
+    """(study, workdir): a run of a second or more, and one whose data is not there."""
     base = (
         *TINY, f"--data.dataset=text:{text_folder}", "--optimizer.schedule=rsqrt",
         "--transformer.dropout=0.1", "--ema.decay=0.9", "--train.log_every=10",
-        "--train.steps=4", "--checkpoint.every=0",
+        f"--train.steps={STEPS}", "--checkpoint.every=0",
     )  # fmt: skip
-    runs = {
-        "quick": ("--seed=1",),
-        "long": ("--seed=2", f"--train.steps={STEPS}"),
-        "broken": ("--data.dataset=text:/nowhere",),
-    }
-    folder = write_study(
-        tmp_path_factory.mktemp("studies") / "tiny", base, runs, "--study.analysis=curves"
-    )
+    runs = {"sound": ("--seed=1",), "broken": ("--data.dataset=text:/nowhere",)}
+    settings = ("--study.analysis=curves", "--study.metrics=eval/loss")
+    folder = write_study(tmp_path_factory.mktemp("studies") / "tiny", base, runs, *settings)
     return folder, tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture(scope="module")
 def done(folders):
-    """The same study command twice: the first interrupted, the second to its end."""
+    """The study twice, two runs at a time: the first time interrupted, then to its end."""
     folder, workdir = folders
     flags = (f"--study={folder}", f"--workdir={workdir}", "--jobs=2")
-    process = start("study", *flags)
-    wait_for(lambda: (workdir / "runs" / "broken" / "study.json").exists())
+    process = start("study", *flags, "--only=sound")
+    wait_for((workdir / "runs" / "sound").exists)
     with pytest.raises(ConfigError, match="is in use: a study runs there"):
         study.main(flags)
-    wait_for(lambda: rows(workdir / "runs" / "long"))
+    wait_for(lambda: rows(workdir / "runs" / "sound"))
     process.send_signal(signal.SIGINT)
     _, first = process.communicate(timeout=240)
-    stopped_at = rows(workdir / "runs" / "long")[-1]["step"]
+    stopped_at = rows(workdir / "runs" / "sound")[-1]["step"]
     code = process.returncode
     out, second = run("study", *flags, code=1)
     return code, first, stopped_at, out, second
@@ -81,20 +73,21 @@ def test_ctrl_c_is_passed_on_and_says_how_to_go_on(done, folders):
     code, said, stopped_at, *_ = done
     assert code == 130 and stopped_at < STEPS
     assert "run(s) save a checkpoint and leave; a second signal ends them" in said
-    assert "long: stopped, saved" in said
+    assert "sound: stopped, saved" in said
     assert f"this goes on: python -m genai_jax.study --study={folders[0]}" in said
-    log = (folders[1] / "runs" / "long" / "train.log").read_text()
+    log = (folders[1] / "runs" / "sound" / "train.log").read_text()
     assert "stopped by signal 2 at step" in log
 
 
 def test_the_same_command_goes_on(done, folders):
     *_, said = done
-    long = folders[1] / "runs" / "long"
+    sound = folders[1] / "runs" / "sound"
     assert (
-        "long: started again, from step" in said and "resuming" in (long / "train.log").read_text()
+        "sound: started again, from step" in said
+        and "resuming" in (sound / "train.log").read_text()
     )
-    assert [row["step"] for row in rows(long)] == list(range(10, STEPS + 1, 10))
-    assert "eval/loss" in rows(long)[-1]
+    assert [row["step"] for row in rows(sound)] == list(range(10, STEPS + 1, 10))
+    assert "eval/loss" in rows(sound)[-1]
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(done, folders):
@@ -105,10 +98,10 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(done, folders):
     assert "broken is missing: text:/nowhere: no such file or folder" in page
     assert "A tiny study" in page and "Do seeds matter?" in page
     results = json.loads((folders[1] / "report" / "results.json").read_text())
-    last = rows(folders[1] / "runs" / "long")[-1]
-    assert results["numbers"]["long/eval/loss"] == last["eval/loss"]
+    last = rows(folders[1] / "runs" / "sound")[-1]
+    assert results["numbers"]["sound/eval/loss"] == last["eval/loss"]
     assert results["record"]["environment"]["versions"]["jax"]
-    assert "--seed=1\n" in results["record"]["flags"]["quick"]
+    assert "--seed=1\n" in results["record"]["flags"]["sound"]
 
 
 def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
@@ -116,18 +109,18 @@ def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
     before = {
         p: p.stat().st_mtime_ns for p in (workdir / "runs").rglob("*") if "broken" not in str(p)
     }
-    flags = [f"--study={folder}", f"--workdir={workdir}", "--only=quick", "--check"]
-    loss = rows(workdir / "runs" / "quick")[-1]["eval/loss"]
-    expected = {"quick/eval/loss": {"value": loss * 1.01, "tolerance": "2%"}}
+    flags = [f"--study={folder}", f"--workdir={workdir}", "--only=sound", "--check"]
+    loss = rows(workdir / "runs" / "sound")[-1]["eval/loss"]
+    expected = {"sound/eval/loss": {"value": loss * 1.01, "tolerance": "2%"}}
     (folder / "expected.json").write_text(json.dumps(expected))
     assert study.main(flags) == 0
     assert "every number is as expected.json says" in capsys.readouterr().out
-    expected["quick/eval/loss"]["tolerance"] = 0.005 * loss
-    expected["quick/accuracy"] = {"value": 1, "tolerance": 0}
+    expected["sound/eval/loss"]["tolerance"] = 0.005 * loss
+    expected["sound/accuracy"] = {"value": 1, "tolerance": 0}
     (folder / "expected.json").write_text(json.dumps(expected))
     assert study.main(flags) == 1
     said = capsys.readouterr().err
-    assert "quick/eval/loss is" in said and "quick/accuracy is not among the results" in said
+    assert "sound/eval/loss is" in said and "sound/accuracy is not among the results" in said
     assert all(p.stat().st_mtime_ns == mtime for p, mtime in before.items())
 
 
@@ -136,12 +129,12 @@ def test_a_dry_run_says_sizes_and_time(done, folders, capsys):
     assert study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line for line in out.splitlines()}
-    record = json.loads((workdir / "runs" / "quick" / "run.json").read_text())
-    assert f"{record['parameters']['total']:,}" in lines["quick"]
-    assert f"{record['flops_per_step'] * 4:.3e}" in lines["quick"]
-    assert lines["quick"].endswith("finished") and not lines["broken"].endswith("finished")
-    assert "1,024" in lines["quick"]  # tokens: 4 steps of 8 rows of 32
-    assert "expected from 2 finished run(s) of the study" in out
+    record = json.loads((workdir / "runs" / "sound" / "run.json").read_text())
+    assert f"{record['parameters']['total']:,}" in lines["sound"]
+    assert f"{record['flops_per_step'] * STEPS:.3e}" in lines["sound"]
+    assert lines["sound"].endswith("finished") and not lines["broken"].endswith("finished")
+    assert f"{STEPS * 8 * 32:,}" in lines["sound"]  # tokens
+    assert "expected from 1 finished run(s) of the study" in out
 
 
 def test_commands_for_elsewhere(done, folders, capsys):
@@ -158,7 +151,7 @@ def test_commands_for_elsewhere(done, folders, capsys):
 
 def test_changed_flags_of_a_finished_run_are_refused(done, folders, tmp_path):
     folder, workdir = folders
-    path = folder / "quick.flags"
+    path = folder / "sound.flags"
     before = path.read_text()
     path.write_text(before + "--optimizer.learning_rate=5e-3\n")
     try:

@@ -95,6 +95,7 @@ def test_rates_are_chosen_before_the_other_seeds_are_run(runs):
     assert {run.config.optimizer.learning_rate for run in more} == {3e-3} and len(more) == 9
 
 
+@pytest.mark.smoke
 def test_differences_are_paired_and_the_choice_is_not_scored(runs):
     needed = [r for r in runs if r.config.run.seed == 0 or r.config.optimizer.learning_rate == 3e-3]
     sections = comparison.analyze([score(run) for run in needed], settings())

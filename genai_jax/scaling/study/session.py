@@ -95,13 +95,18 @@ def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[
         "question": study.question,
         "warnings": missing,
         "commands": [
-            shlex.join(["python", "-m", "genai_jax.study", *argv]),
+            shlex.join(["python", "-m", "genai_jax.study", *_lasting(argv)]),
             "# a single run, with its flags as below in RUN.flags:",
             "python -m genai_jax.train --flagfile=RUN.flags --workdir=runs/RUN",
         ],
         "environment": environments(finished),
         "flags": {run.name: (run.workdir / "flags.txt").read_text() for run in finished},
     }
+
+
+def _lasting(argv: Sequence[str]) -> list[str]:
+    """Without what says how the runs were trained, and not what the report is about."""
+    return [a for a in argv if not a.lstrip("-").startswith(("only", "jobs", "check"))]
 
 
 def check(study: Study, workdir: pathlib.Path) -> list[str]:
