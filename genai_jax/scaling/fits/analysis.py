@@ -160,7 +160,7 @@ def _joint_section(fits: Fits, hidden: Points, unit: str) -> Section:
             + _trust(parametric),
             "Beside it the same law by variable projection, which minimizes squares of relative "
             f"errors (root mean square {100 * projected.error:.3g} %). Intervals are percentiles "
-            f"of {len(parametric.samples)} resamples of the runs.",
+            f"of {len(parametric.samples)} resamples of the runs, beginning at the best fit.",
             f"{joint.law.title}: relative error, root mean square: {100 * rms['joint']:.3g} %. It "
             "has no irreducible loss. " + _trust(joint),
         ],
@@ -191,7 +191,7 @@ def _trust(law: Fit) -> str:
     spans = {
         name: high / low if low > 0 else np.inf for name, (low, high) in law.intervals().items()
     }
-    loose = [name for name, span in spans.items() if span > LOOSE]
+    loose = [name for name, span in spans.items() if span > LOOSE and len(law.samples)]
     said = [] if law.converged else ["Not every fit converged."]
     if loose:
         said.append(

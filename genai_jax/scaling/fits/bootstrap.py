@@ -28,5 +28,6 @@ def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.
     tail = (1 - level) / 2
     if not np.isfinite(samples).any():
         return np.full((2, *samples.shape[1:]), np.nan)
-    low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0)
+    # Nearest: what was sampled may be infinite, and is then not to be interpolated.
+    low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0, method="nearest")
     return low, high

@@ -109,8 +109,8 @@ def fit(
 def _different(found: Minima) -> np.ndarray:
     """[minima, variables]: the best of them and a few that differ and are nearly as good.
 
-    Where runs leave a coefficient open, a term may vanish in one fit and not in the next: from where
-    it has vanished nothing leads back.
+    Where runs leave a coefficient open, a term may vanish in one fit and not in the next: from
+    where it has vanished nothing leads back.
     """
     order = np.argsort(found.value)
     near = order[found.value[order] <= NEARLY * found.value[order[0]]]

@@ -75,7 +75,8 @@ class Parametric:
 
     def values(self, x):
         a, b, e, alpha, beta = np.moveaxis(x, -1, 0)
-        return np.stack([np.exp(e), np.exp(a), np.exp(b), alpha, beta], -1)
+        with np.errstate(over="ignore"):  # A where loss hardly depends on N
+            return np.stack([np.exp(e), np.exp(a), np.exp(b), alpha, beta], -1)
 
     def variables(self, values: np.ndarray) -> np.ndarray:
         """The inverse of `values`."""
@@ -128,8 +129,9 @@ class KaplanJoint:
 
     def values(self, x):
         a, b, log_alpha_n, log_alpha_d = np.moveaxis(x, -1, 0)
-        alpha_n, alpha_d = np.exp(log_alpha_n), np.exp(log_alpha_d)
-        return np.stack([np.exp(a / alpha_n), np.exp(b / alpha_d), alpha_n, alpha_d], -1)
+        with np.errstate(over="ignore"):  # N_c where loss hardly falls with N
+            alpha_n, alpha_d = np.exp(log_alpha_n), np.exp(log_alpha_d)
+            return np.stack([np.exp(a / alpha_n), np.exp(b / alpha_d), alpha_n, alpha_d], -1)
 
     def starts(self):
         logs, powers = np.arange(0, 12, 2.0), np.log([0.03, 0.1, 0.3, 1.0])

@@ -97,14 +97,14 @@ class _Problem:
         return np.einsum("bp,bp->b", weights, errors**2), np.stack(slopes, -1)
 
 
-# Which of three coefficients are not 0: every way but none at all.
-SUPPORTS = np.array([s for s in itertools.product((1.0, 0.0), repeat=3) if any(s)])
+# Which of three coefficients are not 0.
+SUPPORTS = np.array(list(itertools.product((1.0, 0.0), repeat=3)))
 
 
 def nonnegative(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Non-negative least squares of 1 on three columns, [batch, 3].
 
-    The best is a plain least squares on some of the columns; there are seven ways to choose them.
+    The best is a plain least squares on some of the columns; there are eight ways to choose them.
 
     Args:
       rows: [batch, points, 3].
@@ -119,7 +119,7 @@ def nonnegative(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     scale = np.sqrt(np.einsum("bii->bi", gram))  # columns of length 1 round least
     scaled = gram / (scale[:, :, None] * scale[:, None, :])
     aim = (SUPPORTS[:, None] * (right / scale))[..., None]
-    found = np.linalg.solve(scaled * keep + rest, aim)[..., 0] / scale  # [7, batch, 3]
+    found = np.linalg.solve(scaled * keep + rest, aim)[..., 0] / scale  # [8, batch, 3]
     error = np.einsum("sbi,bij,sbj->sb", found, gram, found) - 2 * np.sum(found * right, -1)
     error = np.where((found >= 0).all(-1), error, np.inf)
     return np.take_along_axis(found, np.argmin(error, 0)[None, :, None], 0)[0]

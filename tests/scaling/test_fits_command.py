@@ -1,0 +1,105 @@
+"""The command that fits the runs in a CSV."""
+
+import json
+
+import numpy as np
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.fits.__main__ import main
+from genai_jax.scaling.fits.points import Columns, read_csv
+from tests.scaling.test_fits import ladder, loss_of
+
+HEADING = "name,N,D,L\n"
+COLUMNS = Columns("N", "D", "L")
+
+
+def write(path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
+    points = ladder(np.geomspace(1e18, 1e20, 4), sizes=5)
+    rows = [f"r,{n},{d},{loss}\n" for n, d, _, loss in zip(*points, strict=True)]
+    rows.append(f"large,1e9,1e11,{loss_of(1e9, 1e11)}\n")
+    csv = write(tmp_path / "runs.csv", HEADING + "".join(rows))
+    out = tmp_path / "report"
+    flags = [f"--csv={csv}", f"--output={out}", "--parameters=N", "--tokens=D", "--loss=L",
+             "--held_out=flops>2e20", "--budget=1e19", "--resamples=10"]  # fmt: skip
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "21 runs, FLOPs: 6 N D" in printed
+    assert "L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28" in printed
+    assert "1 runs that no law was fitted to" in printed
+    numbers = json.loads((out / "results.json").read_text())["numbers"]
+    assert numbers["parametric/alpha"] == pytest.approx(0.34, rel=1e-3)
+    assert numbers["parametric/alpha/low"] <= numbers["parametric/alpha/high"]
+    assert numbers["isoflop/minima_inside"] == 4
+    assert numbers["held_out/parametric/max_relative_error"] < 1e-4
+    for name in ("law", "residuals", "one_variable", "isoflop", "optimum", "held_out"):
+        assert (out / f"{name}.png").stat().st_size > 10_000, name
+    assert "Compute-optimal runs" in (out / "index.html").read_text()
+    with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of what was fitted"):
+        main([*flags, "--budget=1e25", "--resamples=0"])
+
+
+def test_rows_of_one_run_are_its_curve(tmp_path):
+    rows = [f"r{i},{10**i},{d},{9 - d - i}\n" for i in (1, 2) for d in (1, 2, 3)]
+    data = read_csv(
+        write(tmp_path / "c.csv", HEADING + "".join(rows)), COLUMNS._replace(run="name")
+    )
+    assert data.points.loss.tolist() == [5, 4] and data.points.flops.tolist() == [180, 1800]
+    assert data.curves[1].parameters == 100 and data.curves[1].loss.tolist() == [6, 5, 4]
+    assert not data.held_out.any()
+
+
+def test_a_condition_holds_rows_out(tmp_path):
+    csv = write(tmp_path / "c.csv", HEADING + "a,1,1,2\nb,2,2,2\nc,3,3,2\n")
+    assert read_csv(csv, COLUMNS, "flops>20").held_out.tolist() == [False, True, True]
+    assert read_csv(csv, COLUMNS, "N = 2").held_out.tolist() == [False, True, False]
+    for condition, message in (
+        ("N>5", "names 0 of 3 rows"),
+        ("N", "write a column"),
+        ("tokens>1", "no column 'tokens'; it has name, N, D, L"),
+        ("name=1", "line 2: name is 'a', not a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_csv(csv, COLUMNS, condition)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no rows"),
+        (HEADING, "no rows"),
+        ("name,N,L\na,1,2\n", "no column 'D'; it has name, N, L"),
+        (HEADING + "a,1,2,3\nb,,2,3\n", "line 3: N is '', not a number"),
+        (HEADING + "a,1,2,3\nb,1,2\n", "line 3: L is '', not a number"),
+        (HEADING + "a,1,2,x\n", "line 2: L is 'x', not a number"),
+        (HEADING + "a,1,2,nan\n", "line 2: L is 'nan', not a number"),
+        (HEADING + "a,1,0,3\n", "line 2: D is 0; it must be positive"),
+        (HEADING + "a,1,2,3\n\nb,-4,2,3\n", "line 4: N is -4; it must be positive"),
+        (HEADING + "a,1,inf,3\n", "line 2: D is inf; it must be positive"),
+    ],
+)
+def test_a_bad_csv_names_the_row_and_the_column(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read_csv(write(tmp_path / "bad.csv", text), COLUMNS)
+
+
+def test_bad_flags_are_one_line(tmp_path):
+    csv = write(tmp_path / "c.csv", "parameters,tokens,loss\n" + "1e6,1e8,3\n" * 4)
+    flags = [f"--csv={csv}", f"--output={tmp_path / 'r'}"]
+    for more, message in (
+        (["--budget=many"], "--budget=many: write positive FLOPs"),
+        (["--extrapolate=0.5"], "extrapolate"),
+        (["--flops=C"], "no column 'C'"),
+        ([], "5 coefficients; 4 points"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main([*flags, *more])
+    with pytest.raises(ConfigError, match="--output is not set"):
+        main(flags[:1])
+    with pytest.raises(ConfigError, match="cannot read --csv=nowhere"):
+        main(["--csv=nowhere", "--output=x"])
