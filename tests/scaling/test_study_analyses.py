@@ -129,6 +129,17 @@ def test_bootstrap_intervals_hold_the_mean(runs):
     assert min(values) - 1e-12 <= low < mean < high <= max(values) + 1e-12
 
 
+def test_what_is_missing_is_named(runs):
+    scored = [score(r) for r in runs if r.config.run.seed in SEEDS]
+    with pytest.raises(ConfigError, match=r"plain has no finished run with --study.selection"):
+        comparison.analyze(scored, settings())
+    with pytest.raises(ConfigError, match=r"no run of --study.baseline=plain is finished"):
+        comparison.analyze([r for r in scored if not r.name.startswith("plain")], settings())
+    fewer = [r for r in map(score, compared(rates=(3e-3,))) if r.config.run.seed != 2]
+    with pytest.raises(ConfigError, match=r"better and plain have 3 .*seeds=4 are needed"):
+        comparison.analyze(fewer, settings(seeds=4))
+
+
 def test_a_diverged_seed_is_no_crash():
     one_rate = compared(rates=(3e-3,))
     scored = [score(r) for r in one_rate if r.config.run.seed]

@@ -2,8 +2,8 @@
 
 A flagfile's name up to its first dot is its architecture; seed and learning rate are what the flags
 say. Where an architecture has several learning rates, the one that is best with the selection seed
-is chosen, and that seed is not scored: the choice does not count in its own favour. Of the other
-rates, only the runs with the selection seed are needed.
+is chosen, and that seed is scored for none: the choice does not count in its own favour. Of the
+other rates, only the runs with the selection seed are needed.
 """
 
 import dataclasses
@@ -99,6 +99,11 @@ def needed(
 def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
     """The learning rate with the best score among the results with the selection seed."""
     tried = [r for r in results if seed(r) == config.selection_seed]
+    if not tried:
+        raise ConfigError(
+            f"{group_of(results[0])} has no finished run with "
+            f"--study.selection_seed={config.selection_seed}, which chooses its learning rate"
+        )
     best = min(tried, key=lambda r: r.final(config.metric))
     if not math.isfinite(best.final(config.metric)):
         raise ConfigError(
@@ -115,9 +120,12 @@ def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section
       ConfigError: fewer than `seeds` seeds that an architecture and the baseline both have.
     """
     architectures = grouped(results)
+    if config.baseline not in architectures:
+        raise ConfigError(f"no run of --study.baseline={config.baseline} is finished")
+    chooses = any(len({learning_rate(r) for r in a}) > 1 for a in architectures.values())
     rates, scored = {}, {}
     for name, members in architectures.items():
-        rates[name], scored[name] = _scored(members, config)
+        rates[name], scored[name] = _scored(members, chooses, config)
     scores = {
         name: {seed(r): r.final(config.metric) for r in members} for name, members in scored.items()
     }
@@ -162,14 +170,17 @@ def paired_difference(
     return Difference(mean, float(mean - half), float(mean + half), n)
 
 
-def _scored(members: Sequence[Result], config: ComparisonConfig) -> tuple[float, list[Result]]:
-    """(the learning rate, the results with it that are scored) of an architecture."""
+def _scored(
+    members: Sequence[Result], chooses: bool, config: ComparisonConfig
+) -> tuple[float, list[Result]]:
+    """(the learning rate, the results with it that are scored) of an architecture.
+
+    chooses: the selection seed chooses for any architecture, so that it is scored for none.
+    """
     tried = {learning_rate(r) for r in members}
-    if len(tried) == 1:  # nothing was chosen here
-        return tried.pop(), list(members)
-    rate = chosen_rate(members, config)
-    scored = [r for r in members if learning_rate(r) == rate and seed(r) != config.selection_seed]
-    return rate, scored
+    rate = chosen_rate(members, config) if len(tried) > 1 else tried.pop()
+    free = [r for r in members if not chooses or seed(r) != config.selection_seed]
+    return rate, [r for r in free if learning_rate(r) == rate]
 
 
 def _check(architectures: Mapping[str, list[Model]], config: ComparisonConfig):
@@ -186,13 +197,14 @@ def _check(architectures: Mapping[str, list[Model]], config: ComparisonConfig):
         if name not in architectures:
             raise ConfigError(f"--study.notes: {name} is no architecture of the study: {listed}")
     base = architectures[config.baseline][0]
+    chooses = any(len({learning_rate(m) for m in a}) > 1 for a in architectures.values())
     for name, models in architectures.items():
         for model in models:
             _check_alike(model, base, config)
-        _check_seeds(name, models, config)
+        _check_seeds(name, models, chooses, config)
 
 
-def _check_seeds(name: str, models: Sequence[Model], config: ComparisonConfig):
+def _check_seeds(name: str, models: Sequence[Model], chooses: bool, config: ComparisonConfig):
     """Enough seeds with every learning rate; the selection seed with every one of several."""
     rates = {learning_rate(m) for m in models}
     for rate in sorted(rates):
@@ -205,7 +217,7 @@ def _check_seeds(name: str, models: Sequence[Model], config: ComparisonConfig):
                 f"{name} has no run with learning rate {rate:g} and "
                 f"--study.selection_seed={config.selection_seed}, which chooses among its rates"
             )
-        scored = seeds - {config.selection_seed} if len(rates) > 1 else seeds
+        scored = seeds - {config.selection_seed} if chooses else seeds
         if len(scored) < config.seeds:
             raise ConfigError(
                 f"{name} has {len(scored)} scored seed(s) with learning rate {rate:g}, "
