@@ -58,6 +58,8 @@ def plan_text(
         ]
     else:
         lines.append("nothing to train")
+    if others:
+        lines.append(f"{len(others)} other run(s) are not asked for, or follow from what comes out")
     return "\n".join(lines)
 
 
