@@ -7,6 +7,7 @@ import jax
 from genai_jax.networks.layers import GATED
 from genai_jax.networks.mixture_of_experts import MoeConfig
 from genai_jax.networks.transformer import TransformerConfig
+from genai_jax.scaling.program import mean_taps
 
 DENSE = MoeConfig()
 
@@ -17,8 +18,8 @@ def transformer_forward_flops(
     """FLOPs of one forward pass for one token, by part: `dense`, `attention`, `head`.
 
     A multiply-add is 2. Attention counts the pairs that the causal mask leaves, taken as half of
-    length (a window: at most its width) keys a query; norms, softmax and the embedding look-up are
-    left out. The head counts whether tied or not. Of experts, those count that a token chooses,
+    length x length, and less what a window hides of them; norms, softmax and the embedding look-up
+    are left out. The head counts whether tied or not. Of experts, those count that a token chooses,
     none of them dropped.
     """
     c = config
@@ -29,14 +30,20 @@ def transformer_forward_flops(
         block += c.embed_dim * moe.num_experts + active * _expert_parameters(c, moe)
     else:
         block += _mlp_parameters(c, c.mlp_width)
-    keys = length / 2
-    if c.window is not None:
-        keys = min(keys, c.window + 1)
+    seen = length if c.window is None else min(length, c.window + 1)
     return {
         "dense": 2 * c.num_layers * block,
-        "attention": 4 * c.num_layers * heads * keys,
+        "attention": 4 * c.num_layers * heads * mean_keys(length, seen),
         "head": 2 * c.embed_dim * vocab_size,
     }
+
+
+def mean_keys(length: int, seen: int) -> float:
+    """Keys of a query on average, each seeing itself and those before it, `seen` at most.
+
+    The diagonal counts half, as it does in half of length x length, which this is without a window.
+    """
+    return seen - seen**2 / (2 * length)
 
 
 def transformer_training_flops(
@@ -74,8 +81,9 @@ CONVENTION = (
 def count_flops(function, *shapes) -> int:
     """FLOPs of the matmuls and convolutions of `function`, from its jaxpr: 2 a multiply-add.
 
-    Loops are counted as often as they run, both sides of a branch as the dearer one. Every product
-    counts, also those with padding and above a causal diagonal.
+    Loops are counted as often as they run, both sides of a branch as the dearer one. Products above
+    a causal diagonal count; those of a convolution with its padding, or with the zeros between the
+    rows of a transposed one, do not.
 
     Raises:
       ValueError: a loop of unknown length.
@@ -94,9 +102,7 @@ def _equation_flops(equation) -> int:
         shape = equation.invars[0].aval.shape
         return 2 * equation.outvars[0].aval.size * math.prod(shape[i] for i in left)
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
-        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * math.prod(kernel) // out_features
+        return _convolution_flops(equation)
     if name == "while":
         if _jaxpr_flops(params["body_jaxpr"].jaxpr):
             raise ValueError("a while loop with matmuls runs an unknown number of times")
@@ -106,3 +112,22 @@ def _equation_flops(equation) -> int:
     inner = [p for p in params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
     total = sum(_jaxpr_flops(getattr(p, "jaxpr", p)) for p in inner[:1])
     return total * params["length"] if name == "scan" else total
+
+
+def _convolution_flops(equation) -> int:
+    params = equation.params
+    where = params["dimension_numbers"]
+    image, kernel = (v.aval.shape for v in equation.invars)
+    out = equation.outvars[0].aval
+    products = out.size * kernel[where.rhs_spec[1]]
+    for axis, (low, _) in enumerate(params["padding"]):
+        products *= mean_taps(
+            size=kernel[where.rhs_spec[2 + axis]],
+            stride=params["window_strides"][axis],
+            low=low,
+            base=params["lhs_dilation"][axis],
+            dilation=params["rhs_dilation"][axis],
+            length=image[where.lhs_spec[2 + axis]],
+            out=out.shape[where.out_spec[2 + axis]],
+        )
+    return 2 * round(products)

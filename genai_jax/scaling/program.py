@@ -209,7 +209,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
         def part(name: str, default: str, index=index) -> str:
             return settings[name].split("x")[index] if name in settings else default
 
-        flops *= _mean_taps(
+        flops *= mean_taps(
             size=kernel[labels[2].index(label)],
             stride=int(part("stride", "1")),
             low=int(part("pad", "0_0").split("_")[0]),
@@ -222,7 +222,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 @functools.cache
-def _mean_taps(*, size, stride, low, base, dilation, length, out) -> float:
+def mean_taps(*, size, stride, low, base, dilation, length, out) -> float:
     """Elements of a window that meet an element of the input, on average over the outputs."""
     if size == 1:
         return 1.0
