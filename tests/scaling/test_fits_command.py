@@ -41,7 +41,7 @@ def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
         assert (out / f"{name}.png").stat().st_size > 10_000, name
     assert "Compute-optimal runs" in (out / "index.html").read_text()
     with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of what was fitted"):
-        main([*flags, "--budget=1e25", "--resamples=0"])
+        main([*flags, "--budget=1e25"])
 
 
 def test_rows_of_one_run_are_its_curve(tmp_path):

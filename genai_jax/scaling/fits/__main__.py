@@ -88,7 +88,7 @@ def text_of(sections: Sequence) -> list[str]:
 
 
 def _cell(value) -> str:
-    if value is None:
+    if value is None or value != value:  # not a number: an interval without resamples
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -117,5 +117,5 @@ def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, sa
     said = f"{what}={value:g}" if say_value else what
     raise ConfigError(
         f"--{said} is outside of what was fitted, {low:.3g} to {high:.3g} {unit}; "
-        f"--extrapolate={np.ceil(factor * 10) / 10:g} would accept it"
+        f"--extrapolate={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would accept it"
     )
