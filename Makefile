@@ -26,6 +26,7 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.solver_overhead
 	$(RUN) -m benchmarks.dit
+	$(RUN) -m benchmarks.population
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .

@@ -29,6 +29,7 @@ setup(
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "tqdm>=4.66",
+        "rich>=13.7",
     ],
     extras_require={
         "test": TEST + TEXT,
