@@ -1,7 +1,7 @@
 """L-BFGS (Nocedal 1980) on many problems at once: the same function from thousands of starts.
 
 One fit of a scaling law is so small that calling it takes longer than computing it: run through
-`scipy.optimize.minimize` one after the other, the 4,500 starts of Hoffmann et al. (2022) take 20
+`scipy.optimize.minimize` one after the other, the 4,500 starts of Hoffmann et al. (2022) take 50
 times as long as here, where every operation is on an array [starts, ...].
 """
 
