@@ -27,6 +27,7 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.solver_overhead
 	$(RUN) -m benchmarks.dit
 	$(RUN) -m benchmarks.population
+	$(RUN) -m benchmarks.scaling_fit
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e .

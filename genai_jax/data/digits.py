@@ -51,6 +51,17 @@ def open_digits(config, split: str) -> Digits:
     return Digits(split, images[chosen], labels[chosen])
 
 
+def pixel_documents(validation_percent: int, split: str) -> list[str]:
+    """The images of a split as texts "= p0 p1 ...", grey levels in raster order.
+
+    The same split as `open_digits`. With ``--data.answer_after==`` exactly the pixels are targets.
+    """
+    images, _ = _load()
+    held_out = _held_out(validation_percent)
+    chosen = images[held_out if split == "validation" else ~held_out]
+    return ["= " + " ".join(map(str, image.ravel().tolist())) for image in chosen]
+
+
 @functools.cache
 def _load() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits

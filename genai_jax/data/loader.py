@@ -25,8 +25,8 @@ _CACHED_BYTES = 64 * 2**20  # text of a source whose token ids are kept: four by
 class DataConfig:
     dataset: str = field(
         "python_docs",
-        "TFDS name, python_docs, python_source, text:PATH, or arithmetic: addition:DIGITS, "
-        "modular_addition:P, modular_division:P",
+        "TFDS name, python_docs, python_source, text:PATH, digit_pixels, or arithmetic: "
+        "addition:DIGITS, modular_addition:P, modular_division:P",
     )
     batch_size: int = field(8, "sequences in a step, over all devices", minimum=1)
     sequence_length: int = field(256, "tokens in a sequence", minimum=1)

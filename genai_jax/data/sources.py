@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from genai_jax.config import ConfigError
-from genai_jax.data import arithmetic, stdlib, text_files
+from genai_jax.data import arithmetic, digits, stdlib, text_files
 
 SPLITS = ("train", "validation")
 EMBEDDED = {"python_docs": stdlib.docs, "python_source": stdlib.source}
+# Images written out; name -> (share held out in percent, split) -> documents.
+PIXELS = {"digit_pixels": digits.pixel_documents}
 # Made up; each takes a number, as in ``addition:3``.
 SYNTHETIC = {
     "addition": arithmetic.addition,
@@ -72,6 +74,9 @@ def open_source(config, split: str) -> Source:
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
+    if name in PIXELS:
+        documents = PIXELS[name](config.validation_percent, split)
+        return MemorySource(f"{name}[{split}]", documents)
     if name in EMBEDDED:
         documents = _embedded(name)
     elif name.startswith("text:"):
@@ -82,7 +87,8 @@ def open_source(config, split: str) -> Source:
     else:
         from genai_jax.data import tfds_source
 
-        ours = [*sorted(EMBEDDED), *(f"{kind}:N" for kind in sorted(SYNTHETIC)), "text:PATH"]
+        made_up = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
+        ours = [*sorted(EMBEDDED), *sorted(PIXELS), *made_up, "text:PATH"]
         return tfds_source.open_tfds(config, split, embedded=ours)
     held_out = hold_out(documents, config.validation_percent)
     chosen = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]

@@ -15,6 +15,7 @@ import numpy as np
 import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.loader import DataConfig
+from genai_jax.data.sources import PIXELS
 from genai_jax.decoding.generate import generate
 from genai_jax.networks import transformer
 from genai_jax.networks.mixture_of_experts import MoeConfig
@@ -270,7 +271,7 @@ class LanguageModel:
         Bits per byte divides the bits of every target, ends of documents included, by the UTF-8
         bytes of the text. Of data with questions (--data.answer_after) the targets are those of
         answers, and the share of answers that are right as a whole is given as well, each token
-        the likeliest one behind the right ones.
+        the likeliest one behind the right ones. Of data that is pixels, bits per dimension too.
         """
         del mutables, seed  # nothing is random
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
@@ -288,6 +289,8 @@ class LanguageModel:
             "tokens": int(tokens),
             "bytes": int(size),
         }
+        if self.config.data.dataset in PIXELS:
+            scores["bits_per_dim"] = loss / math.log(2)
         if self.asks:
             exact, answers = sums[4:]
             scores |= {"exact_match": exact / answers, "answers": int(answers)}
@@ -376,9 +379,7 @@ class LanguageModel:
         )
         found = {"flops_per_step": flops, "convention": CONVENTION}
         if moe.num_experts:
-            shapes = jax.eval_shape(lambda: self.init(jax.random.key(0)))
-            total = sum(x.size for x in jax.tree.leaves(shapes))
-            found["active_parameters"] = total - inactive_parameters(shape, moe)
+            found["inactive_parameters"] = inactive_parameters(shape, moe)
         return found
 
     def tokens_per_step(self) -> int:

@@ -20,6 +20,7 @@ from genai_jax.training.distributed import everywhere, is_main
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
+from genai_jax.training.parameter_counts import parameter_counts
 from genai_jax.training.phase import PyTree, Task
 from genai_jax.training.population import Population
 from genai_jax.training.progress import Progress
@@ -31,7 +32,6 @@ from genai_jax.training.sharding import (
     batch_shards,
     make_mesh,
     mesh_context,
-    path_name,
 )
 from genai_jax.training.step import init_state, make_step, phase_ran
 from genai_jax.training.stop_signal import Stopped, StopSignal
@@ -405,19 +405,14 @@ class Run:
 
     def _record(self) -> dict:
         params = self.compiled.shapes.params
+        if self.population:
+            params = self.population.shapes_of_one(params)
+        inactive = self.flops.get("inactive_parameters", 0)
         return {
             **environment(),
             "mesh": {axis: size for axis, size in self.mesh.shape.items() if size > 1},
             "data": self.task.data_record(),
-            "parameters": {
-                "total": sum(x.size for x in jax.tree.leaves(params)),
-                **{group: sum(x.size for x in jax.tree.leaves(p)) for group, p in params.items()},
-                "embedding": sum(
-                    x.size
-                    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
-                    if path_name(path).endswith("embedding")
-                ),
-            },
+            "parameters": parameter_counts(params, inactive),
             **self.flops,
             "peak": self.peak._asdict() if self.peak else None,
             "mfu": "flops_per_step / step_time_s / peak.flops_per_second",

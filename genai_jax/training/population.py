@@ -121,9 +121,11 @@ class Population:
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         """Those of a member, for parameters [members, ...] or their shapes."""
-        return self.first.phases(
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
-        )
+        return self.first.phases(self.shapes_of_one(params))
+
+    def shapes_of_one(self, tree: PyTree) -> PyTree:
+        """A member's shapes out of those of all."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
 
     def step(self, accumulate: int, averages: dict[str, Average], mesh: Mesh) -> Callable:
         """(state, batch) -> (state, metrics [members]), to be jitted."""

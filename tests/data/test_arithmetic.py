@@ -7,6 +7,8 @@ import pytest
 
 from genai_jax.config import ConfigError
 from genai_jax.data import DataConfig, TextLoader, load_tokenizer, open_source
+from genai_jax.data.image_loader import ImageDataConfig
+from genai_jax.data.image_sources import open_images
 
 DIVISION = DataConfig(
     dataset="modular_division:7", tokenizer="numbers:7", answer_after="=", batch_size=3,
@@ -43,6 +45,17 @@ def test_sums_have_the_digits_of_their_answer_lowest_first():
         assert (len(a), len(b), len(answer)) == (3, 3, 4)
         assert int(a) + int(b) == int(answer[::-1])
     assert len(everything("addition:1")) == 100 and len(everything("addition:9")) > 19_900
+
+
+def test_digits_written_out_are_those_of_the_image_data():
+    config = ImageDataConfig(dataset="digits")
+    images = open_images(config, "validation")
+    percent = config.validation_percent
+    found = documents(DataConfig("digit_pixels", validation_percent=percent), "validation")
+    assert len(found) == len(images)
+    for text, k in zip(found, range(len(images)), strict=True):
+        mark, *pixels = text.split()
+        assert mark == "=" and np.array_equal(np.int32(pixels), images[k]["image"].ravel())
 
 
 def test_a_share_of_the_problems_may_be_held_out():

@@ -36,6 +36,10 @@ class ComparisonConfig(StudyConfig):
     baseline: str = field("", "architecture that the others are compared with")
     match: str = field("flops", "what all must have alike", choices=("flops", "parameters"))
     tolerance: float = field(0.05, "largest relative difference in it", minimum=0)
+    same_data: bool = field(
+        True, "all must read one --data.dataset, and as many tokens or examples of it; off where "
+        "tasks read the same data in other forms"
+    )  # fmt: skip
     selection_seed: int = field(0, "seed that chooses the learning rate, and is not scored")
     seeds: int = field(3, "fewest scored seeds", minimum=2)
     interval: str = field(
@@ -232,7 +236,7 @@ def _check_alike(model: Model, base: Model, config: ComparisonConfig):
         "tokens or examples": m.counts.tokens_per_step * m.config.train.steps,
     }
     for name, value in what(model).items():
-        if value != what(base)[name]:
+        if config.same_data and value != what(base)[name]:
             raise ConfigError(
                 f"{model.name} sees other {name} than {base.name}: {value} and {what(base)[name]}"
             )
@@ -321,9 +325,10 @@ def _matching_section(scored, config) -> Section:
         "architecture", "parameters", "non-embedding", "active", "tokens or examples", "FLOPs",
         f"{config.match} against the baseline (%)",
     )  # fmt: skip
+    data = "the same data, as many tokens" if config.same_data else "the data of their flagfiles"
     text = (
-        f"All see the same data, as many tokens, and are matched by {config.match} within "
-        f"{config.tolerance:.1%}. FLOPs: {base.counts.convention}."
+        f"All see {data}, and are matched by {config.match} within {config.tolerance:.1%}. "
+        f"FLOPs: {base.counts.convention}."
     )
     return Section("What is matched", [text], [Table("matching", columns, rows)])
 

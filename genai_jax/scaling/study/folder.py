@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.training.parameter_counts import parameter_counts
 from genai_jax.training.phase import Task
-from genai_jax.training.sharding import path_name
 
 NOT_RUNS = ("base.flags", "study.flags")
 
@@ -123,14 +123,12 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
 def counts_of(task: Task, config: Config) -> Counts:
     """Shapes alone: nothing is allocated."""
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    embedding = sum(x.size for path, x in leaves if path_name(path).endswith("embedding"))
-    total = sum(x.size for _, x in leaves)
     flops = task.flops_per_step()
+    sizes = parameter_counts(params, flops.get("inactive_parameters", 0))
     return Counts(
-        parameters=total,
-        embedding_parameters=embedding,
-        active=flops.get("active_parameters", total),
+        parameters=sizes["total"],
+        embedding_parameters=sizes["embedding"],
+        active=sizes["active"],
         tokens_per_step=task.tokens_per_step() or config.data.batch_size,
         flops_per_step=flops["flops_per_step"],
         convention=flops["convention"],

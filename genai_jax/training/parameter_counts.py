@@ -1,0 +1,29 @@
+"""How many parameters a model has, by the three counts that papers give."""
+
+import jax
+
+from genai_jax.training.phase import Params
+from genai_jax.training.sharding import path_name
+
+
+def parameter_counts(params: Params, inactive: int = 0) -> dict[str, int]:
+    """Counts of parameters, or of their shapes.
+
+    Args:
+      params: group -> tree.
+      inactive: parameters that a token does not use: of the experts that it does not choose.
+
+    Returns:
+      `total`; `embedding`, the tables that are looked up (an untied head is none); `non_embedding`;
+      `active`, embeddings included; and each group.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    total = sum(x.size for _, x in leaves)
+    embedding = sum(x.size for path, x in leaves if path_name(path).endswith("embedding"))
+    return {
+        "total": total,
+        "embedding": embedding,
+        "non_embedding": total - embedding,
+        "active": total - inactive,
+        **{group: sum(x.size for x in jax.tree.leaves(p)) for group, p in params.items()},
+    }
