@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import parse_run
-from genai_jax.config import ConfigError, field, flag_names, help_text, parse
+from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
 from genai_jax.tasks import TASKS
 
 
@@ -36,20 +36,28 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--topology is not set: say which slice, e.g. {EXAMPLES}")
     topology = Topology(request.topology, request.slices)
     topology.prepare()
-    code, report = _check(request, topology, rest, "")
+    runs = [rest]
+    if request.compare:
+        flags = [a for a in rest if not a.startswith("--flagfile=")]
+        runs.append([f"--flagfile={request.compare}", *flags])
+    configs = [parse_run(argv) for argv in runs]  # a mistake is found before anything is compiled
+    code, report = _check(request, topology, runs[0], configs[0], "")
     if request.compare:
         from genai_jax.scaling.compile_text import beside
 
-        others = [a for a in rest if not a.startswith(("--flagfile", "-flagfile"))]
         print()
-        second, other = _check(request, topology, [f"--flagfile={request.compare}", *others], ".2")
+        second, other = _check(request, topology, runs[1], configs[1], ".2")
         print(f"\n{beside(report, other)}")
         code = max(code, second)
     return code
 
 
 def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
-    """This command's flags, and those of the run."""
+    """This command's flags, and those of the run, each in one piece."""
+    argv = list(argv)
+    for i in range(len(argv) - 1, 0, -1):
+        if argv[i - 1] in ("--flagfile", "-flagfile"):
+            argv[i - 1 : i + 1] = [f"--flagfile={argv[i]}"]
     names = flag_names({"run": CheckRequest})
     given = {a: a.lstrip("-").split("=")[0] for a in argv if a.startswith("-")}
     own = [a for a, name in given.items() if {name, name.removeprefix("no")} & names]
@@ -62,13 +70,14 @@ def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
     return found.run, [a for a in argv if a not in own]
 
 
-def _check(request: CheckRequest, topology, argv: Sequence[str], suffix: str) -> tuple[int, dict]:
+def _check(
+    request: CheckRequest, topology, argv: Sequence[str], config: Config, suffix: str
+) -> tuple[int, dict]:
     """Compiles one run and prints what came out; (1 if it does not fit, the numbers)."""
     from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
     from genai_jax.scaling.compile_text import as_text
     from genai_jax.training.sharding import placements
 
-    config = parse_run(argv)
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
     built = prepared(TASKS[config.run.task](config), config, topology)
     if request.dump_shardings:

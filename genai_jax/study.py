@@ -125,9 +125,12 @@ def _announce(request: StudyRequest, study, state, only: Sequence[str]):
 def _run(request: StudyRequest, settings, study, only: Sequence[str], argv: Sequence[str]) -> int:
     """Trains, reports, checks; 1 if something failed."""
     from genai_jax.scaling.study.cores import locked
+    from genai_jax.scaling.study.expected import read_expected
     from genai_jax.scaling.study.session import check, report, train_missing
 
     workdir = pathlib.Path(request.workdir)
+    if request.check:
+        read_expected(study.folder)  # what is wrong with it is said before anything is trained
     with locked(workdir) as lock:
         failed, stopped_by = train_missing(study, settings, only, request.jobs, lock)
         for name, error in failed.items():

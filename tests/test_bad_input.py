@@ -1,7 +1,7 @@
 """Every mistake: one clear line, a non-zero exit, nothing written over."""
 
+import resource
 import sys
-import time
 
 import pytest
 
@@ -156,10 +156,16 @@ def test_data_that_changed_under_a_run_is_refused(refuse, base, tmp_path):
 
 
 def test_help_answers_within_three_seconds():
+    """Of this process's own work: the tests beside it may take the cores for longer."""
+
+    def work() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     seconds = []
     for _ in range(3):  # the first finds no file in the system's cache
-        begin = time.monotonic()
+        begin = work()
         out, _ = run("train", "--help")
-        seconds.append(time.monotonic() - begin)
+        seconds.append(work() - begin)
     assert "--transformer.num_layers" in out and "at least 1" in out
-    assert min(seconds) < 3, seconds
+    assert 0.1 < min(seconds) < 3, seconds

@@ -89,11 +89,12 @@ def _verdict(report: dict) -> str:
 def beside(one: dict, other: dict) -> str:
     """Two reports as columns, and the second over the first."""
     rows = [f"{'':24} {'first':>12} {'second':>12} {'ratio':>8}"]
-    for name, value in _numbers(one).items():
-        second = _numbers(other).get(name)
-        if second is not None:
-            ratio = f"{second / value:8.3f}" if value else ""
-            rows.append(f"{name:24} {value:12.4g} {second:12.4g} {ratio}")
+    firsts, seconds = _numbers(one), _numbers(other)
+    for name in firsts | seconds:
+        pair = firsts.get(name), seconds.get(name)
+        cells = ["-" if value is None else f"{value:.4g}" for value in pair]
+        ratio = f"{pair[1] / pair[0]:8.3f}" if all(pair) else ""
+        rows.append(f"{name:24} {cells[0]:>12} {cells[1]:>12} {ratio}".rstrip())
     return "\n".join(rows)
 
 

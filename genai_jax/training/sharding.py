@@ -63,12 +63,19 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes = config.sizes()
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or 0 in sizes.values():
-        raise ConfigError(f"mesh {_say(sizes)}: sizes are at least 1, and one of them may be -1")
+        raise ConfigError(
+            f"mesh {_say(sizes)}: sizes are at least 1, and one of them may be -1, which "
+            "--mesh.data is if unset"
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"mesh {_say(config.sizes())} does not fit {len(devices)} device(s)")
+        hint = "; JAX_NUM_CPU_DEVICES=8 simulates eight" if devices[0].platform == "cpu" else ""
+        raise ConfigError(
+            f"mesh {_say(config.sizes())} does not fit {len(devices)} device(s): the product of "
+            f"the sizes has to be their number, and that of all but -1 has to divide it{hint}"
+        )
     order = [MESH_AXES.index(axis) for axis in PHYSICAL_ORDER]
     placed = _placed({axis: sizes[axis] for axis in PHYSICAL_ORDER}, config.across_slices, devices)
     # Linen's partitioning needs Auto axes; the default became Explicit in jax 0.9.

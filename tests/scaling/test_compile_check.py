@@ -10,6 +10,7 @@ import pytest
 from genai_jax.compile_check import CheckRequest, _split
 from genai_jax.config import ConfigError
 from genai_jax.scaling.chips import CHIPS, Topology
+from genai_jax.scaling.compile_text import beside
 from tests.commands import environment
 from tests.conftest import ROOT
 
@@ -93,7 +94,19 @@ def test_two_runs_beside_each_other(tmp_path):
     assert first == second and ratio == "1.000"
 
 
+def test_what_one_of_two_runs_has_is_shown_beside_nothing():
+    one = {"parameters": 4, "batch_size": 2, "flops_per_step": 8, "devices": 2}
+    more = {
+        "memory": {"total": 2**30}, "program_flops": 1, "hbm_bytes": 1,
+        "collectives": [{"kind": "all-to-all", "bytes_sent": 3}],
+    }  # fmt: skip
+    lines = beside(one, {**one, **more, "batch_size": 4}).splitlines()
+    assert lines[2].split() == ["batch_size", "2", "4", "2.000"]
+    assert lines[-1].split() == ["sent", "by", "all-to-all", "-", "3"]
+
+
 def test_flags_are_told_apart():
+    assert _split(["--flagfile", "a b", "--topology=cpu:2"])[1] == ["--flagfile=a b"]
     request, rest = _split(["--topology=cpu:2", "--nocompiles", "--mesh.data=2"])
     assert request == CheckRequest(topology="cpu:2", compiles=False) and rest == ["--mesh.data=2"]
 

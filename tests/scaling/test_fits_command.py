@@ -7,6 +7,7 @@ import pytest
 
 from genai_jax.config import ConfigError
 from genai_jax.scaling.fits.__main__ import main
+from genai_jax.scaling.fits.analysis import scaling_law
 from genai_jax.scaling.fits.points import Columns, read_csv
 from tests.scaling.test_fits import ladder, loss_of
 
@@ -42,6 +43,18 @@ def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
     assert "Compute-optimal runs" in (out / "index.html").read_text()
     with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of what was fitted"):
         main([*flags, "--budget=1e25"])
+
+
+def test_a_frontier_of_one_run_is_said_and_the_rest_is_fitted():
+    """One run that beats all larger ones leaves no line through the frontier."""
+    points = ladder(np.geomspace(1e18, 1e20, 4), sizes=5)
+    loss = points.loss.copy()
+    loss[np.argmin(points.flops)] = 1.5
+    hidden = np.arange(len(loss)) == np.argmax(points.flops)
+    sections = scaling_law(points._replace(loss=loss), held_out=hidden, resamples=0)
+    (single,) = (s for s in sections if s.title == "Loss by one of size, tokens and compute")
+    assert any("Not fitted" in text for text in single.paragraphs)
+    assert "held_out/parametric/max_relative_error" in sections[-1].numbers
 
 
 def test_rows_of_one_run_are_its_curve(tmp_path):

@@ -177,6 +177,7 @@ BASE = (*TINY, "--train.steps=4")
         ({"a": ()}, ("--study.baseline=a",), (), "--study.baseline is not used by --study"),
         ({"a": ()}, ("--study.analysis=magic",), (), "magic is none of scaling_law, comparison"),
         ({"a": ()}, ("--study.analysis=scaling_law", "--study.held_out=z"), (), "held_out=z is no"),
+        ({"a": ()}, (), ("--check",), "expected.json is not there"),
         ({"a": ()}, (), ("--launcher_options=--nodes=2", "--launcher=print"), "slurm alone"),
     ],
 )  # fmt: skip

@@ -24,6 +24,12 @@ number() {
   [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || fail "--$1=${!1} is not a whole number of at least 1"
 }
 
+# shared NAME: the option --NAME has to be a folder that is the same on all machines.
+shared() {
+  [[ "${!1}" == /* || "${!1}" == *://* ]] ||
+    fail "--$1=${!1} is relative: give the absolute path of a folder that all workers see"
+}
+
 # program NAME: has to be installed, unless nothing is to be run.
 program() {
   ((dry_run)) || command -v "$1" >/dev/null || fail "$1 is not installed"
@@ -53,7 +59,7 @@ parse() {
       --*=*)
         local given=${1%%=*} # not a name that an option has
         given=${given#--}
-        [[ " $options " == *" $given "* ]] || fail "--$given is unknown; known: ${options// /, }"
+        [[ " $options " == *" $given "* ]] || fail "--$given is unknown; known: ${options// /, }; flags of the run stand behind --"
         printf -v "$given" '%s' "${1#*=}"
         ;;
       *) fail "$1 is no option: write --name=value, and flags of the run after --" ;;
@@ -66,6 +72,10 @@ parse() {
 training_command() {
   need flagfile
   need workdir
-  [[ -f "$ROOT/$flagfile" ]] || fail "--flagfile=$flagfile: no such file in $ROOT"
+  flagfile=${flagfile#"$ROOT/"}
+  [[ -f "$ROOT/$flagfile" && "$flagfile" != /* && "/$flagfile/" != */../* ]] ||
+    fail "--flagfile=$flagfile: no such file in $ROOT"
+  [[ "$workdir" != *://* ]] ||
+    fail "--workdir=$workdir: URLs are not read; mount the bucket everywhere and give its folder"
   train=("$1" -m genai_jax.train "--flagfile=$flagfile" "--workdir=$workdir" "${flags[@]}")
 }

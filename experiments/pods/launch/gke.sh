@@ -45,6 +45,7 @@ number num_slices
 number max_restarts
 number grace
 training_command python
+shared workdir
 [[ -n "$tpu_type" ]] || tpu_type=$(type_of "$flagfile")
 if [[ -z "$workload" ]]; then # small letters, digits and dashes, at most 40
   workload=$(basename "$flagfile" .flags | tr 'A-Z_.' 'a-z--')

@@ -64,6 +64,7 @@ copy() {
 
 train_on_all() {
   training_command python
+  shared workdir
   on_all bash "$WORKER" train "${train[@]:3}"
 }
 
@@ -74,7 +75,7 @@ where=("--zone=$zone")
 [[ -z "$project" ]] || where+=("--project=$project")
 program gcloud
 case "$action" in
-  all) training_command python; copy; on_all bash "$WORKER" setup; train_on_all ;;
+  all) training_command python; shared workdir; copy; on_all bash "$WORKER" setup; train_on_all ;;
   copy) copy ;;
   train) train_on_all ;;
   setup | follow | stop) on_all bash "$WORKER" "$action" ;;

@@ -22,7 +22,7 @@ class Fits(NamedTuple):
     parametric: Fit
     projected: Projected
     joint: Fit
-    single: dict[str, KaplanLaw]  # key of `KAPLAN` -> law
+    single: dict[str, KaplanLaw | str]  # key of `KAPLAN` -> law
     isoflop: IsoFlop | str
     envelope: Envelope | str
     cost: Cost
@@ -36,7 +36,7 @@ def fit_all(points: Points, curves: list[Curve] | None, seed: int, resamples: in
         parametric=fit(Parametric(), points, **options),
         projected=fit_projected(points, **options),
         joint=fit(KaplanJoint(), points, **options),
-        single={of: fit_kaplan(points, of, **options) for of in KAPLAN},
+        single={of: _or_reason(fit_kaplan, points, of=of, **options) for of in KAPLAN},
         isoflop=_or_reason(fit_isoflop, points, **options),
         envelope=_or_reason(fit_envelope, curves, **options) if curves else "no curves were given",
         cost=fit_cost(points),

@@ -135,7 +135,7 @@ def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
 
 def single(points: Points, laws: dict[str, KaplanLaw], unit: str) -> Figure:
     """Frontiers and lines of the laws of one variable."""
-    figure, panels = _panels(3)
+    figure, panels = _panels(len(laws))
     data = {
         "N": (points.parameters, SIZE),
         "D": (points.tokens, TOKENS),

@@ -101,7 +101,9 @@ def _rms(predicted: np.ndarray, actual: np.ndarray) -> float:
 
 def single(fits: Fits, unit: str) -> Section:
     rows, numbers = [], {}
-    for of, law in fits.single.items():
+    laws = {of: law for of, law in fits.single.items() if not isinstance(law, str)}
+    reasons = [law for law in fits.single.values() if isinstance(law, str)]
+    for of, law in laws.items():
         interval = law.alpha_interval()
         rows.append((KAPLAN[of][1], law.alpha, *interval, law.critical, len(law.x)))
         numbers |= {f"kaplan/alpha_{of}": law.alpha, f"kaplan/{of}_c": law.critical}
@@ -113,9 +115,10 @@ def single(fits: Fits, unit: str) -> Section:
             "the same thing beats. The law of N is of runs that more tokens would not help, and "
             "that of D of runs that a larger size would not: as far as these runs are not, their "
             "exponents are too small.",
+            *(f"Not fitted: {reason}." for reason in reasons),
         ],
         [Table("one_variable", ("law", "exponent", *INTERVAL[1:], "critical value", "runs"), rows)],
-        {"one_variable": plots.single(fits.points, fits.single, unit)},
+        {"one_variable": plots.single(fits.points, laws, unit)} if laws else {},
         numbers,
     )
 
@@ -235,8 +238,9 @@ def held_out(fits: Fits, hidden: Points, unit: str) -> Section:
         "parametric": fits.parametric.loss(hidden.parameters, hidden.tokens),
         "variable_projection": fits.projected.loss(hidden.parameters, hidden.tokens),
         "kaplan_joint": fits.joint.loss(hidden.parameters, hidden.tokens),
-        "kaplan_C": fits.single["C"].line(hidden.flops),
     }
+    if not isinstance(fits.single["C"], str):
+        predicted["kaplan_C"] = fits.single["C"].line(hidden.flops)
     samples = fits.parametric.sampled_losses(hidden.parameters, hidden.tokens)
     spread = [Estimate.of(*pair) for pair in zip(predicted["parametric"], samples.T, strict=True)]
     errors = {name: loss / hidden.loss - 1 for name, loss in predicted.items()}
