@@ -131,19 +131,18 @@ class Population:
         """(state, batch) -> (state, metrics [members]), to be jitted."""
         config = self.configs[0]
 
-        def member_step(state, rate, batch):
-            task = self._make(config.replace("optimizer", learning_rate=rate))
+        def update(task, state, batch):
             phases = task.phases(state.params)
             return make_step(phases, accumulate=accumulate, averages=averages)(state, batch)
 
-        def same_rate(state, batch):
-            phases = self.first.phases(state.params)
-            return make_step(phases, accumulate=accumulate, averages=averages)(state, batch)
+        def own_rate(state, rate, batch):
+            task = self._make(config.replace("optimizer", learning_rate=rate))
+            return update(task, state, batch)
 
         if not self.shared_batch:
-            return self._over_members(same_rate, mesh, 2)
+            return self._over_members(lambda *x: update(self.first, *x), mesh, 2)
         rates = jnp.array([c.optimizer.learning_rate for c in self.configs], jnp.float32)
-        run = self._over_members(member_step, mesh, 2, shared=1)
+        run = self._over_members(own_rate, mesh, 2, shared=1)
         return lambda state, batch: run(state, rates, batch)
 
     def _over_members(self, function: Callable, mesh: Mesh, split: int, shared: int = 0):

@@ -94,10 +94,15 @@ def _figure(lines: dict[str, tuple[Result, str]], label: str, title: str, config
     axes.set(xlabel=where, ylabel=label, title=title)
     if config.log_over:
         axes.set_xscale("log")
+    return _finished(figure, axes, config, len(lines))
+
+
+def _finished(figure, axes, config, count: int):
+    """The figure with what all of them have: the metric's scale, a grid, a legend of `count`."""
     if config.log_metric:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    _legend(figure, axes, len(lines))
+    _legend(figure, axes, count)
     return figure
 
 
@@ -186,8 +191,4 @@ def _lines_figure(lines: dict[str, list], label: str, metric: str, config: Curve
     xs = [x for points in lines.values() for x, _ in points]
     if xs and min(xs) > 0 and max(xs) / min(xs) >= 8:
         axes.set_xscale("log")
-    if config.log_metric:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    _legend(figure, axes, len(lines))
-    return figure
+    return _finished(figure, axes, config, len(lines))
