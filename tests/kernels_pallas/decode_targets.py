@@ -22,14 +22,15 @@ from .target_process import record, report_of
 BUDGETS = pathlib.Path(__file__).parent / "decode_bundles.json"
 BATCH, LENGTH, KV_HEADS, GROUPS, HEAD_DIM, PAGE = 4, 32768, 8, 8, 128, 128
 WINDOW = 4096
-TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
+TARGETS = ("v4", "v5e", "v5p", "v6e", "7x", "h200")
 
-# kind: what it is compiled as on v4, which has no int8, and elsewhere
-CASES = {
+# kind of cache: what it is compiled as on v4, which has no int8, and elsewhere
+KINDS = {
     "contiguous": ("bfloat16", "bfloat16"),
     "paged": ("bfloat16", "int8"),
     "ring": ("bfloat16", "bfloat16"),
 }
+CASES = [f"{kind}, {target}" for target in TARGETS for kind in KINDS]
 
 
 def shapes(kind: str, dtype: str):
@@ -60,35 +61,39 @@ def compiled(target: str, kind: str, dtype: str):
     return targets.compile_for(target, run, *shapes(kind, dtype))
 
 
-def compile_tpu(folder: pathlib.Path) -> dict:
-    """{"kind, target": bundles, spills and temporary bytes}."""
-    found = {}
-    for target in TPUS:
-        for kind, dtypes in CASES.items():
-            program = compiled(target, kind, dtypes[target != "v4"])
-            got = bundles.read(folder, "decode_attention")
-            found[f"{kind}, {target}"] = dict(
-                always=got.always,
-                bodies=got.bodies,
-                spills=got.spills,
-                temporary=program.memory_analysis().temp_size_in_bytes,
-            )
-            for file in folder.iterdir():
-                file.unlink()
-    return found
+def compile_for_tpu(kind: str, target: str, folder: pathlib.Path) -> dict:
+    """Bundles, spills and temporary bytes."""
+    program = compiled(target, kind, KINDS[kind][target != "v4"])
+    got = bundles.read(folder, "decode_attention")
+    return dict(
+        always=got.always,
+        bodies=got.bodies,
+        spills=got.spills,
+        temporary=program.memory_analysis().temp_size_in_bytes,
+    )
 
 
-def compile_gpu(folder: pathlib.Path) -> dict:
-    """{kind: registers, spills and temporary bytes}."""
+def compile_for_gpu(kind: str, folder: pathlib.Path) -> dict:
+    """Registers, spills and temporary bytes."""
+    program = compiled("h200", kind, "bfloat16")
+    (report,) = (path.read_text() for path in folder.glob("*.ptxas"))
+    return dict(
+        spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)),
+        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
+        serialized="wgmma.mma_async instructions are serialized" in report,
+        temporary=program.memory_analysis().temp_size_in_bytes,
+    )
+
+
+def compile_cases(names: list[str], tpu: pathlib.Path, gpu: pathlib.Path) -> dict:
+    """{case: what is known of it}; the two folders get the listings."""
     found = {}
-    for kind in CASES:
-        program = compiled("h200", kind, "bfloat16")
-        (report,) = (path.read_text() for path in folder.glob("*.ptxas"))
-        found[kind] = dict(
-            spills=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)),
-            registers=int(re.search(r"Used (\d+) registers", report).group(1)),
-            serialized="wgmma.mma_async instructions are serialized" in report,
-            temporary=program.memory_analysis().temp_size_in_bytes,
+    for name in names:
+        kind, target = name.split(", ")
+        on_gpu = target == "h200"
+        folder = gpu if on_gpu else tpu
+        found[name] = (
+            compile_for_gpu(kind, folder) if on_gpu else compile_for_tpu(kind, target, folder)
         )
         for file in folder.iterdir():
             file.unlink()
@@ -96,15 +101,16 @@ def compile_gpu(folder: pathlib.Path) -> dict:
 
 
 def main() -> None:
-    if "--record" in sys.argv:
-        record(BUDGETS, report_of("decode_targets")["tpu"])
+    names = sys.argv[1:]
+    if names == ["--record"]:
+        on_tpu = [name for name in CASES if not name.endswith("h200")]
+        record(BUDGETS, report_of("decode_targets", *on_tpu))
         return
+    gpu = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     with tempfile.TemporaryDirectory() as folder:
         targets.prepare_environment(bundles.FLAGS.format(folder=folder))
         jax.config.update("jax_enable_compilation_cache", False)  # a kept program dumps nothing
-        gpu = compile_gpu(pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
-        tpu = compile_tpu(pathlib.Path(folder))
-    print(json.dumps(dict(tpu=tpu, gpu=gpu)))
+        print(json.dumps(compile_cases(names, pathlib.Path(folder), gpu)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,11 @@ def loss_and_gradients(x: Operands, spec: Spec):
     return jax.value_and_grad(loss)({n: a for n, a in given.items() if a is not None})
 
 
-def compile_all(folder: pathlib.Path) -> dict:
+def compile_cases(names: list[str], folder: pathlib.Path) -> dict:
     """{"case, kernel": bytes of spills and whether wgmmas wait for each other}."""
     found = {}
-    for case, (dtype, head_dim, features) in CASES.items():
+    for case in names:
+        dtype, head_dim, features = CASES[case]
         function, arguments = call(dtype, head_dim, **features)
         targets.compile_for("h200", function, *arguments)
         for report in folder.glob("*.ptxas"):
@@ -110,7 +112,8 @@ def main() -> None:
     targets.prepare_environment()
     jax.config.update("jax_enable_compilation_cache", False)  # a kept program dumps no report
     folder = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
-    print(json.dumps(dict(kernels=compile_all(folder), long=compile_long())))
+    names = sys.argv[1:]
+    print(json.dumps(compile_long() if names == ["long"] else compile_cases(names, folder)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 COMPILERS = pathlib.Path(sys.prefix) / "targets"
 GROWTH = 1.03
+TIMEOUT = 800  # seconds; a compiler that hangs is to be named, not waited for
 VERSION = f"jax {version('jax')}"
 
 
@@ -22,6 +23,21 @@ def need(package: str) -> None:
     """Skips a test where the compiler ("libtpu", "jax_cuda13_plugin") is not installed."""
     if not (COMPILERS / package).is_dir():
         pytest.skip(f"no {package} in {COMPILERS}: `make targets`")
+
+
+def cases(names, smoke: str) -> list:
+    """`names` as parameters of a test; on the newest jax only those that contain `smoke`."""
+    return [pytest.param(n, marks=pytest.mark.smoke if smoke in n else ()) for n in names]
+
+
+def asked(request, parameter: str) -> list[str]:
+    """What the selected tests of the requesting file have as `parameter`, in order.
+
+    A module compiles these alone: some minutes less where few of the tests are selected.
+    """
+    here = (item for item in request.session.items if item.path == request.path)
+    parameters = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    return list(dict.fromkeys(p[parameter] for p in parameters if parameter in p))
 
 
 @functools.cache
@@ -37,7 +53,12 @@ def report_of(module: str, *arguments: str):
     with tempfile.TemporaryDirectory() as folder:
         more = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder, PYTHONPATH=path)
         done = subprocess.run(
-            command, env=os.environ | more, cwd=ROOT, capture_output=True, text=True
+            command,
+            env=os.environ | more,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
         )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

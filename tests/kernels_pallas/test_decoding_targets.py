@@ -3,32 +3,33 @@ instructions than they took."""
 
 import pytest
 
-from .decode_targets import BUDGETS, CASES, TPUS
-from .target_process import budgets, check_bundles, need, report_of
+from .decode_targets import BUDGETS, CASES
+from .target_process import asked, budgets, cases, check_bundles, need, report_of
+
+ON_TPU = [name for name in CASES if not name.endswith("h200")]
+ON_GPU = [name for name in CASES if name.endswith("h200")]
 
 SMALL = 16 << 20  # bytes; the keys of a contiguous cache are 256 MiB
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(request):
     need("libtpu")
     need("jax_cuda13_plugin")
-    return report_of("decode_targets")
+    return report_of("decode_targets", *asked(request, "name"))
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", [f"{kind}, {target}" for target in TPUS for kind in CASES])
+@pytest.mark.parametrize("name", cases(ON_TPU, smoke="v6e"))
 def test_tpu(compiled, name):
-    got = compiled["tpu"][name]
+    got = compiled[name]
     assert got["spills"] == 0
     assert got["temporary"] < SMALL
     check_bundles(got, budgets(BUDGETS)[name])
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("kind", CASES)
-def test_h200(compiled, kind):
-    got = compiled["gpu"][kind]
+@pytest.mark.parametrize("name", cases(ON_GPU, smoke="paged"))
+def test_h200(compiled, name):
+    got = compiled[name]
     assert got["spills"] == 0 and not got["serialized"]
     assert got["registers"] <= 255
     assert got["temporary"] < SMALL

@@ -4,7 +4,7 @@ memory that grows with the square of the length."""
 import pytest
 
 from .gpu_targets import CASES, LONG_HEADS, LONG_LENGTH
-from .target_process import need, report_of
+from .target_process import asked, cases, need, report_of
 
 # Bytes of a thread that do not fit into its 240 registers, of which the sums take 128 here; 12
 # bytes with jax 0.10.2.
@@ -14,15 +14,14 @@ TOGETHER, APART = ("backward_keys_and_values",), ("backward_keys", "backward_val
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(request):
     need("jax_cuda13_plugin")
-    return report_of("gpu_targets")
+    return report_of("gpu_targets", *asked(request, "case"))
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES, smoke="everything"))
 def test_no_spills_and_no_waits_between_matmuls(compiled, case):
-    got = {n: report for n, report in compiled["kernels"].items() if n.startswith(f"{case}, flash")}
+    got = {n: report for n, report in compiled.items() if n.startswith(f"{case}, flash")}
     apart = CASES[case][1] > 128 or case == "everything"
     kernels = EVERY + (APART if apart else TOGETHER)
     assert set(got) == {f"{case}, flash_attention_{kernel}" for kernel in kernels}
@@ -33,8 +32,9 @@ def test_no_spills_and_no_waits_between_matmuls(compiled, case):
         assert not report["serialized"]
 
 
-def test_no_buffer_of_the_square_of_the_length(compiled):
-    long = compiled["long"]
+def test_no_buffer_of_the_square_of_the_length():
+    need("jax_cuda13_plugin")
+    long = report_of("gpu_targets", "long")
     assert long["largest"] <= LONG_HEADS * LONG_LENGTH * 128 < LONG_LENGTH**2
     assert long["temporary"] < LONG_LENGTH**2
     assert long["transposes"] == 0  # of the swaps to heads-major and back

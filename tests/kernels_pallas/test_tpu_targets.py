@@ -3,33 +3,26 @@ that grows with the square of the length."""
 
 import pytest
 
-from .target_process import GROWTH, budgets, check_bundles, need, report_of
+from .target_process import GROWTH, asked, budgets, cases, check_bundles, need, report_of
 from .tpu_targets import BUDGETS, CASES, LONG_HEADS, LONG_LENGTH
-
-NAMES = [
-    f"{case}, {target}, {kernel}"
-    for case, (targets, *_) in CASES.items()
-    for target in targets
-    for kernel in ("forward", "backward")
-]
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(request):
     need("libtpu")
-    return report_of("tpu_targets")
+    return report_of("tpu_targets", *asked(request, "name"))
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(CASES, smoke="causal, grouped, v6e"))
 def test_no_more_bundles_than_recorded(compiled, name):
-    got = compiled["kernels"][name]
+    got = compiled[name]
     want = budgets(BUDGETS)[name]
     check_bundles(got, want)
     assert got["spills"] <= GROWTH * want["spills"]
 
 
-def test_no_buffer_of_the_square_of_the_length(compiled):
-    long = compiled["long"]
+def test_no_buffer_of_the_square_of_the_length():
+    need("libtpu")
+    long = report_of("tpu_targets", "long")
     assert long["largest"] <= LONG_HEADS * LONG_LENGTH * 128 < LONG_LENGTH**2
     assert long["temporary"] < LONG_LENGTH**2

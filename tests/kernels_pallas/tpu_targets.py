@@ -26,8 +26,8 @@ CAUSAL = Causal()
 BUDGETS = pathlib.Path(__file__).parent / "tpu_bundles.json"
 BLOCKS = flash.Settings(Blocks(256, 256, 256), Blocks(256, 256, 256))  # small: quick to compile
 
-# case: (targets, dtype, head_dim, features)
-CASES = {
+# kind: (targets, dtype, head_dim, features)
+KINDS = {
     "causal, grouped": (("v4", "v5e", "v5p", "v6e", "7x"), "bfloat16", 128, {}),
     "window, segments, soft cap": (
         ("v5e",),
@@ -38,13 +38,19 @@ CASES = {
     "alibi, sinks": (("v6e",), "float32", 128, dict(alibi=True, sinks=True)),
     "array offset": (("v5p",), "bfloat16", 256, dict(offset=True)),
 }
+CASES = {
+    f"{kind}, {target}, {kernel}": (kind, target, kernel)
+    for kind, (targets_, *_) in KINDS.items()
+    for target in targets_
+    for kernel in ("forward", "backward")
+}
 LENGTH, HEADS, KV_HEADS = 1024, 4, 2
 LONG_LENGTH, LONG_HEADS = 32768, 16
 
 
 def call(dtype, head_dim, mask=CAUSAL, segments=False, soft_cap=None, alibi=False, sinks=False,
          offset=False, settings=BLOCKS):  # fmt: skip
-    """{kernel: (function, arguments as shapes)} of one case. Heads-major, without the call's
+    """{kernel: (function, arguments as shapes)} of one kind. Heads-major, without the call's
     transpositions, which would be most of what is compiled."""
     shape = lambda dims, dtype=dtype: jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
     q, kv = (shape((1, heads, LENGTH, head_dim)) for heads in (HEADS, KV_HEADS))
@@ -70,19 +76,19 @@ def call(dtype, head_dim, mask=CAUSAL, segments=False, soft_cap=None, alibi=Fals
     }
 
 
-def compile_all(folder) -> dict:
-    """{"case, target, kernel": bundles of its bodies and so on}; `folder` gets the listings."""
+def compile_cases(names: list[str], folder: str) -> dict:
+    """{case: bundles of its bodies and so on}; `folder` gets the listings."""
     found = {}
-    for case, (names, dtype, head_dim, features) in CASES.items():
-        for target in names:
-            for kernel, (function, arguments) in call(dtype, head_dim, **features).items():
-                shutil.rmtree(folder, ignore_errors=True)
-                os.makedirs(folder)
-                targets.compile_for(target, function, *arguments)
-                read = bundles.read(folder, f"flash_attention_{kernel}")
-                name = f"{case}, {target}, {kernel}"
-                found[name] = dict(bodies=read.bodies, always=read.always, spills=read.spills)
-                print(name, found[name], flush=True)
+    for name in names:
+        kind, target, kernel = CASES[name]
+        _, dtype, head_dim, features = KINDS[kind]
+        function, arguments = call(dtype, head_dim, **features)[kernel]
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+        targets.compile_for(target, function, *arguments)
+        read = bundles.read(folder, f"flash_attention_{kernel}")
+        found[name] = dict(bodies=read.bodies, always=read.always, spills=read.spills)
+        print(name, found[name], flush=True)
     return found
 
 
@@ -104,12 +110,13 @@ def compile_long() -> dict:
 
 
 def main() -> None:
-    if "--record" in sys.argv:
-        record(BUDGETS, report_of("tpu_targets")["kernels"])
+    names = sys.argv[1:]
+    if names == ["--record"]:
+        record(BUDGETS, report_of("tpu_targets", *CASES))
         return
     with tempfile.TemporaryDirectory() as folder:
         targets.prepare_environment(bundles.FLAGS.format(folder=folder))
-        found = dict(kernels=compile_all(folder), long=compile_long())
+        found = compile_long() if names == ["long"] else compile_cases(names, folder)
     print(json.dumps(found))
 
 
