@@ -25,7 +25,10 @@ LAUNCHERS = ("none", "print", "slurm")
 class StudyRequest:
     study: str = field("", "folder of the study")
     workdir: str = field("", "folder for its runs and its report")
-    jobs: int = field(1, "runs trained at a time, each on its share of the cores", minimum=1)
+    jobs: int = field(
+        1, "runs trained at a time, each on its share of the cores; on a machine with accelerators "
+        "they would all take the same ones", minimum=1,
+    )  # fmt: skip
     only: str = field("", "runs to train: names, with * and ?, comma-separated; all if unset")
     dry_run: bool = field(False, "only say what would be trained, and how long it would take")
     flops_per_second: float | None = field(
@@ -83,12 +86,27 @@ def _parse(argv: Sequence[str]):
     kind = found.study.analysis
     if kind not in ANALYSES:
         raise ConfigError(f"--study.analysis={kind or '(unset)'} is none of {', '.join(ANALYSES)}")
+    _check_together(request, given)
     components = {"run": StudyRequest, "study": ANALYSES[kind].config}
     for name in sorted(given - flag_names(components)):
         own = ", ".join(f"--{n}" for n in sorted(flag_names({"study": ANALYSES[kind].config})))
         raise ConfigError(f"--{name} is not used by --study.analysis={kind}, whose flags are {own}")
     config, _ = parse(argv, components)
     return config.run, config.study
+
+
+def _check_together(request: StudyRequest, given: set[str]):
+    """Raises `ConfigError` for flags of which one makes the other one mean nothing."""
+    launches = request.launcher != "none"
+    for name, is_used, only in (
+        ("dry_run", not launches, "without --launcher"),
+        ("check", not launches and not request.dry_run, "without --launcher and --dry_run"),
+        ("jobs", not launches, "without --launcher"),
+        ("flops_per_second", request.dry_run, "with --dry_run"),
+        ("launcher_options", request.launcher == "slurm", "with --launcher=slurm"),
+    ):
+        if name in given and getattr(request, name) and not is_used:
+            raise ConfigError(f"--{name} is used only {only}")
 
 
 def _joined(classes: Sequence[type]) -> type:

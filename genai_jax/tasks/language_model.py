@@ -271,7 +271,8 @@ class LanguageModel:
         Bits per byte divides the bits of every target, ends of documents included, by the UTF-8
         bytes of the text. Of data with questions (--data.answer_after) the targets are those of
         answers, and the share of answers that are right as a whole is given as well, each token
-        the likeliest one behind the right ones. Of data that is pixels, bits per dimension too.
+        the likeliest one behind the right ones. Of data that is pixels, bits per dimension too,
+        where exactly the pixels are targets: --data.answer_after==.
         """
         del mutables, seed  # nothing is random
         sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
@@ -289,7 +290,7 @@ class LanguageModel:
             "tokens": int(tokens),
             "bytes": int(size),
         }
-        if self.config.data.dataset in PIXELS:
+        if self.config.data.dataset in PIXELS and self.config.data.answer_after == "=":
             scores["bits_per_dim"] = loss / math.log(2)
         if self.asks:
             exact, answers = sums[4:]

@@ -137,6 +137,9 @@ def test_resamples_keep_enough_points_and_intervals_are_percentiles():
     counts = resampled(6, 300, 0, 5)
     assert counts.sum(1).tolist() == [6.0] * 300
     assert (counts > 0).sum(1).min() == 5
+    sizes = np.array([1, 1, 2, 2, 3, 3])
+    counts = resampled(6, 300, 0, 3, sizes)
+    assert all(len(np.unique(sizes[row > 0])) == 3 for row in counts)
     assert interval(np.arange(1001.0)) == (25, 975)
     assert interval(np.array([np.nan, 1.0, 2.0])) == (1, 2)
     assert np.isnan(interval(np.empty((0, 2)))).all()

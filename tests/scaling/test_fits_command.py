@@ -8,7 +8,7 @@ import pytest
 from genai_jax.config import ConfigError
 from genai_jax.scaling.fits.__main__ import main
 from genai_jax.scaling.fits.analysis import scaling_law
-from genai_jax.scaling.fits.points import Columns, read_csv
+from genai_jax.scaling.fits.points import Columns, Points, make_points, read_csv
 from tests.scaling.test_fits import ladder, loss_of
 
 HEADING = "name,N,D,L\n"
@@ -57,6 +57,20 @@ def test_a_frontier_of_one_run_is_said_and_the_rest_is_fitted():
     assert "held_out/parametric/max_relative_error" in sections[-1].numbers
 
 
+def test_power_laws_are_not_asked_beyond_their_minima():
+    """Neither by a budget that is asked for nor by one of the runs."""
+    points = ladder(np.geomspace(1e18, 1e20, 3))
+    sizes = points.parameters.max() * np.array([1.0, 2, 4])  # too large for their budget
+    loss = loss_of(sizes, 1e21 / 6 / sizes)
+    more = make_points(sizes, 1e21 / 6 / sizes, loss)
+    both = Points(*(np.concatenate(pair) for pair in zip(points, more, strict=True)))
+    asked = lambda **options: scaling_law(both, resamples=0, **options)[-1].tables[0].rows
+    by = lambda rows, name: [row[0] for row in rows if row[1] == name]
+    rows = asked(budgets=[3e19, 8e20])
+    assert by(rows, "parametric") == [3e19, 8e20] and by(rows, "isoFLOP") == [3e19]
+    assert by(asked(budgets=[3e19, 8e20], extrapolate=10), "isoFLOP") == [3e19, 8e20]
+
+
 def test_rows_of_one_run_are_its_curve(tmp_path):
     rows = [f"r{i},{10**i},{d},{9 - d - i}\n" for i in (1, 2) for d in (1, 2, 3)]
     data = read_csv(
@@ -65,6 +79,12 @@ def test_rows_of_one_run_are_its_curve(tmp_path):
     assert data.points.loss.tolist() == [5, 4] and data.points.flops.tolist() == [180, 1800]
     assert data.curves[1].parameters == 100 and data.curves[1].loss.tolist() == [6, 5, 4]
     assert not data.held_out.any()
+    columns = COLUMNS._replace(run="name")
+    hidden = read_csv(write(tmp_path / "c.csv", HEADING + "".join(rows)), columns, "N>50")
+    assert hidden.held_out.tolist() == [False, True]
+    assert [curve.parameters for curve in hidden.curves] == [10]
+    with pytest.raises(ConfigError, match="names 0 of 2 runs, by their last rows"):
+        read_csv(tmp_path / "c.csv", columns, "D<2")
 
 
 def test_a_condition_holds_rows_out(tmp_path):

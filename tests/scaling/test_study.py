@@ -178,7 +178,10 @@ BASE = (*TINY, "--train.steps=4")
         ({"a": ()}, ("--study.analysis=magic",), (), "magic is none of scaling_law, comparison"),
         ({"a": ()}, ("--study.analysis=scaling_law", "--study.held_out=z"), (), "held_out=z is no"),
         ({"a": ()}, (), ("--check",), "expected.json is not there"),
-        ({"a": ()}, (), ("--launcher_options=--nodes=2", "--launcher=print"), "slurm alone"),
+        ({"a": ()}, (), ("--launcher_options=--nodes=2", "--launcher=print"), "only with --launch"),
+        ({"a": ()}, (), ("--check", "--dry_run"), "--check is used only without --launcher and"),
+        ({"a": ()}, (), ("--jobs=2", "--launcher=print"), "--jobs is used only without --launcher"),
+        ({"a": ()}, (), ("--flops_per_second=1e9",), "--flops_per_second is used only with --dry"),
     ],
 )  # fmt: skip
 def test_bad_studies_are_one_line(runs, settings, flags, words, tmp_path):

@@ -12,6 +12,7 @@ from scipy import stats
 
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
+from genai_jax.scaling.report import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, transfer
 from genai_jax.scaling.study.comparison import ComparisonConfig
 from genai_jax.scaling.study.curves import CurvesConfig
@@ -140,6 +141,15 @@ def test_what_is_missing_is_named(runs):
         comparison.analyze(fewer, settings(seeds=4))
 
 
+def test_an_architecture_whose_runs_failed_is_left_out(runs):
+    scored = [score(r) for r in compared(rates=(3e-3,)) if r.config.run.seed]
+    kept = [r for r in scored if not r.name.startswith("same") or r.config.run.seed == 1]
+    section, matching, _ = comparison.analyze(kept, settings())
+    assert section.numbers["better/difference"] == pytest.approx(-0.2, abs=0.01)
+    assert "same and plain have 1 scored seed(s)" in section.paragraphs[1]
+    assert {row[0] for row in matching.tables[0].rows} == {"plain", "better"}
+
+
 def test_a_diverged_seed_is_no_crash():
     one_rate = compared(rates=(3e-3,))
     scored = [score(r) for r in one_rate if r.config.run.seed]
@@ -169,6 +179,17 @@ def test_studies_that_cannot_compare_are_refused(runs, changes, counts, words):
     changed = [r._replace(counts=counts) if r.name.startswith("same") else r for r in runs]
     with pytest.raises(ConfigError, match=words):
         comparison.needed(changed, {}, settings(**changes))
+
+
+def test_other_data_is_refused_and_how_it_is_read_is_not(runs):
+    changed = lambda **flags: [
+        r._replace(config=r.config.replace("data", **flags)) if r.name.startswith("same") else r
+        for r in runs
+    ]
+    with pytest.raises(ConfigError, match=r"sees other --data.validation_percent .*: 20 and 5"):
+        comparison.needed(changed(validation_percent=20), {}, settings())
+    assert comparison.needed(changed(validation_percent=20), {}, settings(same_data=False))
+    assert comparison.needed(changed(prefetch=7), {}, settings())
 
 
 def test_within_the_tolerance_is_matched(runs):
@@ -223,7 +244,7 @@ def test_an_optimum_at_the_edge_or_beside_a_divergence_is_none():
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        (lambda r: ".w16." in r.name, "has one value of --transformer.embed_dim"),
+        (lambda r: ".w16." in r.name, r"has 1 value\(s\) of --transformer.embed_dim"),
         (lambda r: ".w16." in r.name or r.name.endswith(("-7", "-8")), r"has 2 learning rate\(s\)"),
     ],
 )
@@ -286,35 +307,66 @@ def test_a_metric_or_flag_that_is_not_there_is_named():
 # Scaling laws
 
 
-def test_a_scaling_law_gets_the_points_of_the_runs():
-    """A planted law, L = 1.5 + 20 / N^0.4 + 60 / D^0.4, and two held-out runs."""
-    results = []
+LAW = ScalingLawConfig(
+    "scaling_law", held_out="n30000_d4096,n10000_d4096", resamples=0, budgets="1e8"
+)
+
+
+def grid() -> list[tuple[Run, float]]:
+    """Runs and their losses, 1.5 + 20 / N^0.4 + 60 / D^0.4."""
+    found = []
     for n in (1e3, 3e3, 1e4, 3e4):
         for per_step in (64, 256, 1024, 4096):
             counts = COUNTS._replace(
                 parameters=int(n) + 256, embedding_parameters=256, active=int(n),
                 tokens_per_step=per_step, flops_per_step=6 * n * per_step,
             )  # fmt: skip
-            name = f"n{n:g}_d{per_step}"
             loss = 1.5 + 20 / n**0.4 + 60 / (per_step * STEPS) ** 0.4
-            run = made(name, counts=counts)
-            results.append(result(run, loss))
-    config = ScalingLawConfig(
-        "scaling_law", held_out="n30000_d4096,n10000_d4096", resamples=0, budgets="1e8"
-    )
-    sections = scaling_law.analyze(results, config)
+            found.append((made(f"n{n:g}_d{per_step}", counts=counts), loss))
+    return found
+
+
+def test_a_scaling_law_gets_the_points_of_the_runs():
+    scaling_law.check([run for run, _ in grid()], LAW)
+    sections = scaling_law.analyze([result(*pair) for pair in grid()], LAW)
     numbers = {name: value for s in sections for name, value in s.numbers.items()}
     for name, value in {"E": 1.5, "A": 20, "B": 60, "alpha": 0.4, "beta": 0.4}.items():
         assert numbers[f"parametric/{name}"] == pytest.approx(value, rel=1e-3)
     assert numbers["held_out/parametric/max_relative_error"] < 1e-3
 
 
-def test_held_out_runs_have_to_exist_and_leave_some():
-    runs = [made("a"), made("b", run__seed=1)]
-    with pytest.raises(ConfigError, match=r"--study.held_out=c is no run of the study; .* a, b"):
-        scaling_law.check(runs, ScalingLawConfig("scaling_law", held_out="c"))
-    with pytest.raises(ConfigError, match="leaves no run to fit"):
-        scaling_law.check(runs, ScalingLawConfig("scaling_law", held_out="*"))
+def test_a_diverged_run_and_one_without_a_curve_do_not_stop_the_others(monkeypatch):
+    """And a held-out population hides all of its members."""
+    seen = {}
+
+    def fits(points, *, held_out, curves, **_):
+        seen.update(points=points, held_out=held_out, curves=curves)
+        return [Section("Law", ["as fitted"])]
+
+    monkeypatch.setattr("genai_jax.scaling.fits.analysis.scaling_law", fits)
+    runs = [made(name) for name in ("a", "b", "big/0", "big/1", "bad")]
+    rows = [{"step": step, "eval/loss": 9.0 - step} for step in (2, 4, 8)]
+    results = [result(run, 1.0)._replace(rows=rows[k == 1 :]) for k, run in enumerate(runs)]
+    results[-1] = result(runs[-1], math.inf)
+    config = ScalingLawConfig("scaling_law", held_out="big")
+    (section,) = scaling_law.analyze(results, config)
+    assert section.paragraphs == ["Left out, their loss is not finite: bad.", "as fitted"]
+    assert seen["held_out"].tolist() == [False, False, True, True]
+    assert [len(curve.loss) for curve in seen["curves"]] == [3]
+
+
+def test_what_no_law_could_be_fitted_to_is_said_before_anything_is_trained():
+    runs = [run for run, _ in grid()]
+    for kept, changes, words in (
+        (runs, {"held_out": "c"}, r"--study.held_out=c is no run of the study; .* n1000_d64, n1"),
+        (runs, {"held_out": "*"}, "leaves no run to fit"),
+        (runs[:6], {}, r"the parametric law has 5 coefficients; 4 points"),
+        (runs[:10], {"held_out": "n10000*"}, "at least 3 different parameters; there are 2"),
+        (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside of .*study.extrapolate=1.7"),
+    ):
+        default = {"held_out": "n1000_d64,n1000_d256"}
+        with pytest.raises(ConfigError, match=words):
+            scaling_law.check(kept, ScalingLawConfig("scaling_law", **default | changes))
 
 
 # Results

@@ -49,20 +49,22 @@ def scaling_law(
         check_budget(budget, fitted, extrapolate)
     fits = fit_all(fitted, curves, seed, resamples)
     hidden = points.where(held_out)
-    found = _optima(fits, budgets, extrapolate)
+    found, left_out = _optima(fits, budgets, extrapolate)
     parts = [
         sections.joint(fits, hidden, loss_unit),
         sections.single(fits, loss_unit),
         sections.isoflop(fits, loss_unit),
         sections.envelope(fits, curves, loss_unit),
-        sections.optimum(fits, found),
+        sections.optimum(fits, found, left_out, extrapolate),
     ]
     return parts + ([sections.held_out(fits, hidden, loss_unit)] if held_out.any() else [])
 
 
-def _optima(fits: Fits, budgets: Sequence[float] | None, extrapolate: float) -> list[Optimum]:
-    """By the parametric law. Of the runs' own budgets those are left out that it cannot judge."""
-    found = []
+def _optima(
+    fits: Fits, budgets: Sequence[float] | None, extrapolate: float
+) -> tuple[list[Optimum], list[float]]:
+    """By the parametric law, and those of the runs' own budgets that it cannot judge."""
+    found, left_out = [], []
     for budget in _own_budgets(fits.points) if budgets is None else budgets:
         try:
             best = optimum(fits.parametric, fits.cost, budget)
@@ -70,9 +72,10 @@ def _optima(fits: Fits, budgets: Sequence[float] | None, extrapolate: float) -> 
         except ConfigError:
             if budgets is not None:
                 raise
+            left_out.append(float(budget))
         else:
             found.append(best)
-    return found
+    return found, left_out
 
 
 def _own_budgets(points: Points) -> np.ndarray:

@@ -8,14 +8,19 @@ RESAMPLES = 500
 LEVEL = 0.95
 
 
-def resampled(points: int, resamples: int, seed: int, distinct: int) -> np.ndarray:
+def resampled(
+    points: int, resamples: int, seed: int, distinct: int, kinds: np.ndarray | None = None
+) -> np.ndarray:
     """How often each point is drawn, [resamples, points], in as many draws as there are points.
 
-    A draw with fewer than `distinct` different points, which fix no fit, is drawn again.
+    A draw with fewer than `distinct` different points, which fix no fit, is drawn again; points of
+    the same one of `kinds` [points] are not different.
     """
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(points, np.full(points, 1 / points), resamples)
-    while len(few := np.flatnonzero(np.sum(counts > 0, 1) < distinct)):
+    kinds = np.arange(points) if kinds is None else kinds
+    of_kind = (kinds[:, None] == np.unique(kinds)).astype(int)  # [points, kinds]
+    while len(few := np.flatnonzero(np.sum(counts @ of_kind > 0, 1) < distinct)):
         counts[few] = rng.multinomial(points, np.full(points, 1 / points), len(few))
     return counts.astype(np.float64)
 

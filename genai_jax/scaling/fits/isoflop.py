@@ -57,7 +57,7 @@ def budgets(flops: np.ndarray) -> list[np.ndarray]:
 def fit_isoflop(points: Points, *, resamples: int = RESAMPLES, seed: int = 0) -> IsoFlop:
     """Parabolas, their minima, and power laws through them.
 
-    Resamples are drawn within each budget, of at least four different runs where there are four:
+    Resamples are drawn within each budget, of at least four different sizes where there are four:
     three would put the parabola through them whatever they are.
 
     Raises:
@@ -97,7 +97,8 @@ def _valley(points: Points, runs: np.ndarray) -> Valley:
 def _resampled_minima(points: Points, valley: Valley, resamples: int, seed: int) -> np.ndarray:
     """[3, resamples]: parameters, tokens and loss; nan where no minimum is near the runs."""
     here = points.where(valley.runs)
-    counts = resampled(len(valley.runs), resamples, seed, min(4, len(valley.runs)))
+    sizes = here.parameters
+    counts = resampled(len(sizes), resamples, seed, min(4, len(np.unique(sizes))), sizes)
     parabola, center = _parabolas(here, counts)
     minima = _minima(here, counts, parabola, center)
     smallest, largest = here.parameters.min(), here.parameters.max()

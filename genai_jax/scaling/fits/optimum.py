@@ -94,9 +94,14 @@ def _best_sizes(values: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
         return np.stack([np.exp(log_n), np.exp(log_d), loss])
 
 
-def check_budget(budget: float, points: Points, extrapolate: float = 1.0):
-    """Raises `ConfigError` for a budget further from the runs' than `extrapolate` times."""
-    check_range("budget", budget, points.flops, "FLOPs", extrapolate)
+def check_budget(
+    budget: float, points: Points, extrapolate: float = 1.0, flag="budget", allows="extrapolate"
+):
+    """Raises `ConfigError` for a budget further from the runs' than `extrapolate` times.
+
+    The message says which flag asks for it and which one allows it.
+    """
+    check_range(flag, budget, points.flops, "FLOPs", extrapolate, allows=allows)
 
 
 def check_optimum(best: Optimum, points: Points, extrapolate: float = 1.0):
@@ -108,7 +113,8 @@ def check_optimum(best: Optimum, points: Points, extrapolate: float = 1.0):
         check_range(what, value, getattr(points, name), name, extrapolate, say_value=False)
 
 
-def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, say_value=True):
+def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, say_value=True,
+                allows="extrapolate"):  # fmt: skip
     """Raises `ConfigError` for a value outside of data [points] by more than a factor."""
     low, high = data.min(), data.max()
     if low / extrapolate * (1 - 1e-9) <= value <= high * extrapolate * (1 + 1e-9):
@@ -117,5 +123,5 @@ def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, sa
     said = f"{what}={value:g}" if say_value else what
     raise ConfigError(
         f"--{said} is outside of what was fitted, {low:.3g} to {high:.3g} {unit}; "
-        f"--extrapolate={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would accept it"
+        f"--{allows}={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would accept it"
     )

@@ -90,7 +90,7 @@ class Data(NamedTuple):
 
     points: Points
     held_out: np.ndarray  # [points] bool
-    curves: list[Curve] | None
+    curves: list[Curve] | None  # of the runs that are not held out
 
 
 def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
@@ -123,7 +123,11 @@ def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
         Curve(points.parameters[m[-1]], points.tokens[m], points.flops[m], points.loss[m])
         for m in members
     ]
-    return Data(points.where(ends), hidden[ends], curves)
+    hidden = hidden[ends]
+    if held_out:
+        _check_some(hidden, held_out, "runs, by their last rows")
+    seen = [curve for curve, is_hidden in zip(curves, hidden, strict=True) if not is_hidden]
+    return Data(points.where(ends), hidden, seen)
 
 
 def _read_rows(path: str) -> tuple[list[int], list[dict]]:
@@ -192,8 +196,13 @@ def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
     else:
         values = _numeric_column(path, lines, rows, name)
     hidden = COMPARISONS[comparison](values, bound)
+    _check_some(hidden, text, "rows")
+    return hidden
+
+
+def _check_some(hidden: np.ndarray, text: str, what: str):
+    """Raises `ConfigError` where all or none are held out."""
     if hidden.all() or not hidden.any():
         raise ConfigError(
-            f"--held_out={text} names {hidden.sum()} of {len(hidden)} rows; hold out some"
+            f"--held_out={text} names {hidden.sum()} of {len(hidden)} {what}; hold out some"
         )
-    return hidden

@@ -186,13 +186,15 @@ def _power_numbers(prefix: str, laws: dict) -> dict[str, float]:
     return found | _bounds(prefix, intervals)
 
 
-def optimum(fits: Fits, optima: list[Optimum]) -> Section:
+def optimum(
+    fits: Fits, optima: list[Optimum], left_out: list[float], extrapolate: float
+) -> Section:
+    """left_out: budgets of the runs for which the parametric law has no answer among them."""
+    power_laws = {"isoFLOP": _size_laws(fits.isoflop), "envelope": _size_laws(fits.envelope)}
+    budgets = [best.budget for best in optima]
     approaches = {"parametric": optima} | {
-        name: [_by_power_laws(best.budget, *laws) for best in optima]
-        for name, laws in (
-            ("isoFLOP", _size_laws(fits.isoflop)),
-            ("envelope", _size_laws(fits.envelope)),
-        )
+        name: [_by_power_laws(b, *laws) for b in budgets if _known(b, laws, extrapolate)]
+        for name, laws in power_laws.items()
         if laws
     }
     rows = [
@@ -211,6 +213,16 @@ def optimum(fits: Fits, optima: list[Optimum]) -> Section:
             f"{fits.cost.power:.4g} D FLOPs, to within {100 * fits.cost.error:.2g} % of each. With "
             f"it the parametric law is least at N = const C^{exponent:.4g}.",
             *(() if optima else ("No budget of these runs has its best size between theirs.",)),
+            *(
+                (
+                    f"Not judged, as the best size or tokens would be outside of the runs: "
+                    f"{', '.join(f'{b:.3g}' for b in left_out)} FLOPs.",
+                )
+                if left_out
+                else ()
+            ),
+            "The isoFLOP and envelope laws are asked only between the budgets they were fitted to"
+            + (f", or {extrapolate:g} times beyond." if extrapolate > 1 else "."),
         ],
         [Table("optimum", heads, rows)],
         {"optimum": plots.optima(approaches)} if optima else {},
@@ -225,6 +237,12 @@ def _size_laws(found: IsoFlop | Envelope | str) -> tuple[PowerLaw, ...]:
     if isinstance(found, IsoFlop):
         return found.parameters, found.tokens
     return found.parameters_law, found.tokens_law
+
+
+def _known(budget: float, laws: tuple[PowerLaw, ...], extrapolate: float) -> bool:
+    """Whether all of them were fitted to such budgets."""
+    margin = extrapolate * (1 + 1e-9)
+    return all(law.range[0] / margin <= budget <= law.range[1] * margin for law in laws)
 
 
 def _by_power_laws(budget: float, *laws: PowerLaw) -> Optimum:

@@ -15,7 +15,7 @@ def _all(runs: Sequence[Run], results: Mapping[str, list[Result]], config: Any) 
     return list(runs)
 
 
-def _held_out_known(runs, results, config) -> list[Run]:
+def _fittable(runs, results, config) -> list[Run]:
     scaling_law.check(runs, config)
     return list(runs)
 
@@ -36,7 +36,7 @@ class Analysis(NamedTuple):
 
 
 ANALYSES = {
-    "scaling_law": Analysis(scaling_law.ScalingLawConfig, scaling_law.analyze, _held_out_known),
+    "scaling_law": Analysis(scaling_law.ScalingLawConfig, scaling_law.analyze, _fittable),
     "comparison": Analysis(comparison.ComparisonConfig, comparison.analyze, comparison.needed),
     "curves": Analysis(curves.CurvesConfig, curves.analyze),
     "transfer": Analysis(transfer.TransferConfig, transfer.analyze),

@@ -9,7 +9,7 @@ other rates, only the runs with the selection seed are needed.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from genai_jax.scaling.study.groups import (
     Model,
     group_of,
     grouped,
+    label_of,
     learning_rate,
     models_of,
     seed,
@@ -28,6 +29,7 @@ from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, names
 
 LEVEL = 0.95
+HOW_READ = ("data.prefetch", "data.data_dir")  # changes nothing of what is read
 RESAMPLES = 10_000
 
 
@@ -120,28 +122,35 @@ def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
 def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section]:
     """Scores of the architectures and their paired differences to the baseline.
 
+    An architecture of which too much is missing, as its runs failed, is named and left out.
+
     Raises:
-      ConfigError: fewer than `seeds` seeds that an architecture and the baseline both have.
+      ConfigError: the baseline has too few seeds, or no other architecture has enough.
     """
     architectures = grouped(results)
     if config.baseline not in architectures:
         raise ConfigError(f"no run of --study.baseline={config.baseline} is finished")
     chooses = any(len({learning_rate(r) for r in a}) > 1 for a in architectures.values())
-    rates, scored = {}, {}
-    for name, members in architectures.items():
-        rates[name], scored[name] = _scored(members, chooses, config)
-    scores = {
-        name: {seed(r): r.final(config.metric) for r in members} for name, members in scored.items()
-    }
-    differences = {
-        name: paired_difference(scores[name], scores[config.baseline], config, name)
-        for name in scores
-        if name != config.baseline
-    }
+    rates, scored, scores, differences, missing = {}, {}, {}, {}, []
+    base = config.baseline
+    for name in (base, *(n for n in architectures if n != base)):
+        try:
+            rate, members = _scored(architectures[name], chooses, config)
+            own = {seed(r): r.final(config.metric) for r in members}
+            if name != base:
+                differences[name] = paired_difference(own, scores[base], config, name)
+        except ConfigError as error:
+            if name == base:
+                raise
+            missing.append(str(error))
+        else:
+            rates[name], scored[name], scores[name] = rate, members, own
+    if not differences:
+        raise ConfigError("; ".join(missing) or f"no other architecture than {base} is finished")
     return [
-        _main_section(scored, scores, rates, differences, config),
+        _main_section(scored, scores, rates, differences, missing, config),
         _matching_section(scored, config),
-        _rates_section(architectures, rates, config),
+        _rates_section({n: m for n, m in architectures.items() if n in rates}, rates, config),
     ]
 
 
@@ -231,14 +240,12 @@ def _check_seeds(name: str, models: Sequence[Model], chooses: bool, config: Comp
 
 def _check_alike(model: Model, base: Model, config: ComparisonConfig):
     """Raises `ConfigError` if data, tokens, FLOPs or parameters are not the baseline's."""
-    what = lambda m: {
-        "data": m.config.items().get("data.dataset"),
-        "tokens or examples": m.counts.tokens_per_step * m.config.train.steps,
-    }
-    for name, value in what(model).items():
-        if config.same_data and value != what(base)[name]:
+    ours, theirs = _data(model), _data(base)
+    for name in sorted(ours.keys() | theirs.keys()) if config.same_data else ():
+        if ours.get(name) != theirs.get(name):
             raise ConfigError(
-                f"{model.name} sees other {name} than {base.name}: {value} and {what(base)[name]}"
+                f"{model.name} sees other {name} than {base.name}: {ours.get(name)} and "
+                f"{theirs.get(name)}"
             )
     ours, theirs = _matched(model, config), _matched(base, config)
     off = ours / theirs - 1
@@ -249,6 +256,14 @@ def _check_alike(model: Model, base: Model, config: ComparisonConfig):
         )
 
 
+def _data(model: Model) -> dict[str, Any]:
+    """What a model reads: the flags that say so, and how much."""
+    items = model.config.items()
+    flags = {f"--{n}": v for n, v in items.items() if n.startswith("data.") and n not in HOW_READ}
+    amount = model.counts.tokens_per_step * model.config.train.steps
+    return flags | {"tokens or examples": amount, "--eval.batches": items.get("eval.batches")}
+
+
 def _matched(model: Model | Result, config: ComparisonConfig) -> float:
     """What `match` says, of one model."""
     if config.match == "parameters":
@@ -256,7 +271,7 @@ def _matched(model: Model | Result, config: ComparisonConfig) -> float:
     return model.counts.flops_per_step * model.config.train.steps
 
 
-def _main_section(scored, scores, rates, differences, config) -> Section:
+def _main_section(scored, scores, rates, differences, missing, config) -> Section:
     rows, numbers, remarks = [], {}, config.remarks()
     also = names(config.also)
     for name in sorted(scores, key=lambda name: float(np.mean([*scores[name].values()]))):
@@ -287,17 +302,20 @@ def _main_section(scored, scores, rates, differences, config) -> Section:
         "t": "by Student's t over the paired seeds",
         "bootstrap": f"by {RESAMPLES:,} bootstrap resamples of the paired seeds",
     }[config.interval]
+    order = ", so with the same data in the same order" if config.same_data else ""
+    label = label_of(scored[config.baseline][0], config.metric)
     text = (
-        f"Mean {config.metric} over seeds at the last step, the lower the better, its standard "
-        f"deviation over seeds, and the difference to {config.baseline} with the same seed, so "
-        f"with the same data in the same order. Intervals are {LEVEL:.0%}, {how}, each on its "
+        f"Mean {label} over seeds at the last step, the lower the better, its "
+        f"standard deviation over seeds, and the difference to {config.baseline} with the same "
+        f"seed{order}. Intervals are {LEVEL:.0%}, {how}, each on its "
         f"own: with {len(differences)} comparison(s) they are not corrected for their number."
     )
     drop = [i for i, c in enumerate(columns) if c == "note" and not remarks]
     keep = lambda row: tuple(cell for i, cell in enumerate(row) if i not in drop)
     table = Table("comparison", keep(columns), [keep(row) for row in rows])
-    figures = {"differences": _differences_figure(differences, config)}
-    return Section("Comparison", [text], [table], figures, numbers)
+    figures = {"differences": _differences_figure(differences, label, config)}
+    left_out = [f"Left out: {reason}." for reason in missing]
+    return Section("Comparison", [text, *left_out], [table], figures, numbers)
 
 
 def _verdict(found: Difference | None) -> str:
@@ -357,11 +375,14 @@ def _rates_section(architectures, rates, config) -> Section:
             f"At the edge of what was tried, so perhaps not the best: {', '.join(edges)}."
         )
     columns = ("architecture", "learning rate", config.metric, "")
-    figures = {"learning_rates": _rates_figure(rows, config)}
+    label = label_of(architectures[config.baseline][0], config.metric)
+    figures = {"learning_rates": _rates_figure(rows, label)}
     return Section("Learning rates", paragraphs, [Table("learning_rates", columns, rows)], figures)
 
 
-def _differences_figure(differences: Mapping[str, Difference], config: ComparisonConfig):
+def _differences_figure(
+    differences: Mapping[str, Difference], label: str, config: ComparisonConfig
+):
     from matplotlib.figure import Figure
 
     finite = {name: found for name, found in differences.items() if math.isfinite(found.mean)}
@@ -374,12 +395,12 @@ def _differences_figure(differences: Mapping[str, Difference], config: Compariso
     axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
     axes.set_ylim(-0.6, len(ordered) - 0.4)
     axes.axvline(0, color="gray", lw=1)
-    axes.set_xlabel(f"difference in {config.metric} to {config.baseline} ({LEVEL:.0%} interval)")
+    axes.set_xlabel(f"difference to {config.baseline}, {label}, {LEVEL:.0%} interval")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
 
-def _rates_figure(rows: Sequence[tuple], config: ComparisonConfig):
+def _rates_figure(rows: Sequence[tuple], label: str):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -387,7 +408,7 @@ def _rates_figure(rows: Sequence[tuple], config: ComparisonConfig):
     for name in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == name and math.isfinite(row[2])]
         axes.plot([row[1] for row in own], [row[2] for row in own], marker="o", label=name)
-    axes.set(xlabel="learning rate", ylabel=config.metric, xscale="log")
+    axes.set(xlabel="learning rate", ylabel=label, xscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

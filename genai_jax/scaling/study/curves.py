@@ -8,7 +8,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table, file_name
-from genai_jax.scaling.study.groups import flag_value, grouped
+from genai_jax.scaling.study.groups import flag_value, grouped, label_of
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, names
 
@@ -65,12 +65,16 @@ def analyze(results: Sequence[Result], config: CurvesConfig) -> list[Section]:
 def _curves_section(results, metrics, config) -> Section:
     if config.panels == "metric":
         figures = {
-            file_name(metric): _figure({r.name: (r, metric) for r in results}, metric, "", config)
+            file_name(metric): _figure(
+                {r.name: (r, metric) for r in results}, label_of(results[0], metric), "", config
+            )
             for metric in metrics
         }
     else:
         figures = {
-            file_name(r.name): _figure({m: (r, m) for m in metrics}, "", r.name, config)
+            file_name(r.name): _figure(
+                {label_of(r, m): (r, m) for m in metrics}, "", r.name, config
+            )
             for r in results
         }
     return Section("Curves", ["As logged while training."], [], figures)
@@ -173,7 +177,7 @@ def _against_section(results, metrics, config) -> Section:
             lines[group] = sorted(pair for pair in ends if len(pair) == 2)
             rows += [(metric, group, *pair) for pair in lines[group]]
         figures[f"{file_name(metric)}_against_{file_name(config.against)}"] = _lines_figure(
-            lines, label, metric, config
+            lines, label, label_of(results[0], metric), config
         )
     columns = ("metric", "runs", label, "last value")
     text = [f"The last value of each run against {label}."]

@@ -37,9 +37,25 @@ def models_of(runs: Sequence[Run]) -> list[Model]:
     ]
 
 
+def run_of(model: Model | Result) -> str:
+    """The name of its run; a result of a population names its member as well."""
+    return model.name.split("/")[0]
+
+
+def unit_of(model: Model | Result, metric: str) -> str:
+    """Of a metric: the task's own of its losses, else the metric's name."""
+    return model.counts.loss_unit if metric.endswith("/loss") else metric
+
+
+def label_of(model: Model | Result, metric: str) -> str:
+    """A metric for headings and axes, with its unit where it has one."""
+    unit = unit_of(model, metric)
+    return metric if unit == metric else f"{metric} ({unit})"
+
+
 def group_of(model: Model | Result) -> str:
     """Its architecture, or other variant: the flagfile's name up to the first dot."""
-    return model.name.split("/")[0].split(".")[0]
+    return run_of(model).split(".")[0]
 
 
 def grouped(models: Sequence[T]) -> dict[str, list[T]]:

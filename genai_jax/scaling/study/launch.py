@@ -23,13 +23,11 @@ def commands(launcher: str, options: str, runs: Sequence[Run]) -> list[str]:
       runs: what is to be trained.
 
     Raises:
-      ConfigError: options without a launcher that takes any; a study outside the repository, from
-        which the jobs of slurm.sh read their flagfiles.
+      ConfigError: a study outside the repository, from which the jobs of slurm.sh read their
+        flagfiles.
     """
     if launcher == "slurm":
         return [_slurm(options, run) for run in runs]
-    if options:
-        raise ConfigError(f"--launcher_options={options} are of --launcher=slurm alone")
     return [shlex.join(command(run)) for run in runs]
 
 

@@ -39,7 +39,7 @@ def plan_text(
             run.name + (f" x {run.members}" if run.members > 1 else ""),
             shown(run.counts.parameters),
             shown(run.counts.non_embedding),
-            shown(run.counts.tokens_per_step * run.steps),
+            shown(run.counts.tokens_per_step * run.steps * run.members),
             f"{run.flops:.3e}",
             duration(speed.seconds(run)) if speed and run.name not in states else "",
             states.get(run.name, ""),

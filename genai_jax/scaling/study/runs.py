@@ -54,8 +54,8 @@ def execute(
     with _Signals() as signals, display:
         while processes or (waiting and not signals.received):
             while waiting and len(processes) < jobs and not signals.received:
-                free = next(s for s in shares if s not in [p.cores for p in processes])
-                processes.append(_Process(waiting.pop(0), free, lock))
+                place = min(set(range(jobs)) - {p.place for p in processes})
+                processes.append(_Process(waiting.pop(0), place, shares[place], lock))
                 display.started(processes[-1].run)
             for number in signals.new():
                 display.interrupted(len(processes), signals.count)
@@ -76,8 +76,9 @@ def execute(
 class _Process:
     """The process of a run."""
 
-    def __init__(self, run: Run, cores: frozenset[int], lock: IO):
-        self.run, self.cores = run, cores
+    def __init__(self, run: Run, place: int, cores: frozenset[int], lock: IO):
+        """place: which of the jobs that run at a time it is."""
+        self.run, self.place = run, place
         self._began = time.monotonic()
         rows = read_metrics(run.workdir / "metrics.jsonl")
         self._began_at = rows[-1]["step"] if rows else 0

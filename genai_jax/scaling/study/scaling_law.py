@@ -1,6 +1,7 @@
 """The points of a scaling law: one a run, from what it was and how it ended."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,11 +9,12 @@ import numpy as np
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section
 from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.groups import Model, models_of, run_of, unit_of
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, chosen, numbers
 
 PARAMETERS = ("non_embedding", "total", "active")
-CURVE_POINTS = 5  # fewer are no curve
+CURVE_POINTS = 3  # fewer are no curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,28 @@ class ScalingLawConfig(StudyConfig):
 
 
 def check(runs: Sequence[Run], config: ScalingLawConfig):
-    """Raises `ConfigError` for held-out runs or budgets that are wrong."""
+    """Raises `ConfigError` for a study that nothing could be fitted to, whatever its losses are.
+
+    Wrong held-out runs, too few or too similar other ones, budgets outside of them.
+    """
+    from genai_jax.scaling.fits.laws import Parametric
+    from genai_jax.scaling.fits.optimum import check_budget
+    from genai_jax.scaling.fits.points import check_enough, check_spread, make_points
+
     held_out = chosen("study.held_out", config.held_out, [run.name for run in runs])
-    if len(held_out) == len(runs):
+    models = [m for m in models_of(runs) if m.name not in held_out]
+    if not models:
         raise ConfigError(f"--study.held_out={config.held_out} leaves no run to fit")
-    numbers("study.budgets", config.budgets)
+    planned = make_points(
+        [_size(m, config) for m in models],
+        [m.counts.tokens_per_step * m.config.train.steps for m in models],
+        [1.0] * len(models),
+        [m.counts.flops_per_step * m.config.train.steps for m in models],
+    )
+    check_enough(len(models), len(Parametric.coefficients), "the parametric law")
+    check_spread(planned)
+    for budget in numbers("study.budgets", config.budgets):
+        check_budget(budget, planned, config.extrapolate, "study.budgets", "study.extrapolate")
 
 
 def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section]:
@@ -49,7 +68,9 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
     from genai_jax.scaling.fits.analysis import scaling_law
     from genai_jax.scaling.fits.points import make_points
 
-    names = [r.name for r in results]
+    diverged = [r.name for r in results if not math.isfinite(r.final(config.metric))]
+    results = [r for r in results if r.name not in diverged]
+    names = [run_of(r) for r in results]
     # One that is not finished yet is no mistake: the report says that it is missing.
     held_out = set(chosen("study.held_out", config.held_out, names, missing_ok=True))
     points = make_points(
@@ -58,26 +79,25 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
         [r.final(config.metric) for r in results],
         [r.flops for r in results],
     )
-    return scaling_law(
+    first, *others = scaling_law(
         points,
         held_out=np.array([name in held_out for name in names]),
-        curves=_curves([r for r in results if r.name not in held_out], config),
+        curves=_curves([r for r in results if run_of(r) not in held_out], config),
         budgets=numbers("study.budgets", config.budgets) or None,
         seed=config.fit_seed,
         resamples=config.resamples,
         extrapolate=config.extrapolate,
-        loss_unit=_unit(results[0], config),
+        loss_unit=unit_of(results[0], config.metric),
     )
+    if diverged:
+        left_out = f"Left out, their loss is not finite: {', '.join(diverged)}."
+        first = first._replace(paragraphs=[left_out, *first.paragraphs])
+    return [first, *others]
 
 
-def _unit(result: Result, config: ScalingLawConfig) -> str:
-    """Of the metric: the task's own of its loss, else the metric's name."""
-    return result.counts.loss_unit if config.metric == "eval/loss" else config.metric
-
-
-def _size(result: Result, config: ScalingLawConfig) -> int:
+def _size(model: Model | Result, config: ScalingLawConfig) -> int:
     """N of a model."""
-    counts = result.counts
+    counts = model.counts
     return {
         "non_embedding": counts.non_embedding,
         "total": counts.parameters,
@@ -86,14 +106,14 @@ def _size(result: Result, config: ScalingLawConfig) -> int:
 
 
 def _curves(results: Sequence[Result], config: ScalingLawConfig) -> list | None:
-    """The metric while the runs trained, if they scored it often enough; else None."""
+    """The metric while the runs trained, of those that scored it often enough; None if none did."""
     from genai_jax.scaling.fits.points import Curve
 
     found = []
     for r in results:
         steps, values = (np.array(part, np.float64) for part in r.curve(config.metric))
         if len(steps) < CURVE_POINTS:
-            return None
+            continue
         tokens, flops = steps * r.counts.tokens_per_step, steps * r.counts.flops_per_step
         found.append(Curve(_size(r, config), tokens, flops, values))
-    return found
+    return found or None

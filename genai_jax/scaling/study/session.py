@@ -60,6 +60,9 @@ def train_missing(
         failed |= outcome.failed
         if outcome.signal:
             return Outcome(failed, outcome.signal)
+        for run in runs:
+            if run.name not in failed and not is_finished(run, settings.may_diverge):
+                failed[run.name] = "its process ended well, and yet the run is not finished"
 
 
 def report(

@@ -13,7 +13,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table, file_name
-from genai_jax.scaling.study.groups import flag_value, grouped, learning_rate
+from genai_jax.scaling.study.groups import flag_value, grouped, label_of, learning_rate
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig
 
@@ -50,23 +50,41 @@ def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
     """Loss against learning rate at every width, and how far the optimum moves.
 
     Raises:
-      ConfigError: a variant with one width, or with fewer than three learning rates at a width.
+      ConfigError: no variant has two widths with three learning rates each.
     """
-    variants = {name: _curves(members, config) for name, members in grouped(results).items()}
-    for name, curves in variants.items():
-        if len(curves) < 2:
-            raise ConfigError(f"{name} has one value of --{config.width}; transfer needs two")
-        for width, points in curves.items():
-            if len(points) < 3:
-                raise ConfigError(
-                    f"{name} at --{config.width}={width:g} has {len(points)} learning rate(s); an "
-                    "optimum needs three"
-                )
+    every = {name: _curves(members, config) for name, members in grouped(results).items()}
+    variants, missing = _enough(every, config)
+    if not variants:
+        raise ConfigError("; ".join(missing))
     optima = {
         name: {width: optimum([*points], [*points.values()]) for width, points in curves.items()}
         for name, curves in variants.items()
     }
-    return [_shift_section(optima, config), _losses_section(variants, optima, config)]
+    label = label_of(results[0], config.metric)
+    shift = _shift_section(optima, config)
+    left_out = [f"Left out: {reason}." for reason in missing]
+    shift = shift._replace(paragraphs=[*left_out, *shift.paragraphs])
+    return [shift, _losses_section(variants, optima, label, config)]
+
+
+def _enough(every, config: TransferConfig) -> tuple[dict, list[str]]:
+    """Variants with two widths of three learning rates each, and why others are not used."""
+    variants, missing = {}, []
+    for name, curves in every.items():
+        for width, points in curves.items():
+            if len(points) < 3:
+                missing.append(
+                    f"{name} at --{config.width}={width:g} has {len(points)} learning rate(s); an "
+                    "optimum needs three"
+                )
+        usable = {width: points for width, points in curves.items() if len(points) >= 3}
+        if len(usable) >= 2:
+            variants[name] = usable
+        else:
+            missing.append(
+                f"{name} has {len(usable)} value(s) of --{config.width} to use; transfer needs two"
+            )
+    return variants, missing
 
 
 def _curves(members: Sequence[Result], config: TransferConfig) -> dict[float, dict[float, float]]:
@@ -116,7 +134,7 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
     )  # fmt: skip
 
 
-def _losses_section(variants, optima, config) -> Section:
+def _losses_section(variants, optima, label, config) -> Section:
     rows = [
         (name, width, rate, loss)
         for name, curves in variants.items()
@@ -125,14 +143,14 @@ def _losses_section(variants, optima, config) -> Section:
     ]
     columns = ("variant", f"--{config.width}", "learning rate", config.metric)
     figures = {
-        f"losses_{file_name(name)}": _losses_figure(name, curves, optima[name], config)
+        f"losses_{file_name(name)}": _losses_figure(name, curves, optima[name], label)
         for name, curves in variants.items()
     }
     text = ["Crosses are the optima of the parabolas; a run that diverged has no point."]
     return Section("Loss against learning rate", text, [Table("losses", columns, rows)], figures)
 
 
-def _losses_figure(name, curves, optima, config):
+def _losses_figure(name, curves, optima, label):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -146,7 +164,7 @@ def _losses_figure(name, curves, optima, config):
             axes.plot(
                 optima[width].rate, optima[width].loss, "x", color=color, markersize=10, mew=2
             )
-    axes.set(xlabel="learning rate", ylabel=config.metric, title=name)
+    axes.set(xlabel="learning rate", ylabel=label, title=name)
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
