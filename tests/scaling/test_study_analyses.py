@@ -362,7 +362,7 @@ def test_what_no_law_could_be_fitted_to_is_said_before_anything_is_trained():
         (runs, {"held_out": "*"}, "leaves no run to fit"),
         (runs[:6], {}, r"the parametric law has 5 coefficients; 4 points"),
         (runs[:10], {"held_out": "n10000*"}, "at least 3 different parameters; there are 2"),
-        (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside of .*study.extrapolate=1.7"),
+        (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside of .*extrapolate=1.7"),
     ):
         default = {"held_out": "n1000_d64,n1000_d256"}
         with pytest.raises(ConfigError, match=words):

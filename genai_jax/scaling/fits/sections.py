@@ -8,7 +8,7 @@ from genai_jax.scaling.fits import plots
 from genai_jax.scaling.fits.all_laws import Fits
 from genai_jax.scaling.fits.envelope import Envelope
 from genai_jax.scaling.fits.fit import Fit
-from genai_jax.scaling.fits.isoflop import IsoFlop
+from genai_jax.scaling.fits.isoflop import SAME_BUDGET, IsoFlop
 from genai_jax.scaling.fits.optimum import Estimate, Optimum
 from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.fits.power_law import KAPLAN, PowerLaw
@@ -240,8 +240,8 @@ def _size_laws(found: IsoFlop | Envelope | str) -> tuple[PowerLaw, ...]:
 
 
 def _known(budget: float, laws: tuple[PowerLaw, ...], extrapolate: float) -> bool:
-    """Whether all of them were fitted to such budgets."""
-    margin = extrapolate * (1 + 1e-9)
+    """Whether all of them were fitted to such budgets, or to ones hardly different."""
+    margin = extrapolate * SAME_BUDGET
     return all(law.range[0] / margin <= budget <= law.range[1] * margin for law in laws)
 
 
