@@ -15,6 +15,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table
+from genai_jax.scaling.study.curves import legend
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
     Model,
@@ -410,5 +411,5 @@ def _rates_figure(rows: Sequence[tuple], label: str):
         axes.plot([row[1] for row in own], [row[2] for row in own], marker="o", label=name)
     axes.set(xlabel="learning rate", ylabel=label, xscale="log")
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend(figure, axes, len(axes.lines))
     return figure

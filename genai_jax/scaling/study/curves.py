@@ -106,11 +106,11 @@ def _finished(figure, axes, config, count: int):
     if config.log_metric:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    _legend(figure, axes, count)
+    legend(figure, axes, count)
     return figure
 
 
-def _legend(figure, axes, count: int):
+def legend(figure, axes, count: int):
     """Beside the axes where there are too many lines to leave room in them."""
     if count > 6:
         figure.legend(loc="outside right upper", fontsize="small")
