@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 
 import numpy as np
@@ -13,13 +14,15 @@ from scipy import stats
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.scaling.report import Section
-from genai_jax.scaling.study import comparison, curves, scaling_law, transfer
+from genai_jax.scaling.study import comparison, curves, scaling_law, session, transfer
 from genai_jax.scaling.study.comparison import ComparisonConfig
+from genai_jax.scaling.study.cores import core_shares
 from genai_jax.scaling.study.curves import CurvesConfig
 from genai_jax.scaling.study.expected import off, read_expected
 from genai_jax.scaling.study.folder import Counts, Run
 from genai_jax.scaling.study.launch import commands
 from genai_jax.scaling.study.results import Fate, Result, is_finished, read_results, write_fate
+from genai_jax.scaling.study.runs import Outcome
 from genai_jax.scaling.study.scaling_law import ScalingLawConfig
 from genai_jax.scaling.study.table import LiveTable
 from genai_jax.scaling.study.times import Measured, Speed, _fitted, makespan
@@ -370,6 +373,22 @@ def test_what_no_law_could_be_fitted_to_is_said_before_anything_is_trained():
 
 
 # Results
+
+
+def test_a_process_that_ends_well_and_leaves_its_run_unfinished_is_not_started_for_ever(
+    monkeypatch, tmp_path
+):
+    run = made("a", tmp_path)
+    monkeypatch.setattr(session, "state_of", lambda *_: session.State([run], [run], {}))
+    monkeypatch.setattr(session, "execute", lambda *_, **__: Outcome({}, 0))
+    monkeypatch.setattr(session, "make_display", lambda *_: None)
+    outcome = session.train_missing(None, CurvesConfig("curves"), ["a"], 1, None)
+    assert outcome.failed == {"a": "its process ended well, and yet the run is not finished"}
+
+
+def test_a_system_that_does_not_tell_its_cores_leaves_them_to_it(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert core_shares(3) == [frozenset()] * 3
 
 
 def test_members_of_a_population_are_models_of_their_own(tmp_path):

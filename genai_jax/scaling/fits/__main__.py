@@ -94,12 +94,17 @@ def _cell(value) -> str:
 
 
 def _record(request: FitsRequest, argv: Sequence[str], convention: str) -> dict:
+    import platform
     import shlex
 
     import numpy
     import scipy
 
-    versions = {"numpy": numpy.__version__, "scipy": scipy.__version__}
+    versions = {
+        "Python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+    }
     return {
         "commands": [f"python -m genai_jax.scaling.fits {shlex.join(argv)}"],
         "environment": {**versions, "data": request.csv, "FLOPs": convention},
