@@ -36,12 +36,19 @@ both = pytest.mark.parametrize("network", NETWORKS)
 
 
 @both
-@pytest.mark.parametrize("kind", SPACES)
-def test_a_fresh_network_puts_out_exactly_zero(network, kind):
+def test_a_fresh_network_puts_out_exactly_zero(network):
     model = NETWORKS[network](told=TOLD)
-    out, _ = jax.jit(model.init_with_output)(jax.random.key(0), *arguments(kind))
-    assert out.shape == (*inputs(kind).shape[:-1], CHANNELS_OUT) and out.dtype == jnp.float32
+    out, _ = jax.jit(model.init_with_output)(jax.random.key(0), *arguments("image"))
     assert not np.any(out)
+
+
+@both
+@pytest.mark.parametrize("kind", SPACES)
+def test_signals_images_and_video_keep_their_shape(network, kind):
+    model = NETWORKS[network](told=TOLD)
+    out = outputs(model, random_params(model, *arguments(kind)), *arguments(kind))
+    assert out.shape == (*inputs(kind).shape[:-1], CHANNELS_OUT) and out.dtype == jnp.float32
+    assert np.isfinite(out).all() and np.std(out) > 1e-3
 
 
 def loss_of(model, arguments):
