@@ -356,6 +356,8 @@ def test_a_diverged_run_and_one_without_a_curve_do_not_stop_the_others(monkeypat
     assert section.paragraphs == ["Left out, their loss is not finite: bad.", "as fitted"]
     assert seen["held_out"].tolist() == [False, False, True, True]
     assert [len(curve.loss) for curve in seen["curves"]] == [3]
+    with pytest.raises(ConfigError, match="every run diverged: bad"):
+        scaling_law.analyze(results[-1:], ScalingLawConfig("scaling_law"))
 
 
 def test_what_no_law_could_be_fitted_to_is_said_before_anything_is_trained():

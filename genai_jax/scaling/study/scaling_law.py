@@ -70,6 +70,8 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
 
     diverged = [r.name for r in results if not math.isfinite(r.final(config.metric))]
     results = [r for r in results if r.name not in diverged]
+    if not results:
+        raise ConfigError(f"every run diverged: {', '.join(diverged)}")
     names = [run_of(r) for r in results]
     # One that is not finished yet is no mistake: the report says that it is missing.
     held_out = set(chosen("study.held_out", config.held_out, names, missing_ok=True))
