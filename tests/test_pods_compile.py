@@ -1,13 +1,17 @@
-"""An experiment of experiments/pods compiles for the TPU slice that it is for."""
+"""Experiments of experiments/pods compile for the TPU slices that they are for."""
 
 import json
 import os
 import subprocess
 import sys
 
+import pytest
+
 from genai_jax.scaling.program import executed, parse
 from tests.conftest import ROOT
 from tests.kernels_pallas.target_process import COMPILERS, need
+
+NAMES = ("ladder_512_v5e_16", "ladder_768_v5e_16", "ladder_1024_v5e_16")
 
 
 def check(*flags: str) -> subprocess.CompletedProcess:
@@ -49,11 +53,12 @@ def test_an_axis_spans_the_slices():
     assert done.returncode == 2 and "--mesh.data=1 spans 2 slices" in done.stderr
 
 
-def test_a_step_of_the_ladder_compiles_and_fits(tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_it_compiles_and_fits(name, tmp_path):
     output, text = tmp_path / "report.json", tmp_path / "program.txt"
     done = check(
-        "--topology=v5e:4x4", "--flagfile=experiments/pods/ladder_512_v5e_16.flags",
-        f"--output={output}", f"--program={text}",
+        "--topology=v5e:4x4", f"--flagfile=experiments/pods/{name}.flags", f"--output={output}",
+        f"--program={text}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(output.read_text())

@@ -7,7 +7,7 @@ from tests.commands import report_of
 
 @pytest.mark.parametrize(
     "names",
-    [("dit_text", "unet_class"), ("classifier", "gan", "ladder", "flow", "rbm")],
+    [("dit_text", "unet_class", "shortcut"), ("classifier", "gan", "ladder", "flow", "rbm")],
     ids=["diffusion", "others"],
 )
 def test_the_whole_state_of_every_image_task(names):
