@@ -15,7 +15,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.scaling.report import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, session, transfer
-from genai_jax.scaling.study.comparison import ComparisonConfig
+from genai_jax.scaling.study.comparability import ComparisonConfig
 from genai_jax.scaling.study.cores import core_shares
 from genai_jax.scaling.study.curves import CurvesConfig
 from genai_jax.scaling.study.expected import off, read_expected

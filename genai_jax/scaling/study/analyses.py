@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from genai_jax.scaling.report import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, transfer
+from genai_jax.scaling.study.comparability import ComparisonConfig
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import Result
 
@@ -37,7 +38,7 @@ class Analysis(NamedTuple):
 
 ANALYSES = {
     "scaling_law": Analysis(scaling_law.ScalingLawConfig, scaling_law.analyze, _fittable),
-    "comparison": Analysis(comparison.ComparisonConfig, comparison.analyze, comparison.needed),
+    "comparison": Analysis(ComparisonConfig, comparison.analyze, comparison.needed),
     "curves": Analysis(curves.CurvesConfig, curves.analyze),
     "transfer": Analysis(transfer.TransferConfig, transfer.analyze),
 }

@@ -1,0 +1,83 @@
+"""Scores paired by seed: the learning rate that is chosen, the difference and its interval."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+from genai_jax.scaling.study.comparability import ComparisonConfig
+from genai_jax.scaling.study.groups import group_of, learning_rate, seed
+from genai_jax.scaling.study.results import Result
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+
+
+class Difference(NamedTuple):
+    """Of an architecture's score to the baseline's, over paired seeds."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
+    """The learning rate with the best score among the results with the selection seed."""
+    tried = [r for r in results if seed(r) == config.selection_seed]
+    if not tried:
+        raise ConfigError(
+            f"{group_of(results[0])} has no finished run with "
+            f"--study.selection_seed={config.selection_seed}, which chooses its learning rate"
+        )
+    best = min(tried, key=lambda r: r.final(config.metric))
+    if not math.isfinite(best.final(config.metric)):
+        raise ConfigError(
+            f"{group_of(best)} diverged with every learning rate: "
+            f"{', '.join(f'{learning_rate(r):g}' for r in tried)}"
+        )
+    return learning_rate(best)
+
+
+def scored_runs(
+    members: Sequence[Result], chooses: bool, config: ComparisonConfig
+) -> tuple[float, list[Result]]:
+    """(the learning rate, the results with it that are scored) of an architecture.
+
+    chooses: the selection seed chooses for any architecture, so that it is scored for none.
+    """
+    tried = {learning_rate(r) for r in members}
+    rate = chosen_rate(members, config) if len(tried) > 1 else tried.pop()
+    free = [r for r in members if not chooses or seed(r) != config.selection_seed]
+    return rate, [r for r in free if learning_rate(r) == rate]
+
+
+def paired_difference(
+    scores: Mapping[int, float], baseline: Mapping[int, float], config: ComparisonConfig, name: str
+) -> Difference:
+    """Mean over common seeds of score - baseline, with its interval.
+
+    Student's t: mean +- t(0.975, n - 1) s / sqrt(n). Bootstrap: percentiles of the means of
+    resampled pairs (Efron 1979); with few seeds it is too narrow.
+    """
+    common = sorted(scores.keys() & baseline.keys())
+    if len(common) < config.seeds:
+        raise ConfigError(
+            f"{name} and {config.baseline} have {len(common)} scored seed(s) in common, "
+            f"--study.seeds={config.seeds} are needed"
+        )
+    values = np.array([scores[s] - baseline[s] for s in common], np.float64)
+    mean, n = float(np.mean(values)), len(values)
+    if not np.all(np.isfinite(values)):
+        return Difference(mean, math.nan, math.nan, n)
+    if config.interval == "bootstrap":
+        drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+        tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
+        low, high = np.percentile(values[drawn].mean(1), tails)
+        return Difference(mean, float(low), float(high), n)
+    from scipy.stats import t
+
+    half = t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return Difference(mean, float(mean - half), float(mean + half), n)
