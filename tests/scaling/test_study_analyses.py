@@ -293,6 +293,8 @@ def test_curves_say_when_a_metric_is_reached():
     assert math.isnan(numbers["grok.0.0/eval/accuracy/reached"])
     assert numbers["grok.1.0/eval/loss/best"] == 0 and numbers["grok.1.0/eval/loss"] == 2
     assert numbers["grok.1.0/eval/loss/reached"] == 30  # at most, for a loss
+    assert values.tables[0].columns[-1] == "first step at 0.95"
+    assert ("grok.1.0", "eval/accuracy", 1.0, 1.0, 40, 40) in values.tables[0].rows
     assert ("eval/accuracy", "grok", 1.0, 1.0) in against.tables[0].rows
     config = CurvesConfig("curves", metrics="eval/loss", panels="run", over="tokens")
     by_run = curves.analyze(grokked(), config)

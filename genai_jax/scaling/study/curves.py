@@ -119,34 +119,25 @@ def legend(figure, axes, count: int):
 
 
 def _values_section(results, metrics, config) -> Section:
-    columns, rows, numbers = _columns(metrics, config), [], {}
+    reach = config.reach
+    rows, numbers = [], {}
     for result in results:
-        row: list = [result.name]
         for metric in metrics:
             steps, values = result.curve(metric)
             if not values:
-                row += [None] * (len(columns) // len(metrics))
                 continue
             best = int(np.argmin(values) if _falls(metric) else np.argmax(values))
-            row += [values[-1], values[best], steps[best]]
-            numbers[f"{result.name}/{metric}"] = values[-1]
-            numbers[f"{result.name}/{metric}/best"] = values[best]
-            if config.reach is not None:
-                reached = _reaches(steps, values, metric, config.reach)
-                row.append(reached)
-                numbers[f"{result.name}/{metric}/reached"] = (
-                    math.nan if reached is None else reached
-                )
-        rows.append(tuple(row))
+            name, row = f"{result.name}/{metric}", [values[-1], values[best], steps[best]]
+            numbers |= {name: values[-1], f"{name}/best": values[best]}
+            if reach is not None:
+                row.append(_reaches(steps, values, metric, reach))
+                numbers[f"{name}/reached"] = math.nan if row[-1] is None else row[-1]
+            rows.append((result.name, metric, *row))
+    columns = ["run", "metric", "last", "best", "at step"]
+    if reach is not None:
+        columns.append(f"first step at {reach:g}")
     text = ["The best value is the lowest of a loss, perplexity or bits, the highest of others."]
-    return Section("Values", text, [Table("values", columns, rows)], {}, numbers)
-
-
-def _columns(metrics: Sequence[str], config: CurvesConfig) -> tuple[str, ...]:
-    each = ["{}, last", "best", "at step"]
-    if config.reach is not None:
-        each.append(f"first step at {config.reach:g}")
-    return ("run", *(part.format(metric) for metric in metrics for part in each))
+    return Section("Values", text, [Table("values", tuple(columns), rows)], {}, numbers)
 
 
 def _falls(metric: str) -> bool:
