@@ -295,10 +295,27 @@ def test_curves_say_when_a_metric_is_reached():
     assert numbers["grok.1.0/eval/loss/reached"] == 30  # at most, for a loss
     assert values.tables[0].columns[-1] == "first step at 0.95"
     assert ("grok.1.0", "eval/accuracy", 1.0, 1.0, 40, 40) in values.tables[0].rows
-    assert ("eval/accuracy", "grok", 1.0, 1.0) in against.tables[0].rows
+    assert ("eval/accuracy", "grok", 1.0, 1.0, 1) in against.tables[0].rows
     config = CurvesConfig("curves", metrics="eval/loss", panels="run", over="tokens")
     by_run = curves.analyze(grokked(), config)
     assert set(by_run[0].figures) == {"grok.0.0", "grok.1.0"}
+
+
+def test_members_that_differ_in_the_seed_alone_make_one_line():
+    one = grokked()[0]
+    rows = [{"step": s, "eval/loss": s / 10} for s in (10, 20)]
+    seeds = [
+        one._replace(name=f"grok.1.0/{k}", config=one.config.replace("run", seed=k), rows=r)
+        for k, r in enumerate((rows, [{"step": 10, "eval/loss": 3.0}, {"step": 20}]))
+    ]  # the second diverged after step 10
+    config = CurvesConfig("curves", metrics="eval/loss", against="parameters")
+    drawn, values, against = curves.analyze(seeds, config)
+    assert values.tables[0].rows == [("grok.1.0", "eval/loss", 2.0, 2.0, 10)]
+    assert against.tables[0].rows == [("eval/loss", "grok", one.counts.parameters, 2.0, 2)]
+    assert len(drawn.figures["eval_loss"].axes[0].lines) == 3  # the mean and each seed
+    rates = [s._replace(config=s.config.replace("optimizer", learning_rate=10.0**-k))
+             for k, s in enumerate(seeds)]  # fmt: skip
+    assert [line.name for line in curves.lines_of(rates)] == ["grok.1.0/0", "grok.1.0/1"]
 
 
 def test_a_metric_or_flag_that_is_not_there_is_named():

@@ -3,12 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table, file_name
-from genai_jax.scaling.study.groups import flag_value, grouped, label_of
+from genai_jax.scaling.study.groups import (
+    flag_value,
+    grouped,
+    label_of,
+    learning_rate,
+    run_of,
+)
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, names
 
@@ -42,8 +49,44 @@ class CurvesConfig(StudyConfig):
     )
 
 
+class Line(NamedTuple):
+    """A run: what is drawn of it, and its models, of which that is the mean."""
+
+    mean: Result
+    models: list[Result]
+
+    @property
+    def name(self) -> str:
+        return self.mean.name
+
+
+def lines_of(results: Sequence[Result]) -> list[Line]:
+    """A line for each run; members of a population that differ in the seed alone make one."""
+    found: dict[tuple, list[Result]] = {}
+    for r in results:
+        found.setdefault((run_of(r), learning_rate(r)), []).append(r)
+    return [Line(_mean(models), models) for models in found.values()]
+
+
+def _mean(models: Sequence[Result]) -> Result:
+    """Means of those that have a metric at a step: one that diverged has none from there on."""
+    if len(models) == 1:
+        return models[0]
+    rows = []
+    for same in zip(*(m.rows for m in models), strict=True):
+        values: dict[str, list[float]] = {}
+        for row in same:
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        means = {name: float(np.mean(v)) for name, v in values.items()}
+        rows.append(means | {"step": same[0]["step"]})
+    return models[0]._replace(name=run_of(models[0]), rows=rows)
+
+
 def analyze(results: Sequence[Result], config: CurvesConfig) -> list[Section]:
     """Curves, a table of last and best values, and the last values against a flag.
+
+    Of a population that differs in the seed alone, all of them are of the mean.
 
     Raises:
       ConfigError: a metric that no run has; a flag that is no number.
@@ -53,52 +96,61 @@ def analyze(results: Sequence[Result], config: CurvesConfig) -> list[Section]:
         if not any(r.curve(metric)[0] for r in results):
             known = sorted({n for r in results for row in r.rows for n in row if n != "step"})
             raise ConfigError(f"--study.metrics: no run has {metric}; there are {', '.join(known)}")
-    sections = [
-        _curves_section(results, metrics, config),
-        _values_section(results, metrics, config),
-    ]
+    lines = lines_of(results)
+    sections = [_curves_section(lines, metrics, config), _values_section(lines, metrics, config)]
     if config.against:
-        sections.append(_against_section(results, metrics, config))
+        sections.append(_against_section(lines, metrics, config))
     return sections
 
 
-def _curves_section(results, metrics, config) -> Section:
+def _curves_section(lines: Sequence[Line], metrics, config) -> Section:
+    first = lines[0].mean
     if config.panels == "metric":
         figures = {
             file_name(metric): _figure(
-                {r.name: (r, metric) for r in results}, label_of(results[0], metric), "", config
+                {line.name: (line, metric) for line in lines}, label_of(first, metric), "",
+                config,
             )
             for metric in metrics
-        }
+        }  # fmt: skip
     else:
         figures = {
-            file_name(r.name): _figure(
-                {label_of(r, m): (r, m) for m in metrics}, "", r.name, config
+            file_name(line.name): _figure(
+                {label_of(line.mean, m): (line, m) for m in metrics}, "", line.name, config
             )
-            for r in results
+            for line in lines
         }
-    return Section("Curves", ["As logged while training."], [], figures)
+    return Section("Curves", ["As logged while training." + _about(lines)], [], figures)
 
 
-def _figure(lines: dict[str, tuple[Result, str]], label: str, title: str, config: CurvesConfig):
+def _about(lines: Sequence[Line]) -> str:
+    """What a reader of a figure or table has to know of the means in it."""
+    most = max(len(line.models) for line in lines)
+    return f" Of up to {most} seeds the mean; each of them is drawn pale." if most > 1 else ""
+
+
+def _figure(drawn: dict[str, tuple[Line, str]], label: str, title: str, config: CurvesConfig):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, (result, metric) in lines.items():
-        steps, values = result.curve(metric)
-        scale = {
-            "step": 1,
-            "tokens": result.counts.tokens_per_step,
-            "flops": result.counts.flops_per_step,
-        }[config.over]
+    for name, (line, metric) in drawn.items():
+        steps, values = line.mean.curve(metric)
+        counts = line.mean.counts
+        scale = {"step": 1, "tokens": counts.tokens_per_step, "flops": counts.flops_per_step}
+        scale = scale[config.over]
         marker = "o" if len(steps) < 15 else None
-        axes.plot(np.array(steps) * scale, values, label=name, marker=marker, markersize=4, lw=1.3)
+        own = axes.plot(
+            np.array(steps) * scale, values, label=name, marker=marker, markersize=4, lw=1.3
+        )[0]
+        for model in line.models if len(line.models) > 1 else ():
+            steps, values = model.curve(metric)
+            axes.plot(np.array(steps) * scale, values, color=own.get_color(), lw=0.8, alpha=0.3)
     where = {"step": "step", "tokens": "tokens or examples seen", "flops": "FLOPs"}[config.over]
     axes.set(xlabel=where, ylabel=label, title=title)
     if config.log_over:
         axes.set_xscale("log")
-    return _finished(figure, axes, config, len(lines))
+    return _finished(figure, axes, config, len(drawn))
 
 
 def _finished(figure, axes, config, count: int):
@@ -118,10 +170,10 @@ def legend(figure, axes, count: int):
         axes.legend(fontsize="small")
 
 
-def _values_section(results, metrics, config) -> Section:
+def _values_section(lines: Sequence[Line], metrics, config) -> Section:
     reach = config.reach
     rows, numbers = [], {}
-    for result in results:
+    for result, _ in lines:
         for metric in metrics:
             steps, values = result.curve(metric)
             if not values:
@@ -153,8 +205,8 @@ def _reaches(steps, values, metric: str, threshold: float) -> int | None:
     return None
 
 
-def _against_section(results, metrics, config) -> Section:
-    """The last values against a flag or a quantity, a line for each group of runs."""
+def _against_section(lines: Sequence[Line], metrics, config) -> Section:
+    """The last values against a flag or a quantity, joined within each group of runs."""
     if config.against in QUANTITIES:
         label, value = QUANTITIES[config.against]
     else:
@@ -162,28 +214,41 @@ def _against_section(results, metrics, config) -> Section:
         value = lambda r: flag_value("study.against", config.against, r)
     rows, figures = [], {}
     for metric in metrics:
-        lines = {}
-        for group, members in grouped(results).items():
-            ends = [(value(r), *r.curve(metric)[1][-1:]) for r in members]
-            lines[group] = sorted(pair for pair in ends if len(pair) == 2)
-            rows += [(metric, group, *pair) for pair in lines[group]]
-        figures[f"{file_name(metric)}_against_{file_name(config.against)}"] = _lines_figure(
-            lines, label, label_of(results[0], metric), config
+        groups = {}
+        for group, members in grouped(lines).items():
+            ends = [
+                (value(line.mean), line.mean.curve(metric)[1][-1], _ends(line, metric))
+                for line in members
+                if line.mean.curve(metric)[1]
+            ]
+            groups[group] = sorted(ends)
+            rows += [(metric, group, x, y, len(each)) for x, y, each in groups[group]]
+        figures[f"{file_name(metric)}_against_{file_name(config.against)}"] = _against_figure(
+            groups, label, label_of(lines[0].mean, metric), config
         )
-    columns = ("metric", "runs", label, "last value")
-    text = [f"The last value of each run against {label}."]
+    columns = ("metric", "runs", label, "last value", "seeds")
+    text = [f"The last value of each run against {label}." + _about(lines)]
     return Section(f"Against {label}", text, [Table("against", columns, rows)], figures)
 
 
-def _lines_figure(lines: dict[str, list], label: str, metric: str, config: CurvesConfig):
+def _ends(line: Line, metric: str) -> list[float]:
+    """The last value of each of its models that has one."""
+    return [values[-1] for values in (m.curve(metric)[1] for m in line.models) if values]
+
+
+def _against_figure(groups: dict[str, list], label: str, metric: str, config: CurvesConfig):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for group, points in lines.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=group)
+    for group, points in groups.items():
+        xs = [x for x, _, _ in points]
+        own = axes.plot(xs, [y for _, y, _ in points], marker="o", label=group)[0]
+        if any(len(each) > 1 for _, _, each in points):
+            every = [(x, y) for x, _, each in points for y in each]
+            axes.plot(*zip(*every, strict=True), "o", color=own.get_color(), ms=4, alpha=0.3)
     axes.set(xlabel=label, ylabel=f"{metric}, last")
-    xs = [x for points in lines.values() for x, _ in points]
+    xs = [x for points in groups.values() for x, _, _ in points]
     if xs and min(xs) > 0 and max(xs) / min(xs) >= 8:
         axes.set_xscale("log")
-    return _finished(figure, axes, config, len(lines))
+    return _finished(figure, axes, config, len(groups))

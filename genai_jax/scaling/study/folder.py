@@ -78,7 +78,13 @@ def check_folder(folder: pathlib.Path):
 
 def flagfiles(folder: pathlib.Path) -> list[pathlib.Path]:
     """The flagfiles of the runs."""
-    return sorted(path for path in folder.glob("*.flags") if path.name not in NOT_RUNS)
+    found = (path for path in folder.glob("*.flags") if path.name not in NOT_RUNS)
+    return sorted(found, key=lambda path: _by_number(path.stem))
+
+
+def _by_number(name: str) -> list:
+    """A key that sorts width.8 before width.16."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def read_study(
