@@ -56,7 +56,9 @@ def _split(argv: Sequence[str]) -> tuple[LadderRequest, str, list[str]]:
             raise ConfigError(f"{argument}: write --name=value")
     bases = [a.split("=", 1)[1] for a in argv if name_of(a) == "flagfile"]
     if len(bases) != 1:
-        raise ConfigError(f"--flagfile is needed once, for the base; it was given {len(bases)}x")
+        raise ConfigError(
+            f"--flagfile is needed once, for the base; it is there {len(bases)} times"
+        )
     own = [a for a in argv if name_of(a) in names]
     request = parse(own, {"run": LadderRequest})[0].run
     if not request.output:

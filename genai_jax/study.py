@@ -136,7 +136,10 @@ def _announce(request: StudyRequest, study, state, only: Sequence[str]):
     if runs and request.flops_per_second:
         speed = times.given(request.flops_per_second)
     elif runs:
-        speed = times.from_finished(finished) or times.calibrated(runs, request.jobs)
+        speed = times.from_finished(finished)
+        if not speed:
+            _say("taking a few steps of the cheapest and the dearest run, to time them")
+            speed = times.calibrated(runs, request.jobs)
     print(plan_text(runs, finished, others, speed, request.jobs))
 
 

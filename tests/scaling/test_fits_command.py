@@ -69,6 +69,7 @@ def test_power_laws_are_not_asked_beyond_their_minima():
     rows = asked(budgets=[3e19, 8e20])
     assert by(rows, "parametric") == [3e19, 8e20] and by(rows, "isoFLOP") == [3e19]
     assert by(asked(budgets=[3e19, 8e20], extrapolate=10), "isoFLOP") == [3e19, 8e20]
+    assert {row[1] for row in asked(budgets=[8e20])} == {"parametric"}  # and it is drawn
 
 
 def test_rows_of_one_run_are_its_curve(tmp_path):

@@ -153,10 +153,15 @@ def test_changed_flags_of_a_finished_run_are_refused(done, folders, tmp_path):
     folder, workdir = folders
     path = folder / "sound.flags"
     before = path.read_text()
-    path.write_text(before + "--optimizer.learning_rate=5e-3\n")
+    steps = rows(workdir / "runs" / "sound")[-1]["step"]
     try:
-        with pytest.raises(ConfigError, match=r"other flags than .*learning_rate=0.001 -> 0.005"):
-            study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"])
+        for flag, says in (
+            ("optimizer.learning_rate=5e-3", "learning_rate=0.001 -> 0.005"),
+            (f"train.steps={steps + 1}", f"steps={steps} -> {steps + 1}"),  # another schedule
+        ):
+            path.write_text(f"{before}--{flag}\n")
+            with pytest.raises(ConfigError, match=f"other flags than .*{says}"):
+                study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"])
     finally:
         path.write_text(before)
 

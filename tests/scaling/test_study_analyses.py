@@ -15,6 +15,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.scaling.report import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, session, transfer
+from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.comparability import ComparisonConfig
 from genai_jax.scaling.study.cores import core_shares
 from genai_jax.scaling.study.curves import CurvesConfig
@@ -321,6 +322,13 @@ def test_members_that_differ_in_the_seed_alone_make_one_line():
 def test_a_metric_or_flag_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="no run has eval/x; there are eval/accuracy"):
         curves.analyze(grokked(), CurvesConfig("curves", metrics="eval/x"))
+    runs = [made("one")]
+    for analysis, given, says in (
+        ("curves", CurvesConfig("curves", against="nope"), "is no flag of run one.*none of param"),
+        ("transfer", TransferConfig("transfer", width="nope"), "study.width=nope is no flag"),
+    ):  # before anything is trained
+        with pytest.raises(ConfigError, match=says):
+            ANALYSES[analysis].needed(runs, {}, given)
     config = CurvesConfig("curves", metrics="eval/loss", against="optimizer.name")
     with pytest.raises(ConfigError, match=r"--study.against=optimizer.name is 'adamw' in run"):
         curves.analyze(grokked(), config)

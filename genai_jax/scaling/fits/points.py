@@ -58,7 +58,10 @@ def make_points(parameters, tokens, loss, flops=None) -> Points:
 def check_enough(count: int, coefficients: int, what: str):
     """Raises `ConfigError` where there are fewer points than coefficients."""
     if count < coefficients:
-        raise ConfigError(f"{what} has {coefficients} coefficients; {count} points cannot fix them")
+        raise ConfigError(
+            f"{what} has {coefficients} coefficients; {count} points cannot fix them, "
+            f"{coefficients} are needed"
+        )
 
 
 def check_spread(points: Points):
@@ -204,5 +207,6 @@ def _check_some(hidden: np.ndarray, text: str, what: str):
     """Raises `ConfigError` where all or none are held out."""
     if hidden.all() or not hidden.any():
         raise ConfigError(
-            f"--held_out={text} names {hidden.sum()} of {len(hidden)} {what}; hold out some"
+            f"--held_out={text} names {hidden.sum()} of {len(hidden)} {what}; hold out some, "
+            "not all"
         )

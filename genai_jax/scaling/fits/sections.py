@@ -193,9 +193,9 @@ def optimum(
     power_laws = {"isoFLOP": _size_laws(fits.isoflop), "envelope": _size_laws(fits.envelope)}
     budgets = [best.budget for best in optima]
     approaches = {"parametric": optima} | {
-        name: [_by_power_laws(b, *laws) for b in budgets if _known(b, laws, extrapolate)]
+        name: [_by_power_laws(b, *laws) for b in asked]
         for name, laws in power_laws.items()
-        if laws
+        if laws and (asked := [b for b in budgets if _known(b, laws, extrapolate)])
     }
     rows = [
         (best.budget, name, *best.parameters, *best.tokens,

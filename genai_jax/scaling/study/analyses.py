@@ -12,13 +12,14 @@ from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import Result
 
 
-def _all(runs: Sequence[Run], results: Mapping[str, list[Result]], config: Any) -> list[Run]:
-    return list(runs)
+def _all_if(check: Callable[[Sequence[Run], Any], None]) -> Callable:
+    """Needs every run of a study that `check` has nothing against."""
 
+    def needed(runs: Sequence[Run], results: Mapping[str, list[Result]], config: Any) -> list[Run]:
+        check(runs, config)
+        return list(runs)
 
-def _fittable(runs, results, config) -> list[Run]:
-    scaling_law.check(runs, config)
-    return list(runs)
+    return needed
 
 
 class Analysis(NamedTuple):
@@ -33,12 +34,14 @@ class Analysis(NamedTuple):
 
     config: type
     analyze: Callable[[Sequence[Result], Any], list[Section]]
-    needed: Callable[[Sequence[Run], Mapping[str, list[Result]], Any], list[Run]] = _all
+    needed: Callable[[Sequence[Run], Mapping[str, list[Result]], Any], list[Run]]
 
 
 ANALYSES = {
-    "scaling_law": Analysis(scaling_law.ScalingLawConfig, scaling_law.analyze, _fittable),
+    "scaling_law": Analysis(
+        scaling_law.ScalingLawConfig, scaling_law.analyze, _all_if(scaling_law.check)
+    ),
     "comparison": Analysis(ComparisonConfig, comparison.analyze, comparison.needed),
-    "curves": Analysis(curves.CurvesConfig, curves.analyze),
-    "transfer": Analysis(transfer.TransferConfig, transfer.analyze),
+    "curves": Analysis(curves.CurvesConfig, curves.analyze, _all_if(curves.check)),
+    "transfer": Analysis(transfer.TransferConfig, transfer.analyze, _all_if(transfer.check)),
 }

@@ -9,11 +9,13 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table, file_name
+from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
     flag_value,
     grouped,
     label_of,
     learning_rate,
+    models_of,
     run_of,
 )
 from genai_jax.scaling.study.results import Result
@@ -47,6 +49,19 @@ class CurvesConfig(StudyConfig):
         "also the last values against a flag of the runs (its name without dashes), or one of "
         + "|".join(QUANTITIES),
     )
+
+
+def check(runs: Sequence[Run], config: CurvesConfig):
+    """Raises `ConfigError` if the last values could not be drawn against what the flags say."""
+    if not config.against or config.against in QUANTITIES:
+        return
+    for model in models_of(runs):
+        if config.against not in model.config.items():
+            raise ConfigError(
+                f"--study.against={config.against} is no flag of run {model.name}, without dashes, "
+                f"and none of {', '.join(QUANTITIES)}"
+            )
+        flag_value("study.against", config.against, model)
 
 
 class Line(NamedTuple):

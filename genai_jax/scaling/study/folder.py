@@ -79,10 +79,10 @@ def check_folder(folder: pathlib.Path):
 def flagfiles(folder: pathlib.Path) -> list[pathlib.Path]:
     """The flagfiles of the runs."""
     found = (path for path in folder.glob("*.flags") if path.name not in NOT_RUNS)
-    return sorted(found, key=lambda path: _by_number(path.stem))
+    return sorted(found, key=lambda path: by_number(path.stem))
 
 
-def _by_number(name: str) -> list:
+def by_number(name: str) -> list:
     """A key that sorts width.8 before width.16."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from genai_jax.scaling.report import Section, Table
 from genai_jax.scaling.report_page import shown
-from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.folder import Run, by_number
 from genai_jax.scaling.study.groups import learning_rate, seed
 from genai_jax.scaling.study.results import Result, read_fate
 from genai_jax.scaling.study.table import duration
@@ -32,7 +32,7 @@ def plan_text(
     states = {run.name: "finished" for run in finished} | {
         run.name: "perhaps later" for run in others
     }
-    every = sorted((*runs, *finished, *others), key=lambda run: run.name)
+    every = sorted((*runs, *finished, *others), key=lambda run: by_number(run.name))
     heads = ("run", "parameters", "non-embedding", "tokens", "FLOPs", "expected time", "")
     rows = [
         (

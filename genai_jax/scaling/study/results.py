@@ -88,25 +88,26 @@ def is_finished(run: Run, may_diverge: bool) -> bool:
     rows = read_metrics(run.workdir / "metrics.jsonl")
     fate = read_fate(run)
     diverged = may_diverge and fate is not None and fate.diverged
-    if not diverged and (not rows or rows[-1]["step"] < run.steps):
+    if not diverged and not rows:
         return False
     _refuse_other_flags(run)
     if diverged:
         return True
     last = rows[-1]
-    if last["step"] > run.steps:
-        raise ConfigError(
-            f"{run.workdir} was trained to step {last['step']}, {run.flagfile} asks for "
-            f"{run.steps}: use another --workdir"
-        )
+    if last["step"] < run.steps:
+        return False
     return not run.config.eval.batches or any(name.startswith("eval/") for name in last)
 
 
 def _refuse_other_flags(run: Run):
-    """Raises `ConfigError` if the flags that decide on a finished run's numbers have changed."""
+    """Raises `ConfigError` if the flags that decide on a run's numbers have changed.
+
+    Those include its steps, though training can be made longer: what a schedule did before that
+    step was for the other length.
+    """
     text = (run.workdir / "flags.txt").read_text()
     before, now = _values(text), _values(run.config.to_flags(leave_out=("workdir",)))
-    free = run.config.changeable() - {"eval.batches"}
+    free = run.config.changeable() - {"eval.batches", "train.steps"}
     changed = [
         f"--{name}={before[name]} -> {now[name]}"
         for name in before

@@ -13,7 +13,8 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.report import Section, Table, file_name
-from genai_jax.scaling.study.groups import flag_value, grouped, label_of, learning_rate
+from genai_jax.scaling.study.folder import Run
+from genai_jax.scaling.study.groups import flag_value, grouped, label_of, learning_rate, models_of
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig
 
@@ -44,6 +45,12 @@ def optimum(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
     x, y = np.log2(rates[around]), np.asarray(losses[around], np.float64)
     a, b, c = np.polyfit(x - x[1], y, 2)
     return Optimum(float(2 ** (x[1] - b / (2 * a))), float(c - b * b / (4 * a)), float(a))
+
+
+def check(runs: Sequence[Run], config: TransferConfig):
+    """Raises `ConfigError` if a run has no width."""
+    for model in models_of(runs):
+        flag_value("study.width", config.width, model)
 
 
 def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
