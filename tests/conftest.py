@@ -20,13 +20,20 @@ import pytest  # noqa: E402
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
-_flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{FAST_COMPILATION} {_flags or ''}"
+_backend = {"XLA_FLAGS": f"{FAST_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"}
+if jax.__version_info__ >= (0, 11):
+    # The interpreter of Mosaic GPU runs each warpgroup as a program whose callbacks wait, on XLA's
+    # own threads, for other warpgroups. With as many threads as a small machine has cores, all of
+    # them can wait for what no thread is left to run. XLA takes their number from here.
+    _backend["NPROC"] = str(max(16, os.cpu_count() or 1))
+_before = {name: os.environ.get(name) for name in _backend}
+os.environ.update(_backend)
 jax.devices()
-if _flags is None:
-    del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = _flags
+for _name, _value in _before.items():
+    if _value is None:
+        del os.environ[_name]
+    else:
+        os.environ[_name] = _value
 
 
 # Files of few long tests. One that a worker begins last is what all the others wait for.
