@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genai_jax.networks.conditioning import Condition
-from genai_jax.networks.dit import Dit, DitConfig
+from genai_jax.networks.image.conditioning import Condition
+from genai_jax.networks.image.dit import Dit, DitConfig
 
 BATCH, LATENT, CLASSES = 8, (32, 32, 4), 1000
 B2 = DitConfig(patch_size=2, num_layers=12, embed_dim=768, num_heads=12)

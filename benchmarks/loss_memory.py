@@ -12,7 +12,7 @@ import sys
 import jax
 
 from genai_jax.components import parse_run
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.loop import build
 from genai_jax.training.sharding import make_mesh, mesh_context
 

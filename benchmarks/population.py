@@ -18,7 +18,7 @@ import time
 import jax
 
 from genai_jax.components import parse_run
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.loop import build
 from genai_jax.training.population import Population

@@ -17,7 +17,7 @@ from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion.parameterization import convert
 from genai_jax.diffusion.solvers import SOLVERS, solve
 from genai_jax.diffusion.times import time_grid
-from genai_jax.networks.unet import Unet, UnetConfig
+from genai_jax.networks.image.unet import Unet, UnetConfig
 
 BATCH, STEPS = 250, 20
 NETWORK = UnetConfig(

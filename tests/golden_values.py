@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from genai_jax.components import parse_run
 from genai_jax.tasks import TASKS
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.loop import build
 from genai_jax.training.sharding import make_mesh, mesh_context, placements
 from tests.conftest import ROOT

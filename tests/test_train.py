@@ -14,7 +14,7 @@ import pytest
 
 from genai_jax import evaluate, sample, train
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from tests.commands import TINY, run, start
 
 SPEED = ("perf/",)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import grain
 
-from genai_jax.data.packing import Batch
+from genai_jax.data.text.packing import Batch
 
 
 class Maker(Protocol):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.parametrization import learning_rate_factor
+from genai_jax.training.parametrization import learning_rate_factor
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")

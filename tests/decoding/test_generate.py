@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.decoding.generate import generate
-from genai_jax.networks.transformer import make_cache
-from tests.networks.test_transformer import VOCABULARY, logits_of, make
+from genai_jax.networks.sequence.transformer import make_cache
+from tests.networks.sequence.test_transformer import VOCABULARY, logits_of, make
 
 PROMPTS = [[1], [1, 5, 2, 9], [3, 3]]
 

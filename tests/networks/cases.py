@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.networks.conditioning import Condition
-from genai_jax.networks.dit import Dit, DitConfig
-from genai_jax.networks.unet import Unet, UnetConfig
+from genai_jax.networks.image.conditioning import Condition
+from genai_jax.networks.image.dit import Dit, DitConfig
+from genai_jax.networks.image.unet import Unet, UnetConfig
 
 BATCH, CHANNELS, CHANNELS_OUT = 2, 2, 3
 SPACES = {"signal": (8,), "image": (8, 8), "video": (3, 8, 8)}

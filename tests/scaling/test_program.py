@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from genai_jax.networks.flops import count_flops
 from genai_jax.scaling.chips import CHIPS
 from genai_jax.scaling.collectives import _bandwidth, _group, collectives
 from genai_jax.scaling.estimate import estimate, traffic
-from genai_jax.scaling.flops import count_flops
 from genai_jax.scaling.memory import refused, stacked_buffers
 from genai_jax.scaling.program import executed, flops_of, parse, trip_count
 

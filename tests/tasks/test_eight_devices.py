@@ -19,6 +19,6 @@ def test_the_whole_state_of_every_image_task(names):
 
 
 def test_codebooks_and_parameters_of_a_quantized_autoencoder():
-    for name, facts in report_of("tasks/eight_devices_vq.py").items():
+    for name, facts in report_of("tasks/autoencoder/eight_devices_vq.py").items():
         assert facts["codebooks"] == pytest.approx(0, abs=1e-5), (name, facts)
         assert facts["params"] == pytest.approx(0, abs=2e-5), (name, facts)

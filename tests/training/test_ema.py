@@ -11,7 +11,7 @@ from genai_jax.tasks import TASKS
 from genai_jax.training.ema import EmaConfig, gamma_of, init_ema, update_ema
 from genai_jax.training.ema_profiles import inner_product, profile_weights, reconstruct
 from genai_jax.training.restore import restore_model
-from tests.tasks.test_diffusion import TINY_DIT
+from tests.tasks.diffusion.test_diffusion import TINY_DIT
 
 
 def test_the_exponent_of_a_width():

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from genai_jax import evaluate, sample, train
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import MESH_AXES
 from tests.commands import TINY, run

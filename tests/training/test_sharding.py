@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language_model import LanguageModel
+from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.sharding import MESH_AXES, MeshConfig, logical_axes, make_mesh, spec_of
 from tests.commands import report_of
 

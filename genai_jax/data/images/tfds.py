@@ -1,0 +1,114 @@
+"""A split of a TFDS image set, stored as ArrayRecord and read without TensorFlow."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from genai_jax.config import ConfigError
+from genai_jax.data.shuffle import permuted
+from genai_jax.data.text.tfds import VALIDATION_NAMES, held_out_range, prepared_builder, reason
+
+
+class TfdsImages:
+    """Some or all examples of a split; see `genai_jax.data.images.sources.ImageSource`.
+
+    Without a validation split of its own, the data set's train split is put in a fixed random order
+    of which validation gets the beginning and train the rest.
+    """
+
+    levels = 256
+    can_flip = True
+
+    def __init__(self, config, builder: Any, tfds_split: str, part: str | None):
+        self.name = f"{builder.info.full_name}[{tfds_split}]" + (f"/{part}" if part else "")
+        self._config, self._part = config, part
+        self._examples = builder.as_data_source(split=tfds_split)
+        self._info = builder.info.splits[tfds_split]
+        self._start, self._stop = held_out_range(
+            len(self._examples), config.validation_percent, part
+        )
+        self.label_names = _label_names(config, builder.info.features)
+        self.has_captions = bool(config.caption_key)
+        height, width, channels = builder.info.features[config.image_key].shape
+        if config.image_size:
+            height = width = config.image_size
+        if None in (height, width, channels):
+            raise ConfigError(
+                f"--data.image_size is not set, but the images of {config.dataset} differ in size"
+            )
+        self.shape = (height, width, channels)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: int) -> dict:
+        index += self._start
+        if self._part:
+            index = permuted(index, len(self._examples), seed=(0,))
+        raw = self._examples[index]
+        example = {"image": resized(raw[self._config.image_key], self.shape)}
+        if self.label_names:
+            example["labels"] = np.array([raw[self._config.label_key]], np.int32)
+        if self.has_captions:
+            text = raw[self._config.caption_key]
+            example["caption"] = text.decode("utf-8") if isinstance(text, bytes) else str(text)
+        return example
+
+    def fingerprint(self) -> str:
+        """sha256 of the name with version, the split and the sizes of its shards."""
+        facts = [self.name, self._start, self._stop, self._info.shard_lengths, self._info.num_bytes]
+        return hashlib.sha256(json.dumps(facts, default=int).encode()).hexdigest()
+
+
+def _label_names(config, features) -> tuple[tuple[str, ...], ...]:
+    if not config.label_key:
+        return ()
+    label = features[config.label_key]
+    if not hasattr(label, "names"):
+        raise ConfigError(f"--data.label_key={config.label_key} of {config.dataset} is no class")
+    return (tuple(label.names),)
+
+
+def resized(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The largest centred part of the right proportions, at the size of `shape` (antialiased)."""
+    height, width, _ = shape
+    if image.shape[:2] == (height, width):
+        return image
+    from PIL import Image
+
+    scale = min(image.shape[0] / height, image.shape[1] / width)
+    crop_height, crop_width = scale * height, scale * width
+    top, left = (image.shape[0] - crop_height) / 2, (image.shape[1] - crop_width) / 2
+    box = (left, top, left + crop_width, top + crop_height)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    made = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
+    return made.reshape(shape)
+
+
+def open_tfds_images(config, split: str, *, drawn: list[str]) -> TfdsImages:
+    """Opens `split` ("train" or "validation") of the TFDS data set ``config.dataset``.
+
+    Raises:
+      ConfigError: an unknown name, data that cannot be prepared, a feature that it does not have.
+    """
+    builder = prepared_builder(config, drawn)
+    features, splits = builder.info.features, list(builder.info.splits)
+    for flag in ("image_key", "label_key", "caption_key"):
+        key = getattr(config, flag)
+        if key and key not in features:
+            raise ConfigError(
+                f"--data.{flag}={key}: {config.dataset} has {', '.join(sorted(features))}"
+            )
+    if len(features[config.image_key].shape) != 3:
+        raise ConfigError(f"--data.image_key={config.image_key} of {config.dataset} is no image")
+    own = [name for name in VALIDATION_NAMES if name in splits]
+    if "train" not in splits:
+        raise ConfigError(f"{config.dataset} has no train split, only {', '.join(splits)}")
+    try:
+        if split == "validation" and own:
+            return TfdsImages(config, builder, own[0], None)
+        return TfdsImages(config, builder, "train", None if own else split)
+    except (NotImplementedError, OSError) as error:
+        raise ConfigError(f"cannot read {config.dataset}: {reason(error)}") from None

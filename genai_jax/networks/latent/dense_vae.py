@@ -1,0 +1,112 @@
+"""A variational autoencoder of dense layers (Kingma and Welling 2014), linear without any."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genai_jax.config import field
+from genai_jax.networks.latent.latent_variables import Latents, draw_latents
+from genai_jax.networks.layers.dense import Dense
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseVaeConfig:
+    latent_dim: int = field(16, "latent variables", minimum=1)
+    hidden_dim: int = field(256, "width of the hidden layers", minimum=1)
+    num_layers: int = field(2, "hidden layers each way; 0: a linear model", minimum=0)
+
+    def __post_init__(self):
+        if not self.num_layers and self.hidden_dim != type(self).hidden_dim:
+            raise ValueError(
+                f"--dense_vae.hidden_dim={self.hidden_dim}: --dense_vae.num_layers=0 has no "
+                "hidden layer"
+            )
+
+
+class DenseVae(nn.Module):
+    """Encoder and decoder; one stage of latents [batch, latent_dim], every one a group.
+
+    Attributes:
+      shape: (*space, channels) of an image.
+      outputs_per_value: numbers that the decoder gives for each value of it.
+      label_sizes: number of values of each attribute that the model is told; empty: none.
+      dtype: of the matmuls.
+    """
+
+    config: DenseVaeConfig
+    shape: tuple[int, ...]
+    outputs_per_value: int = 1
+    label_sizes: tuple[int, ...] = ()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+
+        def dense(features: int) -> Dense:
+            return Dense((features,), use_bias=True, dtype=self.dtype)
+
+        self.encoder = [dense(c.hidden_dim) for _ in range(c.num_layers)]
+        self.posterior = dense(2 * c.latent_dim)
+        self.decoder = [dense(c.hidden_dim) for _ in range(c.num_layers)]
+        self.last = dense(math.prod(self.shape) * self.outputs_per_value)
+
+    def bottom_up(self, x: jax.Array, labels: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Images in [-1, 1] -> mean and log-scale of the posterior, each [batch, latent_dim]."""
+        hidden = self._with_labels(x.reshape(x.shape[0], -1), labels)
+        for layer in self.encoder:
+            hidden = nn.gelu(layer(hidden))
+        mean, log_scale = jnp.split(self.posterior(hidden).astype(jnp.float32), 2, -1)
+        return mean, jnp.clip(log_scale, -15, 10)
+
+    def top_down(
+        self,
+        features: tuple | None,
+        labels: jax.Array | None,
+        *,
+        batch: int,
+        given: list[jax.Array] | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[jax.Array, list[Latents]]:
+        """Draws latents, or takes their means if no rng named "latents" is given, and decodes them.
+
+        Args:
+          features: of `bottom_up`; None draws from the prior.
+          labels: [batch, attributes].
+          batch: how many.
+          given: latents of each stage, in the place of draws.
+          temperature: of the draws.
+
+        Returns:
+          [batch, *space, channels, outputs_per_value], float32; the latents of each stage.
+        """
+        zeros = jnp.zeros((batch, self.config.latent_dim))
+        rng = self.make_rng("latents") if self.has_rng("latents") else None
+        latents = draw_latents(features, (zeros, zeros), given and given[0], rng, temperature)
+        hidden = self._with_labels(latents.z, labels)
+        for layer in self.decoder:
+            hidden = nn.gelu(layer(hidden))
+        outputs = self.last(hidden).astype(jnp.float32)
+        return outputs.reshape(batch, *self.shape, self.outputs_per_value), [latents]
+
+    def _with_labels(self, x, labels):
+        if not self.label_sizes:
+            return x
+        hot = [jax.nn.one_hot(labels[:, i], n) for i, n in enumerate(self.label_sizes)]
+        return jnp.concatenate([x, *hot], -1)
+
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+        """There and back without noise; call `init` with it."""
+        features = self.bottom_up(x, labels)
+        return self.top_down(features, labels, batch=x.shape[0])[0]
+
+
+# Parameter path -> logical axes. The first pattern found in the path decides.
+PARTITION_RULES = (
+    (r"(encoder|decoder)_\d+/kernel", (None, "mlp")),
+    (r"(encoder|decoder)_\d+/bias", ("mlp",)),
+    (r"(posterior|last)/kernel", ("mlp", None)),
+    (r"(posterior|last)/bias", (None,)),
+)

@@ -1,0 +1,64 @@
+"""How different two images look to a classifier (in the manner of LPIPS, Zhang et al. 2018)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.networks.image.classifier import Classifier
+from genai_jax.tasks.classification.images import ImageClassifier
+from genai_jax.tasks.trained_run import read_fitting, restore_to_host, zeros_like
+
+
+class Perceptual:
+    """A group of parameters that is never trained, `perceptual`: a classifier without its classes.
+
+    Args:
+      workdir: of the classifier.
+      loader: an `ImageLoader` of the images to be compared.
+
+    Raises:
+      ConfigError: there is no classifier in `workdir`, or one of other images.
+    """
+
+    def __init__(self, workdir: str, loader: Any):
+        flag = "--autoencoder_loss.perceptual"
+        self.config = read_fitting(workdir, flag, "image_classifier", loader)
+        self.shape = loader.shape
+        dtype = jnp.dtype(self.config.run.dtype)
+        self.network = Classifier(self.config.classifier, (), dtype)
+
+    def init(self, rng: jax.Array) -> dict:
+        """The group before it is put in place: zeros."""
+        variables = zeros_like(self.network.init, rng, jnp.zeros((1, *self.shape)))
+        return {"perceptual": variables["params"]}
+
+    def pretrained(self) -> dict:
+        """The same group as it was trained."""
+        params, _ = restore_to_host(ImageClassifier(self.config), self.config)
+        trunk = {n: p for n, p in params["model"].items() if not n.startswith("label_")}
+        return {"perceptual": trunk}
+
+    def distance(self, params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Equation 1 of Zhang et al. with all weights 1, mean over layers: -> [batch], 0 to 4.
+
+        Args:
+          params: of the run that uses it, with the group.
+          x: images in [-1, 1], [batch, *space, channels].
+          y: the same.
+        """
+        distances = [
+            jnp.mean(jnp.sum(jnp.square(a - b), -1), range(1, a.ndim - 1))
+            for a, b in zip(self._maps(params, x), self._maps(params, y), strict=True)
+        ]
+        return jnp.mean(jnp.stack(distances), 0)
+
+    def _maps(self, params, x) -> list[jax.Array]:
+        """What each block adds, vectors of unit length: [batch, *smaller, channels] each."""
+        ends_block = lambda module, method: (module.name or "").endswith("_conv_b")
+        _, state = self.network.apply(
+            {"params": params["perceptual"]}, x, capture_intermediates=ends_block,
+            mutable=["intermediates"],
+        )  # fmt: skip
+        maps = [m.astype(jnp.float32) for m in jax.tree.leaves(state["intermediates"])]
+        return [m / jnp.sqrt(jnp.sum(jnp.square(m), -1, keepdims=True) + 1e-8) for m in maps]

@@ -1,0 +1,306 @@
+"""Autoencoders whose latents another model is to learn: Gaussian or quantized, also adversarial.
+
+Reconstruction and perceptual loss, a weak pull on the latents, and a patch discriminator in a phase
+of its own (Esser et al. 2021; Rombach et al. 2022).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from genai_jax import media
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.data.images.loader import ImageDataConfig
+from genai_jax.losses.adversarial import adaptive_weight, critic_loss
+from genai_jax.networks.adversarial import patch_discriminator
+from genai_jax.networks.adversarial.patch_discriminator import (
+    DiscriminatorConfig,
+    PatchDiscriminator,
+)
+from genai_jax.networks.flops import count_flops
+from genai_jax.networks.latent import autoencoder
+from genai_jax.networks.latent.autoencoder import AutoencoderConfig
+from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
+from genai_jax.requests import EvaluateRequest, Files, SampleRequest
+from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
+from genai_jax.tasks.autoencoder.perceptual import Perceptual
+from genai_jax.training.optimizer import make_optimizer
+from genai_jax.training.phase import Phase
+from genai_jax.training.sharding import logical_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderLossConfig:
+    reconstruction: str = field("l1", "absolute or squared error", choices=("l1", "l2"))
+    kl_weight: float = field(1e-6, "of the KL divergence a value of the image, of kl", minimum=0)
+    commitment_weight: float = field(0.25, "of the distance to the codes, of vq, rvq", minimum=0)
+    perceptual: str = field("", "workdir of an image classifier whose features are compared")
+    perceptual_weight: float = field(1.0, "of that comparison", minimum=0)
+    discriminator_weight: float = field(
+        0.0, "of the patch discriminator, relative to the gradient of the rest; 0: none", minimum=0
+    )
+    discriminator_start: int = field(0, "steps before it trains and counts", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionRequest(SampleRequest):
+    num_samples: int = field(32, "held-out images to show beside their reconstructions", minimum=1)
+
+
+class Autoencoder(ImageTask):
+    """The task behind ``--task=autoencoder``; see `genai_jax.training.phase.Task`."""
+
+    components: ClassVar = {
+        "data": ImageDataConfig,
+        "autoencoder": AutoencoderConfig,
+        "quantizer": QuantizerConfig,
+        "autoencoder_loss": AutoencoderLossConfig,
+        "discriminator": DiscriminatorConfig,
+    }
+    partition_rules: ClassVar = (
+        *((f"^autoencoder/.*{p}$", axes) for p, axes in autoencoder.PARTITION_RULES),
+        *((f"^discriminator/{p}$", axes) for p, axes in patch_discriminator.PARTITION_RULES),
+        ("^perceptual/", (...,)),  # never trained, and on every device
+    )
+    loss_unit = "reconstruction loss"
+    sample_request = ReconstructionRequest
+    evaluate_request = EvaluateRequest
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.weights = config.autoencoder_loss
+        self.codec = Codec(config, self.loader.shape)
+        self._check()
+        self.adversarial = self.weights.discriminator_weight > 0
+        self.discriminator = PatchDiscriminator(config.discriminator, self.dtype)
+        workdir = self.weights.perceptual
+        self.perceptual = Perceptual(workdir, self.loader) if workdir else None
+
+    def _check(self):
+        config, weights, kind = self.config, self.weights, self.config.autoencoder.latent
+        for name, used, user in (
+            ("kl_weight", kind == "kl", "--autoencoder.latent=kl"),
+            ("commitment_weight", kind in ("vq", "rvq"), "--autoencoder.latent=vq or rvq"),
+            ("perceptual_weight", weights.perceptual, "--autoencoder_loss.perceptual"),
+        ):
+            value = getattr(weights, name)
+            if not used and value != getattr(AutoencoderLossConfig(), name):
+                raise ConfigError(f"--autoencoder_loss.{name}={value} is for {user} alone")
+        if not weights.discriminator_weight and (
+            weights.discriminator_start or config.discriminator != DiscriminatorConfig()
+        ):
+            raise ConfigError(
+                "a discriminator is set up, but --autoencoder_loss.discriminator_weight=0"
+            )
+        if weights.discriminator_weight and weights.discriminator_start >= config.train.steps:
+            raise ConfigError(
+                f"--autoencoder_loss.discriminator_start={weights.discriminator_start} is not "
+                f"before the end, --train.steps={config.train.steps}"
+            )
+        rows = config.data.batch_size // config.train.accumulate
+        vectors = rows * math.prod(self.codec.latent_shape[:-1])
+        if kind in ("vq", "rvq") and config.quantizer.codes > vectors:
+            raise ConfigError(
+                f"--quantizer.codes={config.quantizer.codes} is more than the {vectors} vectors of "
+                f"{rows} image(s), from which a codebook starts"
+            )
+
+    # Parameters.
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        """Groups, and mutables: codebooks, and how often the autoencoder's loss was taken."""
+        codec_rng, discriminator_rng, perceptual_rng = jax.random.split(rng, 3)
+        group, mutables = self.codec.init(codec_rng)
+        params = {"autoencoder": group}
+        if self.adversarial:
+            image = jnp.zeros((1, *self.loader.shape))
+            variables = self.discriminator.init(discriminator_rng, image)
+            params["discriminator"] = variables["params"]
+        if self.perceptual:
+            params |= self.perceptual.init(perceptual_rng)
+        return params, {**mutables, "calls": jnp.int32(0)}
+
+    def pretrained(self) -> dict:
+        return self.perceptual.pretrained() if self.perceptual else {}
+
+    def phases(self, params: Any) -> tuple[Phase, ...]:
+        """That of the discriminator comes first, so that both see the same number of steps."""
+        axes = logical_axes(params, self.partition_rules)
+
+        def phase(name: str, loss, start: int = 0) -> Phase:
+            steps = self.config.train.steps - start
+            optimizer = make_optimizer(self.config.optimizer, steps, {name: axes[name]})
+            if start:  # nothing moves before, not even by weight decay
+                optimizer = optax.conditionally_mask(optimizer, lambda step: step >= start)
+            return Phase(name, (name,), loss, optimizer)
+
+        phases = (phase("autoencoder", self._autoencoder_loss),)
+        if not self.adversarial:
+            return phases
+        start = self.weights.discriminator_start
+        return phase("discriminator", self._discriminator_loss, start), *phases
+
+    # Losses.
+
+    def _autoencoder_loss(self, params, mutables, batch, rng):
+        x, group = self.scaled(batch["image"]), params["autoencoder"]
+        begun = self._begun(mutables)
+        bottleneck, mutables = self.codec.bottleneck(group, mutables, x, rng)
+        hidden = self.codec.hidden(group, bottleneck.latents)
+        terms = self._terms(params, x, self.codec.output(group, hidden), bottleneck)
+        loss = jnp.mean(self._total(terms))
+        metrics = {name: jnp.mean(values) for name, values in terms.items()}
+        if bottleneck.codes is not None:
+            metrics |= usage(code_counts(bottleneck.codes, self.codec.code_count))
+        if self.adversarial:
+            fooling, scale = self._fooling(params, x, hidden, bottleneck)
+            loss += begun * self.weights.discriminator_weight * scale * fooling
+            metrics |= {"adversarial": fooling, "adversarial_scale": scale}
+        return loss, (metrics, {**mutables, "calls": mutables["calls"] + 1})
+
+    def _begun(self, mutables) -> jax.Array:
+        """1 once the discriminator counts, else 0; the counter also counts microbatches.
+
+        A branch would save its work before the start, but convolutions in one are slow on CPU.
+        """
+        steps = mutables["calls"] // self.config.train.accumulate
+        return (steps >= self.weights.discriminator_start).astype(jnp.float32)
+
+    def _terms(self, params, x, y, bottleneck: Bottleneck) -> dict[str, jax.Array]:
+        """What the loss is made of, and the common measures of an error, each [batch]."""
+        over = tuple(range(1, x.ndim))
+        terms = {"l1": jnp.mean(jnp.abs(x - y), over), "mse": jnp.mean(jnp.square(x - y), over)}
+        if self.config.autoencoder.latent == "kl":
+            terms["kl"] = bottleneck.kl
+        elif self.config.autoencoder.latent != "fsq":
+            terms["commitment"] = bottleneck.commitment
+        if self.perceptual:
+            terms["perceptual"] = self.perceptual.distance(params, x, y)
+        return terms
+
+    def _total(self, terms: dict) -> jax.Array:
+        """The weighted sum of the terms, without that of the discriminator, [batch]."""
+        total = self._visible(terms)
+        if "kl" in terms:
+            total += self.weights.kl_weight * terms["kl"] / math.prod(self.loader.shape)
+        if "commitment" in terms:
+            total += self.weights.commitment_weight * terms["commitment"]
+        return total
+
+    def _visible(self, terms: dict) -> jax.Array:
+        """The part of the loss that the decoder answers for, [batch]."""
+        visible = terms["l1" if self.weights.reconstruction == "l1" else "mse"]
+        if "perceptual" in terms:
+            visible += self.weights.perceptual_weight * terms["perceptual"]
+        return visible
+
+    def _fooling(self, params, x, hidden, bottleneck) -> tuple[jax.Array, jax.Array]:
+        """The generator's hinge loss, and its weight by the gradients of the last layer."""
+        group = params["autoencoder"]
+
+        def fooling(y):
+            return -jnp.mean(self._verdict(params, y))
+
+        def visible(y):
+            return jnp.mean(self._visible(self._terms(params, x, y, bottleneck)))
+
+        def gradient(loss):
+            features, rest = jax.lax.stop_gradient((hidden, group))
+            paint = lambda k: self.codec.output(
+                {**rest, "last": {**rest["last"], "kernel": k}}, features
+            )
+            return jax.grad(lambda kernel: loss(paint(kernel)))(rest["last"]["kernel"])
+
+        scale = adaptive_weight(gradient(visible), gradient(fooling))
+        return fooling(self.codec.output(group, hidden)), scale
+
+    def _verdict(self, params, image: jax.Array) -> jax.Array:
+        return self.discriminator.apply({"params": params["discriminator"]}, image)
+
+    def _discriminator_loss(self, params, mutables, batch, rng):
+        x, group = self.scaled(batch["image"]), params["autoencoder"]
+
+        bottleneck, _ = self.codec.bottleneck(group, mutables, x, rng)
+        y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
+        real, fake = self._verdict(params, x), self._verdict(params, y)
+        metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
+        return self._begun(mutables) * critic_loss("hinge", real, fake) / 2, (metrics, mutables)
+
+    # Scores and draws.
+
+    @functools.cached_property
+    def _evaluation_step(self):
+        @jax.jit
+        def evaluation_step(params, mutables, batch):
+            x, mask, group = self.scaled(batch["image"]), batch["loss_mask"], params["autoencoder"]
+            bottleneck, _ = self.codec.bottleneck(group, mutables, x)
+            y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
+            terms = self._terms(params, x, jnp.clip(y, -1, 1), bottleneck)
+            terms["loss"] = self._total(terms)
+            sums = {name: jnp.sum(values * mask) for name, values in terms.items()}
+            counts = None
+            if bottleneck.codes is not None:
+                counts = code_counts(bottleneck.codes, self.codec.code_count, mask)
+            return {**sums, "images": jnp.sum(mask)}, counts
+
+        return evaluation_step
+
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
+        """Means over the held-out images, without noise in the latents; errors of [-1, 1].
+
+        `loss` leaves out the discriminator. `psnr` is that of the mean squared error over all
+        images; `kl` is in nats an image; `usage` is the share of the codes that occurred at all,
+        `perplexity` exp(entropy) of how often (means over codebooks).
+        """
+        del seed  # nothing is random
+        found = jax.device_get([self._evaluation_step(params, mutables, b) for b in batches])
+        sums = {name: sum(float(part[name]) for part, _ in found) for name in found[0][0]}
+        images = int(sums.pop("images"))
+        scores = {name: total / images for name, total in sums.items()}
+        scores["psnr"] = 10 * math.log10(4 / max(scores["mse"], 1e-12))
+        if found[0][1] is not None:
+            counts = np.sum([counts for _, counts in found], 0)
+            scores |= {name: float(value) for name, value in usage(counts).items()}
+        return scores | {"images": images}
+
+    def score(self, params, mutables, batches, request) -> dict:
+        return self.evaluate(params, mutables, batches(request.batches))
+
+    def encode(self, params: dict, mutables: dict, x: jax.Array) -> jax.Array:
+        """Images in [-1, 1] -> latents [batch, *small, channels]: means, or quantized vectors."""
+        return self.codec.encode(params["autoencoder"], mutables, x)
+
+    def decode(self, params: dict, mutables: dict, z: jax.Array) -> jax.Array:
+        """Latents -> images in [-1, 1]."""
+        return self.codec.decode(params["autoencoder"], mutables, z)
+
+    def sample(self, params, mutables, request) -> Files:
+        """Held-out images, each with its reconstruction on its right."""
+        originals = self.loader.examples("validation", request.num_samples)["image"]
+
+        @jax.jit
+        def reconstruct(params, mutables, image):
+            z = self.encode(params, mutables, self.scaled(image))
+            return self.to_levels(self.decode(params, mutables, z))
+
+        made = np.asarray(reconstruct(params, mutables, originals))
+        pairs = np.concatenate([originals, made], -2)
+        return Files("reconstructions", media.writers(pairs, self.loader.levels))
+
+    def flops_per_step(self) -> dict:
+        shape = (self.config.data.batch_size, *self.loader.shape)
+        network = self.codec.network.clone(backend="xla", dtype=jnp.float32)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        variables = jax.eval_shape(network.init, jax.random.key(0), x)
+        return {
+            "flops_per_step": 3 * count_flops(network.apply, variables, x),
+            "convention": "3 x forward matmuls and convolutions of the autoencoder; nothing for "
+            "the networks that judge it",
+        }

@@ -1,0 +1,208 @@
+"""Normalizing flows: images by an invertible network, and their exact density."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genai_jax import media
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.data.images.loader import ImageDataConfig
+from genai_jax.networks.flops import count_flops
+from genai_jax.networks.invertible import glow
+from genai_jax.networks.invertible.glow import Glow, GlowConfig
+from genai_jax.requests import EvaluateRequest, Files, SampleRequest
+from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
+from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
+from genai_jax.tasks.arrays.walks import PATHS, path
+from genai_jax.training.optimizer import make_optimizer
+from genai_jax.training.phase import Phase
+from genai_jax.training.sharding import logical_axes
+
+START_IMAGES = 256  # from which the first scales and biases are set
+MOST_ROWS = 12  # of a walk
+USES = {  # what can be shown -> the flags that are for it
+    "draws": ("label", "temperature", "seed"),
+    "interpolation": ("path", "columns"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    condition: str = field("none", "what the model is told", choices=("none", "class"))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowRequest(SampleRequest):
+    num_samples: int = field(
+        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+    )
+    show: str = field("draws", "draws, or walks between held-out images", choices=tuple(USES))
+    label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
+    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
+    path: str = field("linear", "of an interpolation", choices=PATHS)
+    columns: int = field(11, "images of a walk", minimum=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowScoreRequest(ScoreFlags, EvaluateRequest):
+    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
+    drawing: ClassVar = (*ScoreFlags.drawing, "temperature")
+
+
+class NormalizingFlow(ImageTask):
+    """The task behind ``--task=normalizing_flow``; see `genai_jax.training.phase.Task`."""
+
+    components: ClassVar = {
+        "data": ImageDataConfig,
+        "normalizing_flow": FlowConfig,
+        "glow": GlowConfig,
+    }
+    partition_rules: ClassVar = tuple((f"^model/.*{p}", axes) for p, axes in glow.PARTITION_RULES)
+    loss_unit = "nats per dimension"
+    sample_request = FlowRequest
+    evaluate_request = FlowScoreRequest
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        told = config.normalizing_flow.condition == "class"
+        if told and not self.loader.label_sizes:
+            raise ConfigError(
+                f"--normalizing_flow.condition=class: {config.data.dataset} has no labels"
+            )
+        if config.run.dtype != "float32":
+            raise ConfigError(f"--dtype={config.run.dtype}: a flow is inverted in float32 alone")
+        try:
+            config.glow.check_shape(self.loader.shape)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self.label_sizes = self.loader.label_sizes if told else ()
+        self.model = Glow(config.glow, self.label_sizes)
+        self.dimensions = math.prod(self.loader.shape)
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        """With scales and biases that make activations standard on training images."""
+        examples = self.loader.examples("train", START_IMAGES)
+        noise_rng, rng = jax.random.split(rng)
+        x = self._dequantized(jnp.asarray(examples["image"]), noise_rng)
+        return {"model": self.model.init(rng, x, examples.get("labels"))["params"]}, {}
+
+    def phases(self, params: Any) -> tuple[Phase, ...]:
+        axes = logical_axes(params, self.partition_rules)
+        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        return (Phase("likelihood", ("model",), self._loss, optimizer),)
+
+    def _dequantized(self, image, rng) -> jax.Array:
+        """Levels with uniform noise, to [-1, 1]."""
+        x = image.astype(jnp.float32) + jax.random.uniform(rng, image.shape)
+        return x * (2 / self.loader.levels) - 1
+
+    def _nats(self, params, batch, rng) -> jax.Array:
+        """Bound of -log p of each discrete image (Theis et al. 2016, equation 3), [batch]."""
+        x = self._dequantized(batch["image"], rng)
+        density = self.model.apply({"params": params["model"]}, x, batch.get("labels"))
+        return -density - self.dimensions * math.log(2 / self.loader.levels)
+
+    def _loss(self, params, mutables, batch, rng):
+        loss = jnp.mean(self._nats(params, batch, rng)) / self.dimensions
+        return loss, ({"bits_per_dim": loss / math.log(2)}, mutables)
+
+    # Scores and draws.
+
+    @functools.cached_property
+    def _evaluation_step(self):
+        @jax.jit
+        def evaluation_step(params, batch, key):
+            mask = batch["loss_mask"]
+            return jnp.sum(self._nats(params, batch, key) * mask), jnp.sum(mask)
+
+        return evaluation_step
+
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
+        """Negative log-likelihood of the held-out images, dequantized by a fixed key."""
+        del mutables
+        key = jax.random.key(self.config.run.seed if seed is None else seed)
+        sums = [
+            self._evaluation_step(params, batch, jax.random.fold_in(key, i))
+            for i, batch in enumerate(batches)
+        ]
+        nats, images = np.sum(np.asarray(jax.device_get(sums), np.float64), 0)
+        loss = nats / images / self.dimensions
+        return {"loss": loss, "bits_per_dim": loss / math.log(2), "images": int(images)}
+
+    def score(self, params, mutables, batches, request) -> dict:
+        """As `evaluate`, and scores of drawn images if asked for."""
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
+        if request.draws():
+            images, labels = self._drawn(params, request, "")
+            scores |= score_images(self.loader, images, labels, request)
+        return scores
+
+    def sample(self, params, mutables, request) -> Files:
+        check_label(request.label, bool(self.label_sizes))
+        check_shown(request, USES)
+        columns = None
+        if request.show == "draws":
+            images, _ = self._drawn(params, request, request.label)
+        else:
+            images, columns = self._interpolated(params, request), request.columns
+        name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
+        return Files(name, media.writers(images, self.loader.levels, columns=columns))
+
+    def paint(self, params, latents, labels) -> jax.Array:
+        """Latents of each level -> images in levels."""
+        variables = {"params": params["model"]}
+        x = self.model.apply(variables, latents, labels, method="inverse")
+        top = self.loader.levels - 1  # the bin that a value of [-1, 1] fell in
+        return jnp.clip(jnp.floor((x + 1) / 2 * self.loader.levels), 0, top).astype(jnp.uint8)
+
+    def _drawn(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images, uint8 levels [n, height, width, channels], and the labels asked for."""
+        count, shapes = request.num_samples, self.model.latent_shapes(self.loader.shape)
+        labels = requested_labels(self.loader, label, count) if self.label_sizes else None
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def some(labels, key, rows):
+            keys = jax.random.split(key, len(shapes))
+            latents = [
+                request.temperature * jax.random.normal(k, (rows, *shape))
+                for k, shape in zip(keys, shapes, strict=True)
+            ]
+            return self.paint(params, latents, labels)
+
+        return in_batches(some, jax.random.key(request.seed), count, labels), labels
+
+    def _interpolated(self, params, request) -> np.ndarray:
+        """Rows from one held-out image to another, through their latents."""
+        rows = min(request.num_samples, MOST_ROWS)
+        held_out = self.loader.examples("validation", 2 * rows)
+        rows = len(held_out["image"]) // 2
+        labels = held_out["labels"] if self.label_sizes else None
+
+        @jax.jit
+        def walk(params, image, labels):
+            x = self._dequantized(image, jax.random.key(0))
+            variables = {"params": params["model"]}
+            latents, *_ = self.model.apply(variables, x, labels, method="forward")
+            ways = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
+                    for z in latents]  # fmt: skip
+            flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in ways]
+            told = None if labels is None else jnp.repeat(labels[:rows], request.columns, 0)
+            return self.paint(params, flat, told)
+
+        return np.asarray(walk(params, held_out["image"], labels))
+
+    def flops_per_step(self) -> dict:
+        rows = self.config.data.batch_size
+        x = jax.ShapeDtypeStruct((rows, *self.loader.shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((rows, max(1, len(self.label_sizes))), jnp.int32)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0), x, labels)
+        return {
+            "flops_per_step": 3 * count_flops(self.model.apply, variables, x, labels),
+            "convention": "3 x forward matmuls and convolutions; no determinants",
+        }

@@ -1,0 +1,271 @@
+"""Two players: a critic who tells data from fakes, a generator who fools it, as phases of a step.
+
+What they are made of is not decided here, so that a game of two numbers is played by the same rules
+as one of images.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from genai_jax.config import ConfigError, field
+from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
+from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
+from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
+from genai_jax.training.phase import Phase
+
+UPDATES = ("alternating", "simultaneous")
+CRITIC_PENALTIES = ("r1", "r2", "gradient_penalty")
+PENALTIES = (*CRITIC_PENALTIES, "path_length")
+PATH_DECAY = 0.99  # of the mean path length
+
+
+def _every(what: str):
+    return field(1, f"steps between {what}; above 1 a phase of its own", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GameConfig:
+    """Rules of the game."""
+
+    loss: str = field("non_saturating", "of both players", choices=LOSSES)
+    updates: str = field("alternating", "critic first, or both at once", choices=UPDATES)
+    critic_updates: int = field(
+        1, "of the critic in a step, each on its own slice of the batch", minimum=1
+    )
+    critic_learning_rate: float | None = field(
+        None, "peak of the critic; --optimizer.learning_rate if unset", minimum=0
+    )
+    r1: float = field(0.0, "weight of the critic's squared gradient at data", minimum=0)
+    r1_every: int = _every("R1 penalties")
+    r2: float = field(0.0, "weight of the critic's squared gradient at fakes", minimum=0)
+    r2_every: int = _every("R2 penalties")
+    gradient_penalty: float = field(
+        0.0, "weight of (gradient norm - 1)^2 between data and fakes", minimum=0
+    )
+    gradient_penalty_every: int = _every("gradient penalties")
+    path_length: float = field(
+        0.0, "weight of the generator's (path length - its mean)^2", minimum=0
+    )
+    path_length_every: int = _every("path-length penalties")
+
+    def __post_init__(self):
+        for name in PENALTIES:
+            every = getattr(self, f"{name}_every")
+            if every > 1 and not getattr(self, name):
+                raise ValueError(f"--gan.{name}_every={every} is set, but --gan.{name}=0")
+            if every > 1 and self.updates == "simultaneous":
+                raise ValueError(
+                    f"--gan.{name}_every={every} does not fit --gan.updates=simultaneous, whose "
+                    "penalties are part of every update"
+                )
+        if self.critic_updates > 1 and self.updates == "simultaneous":
+            raise ValueError(
+                f"--gan.critic_updates={self.critic_updates} does not fit "
+                "--gan.updates=simultaneous, which updates both once"
+            )
+
+    def check_steps(self, steps: int):
+        """Raises `ConfigError` if a penalty would act in the first step alone."""
+        for name in PENALTIES:
+            every = getattr(self, f"{name}_every")
+            if every > 1 and every >= steps:
+                raise ConfigError(f"--gan.{name}_every={every} is not below --train.steps={steps}")
+
+
+class Players(NamedTuple):
+    """What the rules are applied to.
+
+    Attributes:
+      real: (mutables, batch) -> data as the critic sees it, [batch, ...].
+      styles: (params, mutables, batch, rng) -> what `synthesize` starts from, and mutables.
+      synthesize: (params, mutables, styles, rng) -> fakes, [batch, ...].
+      judge: (params, mutables, x, batch, rng) -> verdicts [batch], the higher the more real.
+      prepare: (params, mutables) -> mutables, before the critic is updated.
+      watch: (mutables, real verdicts) -> mutables, after it.
+    """
+
+    real: Callable
+    styles: Callable
+    synthesize: Callable
+    judge: Callable
+    prepare: Callable = lambda params, mutables: mutables
+    watch: Callable = lambda mutables, verdicts: mutables
+
+
+class Game:
+    """Makes the phases of groups "critic" and "generator".
+
+    Mutables hold "path_length", the running mean of path lengths, where its penalty has a weight.
+    """
+
+    def __init__(self, config: GameConfig, players: Players):
+        self.config, self.players = config, players
+
+    def init(self) -> dict:
+        """Mutables of the rules."""
+        return {"path_length": jnp.float32(0)} if self.config.path_length else {}
+
+    def phases(self, optimizer: OptimizerConfig, steps: int, axes: Any) -> tuple[Phase, ...]:
+        """In the order of a step: critic, its lazy penalties, generator, its lazy penalty."""
+        config = self.config
+        critic = self._optimizer("critic", optimizer, steps, axes)
+        generator = self._optimizer("generator", optimizer, steps, axes)
+        if config.updates == "simultaneous":
+            both = _side_by_side({"critic": critic, "generator": generator})
+            return (Phase("both", ("critic", "generator"), self._both_loss, both),)
+
+        def lazily(group: str, names) -> list[Phase]:
+            """Gradients are clipped as much later as the penalty is heavier."""
+            found = []
+            for name in names:
+                if (every := getattr(config, f"{name}_every")) > 1:
+                    clip_norm = optimizer.clip_norm * self._rarity(name)
+                    clipped = dataclasses.replace(optimizer, clip_norm=clip_norm)
+                    tx, loss = self._optimizer(group, clipped, steps, axes), self._lazy_loss(name)
+                    found.append(Phase(name, (group,), loss, tx, every=every, optimizer_of=group))
+            return found
+
+        return (
+            Phase("critic", ("critic",), self._critic_loss, critic, repeats=config.critic_updates),
+            *lazily("critic", CRITIC_PENALTIES),
+            Phase("generator", ("generator",), self._generator_loss, generator),
+            *lazily("generator", ("path_length",)),
+        )
+
+    def _optimizer(self, group, config: OptimizerConfig, steps, axes):
+        """With its rates corrected for the updates that lazy penalties add."""
+        critic = group == "critic"
+        if critic and self.config.critic_learning_rate is not None:
+            config = dataclasses.replace(config, learning_rate=self.config.critic_learning_rate)
+        names = CRITIC_PENALTIES if critic else ("path_length",)
+        intervals = [getattr(self.config, f"{name}_every") for name in names]
+        main = self.config.critic_updates if critic else 1
+        updates = main + sum(1 / every for every in intervals if every > 1)
+        return make_optimizer(
+            config, steps, {group: axes[group]}, updates_per_step=updates, correction=main / updates
+        )
+
+    # Losses.
+
+    def _critic_loss(self, params, mutables, batch, rng):
+        mutables = self.players.prepare(params, mutables)
+        loss, metrics, real = self._critic_terms(params, mutables, batch, rng)
+        return loss, (metrics, self.players.watch(mutables, real))
+
+    def _critic_terms(self, params, mutables, batch, rng):
+        """Loss with the penalties of every step, metrics, verdicts on data."""
+        fake_rng, judge_rng, penalty_rng = jax.random.split(rng, 3)
+        x, y = self._examples(params, mutables, batch, fake_rng)
+        real, fake = (
+            self.players.judge(params, mutables, z, batch, jax.random.fold_in(judge_rng, i))
+            for i, z in enumerate((x, y))
+        )
+        loss, both = critic_loss(self.config.loss, real, fake), jnp.concatenate([real, fake])
+        metrics = {
+            "real": jnp.mean(real),
+            "fake": jnp.mean(fake),
+            "alive": (jnp.max(both) != jnp.min(both)).astype(jnp.float32),
+        }
+        for name in CRITIC_PENALTIES:
+            if getattr(self.config, name) and getattr(self.config, f"{name}_every") == 1:
+                penalty = self._critic_penalty(name, params, mutables, batch, x, y, penalty_rng)
+                metrics[_penalty_name(name)] = penalty
+                loss += getattr(self.config, name) * penalty
+        return loss, metrics, real
+
+    def _examples(self, params, mutables, batch, rng):
+        """Data, and fakes that are constants to the critic."""
+        style_rng, noise_rng = jax.random.split(rng)
+        styles, _ = self.players.styles(params, mutables, batch, style_rng)
+        fakes = self.players.synthesize(params, mutables, styles, noise_rng)
+        return self.players.real(mutables, batch), jax.lax.stop_gradient(fakes)
+
+    def _critic_penalty(self, name, params, mutables, batch, x, y, rng):
+        judge_rng, where_rng = jax.random.split(rng)
+        judge = lambda x: self.players.judge(params, mutables, x, batch, judge_rng)
+        if name == "gradient_penalty":
+            return one_centered(judge, x, y, where_rng)
+        return zero_centered(judge, x if name == "r1" else y)
+
+    def _generator_loss(self, params, mutables, batch, rng):
+        style_rng, noise_rng, judge_rng, path_rng = jax.random.split(rng, 4)
+        styles, mutables = self.players.styles(params, mutables, batch, style_rng)
+        fakes = self.players.synthesize(params, mutables, styles, noise_rng)
+        judge = lambda x: self.players.judge(params, mutables, x, batch, judge_rng)
+        relativistic = self.config.loss == "relativistic"
+        real = judge(self.players.real(mutables, batch)) if relativistic else None
+        fake = judge(fakes)
+        loss, metrics = generator_loss(self.config.loss, real, fake), {"fake": jnp.mean(fake)}
+        if self.config.path_length and self.config.path_length_every == 1:
+            metrics["path_penalty"], mutables = self._path(params, mutables, batch, path_rng)
+            loss += self.config.path_length * metrics["path_penalty"]
+        return loss, (metrics, mutables)
+
+    def _path(self, params, mutables, batch, rng):
+        """The penalty, and mutables with the mean length that it is measured from."""
+        style_rng, noise_rng, direction_rng = jax.random.split(rng, 3)
+        styles, _ = self.players.styles(params, mutables, batch, style_rng)
+        paint = lambda styles: self.players.synthesize(params, mutables, styles, noise_rng)
+        lengths = path_lengths(paint, styles, direction_rng)
+        now = jax.lax.stop_gradient(jnp.mean(lengths))
+        mean = PATH_DECAY * mutables["path_length"] + (1 - PATH_DECAY) * now
+        return jnp.mean(jnp.square(lengths - mean)), {**mutables, "path_length": mean}
+
+    def _rarity(self, name: str) -> int:
+        """Updates of the player for one of the penalty."""
+        updates = 1 if name == "path_length" else self.config.critic_updates
+        return updates * getattr(self.config, f"{name}_every")
+
+    def _lazy_loss(self, name: str):
+        """A penalty on its own, as many times heavier as it is rarer than the player's updates."""
+        weight = getattr(self.config, name) * self._rarity(name)
+
+        def loss(params, mutables, batch, rng):
+            if name == "path_length":
+                penalty, mutables = self._path(params, mutables, batch, rng)
+            else:
+                fake_rng, rng = jax.random.split(rng)
+                x, y = self._examples(params, mutables, batch, fake_rng)
+                penalty = self._critic_penalty(name, params, mutables, batch, x, y, rng)
+            return weight * penalty, ({_penalty_name(name): penalty}, mutables)
+
+        return loss
+
+    def _both_loss(self, params, mutables, batch, rng):
+        """The sum of both losses, in each of which the other player is a constant."""
+        frozen = jax.lax.stop_gradient(params)
+        mutables = self.players.prepare(params, mutables)
+        critic, metrics, real = self._critic_terms(
+            {**frozen, "critic": params["critic"]}, mutables, batch, rng
+        )
+        generator, (more, mutables) = self._generator_loss(
+            {**frozen, "generator": params["generator"]}, mutables, batch, rng
+        )
+        metrics |= {"critic_loss": critic, "generator_loss": generator}
+        metrics |= {name: value for name, value in more.items() if name != "fake"}
+        return critic + generator, (metrics, self.players.watch(mutables, real))
+
+
+def _side_by_side(optimizers: dict) -> optax.GradientTransformation:
+    """Each group of parameters by an optimizer of its own."""
+
+    def init(params):
+        return {g: tx.init({g: params[g]}) for g, tx in optimizers.items()}
+
+    def update(updates, state, params):
+        found = {
+            g: tx.update({g: updates[g]}, state[g], {g: params[g]}) for g, tx in optimizers.items()
+        }
+        moved = {g: group[g] for g, (group, _) in found.items()}
+        return moved, {g: after for g, (_, after) in found.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def _penalty_name(name: str) -> str:
+    return {"gradient_penalty": name, "path_length": "path_penalty"}.get(name, f"{name}_penalty")

@@ -1,0 +1,292 @@
+"""Variational autoencoders: dense or hierarchical, with a likelihood for every kind of pixel."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.data.images.loader import ImageDataConfig
+from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bits
+from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
+from genai_jax.networks.flops import count_flops
+from genai_jax.networks.latent import dense_vae, ladder_vae
+from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
+from genai_jax.networks.latent.ladder_vae import LadderVae, LadderVaeConfig
+from genai_jax.networks.latent.latent_variables import Latents
+from genai_jax.requests import EvaluateRequest
+from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
+from genai_jax.tasks.vae.sampling import VaeRequest, draw, draw_images
+from genai_jax.training.distributed import to_host
+from genai_jax.training.optimizer import make_optimizer
+from genai_jax.training.phase import Phase
+from genai_jax.training.sharding import logical_axes
+
+NETWORKS = {
+    "dense": (DenseVae, "dense_vae", DenseVaeConfig, dense_vae.PARTITION_RULES),
+    "ladder": (LadderVae, "ladder_vae", LadderVaeConfig, ladder_vae.PARTITION_RULES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    network: str = field("dense", "dense layers, or a hierarchy", choices=tuple(NETWORKS))
+    likelihood: str = field("categorical", "of a value of an image", choices=tuple(LIKELIHOODS))
+    condition: str = field("none", "what the model is told", choices=("none", "class"))
+    beta: float = field(1.0, "weight of the KL divergence", minimum=0)
+    kl_warmup: int = field(0, "steps in which that weight rises from 0", minimum=0)
+    free_bits: float = field(
+        0.0, "nats of a latent variable (dense) or a block (ladder) that cost nothing", minimum=0
+    )
+    samples: int = field(
+        1, "latents drawn for an image; above 1 the importance-weighted bound is trained", minimum=1
+    )
+
+    def __post_init__(self):
+        if self.samples > 1 and (self.beta != 1 or self.kl_warmup or self.free_bits):
+            raise ValueError(
+                f"--vae.samples={self.samples} trains the importance-weighted bound, which has no "
+                "--vae.beta, --vae.kl_warmup or --vae.free_bits"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeScoreRequest(ScoreFlags, EvaluateRequest):
+    importance_samples: int = field(
+        0, "also the importance-weighted bound with so many samples; 0: not", minimum=0
+    )
+    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
+    pixels: str = field("mean", "expected values, or drawn ones", choices=("mean", "draw"))
+    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "pixels")
+
+
+class Vae(ImageTask):
+    """The task behind ``--task=vae``; see `genai_jax.training.phase.Task`."""
+
+    components: ClassVar = {
+        "data": ImageDataConfig,
+        "vae": VaeConfig,
+        "dense_vae": DenseVaeConfig,
+        "ladder_vae": LadderVaeConfig,
+    }
+    loss_unit = "nats per dimension"
+    sample_request = VaeRequest
+    evaluate_request = VaeScoreRequest
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        chosen, loader = config.vae, self.loader
+        network, component, _, rules = NETWORKS[chosen.network]
+        self._check(component)
+        self.partition_rules = (
+            *((f"^vae/.*{pattern}$", axes) for pattern, axes in rules),
+            ("^likelihood/", (...,)),
+        )
+        self.likelihood = LIKELIHOODS[chosen.likelihood](loader.levels, loader.shape[-1])
+        self.network = network(
+            getattr(config, component),
+            loader.shape,
+            self.likelihood.outputs_per_value,
+            loader.label_sizes if chosen.condition == "class" else (),
+            dtype=self.dtype,
+        )
+        self.dimensions = math.prod(loader.shape)
+
+    def _check(self, component: str):
+        config, chosen = self.config, self.config.vae
+        for _, other, cls, _ in NETWORKS.values():
+            if other != component and getattr(config, other) != cls():
+                raise ConfigError(f"--{other}.* is set, but --vae.network={chosen.network}")
+        if chosen.condition == "class" and not self.loader.label_sizes:
+            raise ConfigError(f"--vae.condition=class: {config.data.dataset} has no labels")
+        if chosen.network == "ladder":
+            try:
+                config.ladder_vae.check_shape(self.loader.shape)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+
+    # Parameters and loss.
+
+    def init(self, rng: jax.Array) -> tuple[dict, dict]:
+        """Groups, and mutables: how often the loss was taken."""
+        labels = jnp.zeros((1, max(1, len(self.loader.label_sizes))), jnp.int32)
+        params = self.network.init(rng, jnp.zeros((1, *self.loader.shape)), labels)["params"]
+        own = self.likelihood.init()
+        groups = {"vae": params} | ({"likelihood": own} if own else {})
+        return groups, {"calls": jnp.int32(0)}
+
+    def phases(self, params: Any) -> tuple[Phase, ...]:
+        axes = logical_axes(params, self.partition_rules)
+        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        return (Phase("bound", tuple(params), self._loss, optimizer),)
+
+    def _loss(self, params, mutables, batch, rng):
+        c, labels = self.config.vae, batch.get("labels")
+        observe_rng, rng = jax.random.split(rng)
+        features, target = self._observed(params, batch, observe_rng)
+        once = lambda rng: self._drawn(params, features, labels, target, rng)
+        fit, kl, log_weight = jax.vmap(once)(jax.random.split(rng, c.samples))
+        kl = jnp.mean(kl, 0)
+        bound = jnp.mean(importance_weighted(log_weight))
+        if c.samples == 1:
+            bound = jnp.mean(fit) - self._pressure(mutables) * with_free_bits(kl, c.free_bits)
+        elbo = jnp.mean(fit) - jnp.mean(jnp.sum(kl, 1))
+        metrics = {
+            "kl": jnp.mean(jnp.sum(kl, 1)),
+            "reconstruction": -jnp.mean(fit),
+            "bits_per_dim": -elbo / self.dimensions / math.log(2),
+        }
+        return -bound / self.dimensions, (metrics, {"calls": mutables["calls"] + 1})
+
+    def _observed(self, params, batch, rng) -> tuple[Any, jax.Array]:
+        """Features of the images, and what their likelihood is taken of."""
+        x, target = self.likelihood.observe(batch["image"], rng)
+        return self.bottom_up(params, x, batch.get("labels")), target
+
+    def _drawn(self, params, features, labels, target, rng) -> tuple:
+        """One draw: log-likelihood [batch], KL [batch, groups], log importance weight [batch]."""
+        outputs, latents = self.top_down(params, features, labels, rng)
+        fit = self.likelihood.log_prob(params.get("likelihood", {}), outputs, target)
+        return fit, kl_of(latents), fit + log_ratio(latents)
+
+    def _pressure(self, mutables) -> jax.Array:
+        """Weight of the KL divergence; the counter also counts microbatches."""
+        c = self.config.vae
+        if not c.kl_warmup:
+            return jnp.float32(c.beta)
+        steps = mutables["calls"] // self.config.train.accumulate
+        return c.beta * jnp.minimum((steps + 1) / c.kl_warmup, 1.0)
+
+    # The network, as the loss, the scores and the draws use it.
+
+    def bottom_up(self, params: dict, x: jax.Array, labels: jax.Array | None) -> Any:
+        """Images as the likelihood observes them -> features for `top_down`."""
+        return self.network.apply({"params": params["vae"]}, x, labels, method="bottom_up")
+
+    def top_down(
+        self, params, features, labels, rng=None, *, batch: int | None = None, **options
+    ) -> tuple[jax.Array, list[Latents]]:
+        """As `DenseVae.top_down`, with a key for the latents."""
+        return self.network.apply(
+            {"params": params["vae"]},
+            features,
+            labels,
+            batch=batch or jax.tree.leaves(features)[0].shape[0],
+            method="top_down",
+            rngs={} if rng is None else {"latents": rng},
+            **options,
+        )
+
+    # Scores and draws.
+
+    @functools.cached_property
+    def _evaluation_step(self):
+        @jax.jit
+        def evaluation_step(params, batch, key, draw=0):
+            """Log-likelihood, KL divergence and log importance weight of each image, [3, batch]."""
+            observe_key, key = jax.random.split(key)
+            features, target = self._observed(params, batch, observe_key)
+            key = jax.random.fold_in(key, draw)
+            fit, kl, weight = self._drawn(params, features, batch.get("labels"), target, key)
+            return jnp.stack([fit, jnp.sum(kl, 1), weight])
+
+        return evaluation_step
+
+    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
+        """The evidence lower bound of the held-out images, from one draw of the latents of each.
+
+        Binarization, dequantization and latents rest on fixed keys. `loss` is in nats a dimension,
+        `kl` and `reconstruction` are in nats an image.
+        """
+        del mutables
+        key = jax.random.key(self.config.run.seed if seed is None else seed)
+        found = [
+            (self._evaluation_step(params, batch, jax.random.fold_in(key, i)), batch["loss_mask"])
+            for i, batch in enumerate(batches)
+        ]
+        values, mask = zip(*to_host(found), strict=True)
+        values, mask = np.concatenate(values, 1).astype(np.float64), np.concatenate(mask)
+        fit, kl, _ = values @ mask / mask.sum()
+        loss = (kl - fit) / self.dimensions
+        return {
+            "loss": loss,
+            "bits_per_dim": loss / math.log(2),
+            "kl": kl,
+            "reconstruction": -fit,
+            "images": int(mask.sum()),
+        }
+
+    def score(self, params, mutables, batches, request) -> dict:
+        """As `evaluate`; the importance-weighted bound and scores of drawn images, if asked for."""
+        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
+        if request.importance_samples:
+            scores |= self._importance(params, batches, request)
+        if request.draws():
+            key = jax.random.key(request.seed)
+            images, labels = draw_images(
+                self, params, key, request.num_samples, temperature=request.temperature,
+                pixels=request.pixels,
+            )  # fmt: skip
+            scores |= score_images(self.loader, images, labels, request)
+        return scores
+
+    def _importance(self, params, batches: Callable, request: VaeScoreRequest) -> dict:
+        """Both bounds from the same draws; the likelihood sees each image the same way every time.
+
+        By Jensen's inequality the importance-weighted one is never the worse of the two.
+        """
+        key, count, weights, masks = (
+            jax.random.key(request.seed),
+            request.importance_samples,
+            [],
+            [],
+        )
+        for i, batch in enumerate(batches(request.batches)):
+            at = jax.random.fold_in(key, i)
+            found = [self._evaluation_step(params, batch, at, k)[2] for k in range(count)]
+            weights.append(np.asarray(jax.device_get(found), np.float64))
+            masks.append(np.asarray(batch["loss_mask"]))
+        weights, mask = np.concatenate(weights, 1), np.concatenate(masks)
+        highest = weights.max(0)
+        bound = highest + np.log(np.mean(np.exp(weights - highest), 0))
+        bits = lambda nats: float(-(nats @ mask) / mask.sum() / self.dimensions / math.log(2))
+        return {
+            "importance_samples": count,
+            "importance_bits_per_dim": bits(bound),
+            "elbo_bits_per_dim": bits(weights.mean(0)),
+        }
+
+    def sample(self, params, mutables, request):
+        del mutables
+        return draw(self, params, request)
+
+    def flops_per_step(self) -> dict:
+        x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.loader.shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((x.shape[0], max(1, len(self.loader.label_sizes))), jnp.int32)
+        network = self.network.clone(dtype=jnp.float32)
+        variables = jax.eval_shape(network.init, jax.random.key(0), x, labels)
+        return {
+            "flops_per_step": 3 * count_flops(network.apply, variables, x, labels),
+            "convention": "3 x forward matmuls and convolutions, for one draw of the latents",
+        }
+
+
+def kl_of(latents: list[Latents]) -> jax.Array:
+    """KL divergence of posterior to prior of each group, [batch, groups], nats."""
+    kl = [normal_kl(s.mean, s.log_scale, s.prior_mean, s.prior_log_scale) for s in latents]
+    return jnp.concatenate([jnp.sum(x, range(2, x.ndim)) for x in kl], 1)
+
+
+def log_ratio(latents: list[Latents]) -> jax.Array:
+    """Log-density of the drawn latents under the prior, less that under the posterior, [batch]."""
+    return sum(
+        gaussian_log_density(s.z, s.prior_mean, s.prior_log_scale)
+        - gaussian_log_density(s.z, s.mean, s.log_scale)
+        for s in latents
+    )

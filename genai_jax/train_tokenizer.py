@@ -1,0 +1,83 @@
+"""Trains a byte-level BPE tokenizer on the train split of a data set.
+
+python -m genai_jax.train_tokenizer --vocab_size=4096 --output=tokenizer.json
+"""
+
+import dataclasses
+import os
+
+from genai_jax import config as config_lib
+from genai_jax.data.text.loader import DataConfig
+from genai_jax.data.text.sources import Source, open_source
+from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
+
+USAGE = "python -m genai_jax.train_tokenizer --data.dataset=... --output=tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizerConfig:
+    vocab_size: int = config_lib.field(
+        4096, "tokens, the 256 bytes and the boundary included", minimum=257
+    )
+    output: str = config_lib.field("tokenizer.json", "the file to write; must end in .json")
+
+
+COMPONENTS = {"run": TrainTokenizerConfig, "data": DataConfig}
+
+
+def main(argv: list[str]) -> int:
+    """Trains, writes the file, and prints how well it compresses the validation split."""
+    if "--help" in argv:
+        print(config_lib.help_text(USAGE, COMPONENTS))
+        return 0
+    config, _ = config_lib.parse(argv, COMPONENTS)
+    output = config.run.output
+    if not output.endswith(".json"):
+        raise config_lib.ConfigError(f"--output={output} does not end in .json")
+    # Reads as the new tokenizer will: it cannot stand for bytes that are not UTF-8.
+    data = dataclasses.replace(config.data, tokenizer=output)
+    train, validation = open_source(data, "train"), open_source(data, "validation")
+    train_bpe(train, config.run.vocab_size, output)
+    tokenizer = load_tokenizer(output)
+    size, tokens = compression(tokenizer, validation)
+    print(
+        f"{output}: {tokenizer.vocab_size} tokens from {train.name}, {size / tokens:.3f} bytes per "
+        f"token on {validation.name} ({size} bytes)"
+    )
+    return 0
+
+
+def train_bpe(source: Source, vocab_size: int, output: str) -> None:
+    """Writes a tokenizers JSON file whose `BOUNDARIES[0]` starts and ends a document."""
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise config_lib.ConfigError(
+            "training a tokenizer needs the library tokenizers: pip install genai_jax[text]"
+        ) from None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOUNDARIES[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    documents = (source[i] for i in range(len(source)))
+    tokenizer.train_from_iterator(documents, trainer, length=len(source))
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    tokenizer.save(output)
+
+
+def compression(tokenizer, source: Source) -> tuple[int, int]:
+    """UTF-8 bytes of all documents, and tokens they become."""
+    documents = [source[i] for i in range(len(source))]
+    size = sum(len(document.encode()) for document in documents)
+    return size, sum(len(tokenizer.encode(document)) for document in documents)
+
+
+if __name__ == "__main__":
+    from genai_jax.command import run
+
+    run(main)

@@ -1,0 +1,147 @@
+import shutil
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+from genai_jax.config import ConfigError
+from genai_jax.data.text.loader import DataConfig, TextLoader
+from genai_jax.data.text.sources import open_source
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+    SIZES = {}  # noqa: RUF012
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {"text": tfds.features.Text(), "id": tfds.features.Text()}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, download_manager):
+        return {name: self._examples(name, size) for name, size in self.SIZES.items()}
+
+    def _examples(self, name, size):
+        for i in range(size):
+            yield i, {"text": f"{name} example {i}: é", "id": str(i)}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+
+
+class RoomPlain(_Builder, skip_registration=True):
+    SIZES = {"train": 40}  # noqa: RUF012
+
+
+class RoomSplit(_Builder, skip_registration=True):
+    SIZES = {"train": 20, "validation": 5, "test": 4}  # noqa: RUF012
+
+
+class RoomTest(_Builder, skip_registration=True):
+    SIZES = {"train": 20, "test": 4}  # noqa: RUF012
+
+
+class RoomOdd(_Builder, skip_registration=True):
+    SIZES = {"everything": 3}  # noqa: RUF012
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    for builder in (RoomPlain, RoomSplit, RoomTest, RoomOdd):
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def open_split(data_dir, name, split="train", **changes):
+    source = open_source(DataConfig(dataset=name, data_dir=data_dir, **changes), split)
+    return source, [source[i] for i in range(len(source))]
+
+
+def test_own_splits(data_dir):
+    train, texts = open_split(data_dir, "room_split")
+    assert sorted(texts) == sorted(f"train example {i}: é" for i in range(20))
+    validation, texts = open_split(data_dir, "room_split", "validation")
+    assert sorted(texts) == [f"validation example {i}: é" for i in range(5)]
+    assert (train.name, validation.name) == (
+        "room_split/1.0.0[train]",
+        "room_split/1.0.0[validation]",
+    )
+    assert train.fingerprint() != validation.fingerprint()
+    assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+
+
+def test_version_in_the_name(data_dir):
+    assert open_split(data_dir, "room_split:1.0.0")[0].name == "room_split/1.0.0[train]"
+
+
+def test_test_split_serves_as_validation(data_dir):
+    source, texts = open_split(data_dir, "room_test", "validation")
+    assert source.name == "room_test/1.0.0[test]" and len(texts) == 4
+    assert len(open_split(data_dir, "room_test")[1]) == 20
+
+
+def test_held_out_documents(data_dir):
+    train, train_texts = open_split(data_dir, "room_plain", validation_percent=20)
+    validation, texts = open_split(data_dir, "room_plain", "validation", validation_percent=20)
+    assert validation.name == "room_plain/1.0.0[train]/validation"
+    assert len(texts) == 8 and len(train_texts) == 32
+    assert len(set(texts) | set(train_texts)) == 40
+    assert train.fingerprint() != open_split(data_dir, "room_plain")[0].fingerprint()
+
+
+def test_another_key_and_a_wrong_one(data_dir):
+    _, texts = open_split(data_dir, "room_split", "validation", text_key="id")
+    assert sorted(texts) == list("01234")
+    with pytest.raises(ConfigError, match=r"text_key=body: room_split has .*id.*text"):
+        open_split(data_dir, "room_split", text_key="body")
+
+
+def test_no_train_split(data_dir):
+    with pytest.raises(ConfigError, match="room_odd has no train split, only everything"):
+        open_split(data_dir, "room_odd")
+
+
+@pytest.mark.parametrize("name", ["python_dogs", "lm1bb", "nothing_like_it", "not a name", ""])
+def test_unknown_name(data_dir, name):
+    with pytest.raises(ConfigError, match="data set") as error:
+        open_split(data_dir, name)
+    message = str(error.value)
+    assert repr(name) in message and "\n" not in message and len(message) < 500
+    if name in ("python_dogs", "lm1bb"):
+        assert "did you mean" in message and ("python_docs" in message and "TFDS" in message)
+        assert data_dir in message
+    assert ("lm1b," in message or "lm1b?" in message) == (name == "lm1bb")
+
+
+def test_data_in_another_format(data_dir, tmp_path):
+    shutil.copytree(f"{data_dir}/room_split", tmp_path / "room_split")
+    info = tmp_path / "room_split" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ConfigError, match="room_split") as error:
+        open_split(str(tmp_path), "room_split")
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_prepared(tmp_path, monkeypatch):
+    def fail(self, **kwargs):
+        raise OSError("no network\nfor you")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(
+        ConfigError, match=r"lm1b is not prepared in .*: no network for you"
+    ) as error:
+        open_split(str(tmp_path), "lm1b")
+    assert str(tmp_path) in str(error.value)
+
+
+def test_loader_reads_tfds(data_dir):
+    config = DataConfig(dataset="room_split", data_dir=data_dir, batch_size=2, sequence_length=32)
+    loader = TextLoader(config, seed=0)
+    iterator = loader.batches()
+    assert "train example" in loader.tokenizer.decode(next(iterator)["tokens"][0])
+    iterator.close()
+    total = sum(batch["loss_mask"].sum() for batch in loader.evaluation_batches())
+    assert total == 5 * (len("validation example 0: é".encode()) + 1)
+    assert loader.fingerprint()["validation_documents"] == 5

@@ -1,0 +1,137 @@
+import sys
+
+import numpy as np
+import pytest
+
+from genai_jax.config import ConfigError
+from genai_jax.data.text.loader import DataConfig
+from genai_jax.data.text.sources import open_source
+from genai_jax.data.text.tokenization import load_tokenizer
+from genai_jax.train_tokenizer import train_bpe
+
+TEXT = "def f(x):\n    return 'naïve – 日本語 🙂'\t<|endoftext|>\n\n  twice  spaced\r\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+    path = folder / "corpus.txt"
+    path.write_text("\n\n".join(f"line {i} of some text, return x + {i}" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bpe(folder, corpus):
+    source = open_source(DataConfig(dataset=f"text:{corpus}"), "train")
+    path = str(folder / "bpe.json")
+    train_bpe(source, 300, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(folder, corpus):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "sp"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return str(folder / "sp.model")
+
+
+@pytest.fixture(params=["bytes", "bpe", "sentencepiece_model"])
+def tokenizer(request):
+    spec = "bytes" if request.param == "bytes" else request.getfixturevalue(request.param)
+    return load_tokenizer(spec)
+
+
+def test_round_trip(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+    assert tokenizer.boundary_id not in ids
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.decode([tokenizer.boundary_id, *ids, tokenizer.boundary_id]) == TEXT
+
+
+def test_nothing_is_no_tokens(tokenizer):
+    assert tokenizer.encode("").shape == (0,) and tokenizer.encode("").dtype == np.int32
+    assert tokenizer.decode([]) == ""
+
+
+def test_token_bytes_add_up(tokenizer):
+    counts = tokenizer.token_bytes()
+    assert counts.shape == (tokenizer.vocab_size,)
+    assert counts[tokenizer.boundary_id] == 0
+    assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode())
+
+
+def test_fingerprint_is_of_the_content(tokenizer, bpe, sentencepiece_model):
+    specs = ["bytes", bpe, sentencepiece_model]
+    assert len({load_tokenizer(spec).fingerprint() for spec in specs}) == 3
+    assert tokenizer.fingerprint() == load_tokenizer(tokenizer.spec).fingerprint()
+    assert len(tokenizer.fingerprint()) == 64
+
+
+def test_bytes_keep_what_is_not_utf8_and_drop_nul():
+    tokenizer = load_tokenizer("bytes")
+    raw = b"caf\xe9 \xff\x80"
+    ids = tokenizer.encode(raw.decode("utf-8", "surrogateescape"))
+    assert bytes(ids.astype(np.uint8)) == raw
+    assert tokenizer.decode(ids) == "caf\ufffd \ufffd\ufffd"
+    assert tokenizer.decode(tokenizer.encode("a\0b")) == "ab"
+
+
+def test_bpe_compresses(bpe):
+    assert len(load_tokenizer(bpe).encode("some text, return x")) < 12
+
+
+@pytest.mark.parametrize("spec", ["words", "tok.txt", ""])
+def test_unknown_kind(spec):
+    with pytest.raises(ConfigError, match=r"is none of: bytes, numbers:N, a tokenizers .json"):
+        load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("spec", ["missing.json", "missing.model"])
+def test_missing_file(spec):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("name", ["broken.json", "broken.model"])
+def test_broken_file(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be read") as error:
+        load_tokenizer(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_no_boundary(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    path = str(tmp_path / "plain.json")
+    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(path)
+    with pytest.raises(ConfigError, match=r"<\|endoftext\|>, </s>, <eos>, \[SEP\]"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("fixture", ["bpe", "sentencepiece_model"])
+def test_missing_library(fixture, request, monkeypatch):
+    spec = request.getfixturevalue(fixture)
+    for name in ("tokenizers", "sentencepiece"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"pip install genai_jax\[text\]"):
+        load_tokenizer(spec)

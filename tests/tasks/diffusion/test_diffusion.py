@@ -1,0 +1,299 @@
+"""The diffusion task: its conditions, its objectives, its latents' place, how it is drawn from."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genai_jax import evaluate, sample, train
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
+from genai_jax.tasks import TASKS
+from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Drawer, draw
+from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
+from genai_jax.tasks.diffusion.task import Diffusion
+
+TINY_DIT = (
+    "--task=diffusion",
+    "--data.batch_size=8",
+    "--diffusion.network=dit",
+    "--dit.num_layers=1",
+    "--dit.embed_dim=16",
+    "--dit.num_heads=2",
+    "--dit.patch_size=4",
+    "--sampler.steps=3",
+)
+
+
+def task_of(*flags: str):
+    config = parse_run([*TINY_DIT, *flags])
+    return TASKS[config.run.task](config)
+
+
+def random_params(task) -> dict:
+    """Random parameters: a fresh network puts out 0, whatever it is given."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+
+
+def batch_of(task) -> dict:
+    return next(iter(task.evaluation_batches(1)))
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    return task_of("--diffusion.condition=class")
+
+
+@pytest.fixture(scope="module")
+def params(conditional):
+    return random_params(conditional)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--diffusion.parameterization=eps", "--diffusion.weighting=min_snr"),
+        (
+            "--diffusion.schedule=edm", "--diffusion.parameterization=edm",
+            "--diffusion.weighting=edm", "--diffusion.time_distribution=log_normal",
+        ),
+        (
+            "--diffusion.objective=bound", "--diffusion.schedule=learned",
+            "--diffusion.parameterization=eps",
+        ),
+        (
+            "--diffusion.objective=flow_matching", "--diffusion.schedule=flow",
+            "--diffusion.parameterization=velocity",
+        ),
+        ("--diffusion.zero_terminal_snr", "--diffusion.num_times=50"),
+        ("--data.captions", "--diffusion.condition=text", "--data.caption_length=20"),
+    ],
+    ids=["eps", "edm", "bound", "flow", "discrete", "text"],
+)  # fmt: skip
+def test_every_objective_has_a_finite_loss_whose_gradient_reaches_all_that_is_trained(flags):
+    task = task_of(*flags)
+    params = random_params(task)
+    batch = batch_of(task)
+    (phase,) = task.phases(jax.eval_shape(lambda: params))
+    trained = {g: params[g] for g in phase.trains}
+
+    def loss(trained):
+        return phase.loss({**params, **trained}, {}, batch, jax.random.key(2))[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(trained)
+    assert np.isfinite(value)
+    norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
+    assert np.all(np.isfinite(norms)) and np.mean(np.array(norms) > 0) > 0.9
+    if "schedule" in phase.trains:
+        assert float(jnp.abs(gradient["schedule"]["hidden"]).max()) > 0
+
+
+def test_a_dropped_condition_is_the_null_condition(conditional):
+    task = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=1")
+    condition = task.condition(labels=jnp.array([[3], [4]]))
+    assert np.all(np.asarray(task.dropped(condition, jax.random.key(0)).labels) == 10)
+    none = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=0")
+    assert np.all(np.asarray(none.dropped(condition, jax.random.key(0)).labels) == [[3], [4]])
+
+
+def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_bit_for_bit(
+    conditional, params
+):
+    labels = np.array([[3], [7]], np.int32)
+    draws = {}
+    for weight in (1.0, 0.0, 2.0):
+        sampler = dataclasses.replace(conditional.config.sampler, guidance=weight)
+        drawer = Drawer(conditional, params, sampler)
+        condition = conditional.condition(labels=labels)
+        draws[weight] = drawer.draw(jax.random.key(0), 2, condition)[0]
+    plain = Drawer(conditional, params, conditional.config.sampler)
+    null = conditional.null_condition(2)
+    unconditional = plain.draw(jax.random.key(0), 2, null)[0]
+    np.testing.assert_array_equal(draws[0.0], unconditional)
+    assert np.any(draws[2.0] != draws[1.0])
+
+
+def test_draws_depend_on_the_seed_and_a_batch_is_drawn_in_parts(conditional, params):
+    sampler = dataclasses.replace(conditional.config.sampler, batch_size=2)
+    drawer = Drawer(conditional, params, sampler)
+    labels = conditional.condition(labels=np.array([[0], [1], [2]], np.int32))
+    first, strip = drawer.draw(jax.random.key(0), 3, labels, strip=True)
+    assert first.shape == (3, 8, 8, 1) and first.dtype == np.uint8 and first.max() <= 16
+    assert strip.shape == (2, 9, 8, 8, 1)
+    np.testing.assert_array_equal(drawer.draw(jax.random.key(0), 3, labels, strip=True)[0], first)
+    assert np.any(drawer.draw(jax.random.key(1), 3, labels, strip=True)[0] != first)
+    assert drawer._program(2, False, True)._cache_size() == 1  # one compilation serves all
+
+
+def write_png(path, values):
+    from PIL import Image
+
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+    return str(path)
+
+
+def test_a_masked_draw_keeps_what_is_not_masked(conditional, params, tmp_path):
+    image = batch_of(conditional)["image"][0]
+    known = write_png(tmp_path / "image.png", np.round(image[..., 0] * (255 / 16)))
+    white = np.zeros((8, 8))
+    white[:, 4:] = 255
+    request = DiffusionRequest(
+        workdir="x", num_samples=2, init_image=known, mask=write_png(tmp_path / "mask.png", white)
+    )
+    drawn = draw(conditional, params, request)
+    images = drawn.writers[".png"].keywords["examples"]
+    np.testing.assert_array_equal(images[:, :, :4], np.stack([image[:, :4]] * 2))
+    assert np.any(images[:, :, 4:] != image[:, 4:])
+
+
+def test_a_start_near_the_data_stays_near_the_image(conditional, params, tmp_path):
+    image = batch_of(conditional)["image"][0]
+    known = write_png(tmp_path / "image.png", np.round(image[..., 0] * (255 / 16)))
+
+    def distance(strength):
+        request = DiffusionRequest(
+            workdir="x", num_samples=4, init_image=known, strength=strength, steps=8
+        )
+        drawn = draw(conditional, params, request).writers[".png"].keywords["examples"]
+        return np.mean(np.abs(drawn.astype(float) - image))
+
+    assert distance(0.02) < 0.5 < distance(0.9)
+
+
+def test_an_interpolation_has_as_many_images_as_asked_for(conditional, params, tmp_path):
+    images = batch_of(conditional)["image"]
+    paths = [
+        write_png(tmp_path / f"{i}.png", np.round(images[i][..., 0] * (255 / 16))) for i in (0, 1)
+    ]
+    request = DiffusionRequest(
+        workdir="x", num_samples=5, init_image=paths[0], interpolate_to=paths[1]
+    )
+    drawn = draw(conditional, params, request).writers[".png"].keywords["examples"]
+    assert drawn.shape == (5, 8, 8, 1) and np.any(drawn[0] != drawn[-1])
+
+
+def test_likelihood_is_finite_and_the_estimate_agrees_with_it(conditional, params):
+    found = {}
+    for kind in ("exact", "hutchinson"):
+        request = ScoreRequest(
+            workdir="x", likelihood=kind, likelihood_steps=4, likelihood_probes=64, batches=1
+        )
+        batches = conditional.evaluation_batches(1)
+        found[kind] = likelihood(conditional, params, batches, request)["ode_bits_per_dim"]
+    assert np.isfinite(found["exact"])
+    assert found["hutchinson"] == pytest.approx(found["exact"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--unet.channels=8",), r"--unet.\* is set, but --diffusion.network=dit"),
+        (("--data.captions",), "captions are for text"),
+        (("--diffusion.objective=flow_matching",), "is for --diffusion.schedule=flow"),
+        (("--diffusion.schedule=learned",), "needs --diffusion.objective=bound"),
+        (("--dit.patch_size=3",), "patch_size=3 does not divide the size 8x8"),
+        (("--diffusion.objective=bound", "--diffusion.schedule=edm"), "one of cosine, sigmoid"),
+        (("--diffusion.zero_terminal_snr", "--diffusion.schedule=flow"), "does not apply to"),
+    ],
+)
+def test_settings_that_contradict_each_other(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        task_of(*flags)
+
+
+@pytest.mark.parametrize(
+    ("request_flags", "said"),
+    [
+        ({"guidance": 3.0}, "guidance=3.0 needs a conditional model"),
+        ({"label": "3"}, "this model's condition is none, not class"),
+        ({"steps": 51}, "--steps=51 is more than the 50 times"),
+        ({"guidance_interval": "1,0", "guidance": 2.0}, "needs a conditional model"),
+    ],
+)
+def test_requests_that_an_unconditional_model_cannot_answer(request_flags, said):
+    task = task_of("--diffusion.num_times=50")
+    with pytest.raises(ConfigError, match=said):
+        draw(task, {}, DiffusionRequest(workdir="x", **request_flags))
+
+
+@pytest.mark.parametrize(
+    ("request_flags", "said"),
+    [
+        ({"label": "10"}, r"--label=10 is not one of 0, 1, .* \(or a number from 0 to 9\)"),
+        ({"label": "1:2"}, "names 2 attribute"),
+        ({"prompt": "a seven"}, "condition is class, not text"),
+        ({"guidance_interval": "1,0", "guidance": 2.0}, "is not LOW,HIGH with LOW < HIGH"),
+        ({"guidance_interval": "-1,1"}, "need a --guidance other than 1"),
+    ],
+)
+def test_requests_that_a_class_conditional_model_cannot_answer(
+    conditional, params, request_flags, said
+):
+    with pytest.raises(ConfigError, match=said):
+        draw(conditional, params, DiffusionRequest(workdir="x", num_samples=2, **request_flags))
+
+
+def test_images_and_masks_of_another_size_are_refused(conditional, params, tmp_path):
+    small = write_png(tmp_path / "small.png", np.zeros((4, 8)))
+    colour = write_png(tmp_path / "colour.png", np.zeros((8, 8, 3)))
+    right = write_png(tmp_path / "right.png", np.zeros((8, 8)))
+    for request, said in (
+        ({"init_image": small}, "is 4x8 with 1 channel.*8x8 with 1"),
+        ({"init_image": colour}, "is 8x8 with 3 channel"),
+        ({"init_image": right, "mask": small}, "--mask=.*is 4x8"),
+        ({"init_image": str(tmp_path / "none.png")}, "cannot read --init_image"),
+        ({"init_image": right, "strength": 0.0}, "--strength=0.0: times from start=0.0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            draw(conditional, params, DiffusionRequest(workdir="x", **request))
+    with pytest.raises(ValueError, match="--mask needs --init_image"):
+        DiffusionRequest(workdir="x", mask=right)
+
+
+def test_a_video_and_a_signal_go_through_the_same_task():
+    for dataset, shape in (("waves", (64, 1)), ("moving_shapes", (2, 16, 16, 3))):
+        flags = [f"--data.dataset={dataset}", f"--data.image_size={shape[-2]}"]
+        if dataset == "moving_shapes":
+            flags.append("--data.num_frames=2")
+        task = task_of(*flags)
+        params = random_params(task)
+        drawn = draw(task, params, DiffusionRequest(workdir="x", num_samples=2, steps=2))
+        (write,) = drawn.writers.values()
+        assert write.keywords["examples"].shape == (2, *shape)
+
+
+def test_captions_are_drawn_and_scored_by_what_they_ask_for(tmp_path, capsys):
+    """A text-conditioned model, its draws and a classifier of a step, through the commands."""
+    shapes = ("--data.dataset=shapes", "--data.image_size=16", "--data.batch_size=8")
+    few = ("--train.steps=1", "--eval.batches=0", "--train.progress=false")
+    text = ("--data.captions", "--diffusion.condition=text", "--dit.text_layers=1")
+    small = ("--classifier.channels=4", "--classifier.num_stages=2", "--classifier.feature_dim=4")
+    run, judge = str(tmp_path / "run"), str(tmp_path / "judge")
+    assert train.main([*TINY_DIT, *shapes, *few, *text, f"--workdir={run}"]) == 0
+    judged = ["--task=image_classifier", *shapes, *few, *small, f"--workdir={judge}"]
+    assert train.main(judged) == 0
+    picture = tmp_path / "x.png"
+    flags = ["--prompt=a large red circle", "--num_samples=2", f"--output={picture}"]
+    assert sample.main([f"--workdir={run}", *flags]) == 0 and picture.stat().st_size > 100
+    capsys.readouterr()
+    flags = [f"--classifier={judge}", "--num_samples=12", "--batches=1"]
+    assert evaluate.main([f"--workdir={run}", *flags]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert 0 <= scores["agreement"] <= scores["agreement_0"] <= 1
+    assert scores["num_drawn"] == 12 and scores["fd_classifier"] > 0
+
+
+def test_the_forward_pass_is_counted(conditional):
+    flops = conditional.flops_per_step()["flops_per_step"]
+    tokens, width = 8 * 4, 16
+    dense = 2 * tokens * (4 * width**2 + 8 * width**2)  # attention and MLP of the block
+    assert 3 * dense < flops < 6 * dense
+
+
+def test_the_class_is_registered():
+    assert TASKS["diffusion"] is Diffusion
