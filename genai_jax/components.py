@@ -1,34 +1,62 @@
-"""The flags that every task has, and how a command line becomes the configuration of one task."""
+"""The flags that every run has, and how a command line becomes the configuration of one task."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from genai_jax.config import Config, ConfigError, field, flag_names, parse
-from genai_jax.tasks import TASKS
+from genai_jax.config import (
+    Config,
+    ConfigError,
+    expand_flagfiles,
+    field,
+    help_text,
+    last_value,
+    parse,
+)
+from genai_jax.requests import EvaluateRequest, SampleRequest
+from genai_jax.tasks.registry import TASKS, is_outside, task_class, task_name
 from genai_jax.training.checkpoint import CheckpointConfig
 from genai_jax.training.compiler import CompilerConfig
 from genai_jax.training.distributed import DistributedConfig
 from genai_jax.training.ema import EmaConfig
-from genai_jax.training.loop import EvalConfig, ProfileConfig, TrainConfig
 from genai_jax.training.optimizer import OptimizerConfig
+from genai_jax.training.options import EvalConfig, ProfileConfig, TrainConfig
 from genai_jax.training.population import PopulationConfig
 from genai_jax.training.sharding import MeshConfig
 from genai_jax.training.workdir import flags_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("auto", "xla", "xla_chunked", "tpu", "gpu", "cudnn")
+DEFAULT_TASK = "language_model"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    task: str = field("language_model", "what the run learns", choices=tuple(TASKS))
-    seed: int = field(0, "of parameters, data order, dropout and everything random", minimum=0)
-    dtype: str = field("float32", "of the matmuls; parameters stay float32", choices=DTYPES)
-    workdir: str = field("", "folder of the run", changeable=True)
-    attention: str = field("auto", "attention backend", choices=ATTENTION, changeable=True)
+    task: str = field(
+        DEFAULT_TASK,
+        f"What the run learns: one of {', '.join(TASKS)}, or the class of a task of your own, "
+        "as my_package.my_module:MyTask.",
+    )
+    seed: int = field(
+        0, "Seed of the parameters, the data order, dropout, and everything random.", minimum=0
+    )
+    dtype: str = field(
+        "float32", "Precision of the matmuls; parameters stay in float32.", choices=DTYPES
+    )
+    workdir: str = field("", "Folder of the run.", changeable=True)
+    attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
+    init_from: str | None = field(
+        None, "Workdir of a run whose parameters this one begins with.", changeable=True
+    )
+    init_map: str | None = field(
+        None,
+        "What to take from --init_from: comma-separated parameter paths, SOURCE or SOURCE:TARGET "
+        "(model:teacher); every group that both runs have if unset.",
+        changeable=True,
+    )
 
 
+# In the order of flags.txt. Those of GRADIENT mean nothing to a task that is fitted in one pass.
 SHARED = {
     "run": RunConfig,
     "train": TrainConfig,
@@ -42,33 +70,41 @@ SHARED = {
     "compiler": CompilerConfig,
     "population": PopulationConfig,
 }
+GRADIENT = ("optimizer", "ema", "mesh", "profile", "compiler", "population")
+REQUESTS = {"sample_request": SampleRequest, "evaluate_request": EvaluateRequest}
+HELP = {"--help", "-h", "--helpfull"}
 
 
-def components_of(task: str) -> dict[str, type]:
+def components_of(cls: type) -> dict[str, type]:
     """Name -> dataclass of the flag components of one task."""
-    return SHARED | dict(TASKS[task].components)
-
-
-def all_components() -> dict[str, type]:
-    """Those of all tasks; where tasks have different ones of the same name, their fields joined."""
-    found: dict[str, list[type]] = {}
-    for task in TASKS:
-        for name, cls in components_of(task).items():
-            found.setdefault(name, []).append(cls)
-    return {name: _joined(classes) for name, classes in found.items()}
+    unused = GRADIENT if hasattr(cls, "fit") else ()
+    return {n: c for n, c in SHARED.items() if n not in unused} | dict(cls.components)
 
 
 def parse_run(argv: Sequence[str]) -> Config:
     """The configuration of a run: the shared components and those of its task.
 
     Raises:
-      ConfigError: as `genai_jax.config.parse`, or a flag that the task does not have.
+      ConfigError: as `genai_jax.config.parse` and `task_class`.
     """
-    config, given = parse(argv, all_components())
-    task = config.run.task
-    components = components_of(task)
-    _refuse_others(given, components, f"--task={task}")
-    return parse(argv, components)[0]
+    argv = expand_flagfiles(argv)
+    task = last_value(argv, "task") or DEFAULT_TASK
+    components = components_of(task_class(task))
+    unused = {name: cls() for name, cls in SHARED.items() if name not in components}
+    return parse(argv, components, user=f"--task={task}", defaults=unused)[0]
+
+
+def make_task(config: Config) -> Any:
+    """The task of a configuration."""
+    return task_class(config.run.task)(config)
+
+
+def run_help(argv: Sequence[str], usage: str) -> str:
+    """The help of the train command, for the task that the command line names."""
+    argv = expand_flagfiles([a for a in argv if a not in HELP])
+    task = last_value(argv, "task") or DEFAULT_TASK
+    notes = f"Flags of --task={task}. Add --task=NAME to see those of another: {', '.join(TASKS)}."
+    return help_text(f"{usage}\n\n{notes}", components_of(task_class(task)))
 
 
 def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
@@ -76,63 +112,88 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
 
     Args:
       argv: the command line.
-      kind: the attribute of a task that names its dataclass of flags: "sample_request" or
-        "evaluate_request".
+      kind: the attribute of a task that holds its dataclass of flags, a key of REQUESTS.
+
+    Returns:
+      The request with the component `distributed`, and the run's configuration.
     """
-    every = {"run": all_requests(kind)}
-    found, given = parse(argv, every)
-    if not found.run.workdir:
+    argv = expand_flagfiles(argv)
+    workdir = last_value(argv, "workdir")
+    if not workdir:
         raise ConfigError("--workdir is not set: say which run")
-    config = read_config(found.run.workdir)
+    config = read_config(workdir, allowed=last_value(argv, "task"))
     task = config.run.task
-    components = {"run": getattr(TASKS[task], kind)}
-    _refuse_others(given, components, f"a run of --task={task}")
-    return parse(argv, components)[0].run, config
+    components = {"run": request_class(task_class(task), kind), "distributed": DistributedConfig}
+    return parse(argv, components, user=f"a run of --task={task}")[0], config
 
 
-def all_requests(kind: str) -> type:
-    """The flags that any task's requests of a kind have."""
-    return _joined([getattr(task, kind) for task in TASKS.values()])
+def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
+    """The help of such a command: for the task or the run that the command line names."""
+    argv = expand_flagfiles([a for a in argv if a not in HELP])
+    task, workdir = last_value(argv, "task"), last_value(argv, "workdir")
+    if workdir and not task:
+        task = recorded_task(workdir)
+    if not task:
+        usage += "\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
+        return help_text(usage, {"run": REQUESTS[kind]})
+    return help_text(usage, {"run": request_class(task_class(task), kind)})
 
 
-def read_config(workdir: str, flag: str = "--workdir") -> Config:
+def request_class(cls: type, kind: str) -> type:
+    """The dataclass of a command's flags.
+
+    Raises:
+      ConfigError: the task cannot be sampled from.
+    """
+    if kind == "sample_request" and not hasattr(cls, "sample"):
+        raise ConfigError(f"a run of --task={task_name(cls)} has nothing to sample; evaluate it")
+    return getattr(cls, kind, REQUESTS[kind])
+
+
+def recorded_task(workdir: str, flag: str = "--workdir") -> str:
+    """The task that the run in `workdir` says it is; nothing is imported."""
+    lines = flags_path(workdir, flag).read_text(encoding="utf-8").splitlines()
+    return last_value(lines, "task") or DEFAULT_TASK
+
+
+def read_config(workdir: str, flag: str = "--workdir", allowed: str | None = None) -> Config:
     """The configuration of the run in `workdir`, which `flag` named, to be read on this machine.
 
-    Attention is chosen anew: the run's own backend may not exist here, or not decode.
+    Attention is chosen again: the run's own backend may not exist here, or not decode.
+
+    Args:
+      workdir: of the run.
+      flag: that named it.
+      allowed: the task that the command line names. Code from outside of this project is imported
+        only if it does: a workdir alone never decides what is executed.
+
+    Raises:
+      ConfigError: no run, or one of an outside task that is not `allowed`.
     """
+    task = recorded_task(workdir, flag)
+    if is_outside(task) and task != allowed:
+        raise ConfigError(
+            f"{flag}={workdir} is a run of --task={task}, code outside of genai_jax: it is opened "
+            "only if the command line names that task too"
+        )
+    if allowed and allowed != task:
+        raise ConfigError(f"{flag}={workdir} is a run of --task={task}, not {allowed}")
     flagfile = f"--flagfile={flags_path(workdir, flag)}"
     return parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
 
 
-def _refuse_others(given: set[str], components: Mapping[str, type], user: str):
-    """Raises `ConfigError` if a flag was given that none of the components has."""
-    names = flag_names(components)
-    for name in sorted(given - names):
-        component, _, rest = name.rpartition(".")
-        same = [n for n in sorted(names) if n.rpartition(".")[0] == component]
-        has = ", ".join(f"--{n}" for n in same) if same else ", ".join(n for n in components)
-        what = "flags there are" if rest and same else "components are"
-        raise ConfigError(f"--{name} is not used by {user}, whose {what} {has}")
+def open_run(cls: type, workdir: str, flag: str) -> Config:
+    """The configuration of a run that another run builds on.
 
+    Args:
+      cls: the task that it must be a run of.
+      workdir: its folder.
+      flag: that named it, with its dashes.
 
-def _joined(classes: Iterable[type]) -> type:
-    """One dataclass with the fields of all, each as the first that has it declares it.
-
-    Where they allow different choices, all of them are allowed.
+    Raises:
+      ConfigError: no run, or one of another task.
     """
-    fields: dict[str, tuple] = {}
-    for cls in classes:
-        for f in dataclasses.fields(cls):
-            first, metadata = fields.get(f.name, (f, f.metadata))
-            if f.metadata["choices"]:
-                choices = dict.fromkeys((*(metadata["choices"] or ()), *f.metadata["choices"]))
-                metadata = {**metadata, "choices": tuple(choices)}
-            fields[f.name] = first, metadata
-    return dataclasses.make_dataclass(
-        "Joined",
-        [
-            (name, f.type, dataclasses.field(default=f.default, metadata=metadata))
-            for name, (f, metadata) in fields.items()
-        ],
-        frozen=True,
-    )
+    expected, task = task_name(cls), recorded_task(workdir, flag)
+    if task != expected:
+        raise ConfigError(f"{flag}={workdir} is a run of --task={task}, not {expected}")
+    return read_config(workdir, flag, allowed=task)

@@ -6,6 +6,7 @@ reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebo
 """
 
 import dataclasses
+import difflib
 import math
 import os
 import types
@@ -49,21 +50,23 @@ def field(
 class Config:
     """The resolved flags of a run: ``config.run.seed``, ``config.transformer.num_layers``.
 
-    The component ``run`` holds the flags that have no prefix.
+    The component ``run`` holds the flags that have no prefix. `defaults` are components without
+    flags, which the run does not use but whoever reads it may ask for.
     """
 
     components: Mapping[str, Any]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["components"][name]
-        except KeyError:
-            raise AttributeError(f"no component {name!r} in this configuration") from None
+        for components in ("components", "defaults"):
+            if name in self.__dict__.get(components, {}):
+                return self.__dict__[components][name]
+        raise AttributeError(f"no component {name!r} in this configuration")
 
     def replace(self, component: str, **changes: Any) -> "Config":
         """A copy with some fields of one component changed."""
         changed = dataclasses.replace(self.components[component], **changes)
-        return Config({**self.components, component: changed})
+        return Config({**self.components, component: changed}, self.defaults)
 
     def items(self) -> dict[str, Any]:
         """Flag name -> value, for every field."""
@@ -93,12 +96,19 @@ class Config:
         }
 
 
-def parse(argv: Sequence[str], components: Mapping[str, type]) -> tuple[Config, set[str]]:
+def parse(
+    argv: Sequence[str],
+    components: Mapping[str, type],
+    user: str = "this command",
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Config, set[str]]:
     """Parses a command line (without the program's name).
 
     Args:
       argv: the arguments; ``--flagfile=PATH`` is replaced by the lines of that file.
       components: name -> dataclass; the name ``run`` gives flags without a prefix.
+      user: whose flags these are, for the message about a flag that is not one of them.
+      defaults: see `Config`.
 
     Returns:
       The configuration, and the names of the flags that were set.
@@ -109,12 +119,41 @@ def parse(argv: Sequence[str], components: Mapping[str, type]) -> tuple[Config, 
     values = _define(components)
     try:
         rest = values(["program", *expand_flagfiles(argv)])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(_unknown(error.flagname, components, user)) from None
     except flags.Error as error:
         raise ConfigError(" ".join(str(error).split())) from None
     if rest:
         raise ConfigError(f"argument {rest[0]!r} is not a flag; flags look like --name=value")
-    config = Config({name: _read(values, name, cls) for name, cls in components.items()})
+    read = {name: _read(values, name, cls) for name, cls in components.items()}
+    config = Config(read, defaults or {})
     return config, {name for name in config.items() if values[name].present}
+
+
+def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
+    """What to say about a flag that does not exist."""
+    names = flag_names(components)
+    component = name.rpartition(".")[0]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    near = near or sorted(n for n in names if n.rpartition(".")[2] == name)[:1]
+    same = sorted(n for n in names if component and n.rpartition(".")[0] == component)
+    if near:
+        hint = f"did you mean --{near[0]}?"
+    elif same:
+        hint = f"its {component} flags are {', '.join(f'--{n}' for n in same)}"
+    else:
+        hint = f"its components are {', '.join(components)}"
+    return f"--{name} is not a flag of {user}; {hint}"
+
+
+def last_value(argv: Sequence[str], name: str) -> str | None:
+    """The value that a command line without flagfiles gives a string flag, None if it does not."""
+    value, arguments = None, iter(argv)
+    for argument in arguments:
+        given, equals, text = argument.partition("=")
+        if given in (f"--{name}", f"-{name}"):
+            value = text if equals else next(arguments, None)
+    return value
 
 
 def flag_names(components: Mapping[str, type]) -> set[str]:

@@ -1,40 +1,56 @@
 """Scores a run on its held-out data: python -m genai_jax.evaluate --workdir=D; prints JSON"""
 
 import json
+import time
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import all_requests, parse_request
-from genai_jax.config import help_text
-from genai_jax.tasks import TASKS
-from genai_jax.training.distributed import refuse_several
+from genai_jax.components import HELP, make_task, parse_request, request_help
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h"} & set(argv):
-        print(help_text(__doc__, {"run": all_requests("evaluate_request")}))
+    if HELP & set(argv):
+        print(request_help(argv, "evaluate_request", __doc__))
         return 0
-    request, config = parse_request(argv, "evaluate_request")
-    refuse_several("evaluate")
-    from genai_jax.training.batches import BatchPlacement
+    flags, config = parse_request(argv, "evaluate_request")
+    from genai_jax.training.distributed import is_main, join_processes
+
+    with join_processes(flags.distributed):
+        result = scores(make_task(config), config, flags.run)
+        if is_main():
+            print(json.dumps(result))
+    return 0
+
+
+def scores(task, config, request) -> dict:
+    """The JSON object that the command prints."""
+    from genai_jax.training.evaluation import Evaluator
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import batch_shardings, mesh_context
+    from genai_jax.training.batches import BatchPlacement
 
-    task = TASKS[config.run.task](config)
     model = restore_model(
         task, config, step=request.checkpoint_step, ema=request.ema, member=request.member
     )
-    shapes = task.batch_shapes()
-    placement = BatchPlacement(shapes, batch_shardings(shapes, task.batch_axes, model.mesh))
+    placement = BatchPlacement(
+        task.data.batch_spec, batch_shardings(task.data.batch_spec, model.mesh)
+    )
 
     def batches(count: int):
-        return map(placement.to_devices, task.evaluation_batches(count, placement.rows))
+        return map(placement.to_devices, task.data.held_out(count, placement.rows))
 
+    trained = model.params, model.mutables
     with mesh_context(model.mesh):
-        scores = task.score(model.params, model.mutables, batches, request)
-    result = {"step": model.step, "ema": model.ema, "split": "validation", **scores}
-    print(json.dumps(result))
-    return 0
+        evaluator = Evaluator(task)
+        evaluator(*trained, batches(1), request.seed)  # compiles, so that the speed is of scoring
+        start = time.perf_counter()
+        result = evaluator(*trained, batches(request.batches), request.seed)
+        seconds = time.perf_counter() - start
+        if hasattr(task, "report"):
+            result |= task.report(*trained, batches, request)
+    if "tokens" in result:
+        result["tokens_per_second"] = result["tokens"] / seconds
+    return {"step": model.step, "ema": model.ema, "split": "validation", **result}
 
 
 if __name__ == "__main__":

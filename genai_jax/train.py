@@ -4,24 +4,23 @@ import sys
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import all_components, parse_run
-from genai_jax.config import ConfigError, help_text
-from genai_jax.tasks import TASKS
+from genai_jax.components import HELP, make_task, parse_run, run_help
+from genai_jax.config import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h", "--helpfull"} & set(argv):
-        print(help_text(__doc__, all_components()))
+    if HELP & set(argv):
+        print(run_help(argv, __doc__))
         return 0
     config = parse_run(argv)
     if not config.run.workdir:
         raise ConfigError("--workdir is not set: say where the run's files go")
-    from genai_jax.training.distributed import is_main, joined
+    from genai_jax.training.distributed import is_main, join_processes
     from genai_jax.training.loop import train
     from genai_jax.training.workdir import claim
 
-    with joined(config.distributed):
-        task = TASKS[config.run.task](config)
+    with join_processes(config.distributed):
+        task = make_task(config)
         if is_main():
             for change in claim(config):
                 print(f"changed since the run began: {change}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from genai_jax.scaling.program import Program, executed, trip_count
-from genai_jax.training.sharding import path_name
+from genai_jax.training.trees import path_name
 
 
 def local_bytes(tree: Any) -> int:

@@ -4,15 +4,15 @@ import dataclasses
 import pathlib
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
-from genai_jax.training.distributed import everywhere, is_main
-from genai_jax.training.sharding import path_name
+from genai_jax.training.distributed import all_processes, barrier, is_main
+from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_name, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +26,43 @@ class CheckpointConfig:
     )
 
 
+DEFAULT = CheckpointConfig()
+
+
+LAYOUT = 2  # of the state in a checkpoint; 1 kept counters of loss calls in the mutables
+
+
+class OldLayout(ConfigError):
+    """A checkpoint that another version of this project wrote."""
+
+
 class Checkpointer:
-    """Saves in the background and restores the newest checkpoint that can be read."""
+    """Saves in the background and restores the newest checkpoint that can be read.
+
+    Parameters that never change are saved once, in the folder ``frozen`` beside the checkpoints',
+    which all checkpoints refer to.
+
+    Args:
+      directory: of the checkpoints.
+      config: which to keep.
+      read_only: leaves everything as it is.
+      frozen: paths of the parameters that no step changes ("teacher/...").
+    """
 
     def __init__(
-        self, directory: str | pathlib.Path, config: CheckpointConfig, *, read_only: bool = False
+        self,
+        directory: str | pathlib.Path,
+        config: CheckpointConfig = DEFAULT,
+        *,
+        read_only: bool = False,
+        frozen: Collection[str] = (),
     ):
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
         self._ocp = ocp
+        self._frozen = frozenset(frozen)
+        self._frozen_sums: dict[str, int] | None = None
         keep = [policies.LatestN(config.keep)]
         if config.keep_best:
             keep.append(
@@ -46,8 +73,9 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        directory = pathlib.Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(),
+            directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=not read_only,
@@ -55,6 +83,8 @@ class Checkpointer:
             ),
             item_names=("state", "data", "clock", "checksums"),
         )
+        self._frozen_folder = directory.with_name("frozen")
+        self._read_only = read_only
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first."""
@@ -67,13 +97,18 @@ class Checkpointer:
           OSError: this save, or the one before it, could not be written.
         """
         args = self._ocp.args
+        state, frozen = self._without_frozen(state)
+        if self._frozen and self._frozen_sums is None:
+            self._save_frozen(frozen)
+        clock = {**clock, "layout": LAYOUT}
+        sums = checksums(state, data=data, clock=clock) | (self._frozen_sums or {})
         self._manager.save(
             step,
             args=args.Composite(
                 state=args.PyTreeSave(state),
                 data=args.JsonSave(data),
                 clock=args.JsonSave(clock),
-                checksums=args.JsonSave(checksums(state, data=data, clock=clock)),
+                checksums=args.JsonSave(sums),
             ),
             metrics=None if loss is None else {"loss": loss},
             force=True,
@@ -92,7 +127,8 @@ class Checkpointer:
             is not in them comes back as None and is not read.
 
         Raises:
-          ConfigError: `step` does not exist, or there are checkpoints but none can be read.
+          ConfigError: `step` does not exist, there are checkpoints but none can be read, or they
+            have an older layout.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -102,6 +138,8 @@ class Checkpointer:
         for candidate in candidates:
             try:
                 return candidate, *self._restore(candidate, shapes, only)
+            except OldLayout:
+                raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
                 if is_main():
@@ -110,12 +148,62 @@ class Checkpointer:
             raise ConfigError(
                 f"{problem}; no other checkpoint is left in {self._manager.directory}"
             )
+        if not self._read_only:
+            self._forget_frozen()
         return None
+
+    def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Path -> shape of every array of the state, whatever task saved it.
+
+        Raises:
+          ConfigError: a checkpoint of an older layout.
+        """
+        self._check_layout(step)
+        trees = [self._manager.item_metadata(step)["state"]]
+        if (self._frozen_folder / "0").is_dir():
+            trees.append({"params": self._frozen_manager().item_metadata(0)["params"]})
+        return {
+            path_name(path): tuple(x.shape)
+            for tree in trees
+            for path, x in jax.tree_util.tree_flatten_with_path(_plain(tree))[0]
+            if hasattr(x, "shape")
+        }
+
+    def _state_paths(self, step: int) -> set[str]:
+        return set(leaf_paths(_plain(self._manager.item_metadata(step)["state"])))
+
+    def read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Path -> array of the state, for paths and `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          ConfigError: an array that is not what was saved.
+        """
+        saved = self._state_paths(step)
+        here = nested({path: x for path, x in wanted.items() if path in saved})
+        frozen = nested({p.removeprefix("params/"): x for p, x in wanted.items() if p not in saved})
+        state: Any = {}
+        if here:
+            args = self._ocp.args.Composite(state=self._partial(here))
+            state = self._manager.restore(step, args=args)["state"]
+        if frozen:
+            state = overlay({"params": {}, **state}, {"params": self._read_frozen(frozen)})
+        arrays = {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+        args = self._ocp.args.Composite(checksums=self._ocp.args.JsonRestore())
+        expected = self._manager.restore(step, args=args)["checksums"]
+        damaged = [p for p, value in checksums(state).items() if expected.get(p) != value]
+        if damaged:
+            raise ConfigError(
+                f"checkpoint {step} in {self._manager.directory} is damaged: {damaged[0]} is not "
+                "what was saved (its checksum differs)"
+            )
+        return arrays
 
     def _restore(
         self, step: int, shapes: Any, only: Sequence[str] | None
     ) -> tuple[Any, dict, dict]:
         args, left_out = self._ocp.args, self._ocp.PLACEHOLDER
+        self._check_layout(step)
+        shapes, frozen = self._without_frozen(shapes)
         target = jax.tree_util.tree_map_with_path(
             lambda path, x: x if _is_part(path_name(path), only) else left_out, shapes
         )
@@ -132,18 +220,83 @@ class Checkpointer:
                     checksums=args.JsonRestore(),
                 ),
             )
+            never = self._read_frozen(_only_frozen(frozen, only)) if frozen else {}
         except Exception as error:
             problem = error
-        if not everywhere(problem is None):  # a damaged file is seen by those who read it
+        if not all_processes(problem is None):  # a damaged file is seen by those who read it
             raise problem or ValueError("another process cannot read it")
         state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
+        if frozen:
+            params = overlay(jax.tree.map(lambda _: None, frozen), never)
+            state = state.replace(params=merged(state.params, params))
         data, clock = restored["data"], restored["clock"]
-        found, saved = checksums(state, data=data, clock=clock), restored["checksums"]
-        names = found | saved if only is None else found
-        damaged = [name for name in names if found.get(name) != saved.get(name)]
+        sums, saved = checksums(state, data=data, clock=clock), restored["checksums"]
+        names = sums | saved if only is None else sums
+        damaged = [name for name in names if sums.get(name) != saved.get(name)]
         if damaged:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
+        if only is None and frozen:
+            self._frozen_sums = {f"params/{p}": sums[f"params/{p}"] for p in self._frozen}
         return state, data, clock
+
+    def _check_layout(self, step: int):
+        args = self._ocp.args.Composite(clock=self._ocp.args.JsonRestore())
+        layout = self._manager.restore(step, args=args)["clock"].get("layout", 1)
+        if layout != LAYOUT:
+            raise OldLayout(
+                f"checkpoint {step} in {self._manager.directory} has the layout {layout} of another "
+                f"version of genai_jax (this one reads {LAYOUT}): train the run again, or use the "
+                "version that run.json names"
+            )
+
+    # What never changes.
+
+    def _without_frozen(self, state: Any) -> tuple[Any, Any]:
+        """The state without the parameters that never change, and those."""
+        if not self._frozen:
+            return state, {}
+        changing = frozenset(leaf_paths(state.params)) - self._frozen
+        return (
+            state.replace(params=select(state.params, changing)),
+            select(state.params, self._frozen),
+        )
+
+    def _frozen_manager(self):
+        ocp = self._ocp
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=not self._read_only, read_only=self._read_only
+        )
+        return ocp.CheckpointManager(self._frozen_folder, options=options, item_names=("params",))
+
+    def _save_frozen(self, frozen: Any):
+        args = self._ocp.args
+        with self._frozen_manager() as manager:
+            if not manager.all_steps():
+                manager.save(0, args=args.Composite(params=args.PyTreeSave(frozen)), force=True)
+                manager.wait_until_finished()
+        self._frozen_sums = {f"params/{p}": x for p, x in checksums(frozen).items()}
+
+    def _read_frozen(self, target: Any) -> Any:
+        """The arrays of a nested dictionary of shapes, out of those that never change."""
+        if not target:
+            return {}
+        with self._frozen_manager() as manager:
+            args = self._ocp.args.Composite(params=self._partial(target))
+            return manager.restore(0, args=args)["params"]
+
+    def _forget_frozen(self):
+        """Removes what an earlier life of the run, which never saved a checkpoint, left."""
+        if is_main():
+            shutil.rmtree(self._frozen_folder, ignore_errors=True)
+        barrier()
+
+    def _partial(self, target: Any):
+        """Reads these arrays of a tree, and no others."""
+        return self._ocp.args.PyTreeRestore(
+            target,
+            self._ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
 
     def set_aside_after(self, step: int):
         """Moves checkpoints newer than `step` to the folder ``damaged`` beside the others'."""
@@ -152,7 +305,7 @@ class Checkpointer:
             return
         if is_main():
             self._move_aside(later)
-        everywhere(True)  # nobody looks before they are moved
+        barrier()  # nobody looks before they are moved
         self._manager.reload()
 
     def _move_aside(self, later: list[int]):
@@ -170,6 +323,16 @@ class Checkpointer:
 
     def close(self):
         self._manager.close()
+
+
+def _only_frozen(frozen: Any, only: Sequence[str] | None) -> Any:
+    """What of the parameters that never change is in `only`."""
+    return select(frozen, [p for p in leaf_paths(frozen) if _is_part(f"params/{p}", only)])
+
+
+def _plain(tree: Any) -> Any:
+    """The metadata of an item as nested dictionaries."""
+    return getattr(tree, "tree", tree)
 
 
 def _is_part(path: str, only: Sequence[str] | None) -> bool:

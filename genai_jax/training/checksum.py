@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from genai_jax.training.sharding import path_name
+from genai_jax.training.trees import path_name
 
 
 def checksums(state: Any, **records: Any) -> dict[str, int]:

@@ -170,18 +170,8 @@ def _tpu_env() -> dict[str, str]:
     return dict(pairs)
 
 
-def refuse_several(command: str):
-    """Raises `ConfigError` where this is one of several processes, and `command` is for one."""
-    place = find_place(DistributedConfig())
-    if place:
-        raise ConfigError(
-            f"{command} runs in one process, and this is number {place.index} of {place.count}: "
-            "start it on one machine, outside of the SLURM step or the TPU pod"
-        )
-
-
 @contextlib.contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
+def join_processes(config: DistributedConfig) -> Iterator[None]:
     """Inside, all processes of the run are one program; nothing happens where there is only one.
 
     To be entered before anything touches a device. A process that fails inside ends all others,
@@ -253,9 +243,14 @@ def gathered(record: Any) -> list[Any]:
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
 
-def everywhere(true: bool) -> bool:
-    """Whether `true` holds in every process; waits for all of them."""
-    return all(gathered(bool(true)))
+def all_processes(condition: bool) -> bool:
+    """Whether `condition` holds in every process; waits for all of them."""
+    return all(gathered(bool(condition)))
+
+
+def barrier():
+    """Waits until every process is here."""
+    gathered(None)
 
 
 def to_host(tree: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from genai_jax.config import ConfigError
 from genai_jax.training.distributed import is_main, to_host
 from genai_jax.training.ema import gamma_of
-from genai_jax.training.sharding import path_name
+from genai_jax.training.trees import path_name
 
 FOLDER = "ema"
 

@@ -1,15 +1,15 @@
 """Optimizers and learning-rate schedules, from optax, chosen by flags."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from genai_jax.config import ConfigError, field
+from genai_jax.config import Config, ConfigError, field
 from genai_jax.training.parametrization import learning_rate_factor
+from genai_jax.training.sharding import logical_axes
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
@@ -35,6 +35,11 @@ class OptimizerConfig:
     beta2: float = field(0.95, "of the second moment: adamw, lion, muon", minimum=0, maximum=1)
     epsilon: float = field(1e-8, "added to the root of the second moment: adamw, muon", minimum=0)
     clip_norm: float = field(1.0, "largest norm of the gradient; 0 does not clip", minimum=0)
+    trainable: str | None = field(
+        None,
+        "Comma-separated parameter paths or regular expressions: what to train of what the task "
+        "trains; the rest stays as it began. Everything if unset.",
+    )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -70,29 +75,38 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([ramp, after], [warmup])
 
 
+def default_optimizer(
+    config: Config, rules: Sequence, *, growth: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """The optimizer of a run with one phase: `make_optimizer` by its flags."""
+    return make_optimizer(config.optimizer, config.train.steps, rules, growth=growth)
+
+
 def make_optimizer(
     config: OptimizerConfig,
     steps: int,
-    axes: Any,
+    rules: Sequence[tuple[str, tuple]],
     *,
     growth: Mapping[str, float] | None = None,
     updates_per_step: float = 1,
     correction: float = 1,
 ) -> optax.GradientTransformation:
-    """The optimizer of one phase, or of several that share it.
+    """The optimizer of one phase, or of several that share it, for any part of the parameters.
 
     Args:
       config: flags.
       steps: steps of the run, for the schedule.
-      axes: logical axes of every parameter, a tree like the parameters with tuples as leaves. They
-        say what is a matrix: weight decay and muon act on those alone.
+      rules: partition rules of the task, (parameter path pattern, logical axes). The axes say which
+        parameters are matrices: weight decay and Muon act on those only.
       growth: logical axis -> its size relative to the base shape of maximal-update
-        parametrization, by which the learning rate of each parameter goes; None for one rate.
+        parametrization, which scales the learning rate of each parameter; None for one rate.
       updates_per_step: on average; the schedule advances by its inverse at each update.
-      correction: for lazy regularization, the share of the updates that are not for it: learning
-        rate x correction, momenta ^ correction (Karras et al. 2020, "Analyzing and improving the
-        image quality of StyleGAN", appendix B), so that a step does as much as without.
+      correction: for lazy regularization, the share of the updates that are not regularization:
+        learning rate x correction, momenta ^ correction (Karras et al. 2020, "Analyzing and
+        improving the image quality of StyleGAN", appendix B), so that a step does as much as
+        without it.
     """
+    axes_of = lambda params: logical_axes(params, rules)
     rate = learning_rate_schedule(config, steps)
     schedule = lambda count: correction * rate(count / updates_per_step)
     config = dataclasses.replace(
@@ -101,9 +115,9 @@ def make_optimizer(
         beta1=config.beta1**correction,
         beta2=config.beta2**correction,
     )
-    decayed = _map_axes(lambda a: _is_matrix(a), axes)
+    decayed = lambda params: _map_axes(_is_matrix, axes_of(params))
     name, decay = config.name, config.weight_decay
-    by_width = _by_width(name, axes, growth or {})
+    by_width = _by_width(name, axes_of, growth)
     if name in ("adamw", "lion"):
         if name == "adamw":
             rule = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
@@ -118,29 +132,36 @@ def make_optimizer(
             # optax decays by an unscaled rate here; ours follows the learning rate, as elsewhere.
             rule = optax.adafactor(schedule, multiply_by_parameter_scale=False)
         else:
-            # optax masks the decay of the matrices alone, and decays scales through its Adam.
-            rule = _muon(config, schedule, axes)
+            # optax's own decay would skip what Muon leaves to Adam, and include scales there.
+            rule = _muon(config, schedule, axes_of)
         core = optax.chain(rule, *by_width, _decay_at_rate(schedule, decay, decayed))
     if config.clip_norm:
         core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
     return core
 
 
-def _by_width(name: str, axes, growth: Mapping[str, float]) -> list[optax.GradientTransformation]:
-    """Multiplies updates by what the width asks for; nothing where that is 1 for all of them."""
-    rule = name if name in ("sgd", "muon") else "adam"  # updates whose size no gradient changes
-    factors = _map_axes(lambda a: learning_rate_factor(a, growth, rule) if growth else 1.0, axes)
-    if all(factor == 1 for factor in jax.tree.leaves(factors)):
+def _by_width(name: str, axes_of, growth) -> list[optax.GradientTransformation]:
+    """Multiplies updates by what the width calls for; nothing without a base shape."""
+    if not growth:
         return []
-    multiply = lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)
+    rule = name if name in ("sgd", "muon") else "adam"  # updates whose size no gradient changes
+
+    def multiply(updates, _):
+        factors = _map_axes(lambda a: learning_rate_factor(a, growth, rule), axes_of(updates))
+        return jax.tree.map(jnp.multiply, updates, factors)
+
     return [optax.stateless(multiply)]
 
 
-def _muon(config, schedule, axes):
+def _muon(config, schedule, axes_of):
     """Muon (Jordan et al. 2024) for hidden matrices, Adam for the rest."""
-    dimensions = _map_axes(_muon_dimensions, axes)
-    if not any(d is not None for d in jax.tree.leaves(dimensions, is_leaf=_is_dimension)):
-        raise ConfigError("--optimizer.name=muon needs a network with hidden matrices")
+
+    def dimensions(params):
+        chosen = _map_axes(_muon_dimensions, axes_of(params))
+        if not any(d is not None for d in jax.tree.leaves(chosen, is_leaf=_is_dimension)):
+            raise ConfigError("--optimizer.name=muon needs a network with hidden matrices")
+        return chosen
+
     return optax.contrib.muon(
         schedule,
         beta=config.momentum,
@@ -155,16 +176,16 @@ def _muon(config, schedule, axes):
 def _decay_at_rate(schedule, decay, mask):
     """Decoupled weight decay at the learning rate, for an optimizer without its own."""
     negative = lambda count: -schedule(count)
-    decay_alone = optax.chain(
+    decay_only = optax.chain(
         optax.add_decayed_weights(decay, mask), optax.scale_by_schedule(negative)
     )
 
     def update(updates, state, params):
         zeros = jax.tree.map(jnp.zeros_like, updates)
-        shrink, state = decay_alone.update(zeros, state, params)
+        shrink, state = decay_only.update(zeros, state, params)
         return jax.tree.map(lambda u, s: u + s, updates, shrink), state
 
-    return optax.GradientTransformation(decay_alone.init, update)
+    return optax.GradientTransformation(decay_only.init, update)
 
 
 _BATCH_AXES = ("layers", "blocks", "experts")

@@ -2,8 +2,8 @@
 
 import jax
 
-from genai_jax.training.phase import Params
-from genai_jax.training.sharding import path_name
+from genai_jax.tasks.protocol import Params
+from genai_jax.training.trees import path_name
 
 
 def parameter_counts(params: Params, inactive: int = 0) -> dict[str, int]:

@@ -8,7 +8,7 @@ the members that are split, each whole on its device, so that no device talks to
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,10 +18,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.tasks.protocol import ArraySpec, PyTree, Task
 from genai_jax.training.ema import Average
-from genai_jax.training.phase import Params, Phase, PyTree, Task
-from genai_jax.training.sharding import LOGICAL_AXES
+from genai_jax.training.evaluation import Evaluator
+from genai_jax.training.execution import Compiled, check_rows, jitted, phases_of, with_part
+from genai_jax.training.flops import flops_per_step
+from genai_jax.training.sharding import LOGICAL_AXES, mesh_context
 from genai_jax.training.step import TrainState, init_state, make_step
+from genai_jax.training.transfer import initial_parts
 
 AXIS = "data"  # the mesh axis that splits the members
 
@@ -76,77 +80,94 @@ def member_config(config: Config, member: int) -> Config:
 
 
 class Population:
-    """What the training loop asks of a `Task`, for all members at once.
+    """Several runs side by side; see `genai_jax.training.execution.Execution`.
 
-    Rows of its batches are members: with learning rates all take the same batch, else each takes
-    the batches of its own seed, stacked as ``[members, rows, ...]``.
+    With learning rates all members take the same batch, else each takes the batches of its own
+    seed, stacked as ``[members, rows, ...]``: rows of the global batch are then members.
 
     Args:
-      task: makes a task of a member's configuration.
+      task: of the population's configuration; those of the members are made like it.
       config: of the population.
+      mesh: whose data axis splits the members.
     """
 
-    def __init__(self, task: Callable[[Config], Task], config: Config):
-        self.size = config.population.size
+    def __init__(self, task: Task, config: Config, mesh: Mesh):
+        self.size, self._mesh = config.population.size, mesh
         self.configs = [member_config(config, k) for k in range(self.size)]
-        self._make = task
+        self._make = type(task)
         self.shared_batch = bool(config.population.learning_rates)
-        self.members = [task(c) for c in self.configs[: 1 if self.shared_batch else None]]
-        first = self.first = self.members[0]
-        self.partition_rules, self.loss_unit, self.curves = (
-            first.partition_rules, first.loss_unit, first.curves
-        )  # fmt: skip
-        self.batch_axes, self.activation_axes = first.batch_axes, first.activation_axes
-        self.data_record = first.data_record
-        self.evaluation_batches = first.evaluation_batches  # the same whatever the seed
-        self._reported_dead: set[int] = set()
+        self.members = [self._make(c) for c in self.configs[: 1 if self.shared_batch else None]]
+        first = self.task = self.members[0]
+        if hasattr(first, "collect"):
+            raise ConfigError(
+                f"--population.size={self.size}: --task={config.run.task} makes its batches from "
+                "its model, so it trains alone"
+            )
+        self.compiled = self._build(config)
+        one = self.shapes_of_one(self.compiled.shapes)
+        flops = flops_per_step(first, self.compiled.phases, one)
+        self.flops = flops | {"flops_per_step": flops["flops_per_step"] * self.size}
+        self.examples = config.data.batch_size * self.size
+        tokens = first.tokens_per_step()
+        self.tokens = None if tokens is None else tokens * self.size
+        self._evaluator = Evaluator(first)
+        self._reported_diverged: set[int] = set()
 
-    # The state
+    def begin(self) -> TrainState:
+        keys = jnp.stack([jax.random.key(c.run.seed) for c in self.configs])
+        state, shapes = self.compiled.init(keys), self.compiled.shapes
+        one = jax.tree.map(lambda x: self._shape_on_all(x.shape[1:], x.dtype), shapes.params)
+        params = take_member(state.params, 0, self._mesh)
+        part = initial_parts(self.task, self.configs[0], one, params)
+        if not part:
+            return state
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.size, *jnp.shape(x))), part)
+        return with_part(state, stacked, shapes)
 
-    def keys(self) -> jax.Array:
-        """The base keys [members] that the members' runs would begin with."""
-        return jnp.stack([jax.random.key(c.run.seed) for c in self.configs])
+    def _shape_on_all(self, shape, dtype) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(self._mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    def init(self, averages: dict[str, Average], mesh: Mesh) -> Callable[[jax.Array], TrainState]:
-        """keys [members] -> fresh states, to be jitted."""
-        return self._over_members(lambda key: init_state(self.first, key, averages), mesh, 1)
+    # Programs.
 
-    def state_shapes(self, averages: dict[str, Average], mesh: Mesh) -> TrainState:
-        """`jax.ShapeDtypeStruct`s of the state; members over the mesh's data axis if it divides."""
-        one = jax.eval_shape(lambda: init_state(self.first, jax.random.key(0), averages))
-        splits = self.size % mesh.shape[AXIS] == 0
-        where = NamedSharding(mesh, PartitionSpec(AXIS) if splits else PartitionSpec())
-        stacked = lambda x: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype, sharding=where)
-        return jax.tree.map(stacked, one)
+    def _build(self, config: Config) -> Compiled:
+        mesh, first = self._mesh, self.task
+        averages, accumulate = config.ema.averages(), config.train.accumulate
+        self._check_mesh()
+        with mesh_context(mesh):
+            shapes = stacked_shapes(first, self.configs[0], self.size, mesh)
+            phases = phases_of(first, self.configs[0])(self.shapes_of_one(shapes.params))
+            check_rows(config.data.batch_size, phases, accumulate, 1)
+            spec = PartitionSpec() if self.shared_batch else PartitionSpec(AXIS)
+            batch_in = {name: NamedSharding(mesh, spec) for name in first.data.batch_spec}
+            fresh = lambda key: init_state(first, key, averages, phases_of(first, self.configs[0]))
+            init = self._over_members(fresh, 1)
+            step = self._step(accumulate, averages)
+        return jitted(config, mesh, phases, shapes, batch_in, init, step)
 
-    def phases(self, params: Params) -> tuple[Phase, ...]:
-        """Those of a member, for parameters [members, ...] or their shapes."""
-        return self.first.phases(self.shapes_of_one(params))
-
-    def shapes_of_one(self, tree: PyTree) -> PyTree:
-        """A member's shapes out of those of all."""
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
-
-    def step(self, accumulate: int, averages: dict[str, Average], mesh: Mesh) -> Callable:
-        """(state, batch) -> (state, metrics [members]), to be jitted."""
+    def _step(self, accumulate: int, averages: dict[str, Average]) -> Callable:
+        """(state, batch) -> (state, report of [members] arrays)."""
         config = self.configs[0]
 
-        def update(task, state, batch):
-            phases = task.phases(state.params)
-            return make_step(phases, accumulate=accumulate, averages=averages)(state, batch)
+        def update(task, config, state, batch):
+            phases = phases_of(task, config)(state.params)
+            step = make_step(
+                phases, accumulate=accumulate, averages=averages, materialize=task.materialize
+            )
+            return step(state, batch)
 
         def own_rate(state, rate, batch):
-            task = self._make(config.replace("optimizer", learning_rate=rate))
-            return update(task, state, batch)
+            changed = config.replace("optimizer", learning_rate=rate)
+            return update(self._make(changed), changed, state, batch)
 
         if not self.shared_batch:
-            return self._over_members(lambda *x: update(self.first, *x), mesh, 2)
+            return self._over_members(lambda *x: update(self.task, config, *x), 2)
         rates = jnp.array([c.optimizer.learning_rate for c in self.configs], jnp.float32)
-        run = self._over_members(own_rate, mesh, 2, shared=1)
+        run = self._over_members(own_rate, 2, shared=1)
         return lambda state, batch: run(state, rates, batch)
 
-    def _over_members(self, function: Callable, mesh: Mesh, split: int, shared: int = 0):
-        """`function` of a member, for all: `split` arguments with their axis, `shared` without."""
+    def _over_members(self, function: Callable, split: int, shared: int = 0) -> Callable:
+        """`function` of one member, for all: `split` arguments have a members axis, `shared` not."""
 
         def part(*arguments):
             # Inside, no logical axis means an axis of the mesh: a member is whole.
@@ -156,85 +177,91 @@ class Population:
         along, whole = PartitionSpec(AXIS), PartitionSpec()
         return jax.shard_map(
             part,
-            mesh=mesh,
+            mesh=self._mesh,
             in_specs=(along,) * split + (whole,) * shared,
             out_specs=along,
             axis_names={AXIS},  # the others, all of size 1, stay free: kernels need to see them
             check_vma=False,
         )
 
-    def check_mesh(self, mesh: Mesh):
-        """Raises `ConfigError` for a mesh that does not split members evenly, or splits them up."""
-        for axis, size in mesh.shape.items():
+    def _check_mesh(self):
+        """Raises `ConfigError` for a mesh that divides members unevenly, or divides a member."""
+        for axis, size in self._mesh.shape.items():
             if size > 1 and axis != AXIS:
                 raise ConfigError(
                     f"--mesh.{axis}={size}: a member of a population is whole on its device; "
                     f"allowed: --mesh.{AXIS}"
                 )
-        if self.size % mesh.shape[AXIS]:
+        if self.size % self._mesh.shape[AXIS]:
             raise ConfigError(
                 f"--population.size={self.size} is not divisible by "
-                f"--mesh.{AXIS}={mesh.shape[AXIS]}"
+                f"--mesh.{AXIS}={self._mesh.shape[AXIS]}"
             )
 
-    # The data
+    def shapes_of_one(self, tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
 
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shapes = self.first.batch_shapes()
+    # Data.
+
+    def batch_spec(self) -> Mapping[str, ArraySpec]:
+        spec = self.task.data.batch_spec
         if self.shared_batch:
-            return shapes
-        stacked = lambda x: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype)
-        return {name: stacked(x) for name, x in shapes.items()}
+            return spec
+        return {
+            name: x._replace(shape=(self.size, *x.shape), axes=(None, *x.axes))
+            for name, x in spec.items()
+        }
 
-    def batch_shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        spec = PartitionSpec() if self.shared_batch else PartitionSpec(AXIS)
-        return {name: NamedSharding(mesh, spec) for name in self.first.batch_shapes()}
+    def data_shardings(self) -> dict[str, NamedSharding]:
+        return self.compiled.batch_shardings
 
-    def train_batches(self, rows: Sequence[int] | None = None) -> Any:
+    def train(self, rows: Sequence[int]) -> Any:
         if self.shared_batch:
-            return self.first.train_batches(rows)
-        members = range(self.size) if rows is None else rows
-        return _StackedBatches({k: self.members[k].train_batches() for k in members})
+            return self.task.data.train(rows)
+        return _StackedBatches({k: self.members[k].data.train() for k in rows})
 
-    def pretrained(self) -> dict[str, Params]:
-        every = lambda x: np.broadcast_to(x, (self.size, *np.shape(x)))
-        return jax.tree.map(every, self.first.pretrained())
+    def collect(self, state: TrainState, batch: PyTree) -> tuple[PyTree, Mapping[str, float]]:
+        return batch, {}
 
-    # Its numbers
+    # Numbers.
 
-    def tokens_per_step(self) -> int | None:
-        tokens = self.first.tokens_per_step()
-        return None if tokens is None else tokens * self.size
-
-    def flops_per_step(self) -> dict:
-        found = self.first.flops_per_step()
-        return found | {"flops_per_step": found["flops_per_step"] * self.size}
-
-    def evaluate(
-        self, params: Params, mutables: PyTree, batches: Callable[[], Iterator], mesh: Mesh
-    ) -> dict:
-        """The scores of all members, as `joined`; `batches` gives the held-out ones each time."""
-        scores = [
-            self.first.evaluate(*take_member((params, mutables), k, mesh), batches(), c.run.seed)
+    def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
+        """The held-out metrics of all members, as `numbers`."""
+        trained = state.params, state.mutables
+        metrics = [
+            self._evaluator(*take_member(trained, k, self._mesh), batches(), c.run.seed)
             for k, c in enumerate(self.configs)
         ]
-        return self.joined({n: np.array([s[n] for s in scores]) for n in scores[0]})
+        return self.numbers({n: np.array([m[n] for m in metrics]) for n in metrics[0]})
 
-    def joined(self, metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Each metric's mean over the members, and ``metric/k`` of member k.
 
-        A member that has diverged is left out, and named once; if all have, nothing is left out.
+        A member that has diverged is left out, and named once; if all have, none is left out.
         """
         bad = [~np.isfinite(x) for x in metrics.values() if x.dtype.kind == "f"]
-        dead = {int(k) for k in np.flatnonzero(np.any(bad, axis=0))} if bad else set()
-        if len(dead) == self.size:
-            dead = set()
-        for k in sorted(dead - self._reported_dead):
+        diverged = {int(k) for k in np.flatnonzero(np.any(bad, axis=0))} if bad else set()
+        if len(diverged) == self.size:
+            diverged = set()
+        for k in sorted(diverged - self._reported_diverged):
             print(f"warning: member {k} has diverged; the others go on", file=sys.stderr)
-        self._reported_dead |= dead
-        alive = [k for k in range(self.size) if k not in dead]
+        self._reported_diverged |= diverged
+        alive = [k for k in range(self.size) if k not in diverged]
         means = {name: float(np.mean(x[alive])) for name, x in metrics.items()}
         return means | {f"{name}/{k}": float(x[k]) for name, x in metrics.items() for k in alive}
+
+
+def stacked_shapes(task: Task, config: Config, size: int, mesh: Mesh) -> TrainState:
+    """The state of `size` members as `jax.ShapeDtypeStruct`s.
+
+    Members are over the mesh's data axis if it divides their number.
+    """
+    averages, phases = config.ema.averages(), phases_of(task, config)
+    one = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages, phases))
+    splits = size % mesh.shape[AXIS] == 0
+    where = NamedSharding(mesh, PartitionSpec(AXIS) if splits else PartitionSpec())
+    stacked = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=where)
+    return jax.tree.map(stacked, one)
 
 
 def take_member(tree: PyTree, member: int, mesh: Mesh) -> PyTree:

@@ -8,32 +8,15 @@ import jax
 from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.protocol import Params, PyTree, Task
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
-from genai_jax.training.phase import Params, PyTree, Task
-from genai_jax.training.population import Population, member_config, take_member
-from genai_jax.training.sharding import (
-    MeshConfig,
-    batch_shards,
-    make_mesh,
-    mesh_context,
-    state_shardings,
-)
-from genai_jax.training.step import init_state
+from genai_jax.training.execution import phases_of, state_shapes
+from genai_jax.training.population import member_config, stacked_shapes, take_member
+from genai_jax.training.sharding import MeshConfig, batch_shards, make_mesh, mesh_context
+from genai_jax.training.step import frozen_paths
+from genai_jax.training.trees import leaf_paths, overlay
 from genai_jax.training.workdir import read_record
-
-
-def state_shapes(task: Task, config: Config, mesh: Mesh) -> Any:
-    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
-    averages = config.ema.averages()
-    if isinstance(task, Population):
-        return task.state_shapes(averages, mesh)
-    with mesh_context(mesh):
-        shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages))
-    shardings = state_shardings(shapes, task.partition_rules, mesh)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
 
 
 class Restored(NamedTuple):
@@ -80,7 +63,7 @@ def restore_model(
       ConfigError: no such checkpoint, average or member, or data that the run was not trained on.
     """
     workdir = pathlib.Path(config.run.workdir)
-    task.check_data(read_record(workdir).get("data", {}))
+    task.data.check(read_record(workdir).get("data", {}))
     ema = ema or config.ema.use or "none"
     kept = config.ema.averages()
     if ema != "none" and ema not in kept and not ema.startswith("width:"):
@@ -88,25 +71,34 @@ def restore_model(
             f"--ema={ema} is not an average of this run; it kept: {', '.join(kept) or 'none'}"
         )
     mesh = _mesh_here(member_config(config, member))
-    population = Population(type(task), config) if config.population.size > 1 else None
-    checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True)
-    shapes = state_shapes(population or task, config, mesh)
-    averaged = _averaged(shapes, ema)  # groups that are never trained have no average
-    groups = [f"params/{group}" for group in shapes.params if group not in averaged]
+    if config.population.size > 1:
+        with mesh_context(mesh):
+            size, first = config.population.size, member_config(config, 0)
+            shapes = stacked_shapes(task, first, size, mesh)
+    else:
+        shapes = state_shapes(task, config, mesh)
+    averaged = _averaged(shapes, ema)  # parameters that are never trained have no average
+    rest = frozenset(leaf_paths(shapes.params)) - frozenset(leaf_paths(averaged))
     average = [f"ema/{ema}"] if ema in kept else []
-    restored = checkpointer.restore(shapes, step, ("mutables", *groups, *average))
+    checkpointer = Checkpointer(
+        workdir / "checkpoints", config.checkpoint, read_only=True,
+        frozen=frozen_paths(phases_of(task, config)(shapes.params), shapes.params),
+    )  # fmt: skip
+    wanted = ("mutables", *(f"params/{path}" for path in rest), *average)
+    restored = checkpointer.restore(shapes, step, wanted)
     checkpointer.close()
     if restored is None:
         raise ConfigError(f"no checkpoint in --workdir={workdir}: the run has not saved one yet")
     step, state, _, _ = restored
-    params = dict(state.params)
+    params = state.params
     if ema in kept:
-        params |= state.ema[ema]
+        params = overlay(params, state.ema[ema])
     elif averaged:
         profile = reconstruct(workdir, float(ema.removeprefix("width:")), step, averaged)
-        params |= jax.device_put(profile, jax.tree.map(lambda x: x.sharding, averaged))
+        where = jax.tree.map(lambda x: x.sharding, averaged)
+        params = overlay(params, jax.device_put(profile, where))
     model = params, state.mutables
-    if population:
+    if config.population.size > 1:
         model = take_member(model, member, mesh)
     return Restored(step, *model, mesh, None if ema == "none" else ema)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import ConfigError, field
+from genai_jax.tasks.protocol import ArraySpec
+from genai_jax.training.trees import path_name
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence", "stage")
 
@@ -128,16 +131,11 @@ def logical_axes(params: Any, rules) -> Any:
             if re.search(pattern, name):
                 if axes[:1] == (...,):  # any number of axes that are never split
                     axes = (None,) * (len(leaf.shape) - len(axes) + 1) + axes[1:]
-                if len(axes) != len(leaf.shape):
-                    raise ConfigError(f"parameter {name} {leaf.shape} does not fit its axes {axes}")
+                _check_rank(f"parameter {name}", leaf.shape, axes)
                 return axes
         raise ConfigError(f"no sharding rule matches parameter {name} {leaf.shape}")
 
     return jax.tree_util.tree_map_with_path(find, params)
-
-
-def path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def spec_of(name: str, shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> PartitionSpec:
@@ -158,11 +156,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
-def batch_shardings(shapes: dict, axes: dict, mesh: Mesh) -> dict[str, NamedSharding]:
+def batch_shardings(specs: Mapping[str, ArraySpec], mesh: Mesh) -> dict[str, NamedSharding]:
     """Shardings of the global batch."""
     return {
-        name: NamedSharding(mesh, spec_of(f"batch entry {name}", x.shape, axes[name], mesh))
-        for name, x in shapes.items()
+        name: NamedSharding(mesh, spec_of(f"batch entry {name}", x.shape, x.axes, mesh))
+        for name, x in specs.items()
     }
 
 
@@ -175,11 +173,12 @@ def parameter_specs(params: Any, rules, mesh: Mesh) -> Any:
     )
 
 
-def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
+def state_shardings(state: Any, rules, mesh: Mesh, mutable_rules=()) -> Any:
     """Shardings of a whole `TrainState` of shapes.
 
-    Parameters follow the table. A leaf of an average or of an optimizer state follows the parameter
-    that its path ends with, if it has its shape; everything else is on every device.
+    Parameters follow the table. An array of an average or of an optimizer state follows the
+    parameter that its path ends with, if it has its shape. Mutables follow `mutable_rules`.
+    Everything else is on every device.
     """
     specs = parameter_specs(state.params, rules, mesh)
     by_name = {
@@ -199,7 +198,22 @@ def state_shardings(state: Any, rules, mesh: Mesh) -> Any:
                 return NamedSharding(mesh, spec)
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    def place_mutable(path, leaf):
+        name = path_name(path)
+        axes = next((a for pattern, a in mutable_rules if re.search(pattern, name)), None)
+        if axes is None:
+            return NamedSharding(mesh, PartitionSpec())
+        _check_rank(f"mutable {name}", leaf.shape, axes)
+        return NamedSharding(mesh, spec_of(f"mutable {name}", leaf.shape, axes, mesh))
+
+    placed = jax.tree_util.tree_map_with_path(place, state)
+    mutables = jax.tree_util.tree_map_with_path(place_mutable, state.mutables)
+    return placed.replace(mutables=mutables)
+
+
+def _check_rank(name: str, shape: tuple[int, ...], axes: tuple):
+    if len(axes) != len(shape):
+        raise ConfigError(f"{name} {shape} does not fit its axes {axes}")
 
 
 def placements(params: Any, rules, mesh: Mesh) -> str:

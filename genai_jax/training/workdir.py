@@ -7,10 +7,14 @@ import pathlib
 import platform
 import subprocess
 from importlib import metadata
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.protocol import Params, Task
+from genai_jax.training.parameter_counts import parameter_counts
 
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -122,6 +126,19 @@ def environment() -> dict:
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
+    }
+
+
+def run_record(task: Task, mesh: Mesh, params: Params, flops: dict, peak: Any) -> dict:
+    """What run.json says of a run: `params` are those of a single model, or their shapes."""
+    return {
+        **environment(),
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+        "data": task.data.record(),
+        "parameters": parameter_counts(params, flops.get("inactive_parameters", 0)),
+        **flops,
+        "peak": peak._asdict() if peak else None,
+        "mfu": "flops_per_step / step_time_s / peak.flops_per_second",
     }
 
 

@@ -1,83 +1,85 @@
-"""What all tasks on images, signals and video share: their data, and its scale on the devices."""
+"""The data of tasks on images, signals, and video."""
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageLoader
+from genai_jax.tasks.protocol import ArraySpec, Batch
 
 
-class ImageTask:
-    """The data half of a task; see `genai_jax.training.phase.Task`."""
+class ArrayData:
+    """Examples [*space, channels] of uint8 levels; see `genai_jax.tasks.protocol.Data`.
 
-    sample_shape: ClassVar[tuple[int, ...]]
-    activation_axes: ClassVar[tuple[str, ...]] = ()
-    curves: ClassVar = {}
+    Attributes:
+      loader: reads the examples.
+      shape: (*space, channels).
+      levels: values are 0 .. levels - 1.
+      label_sizes: number of values of each attribute of the labels; empty without labels.
+    """
 
     def __init__(self, config: Config):
-        self.config = config
-        self.dtype = jnp.dtype(config.run.dtype)
+        self._config = config.data
         self.loader = ImageLoader(config.data, config.run.seed)
+        self.shape, self.levels = self.loader.shape, self.loader.levels
+        self.label_sizes = self.loader.label_sizes
 
     @functools.cached_property
-    def batch_axes(self) -> dict[str, tuple]:
-        shapes = self.batch_shapes()
-        return {name: ("batch",) + (None,) * (len(x.shape) - 1) for name, x in shapes.items()}
-
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        data, loader = self.config.data, self.loader
-        entries = {"image": (loader.shape, jnp.uint8), "loss_mask": ((), jnp.float32)}
-        if loader.label_sizes:
-            entries["labels"] = ((len(loader.label_sizes),), jnp.int32)
-        if data.captions:
-            entries["tokens"] = ((data.caption_length,), jnp.int32)
-            entries["token_mask"] = ((data.caption_length,), jnp.bool_)
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        config = self._config
+        entries = {"image": (self.shape, jnp.uint8), "loss_mask": ((), jnp.float32)}
+        if self.label_sizes:
+            entries["labels"] = ((len(self.label_sizes),), jnp.int32)
+        if config.captions:
+            entries["tokens"] = ((config.caption_length,), jnp.int32)
+            entries["token_mask"] = ((config.caption_length,), jnp.bool_)
         return {
-            name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype)
+            name: ArraySpec((config.batch_size, *shape), dtype, ("batch",) + (None,) * len(shape))
             for name, (shape, dtype) in entries.items()
         }
 
-    def train_batches(self, rows: Sequence[int] | None = None):
+    def train(self, rows: Sequence[int] | None = None):
         return self.loader.batches("train", rows)
 
-    def evaluation_batches(
-        self, max_batches: int, rows: Sequence[int] | None = None
-    ) -> Iterator[dict]:
+    def held_out(self, max_batches: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         return self.loader.evaluation_batches(max_batches, rows)
 
-    def data_record(self) -> dict:
+    def record(self) -> dict:
         return self.loader.fingerprint()
 
-    def check_data(self, trained_on: dict):
+    def check(self, trained_on: dict) -> None:
         """Raises `ConfigError` if the images are not shaped and labelled as a run's data was."""
         now = self.loader.fingerprint()
         for name in ("shape", "levels", "label_sizes", "tokenizer_sha256"):
             before, after = trained_on.get(name), now.get(name)
             if name in trained_on and _plain(before) != _plain(after):
                 raise ConfigError(
-                    f"--data.dataset={self.config.data.dataset} has {name} {_plain(after)}, "
+                    f"--data.dataset={self._config.dataset} has {name} {_plain(after)}, "
                     f"the checkpoint was trained with {_plain(before)}"
                 )
 
-    def pretrained(self) -> dict:
-        return {}
-
-    def tokens_per_step(self) -> None:
-        return None
-
     def scaled(self, image: jax.Array) -> jax.Array:
         """Levels 0 .. levels - 1 to [-1, 1], float32."""
-        return image.astype(jnp.float32) * (2 / (self.loader.levels - 1)) - 1
+        return image.astype(jnp.float32) * (2 / (self.levels - 1)) - 1
 
     def to_levels(self, x: jax.Array) -> jax.Array:
         """[-1, 1], clipped, to the nearest levels, uint8."""
-        return jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.loader.levels - 1) / 2)).astype(
-            jnp.uint8
-        )
+        return jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.levels - 1) / 2)).astype(jnp.uint8)
+
+    def conditional_labels(self, condition: str, flag: str) -> tuple[int, ...]:
+        """The label sizes that a model with this condition is given; () unless it is "class".
+
+        Raises:
+          ConfigError: "class" where the data has no labels. `flag` is named.
+        """
+        if condition != "class":
+            return ()
+        if not self.label_sizes:
+            raise ConfigError(f"{flag}=class: {self._config.dataset} has no labels")
+        return self.label_sizes
 
 
 def _plain(value):

@@ -1,24 +1,30 @@
-"""Scores of drawn images, for every task that draws them."""
+"""Scores of sampled images, for every task that samples them."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from genai_jax.config import field
 from genai_jax.metrics.sample_scores import sample_scores
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.classification.images import load_classifier
 
-MOST_REAL = 10_000  # held-out images that are compared at most
+MOST_REAL = 10_000  # held-out images to compare with, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreFlags:
-    """To be mixed into an `EvaluateRequest`."""
+    """Flags of scores of sampled images, to be mixed into an `EvaluateRequest`."""
 
-    classifier: str = field("", "workdir of a classifier: scores drawn images by its features")
-    inception: str = field("", "torch-fidelity's file of Inception weights: scores by FID")
-    num_samples: int = field(1000, "images to draw and score", minimum=10)
-    drawing: ClassVar[tuple[str, ...]] = ("num_samples",)  # the flags that are for drawn images
+    classifier: str = field(
+        "", "Workdir of a classifier by whose features sampled images are scored."
+    )
+    inception: str = field(
+        "", "File of Inception weights of torch-fidelity, to score sampled images by FID."
+    )
+    num_samples: int = field(1000, "Images to sample and score.", minimum=10)
+    drawing: ClassVar[tuple[str, ...]] = ("num_samples",)  # flags that matter to samples only
 
     def __post_init__(self):
         if self.draws():
@@ -27,8 +33,8 @@ class ScoreFlags:
             value = getattr(self, f.name)
             if f.name in self.drawing and value != f.default:
                 raise ValueError(
-                    f"--{f.name}={value} is for drawn images, which --classifier or --inception "
-                    "scores; neither is set"
+                    f"--{f.name}={value} is for sampled images, which --classifier or "
+                    "--inception scores; neither is set"
                 )
 
     def draws(self) -> bool:
@@ -36,29 +42,27 @@ class ScoreFlags:
 
 
 def score_images(
-    loader: Any, images: np.ndarray, labels: np.ndarray | None, flags: ScoreFlags
+    data: ArrayData, images: np.ndarray, labels: np.ndarray | None, flags: ScoreFlags
 ) -> dict:
-    """Distances to the held-out images, and how well the images show what was asked for.
+    """Distances to the held-out images, and how well the images match what was asked for.
 
     `modes` counts the labels, or combinations of them, that the classifier sees at least once.
 
     Args:
-      loader: of the data.
-      images: drawn, uint8 [n, *space, channels].
-      labels: what they were to show, [n, attributes]; None or no attributes if nothing was asked.
+      data: of the run.
+      images: sampled, uint8 [n, *space, channels].
+      labels: what they are samples of, [n, attributes]; None or no attributes if nothing was asked.
       flags: what to score by.
     """
-    from genai_jax.tasks.classification.images import load_classifier
-
-    real = loader.examples("validation", MOST_REAL)
+    real = data.loader.examples("validation", MOST_REAL)
     scores = {}
     if flags.classifier:
-        describe = load_classifier(flags.classifier, loader)
+        describe = load_classifier(flags.classifier, data)
         real_features, real_seen = describe(real["image"])
         features, seen = describe(images)
         scores |= sample_scores(real_features, features, "classifier")
         scores["classifier_accuracy"] = float(np.mean(np.all(real_seen == real["labels"], 1)))
-        shares = np.bincount(seen[:, 0], minlength=loader.label_sizes[0]) / len(seen)
+        shares = np.bincount(seen[:, 0], minlength=data.label_sizes[0]) / len(seen)
         scores["smallest_class_share"] = float(shares.min())
         modes = np.unique(seen, axis=0), np.unique(real["labels"], axis=0)
         scores["modes"], scores["modes_real"] = map(len, modes)

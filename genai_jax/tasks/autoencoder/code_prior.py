@@ -17,19 +17,18 @@ from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.decoding.generate import generate
-from genai_jax.losses.cross_entropy import cross_entropy
+from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.flops import CONVENTION, transformer_training_flops
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.sequence import transformer
 from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.drawing import check_label, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.autoencoder.latents import Latents
-from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.training.optimizer import default_optimizer
+from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +57,8 @@ class CodeScoreRequest(_Drawing, ScoreFlags, EvaluateRequest):
     drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "top_k", "top_p")
 
 
-class CodePrior(ImageTask):
-    """The task behind ``--task=code_prior``; see `genai_jax.training.phase.Task`.
+class CodePrior(Task):
+    """The task behind ``--task=code_prior``; see `genai_jax.tasks.protocol.Task`.
 
     Groups are `prior`, and `autoencoder`, which is never trained.
     """
@@ -79,20 +78,21 @@ class CodePrior(ImageTask):
     evaluate_request = CodeScoreRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
         chosen = config.code_prior
         if not chosen.autoencoder:
             raise ConfigError("--code_prior.autoencoder is not set: say whose codes are learned")
-        self.latents = Latents(chosen.autoencoder, self.loader, "--code_prior.autoencoder")
+        self.latents = Latents(chosen.autoencoder, self.data, "--code_prior.autoencoder")
         self.codec = self.latents.codec
         if not self.codec.codebooks:
             raise ConfigError(
                 f"--code_prior.autoencoder={chosen.autoencoder} has --autoencoder.latent="
                 f"{self.codec.config.latent}, which has no codes; vq, rvq and fsq have"
             )
-        if chosen.condition == "class" and not self.loader.label_sizes:
-            raise ConfigError(f"--code_prior.condition=class: {config.data.dataset} has no labels")
-        self.label_sizes = self.loader.label_sizes if chosen.condition == "class" else ()
+        self.label_sizes = self.data.conditional_labels(
+            chosen.condition, "--code_prior.condition"
+        )
         self.code_shape = (*self.codec.latent_shape[:-1], self.codec.codebooks)
         self.num_codes = math.prod(self.code_shape)
         self.code_tokens = self.codec.codebooks * self.codec.code_count
@@ -135,91 +135,94 @@ class CodePrior(ImageTask):
         prior = self.model.init(prior_rng, tokens, method="init_all")["params"]
         return {"prior": prior, "autoencoder": self.latents.init(other_rng)["autoencoder"]}, {}
 
-    def pretrained(self) -> dict:
-        return {"autoencoder": self.latents.trained_group()}
+    def init_from(self) -> tuple[Transfer, ...]:
+        return self.latents.init_from()
 
-    def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(
-            self.config.optimizer,
-            self.config.train.steps,
-            {"prior": axes["prior"]},
-            growth=self.config.transformer.growth,
-        )
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        growth = self.config.transformer.growth
+        optimizer = default_optimizer(self.config, self.partition_rules, growth=growth)
         return (Phase("next_code", ("prior",), self._loss, optimizer),)
 
-    def _loss(self, params, mutables, batch, rng):
-        rngs = {"dropout": rng} if self.config.transformer.dropout else None
-        nll, right = self._sums(params, batch, jnp.ones(batch["image"].shape[0]), rngs)
+    def _loss(self, params, mutables, batch, info):
+        rngs = {"dropout": info.rng} if self.config.transformer.dropout else None
+        nll, right = self._sums(params, batch, rngs)
         count = batch["image"].shape[0] * self.num_codes
-        return nll / count, ({"accuracy": right / count}, mutables)
+        return LossOutput(nll / count, {"accuracy": right / count}, mutables)
 
-    def _sums(self, params, batch, mask, rngs=None):
-        """Negative log-likelihood in nats, and codes predicted right, summed where mask is 1."""
-        x = self.scaled(batch["image"])
+    def _sums(self, params, batch, rngs=None):
+        """Negative log-likelihood in nats, and codes predicted right, summed over a batch."""
+        hidden, targets, counted, variables = self._predicted(params, batch, rngs)
+        nll, _, right = cross_entropy(
+            hidden,
+            self.model.apply(variables, method="head_kernel"),
+            targets,
+            counted,
+            soft_cap=self.config.transformer.logits_soft_cap,
+        )
+        return nll, right
+
+    def _predicted(self, params, batch, rngs=None):
+        """Hidden states, the tokens they predict, which of these are codes, and the variables."""
+        x = self.data.scaled(batch["image"])
         codes = jax.lax.stop_gradient(self.codec.codes(**params["autoencoder"], x=x))
         front = self.front(batch.get("labels"), x.shape[0])
         sequence = jnp.concatenate([front, self.tokens_of(codes)], 1)
         variables = {"params": params["prior"]}
         hidden, _ = self.model.apply(variables, sequence[:, :-1], rngs=rngs)
         counted = jnp.arange(sequence.shape[1] - 1) >= self.prefix - 1
-        nll, _, right = cross_entropy(
+        counted = jnp.broadcast_to(counted.astype(jnp.float32), hidden.shape[:2])
+        return hidden, sequence[:, 1:], counted, variables
+
+    # Metrics and samples.
+
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        hidden, targets, counted, variables = self._predicted(params, batch)
+        scores = token_scores(
             hidden,
             self.model.apply(variables, method="head_kernel"),
-            sequence[:, 1:],
-            mask[:, None] * counted,
+            targets,
             soft_cap=self.config.transformer.logits_soft_cap,
         )
-        return nll, right
-
-    # Scores and draws.
-
-    @functools.cached_property
-    def _evaluation_step(self):
-        @jax.jit
-        def evaluation_step(params, batch):
-            mask = batch["loss_mask"]
-            return jnp.stack([*self._sums(params, batch, mask), jnp.sum(mask)])
-
-        return evaluation_step
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
-        """Loss in nats a code of the held-out images; bits are of codes, not of pixels."""
-        del mutables, seed  # nothing is random
-        sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
-        nll, right, images = np.sum(np.asarray(sums, np.float64), 0)
-        codes = images * self.num_codes
+        mask = batch["loss_mask"]
+        codes = jnp.sum(counted, 1) * mask
         return {
-            "loss": nll / codes,
-            "bits_per_code": nll / codes / math.log(2),
-            "perplexity": math.exp(nll / codes),
-            "accuracy": right / codes,
-            "images": int(images),
+            "loss": Mean(-jnp.sum(scores.log_probs * counted, 1) * mask, codes),
+            "accuracy": Mean(jnp.sum(scores.correct * counted, 1) * mask, codes),
         }
 
-    def score(self, params, mutables, batches, request) -> dict:
-        """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches))
-        if request.draws():
-            images, labels = self._drawn(params, request, "")
-            scores |= score_images(self.loader, images, labels, request)
-        return scores
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """Loss in nats per code of the held-out images; bits are of codes, not of pixels."""
+        metrics = super().summarize(reduced, params, mutables, key)
+        return {
+            "loss": metrics["loss"],
+            "bits_per_code": metrics["loss"] / math.log(2),
+            "perplexity": math.exp(metrics["loss"]),
+            "accuracy": metrics["accuracy"],
+            "images": round(reduced["loss"].weight / self.num_codes),
+        }
+
+    def report(self, params, mutables, batches, request) -> dict:
+        """Scores of sampled images, if asked for."""
+        if not request.draws():
+            return {}
+        images, labels = self._sampled(params, request, "")
+        return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
-        images, _ = self._drawn(params, request, request.label)
-        return Files(f"draws_seed{request.seed}", media.writers(images, self.loader.levels))
+        images, _ = self._sampled(params, request, request.label)
+        return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
 
-    def _drawn(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def _sampled(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, *space, channels], and the labels asked for."""
         count = request.num_samples
-        labels = requested_labels(self.loader, label, count) if self.label_sizes else None
+        labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
         @functools.partial(jax.jit, static_argnums=3)
         def some(params, labels, key, rows):
             tokens = self._generated(params["prior"], labels, key, rows, request)
             x = self.codec.decode_codes(**params["autoencoder"], codes=self.codes_of(tokens))
-            return self.to_levels(x)
+            return self.data.to_levels(x)
 
         key = jax.random.key(request.seed)
         return in_batches(functools.partial(some, params), key, count, labels), labels

@@ -82,10 +82,15 @@ class Codec:
         """Codes of a place; 0 of a Gaussian latent."""
         return {"kl": 0, "rvq": self.quantizer.codebooks}.get(self.config.latent, 1)
 
+    @property
+    def has_learned_codes(self) -> bool:
+        """Whether the mutables hold codebooks."""
+        return self.config.latent in ("vq", "rvq")
+
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """Fresh parameters, and mutables: the codebooks, if any are learned."""
         params = self.network.init(rng, jnp.zeros((1, *self.shape)))["params"]
-        if self.config.latent not in ("vq", "rvq"):
+        if not self.has_learned_codes:
             return params, {}
         books = quantization.init_codebooks(
             self.codebooks, self.quantizer.codes, self.config.latent_channels

@@ -1,16 +1,17 @@
 """Latents of an autoencoder run, as another model learns them: zero mean and unit variance."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.other_runs import best_average, open_fitting, zeros_like
 from genai_jax.tasks.autoencoder.codec import Codec
 from genai_jax.tasks.autoencoder.task import Autoencoder
-from genai_jax.tasks.trained_run import read_fitting, restore_to_host, zeros_like
+from genai_jax.tasks.protocol import Params, Transfer
+from genai_jax.training.distributed import to_host
 
 MEASURED_IMAGES = 2048
 
@@ -18,12 +19,12 @@ MEASURED_IMAGES = 2048
 class Latents:
     """Two groups of parameters that are never trained: `autoencoder` and `latents`, its statistics.
 
-    They are part of the checkpoints of the run that uses them. After that the autoencoder's workdir
-    is read for its flags alone.
+    They are part of the run that uses them; once that has begun, only the flags of the
+    autoencoder's workdir are read.
 
     Args:
       workdir: of the autoencoder.
-      loader: an `ImageLoader` of the images to be encoded.
+      data: the images to be encoded.
       flag: that named the workdir.
 
     Attributes:
@@ -33,44 +34,46 @@ class Latents:
       ConfigError: there is no autoencoder in `workdir`, or one of other images.
     """
 
-    def __init__(self, workdir: str, loader: Any, flag: str = "--diffusion.autoencoder"):
-        self.config = read_fitting(workdir, flag, "autoencoder", loader)
-        self.loader = loader
-        self.codec = Codec(self.config, loader.shape)
+    def __init__(self, workdir: str, data: ArrayData, flag: str = "--diffusion.autoencoder"):
+        self._workdir, self._flag, self._data = workdir, flag, data
+        self.config = open_fitting(Autoencoder, workdir, flag, data)
+        self.codec = Codec(self.config, data.shape)
         self.shape = self.codec.latent_shape
 
-    def init(self, rng: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Params:
         """The groups before they are put in place: zeros, and statistics that change nothing."""
-        params, mutables = zeros_like(self.codec.init, rng)
+        params, mutables = zeros_like(self.codec.init, key)
         channels = self.shape[-1:]
         return {
             "autoencoder": {"params": params, "mutables": mutables},
             "latents": {"mean": jnp.zeros(channels), "std": jnp.ones(channels)},
         }
 
-    def pretrained(self) -> dict:
-        """The same groups as they were trained, and as measured on training images."""
-        group = self.trained_group()
-        mean, std = self._measured(group, Autoencoder(self.config).scaled)
-        return {"autoencoder": group, "latents": {"mean": mean, "std": std}}
+    def init_from(self) -> tuple[Transfer, ...]:
+        """The group `autoencoder` as it was trained."""
+        average, where = best_average(self.config), (self._workdir, self._flag)
+        parts = [Transfer(*where, "params/autoencoder", "autoencoder/params", average)]
+        if self.codec.has_learned_codes:
+            target = "autoencoder/mutables/codebooks"
+            parts.append(Transfer(*where, "mutables/codebooks", target))
+        return tuple(parts)
 
-    def trained_group(self) -> dict:
-        """The group `autoencoder` as it was trained: host arrays."""
-        params, mutables = restore_to_host(Autoencoder(self.config), self.config)
-        codebooks = {name: x for name, x in mutables.items() if name == "codebooks"}
-        return {"params": params["autoencoder"], "mutables": codebooks}
-
-    def _measured(self, group: dict, scaled: Callable) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each channel, over images and space."""
-        rows = self.loader.config.batch_size
-        images = self.loader.examples("train", MEASURED_IMAGES)["image"]
+    def prepare(self, params: Params) -> Params:
+        """The group `latents`, as measured on training images."""
+        group, data, rows = params["autoencoder"], self._data, self._data.loader.config.batch_size
+        images = data.loader.examples("train", MEASURED_IMAGES)["image"]
         batches = max(1, len(images) // rows)
-        images = np.resize(images, (batches, rows, *self.loader.shape))  # repeats where too few
-        encode = jax.jit(lambda image: self.codec.encode(**group, x=scaled(image)))
-        latents = np.stack([np.asarray(encode(batch), np.float64) for batch in images])
+        images = np.resize(images, (batches, rows, *data.shape))  # repeats where too few
+        encode = jax.jit(lambda group, image: self.codec.encode(**group, x=data.scaled(image)))
+        latents = np.stack([np.asarray(to_host(encode(group, x)), np.float64) for x in images])
         axes = tuple(range(latents.ndim - 1))
         std = np.maximum(latents.std(axes), 1e-6)
-        return latents.mean(axes).astype(np.float32), std.astype(np.float32)
+        return {
+            "latents": {
+                "mean": jnp.asarray(latents.mean(axes), jnp.float32),
+                "std": jnp.asarray(std, jnp.float32),
+            }
+        }
 
     def encode(self, params: dict, x: jax.Array) -> jax.Array:
         """Images in [-1, 1] -> normalised latents [batch, *small, channels], float32.
@@ -89,6 +92,6 @@ class Latents:
 
     def shrink_mask(self, mask: jax.Array) -> jax.Array:
         """[1, *space, 1] -> [1, *small, 1]: 1 where all of the pixels are."""
-        space = self.loader.shape[:-1]
+        space = self.data.shape[:-1]
         window = (1, *(n // m for n, m in zip(space, self.shape[:-1], strict=True)), 1)
         return jax.lax.reduce_window(mask, math.inf, jax.lax.min, window, window, "VALID")

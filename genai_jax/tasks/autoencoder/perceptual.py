@@ -1,13 +1,15 @@
 """How different two images look to a classifier (in the manner of LPIPS, Zhang et al. 2018)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from genai_jax.networks.image.classifier import Classifier
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.other_runs import best_average, open_fitting, zeros_like
 from genai_jax.tasks.classification.images import ImageClassifier
-from genai_jax.tasks.trained_run import read_fitting, restore_to_host, zeros_like
+from genai_jax.tasks.protocol import Params, Transfer
+
+FLAG = "--autoencoder_loss.perceptual"
 
 
 class Perceptual:
@@ -15,29 +17,27 @@ class Perceptual:
 
     Args:
       workdir: of the classifier.
-      loader: an `ImageLoader` of the images to be compared.
+      data: the images to be compared.
 
     Raises:
       ConfigError: there is no classifier in `workdir`, or one of other images.
     """
 
-    def __init__(self, workdir: str, loader: Any):
-        flag = "--autoencoder_loss.perceptual"
-        self.config = read_fitting(workdir, flag, "image_classifier", loader)
-        self.shape = loader.shape
+    def __init__(self, workdir: str, data: ArrayData):
+        self._workdir, self.shape = workdir, data.shape
+        self.config = open_fitting(ImageClassifier, workdir, FLAG, data)
         dtype = jnp.dtype(self.config.run.dtype)
         self.network = Classifier(self.config.classifier, (), dtype)
 
-    def init(self, rng: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Params:
         """The group before it is put in place: zeros."""
-        variables = zeros_like(self.network.init, rng, jnp.zeros((1, *self.shape)))
+        variables = zeros_like(self.network.init, key, jnp.zeros((1, *self.shape)))
         return {"perceptual": variables["params"]}
 
-    def pretrained(self) -> dict:
-        """The same group as it was trained."""
-        params, _ = restore_to_host(ImageClassifier(self.config), self.config)
-        trunk = {n: p for n, p in params["model"].items() if not n.startswith("label_")}
-        return {"perceptual": trunk}
+    def init_from(self) -> tuple[Transfer, ...]:
+        """The group as it was trained; the classifier's last layers are left out."""
+        average = best_average(self.config)
+        return (Transfer(self._workdir, FLAG, "params/model", "perceptual", average),)
 
     def distance(self, params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
         """Equation 1 of Zhang et al. with all weights 1, mean over layers: -> [batch], 0 to 4.

@@ -27,13 +27,13 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
-from genai_jax.requests import EvaluateRequest, Files, SampleRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.requests import Files, SampleRequest
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ReconstructionRequest(SampleRequest):
     num_samples: int = field(32, "held-out images to show beside their reconstructions", minimum=1)
 
 
-class Autoencoder(ImageTask):
-    """The task behind ``--task=autoencoder``; see `genai_jax.training.phase.Task`."""
+class Autoencoder(Task):
+    """The task behind ``--task=autoencoder``; see `genai_jax.tasks.protocol.Task`."""
 
     components: ClassVar = {
         "data": ImageDataConfig,
@@ -71,17 +71,17 @@ class Autoencoder(ImageTask):
     )
     loss_unit = "reconstruction loss"
     sample_request = ReconstructionRequest
-    evaluate_request = EvaluateRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
         self.weights = config.autoencoder_loss
-        self.codec = Codec(config, self.loader.shape)
+        self.codec = Codec(config, self.data.shape)
         self._check()
         self.adversarial = self.weights.discriminator_weight > 0
         self.discriminator = PatchDiscriminator(config.discriminator, self.dtype)
         workdir = self.weights.perceptual
-        self.perceptual = Perceptual(workdir, self.loader) if workdir else None
+        self.perceptual = Perceptual(workdir, self.data) if workdir else None
 
     def _check(self):
         config, weights, kind = self.config, self.weights, self.config.autoencoder.latent
@@ -115,28 +115,25 @@ class Autoencoder(ImageTask):
     # Parameters.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: codebooks, and how often the autoencoder's loss was taken."""
+        """Groups, and mutables: codebooks, if any are learned."""
         codec_rng, discriminator_rng, perceptual_rng = jax.random.split(rng, 3)
         group, mutables = self.codec.init(codec_rng)
         params = {"autoencoder": group}
         if self.adversarial:
-            image = jnp.zeros((1, *self.loader.shape))
+            image = jnp.zeros((1, *self.data.shape))
             variables = self.discriminator.init(discriminator_rng, image)
             params["discriminator"] = variables["params"]
         if self.perceptual:
             params |= self.perceptual.init(perceptual_rng)
-        return params, {**mutables, "calls": jnp.int32(0)}
+        return params, mutables
 
-    def pretrained(self) -> dict:
-        return self.perceptual.pretrained() if self.perceptual else {}
+    def init_from(self) -> tuple[Transfer, ...]:
+        return self.perceptual.init_from() if self.perceptual else ()
 
-    def phases(self, params: Any) -> tuple[Phase, ...]:
-        """That of the discriminator comes first, so that both see the same number of steps."""
-        axes = logical_axes(params, self.partition_rules)
-
+    def phases(self, params: Params) -> tuple[Phase, ...]:
         def phase(name: str, loss, start: int = 0) -> Phase:
             steps = self.config.train.steps - start
-            optimizer = make_optimizer(self.config.optimizer, steps, {name: axes[name]})
+            optimizer = make_optimizer(self.config.optimizer, steps, self.partition_rules)
             if start:  # nothing moves before, not even by weight decay
                 optimizer = optax.conditionally_mask(optimizer, lambda step: step >= start)
             return Phase(name, (name,), loss, optimizer)
@@ -149,10 +146,9 @@ class Autoencoder(ImageTask):
 
     # Losses.
 
-    def _autoencoder_loss(self, params, mutables, batch, rng):
-        x, group = self.scaled(batch["image"]), params["autoencoder"]
-        begun = self._begun(mutables)
-        bottleneck, mutables = self.codec.bottleneck(group, mutables, x, rng)
+    def _autoencoder_loss(self, params, mutables, batch, info):
+        x, group = self.data.scaled(batch["image"]), params["autoencoder"]
+        bottleneck, mutables = self.codec.bottleneck(group, mutables, x, info.rng)
         hidden = self.codec.hidden(group, bottleneck.latents)
         terms = self._terms(params, x, self.codec.output(group, hidden), bottleneck)
         loss = jnp.mean(self._total(terms))
@@ -161,17 +157,16 @@ class Autoencoder(ImageTask):
             metrics |= usage(code_counts(bottleneck.codes, self.codec.code_count))
         if self.adversarial:
             fooling, scale = self._fooling(params, x, hidden, bottleneck)
-            loss += begun * self.weights.discriminator_weight * scale * fooling
+            loss += self._begun(info.step) * self.weights.discriminator_weight * scale * fooling
             metrics |= {"adversarial": fooling, "adversarial_scale": scale}
-        return loss, (metrics, {**mutables, "calls": mutables["calls"] + 1})
+        return LossOutput(loss, metrics, mutables)
 
-    def _begun(self, mutables) -> jax.Array:
-        """1 once the discriminator counts, else 0; the counter also counts microbatches.
+    def _begun(self, step: jax.Array) -> jax.Array:
+        """1 once the discriminator counts, else 0.
 
         A branch would save its work before the start, but convolutions in one are slow on CPU.
         """
-        steps = mutables["calls"] // self.config.train.accumulate
-        return (steps >= self.weights.discriminator_start).astype(jnp.float32)
+        return (step >= self.weights.discriminator_start).astype(jnp.float32)
 
     def _terms(self, params, x, y, bottleneck: Bottleneck) -> dict[str, jax.Array]:
         """What the loss is made of, and the common measures of an error, each [batch]."""
@@ -189,7 +184,7 @@ class Autoencoder(ImageTask):
         """The weighted sum of the terms, without that of the discriminator, [batch]."""
         total = self._visible(terms)
         if "kl" in terms:
-            total += self.weights.kl_weight * terms["kl"] / math.prod(self.loader.shape)
+            total += self.weights.kl_weight * terms["kl"] / math.prod(self.data.shape)
         if "commitment" in terms:
             total += self.weights.commitment_weight * terms["commitment"]
         return total
@@ -224,54 +219,45 @@ class Autoencoder(ImageTask):
     def _verdict(self, params, image: jax.Array) -> jax.Array:
         return self.discriminator.apply({"params": params["discriminator"]}, image)
 
-    def _discriminator_loss(self, params, mutables, batch, rng):
-        x, group = self.scaled(batch["image"]), params["autoencoder"]
+    def _discriminator_loss(self, params, mutables, batch, info):
+        x, group = self.data.scaled(batch["image"]), params["autoencoder"]
 
-        bottleneck, _ = self.codec.bottleneck(group, mutables, x, rng)
+        bottleneck, _ = self.codec.bottleneck(group, mutables, x, info.rng)
         y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
         real, fake = self._verdict(params, x), self._verdict(params, y)
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
-        return self._begun(mutables) * critic_loss("hinge", real, fake) / 2, (metrics, mutables)
+        loss = self._begun(info.step) * critic_loss("hinge", real, fake) / 2
+        return LossOutput(loss, metrics, mutables)
 
-    # Scores and draws.
+    # Metrics and samples.
 
-    @functools.cached_property
-    def _evaluation_step(self):
-        @jax.jit
-        def evaluation_step(params, mutables, batch):
-            x, mask, group = self.scaled(batch["image"]), batch["loss_mask"], params["autoencoder"]
-            bottleneck, _ = self.codec.bottleneck(group, mutables, x)
-            y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
-            terms = self._terms(params, x, jnp.clip(y, -1, 1), bottleneck)
-            terms["loss"] = self._total(terms)
-            sums = {name: jnp.sum(values * mask) for name, values in terms.items()}
-            counts = None
-            if bottleneck.codes is not None:
-                counts = code_counts(bottleneck.codes, self.codec.code_count, mask)
-            return {**sums, "images": jnp.sum(mask)}, counts
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        x, mask = self.data.scaled(batch["image"]), batch["loss_mask"]
+        group = params["autoencoder"]
+        bottleneck, _ = self.codec.bottleneck(group, mutables, x)
+        y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
+        terms = self._terms(params, x, jnp.clip(y, -1, 1), bottleneck)
+        terms["loss"] = self._total(terms)
+        metrics = {name: Mean(values * mask, mask) for name, values in terms.items()}
+        if bottleneck.codes is not None:
+            count = lambda codes: code_counts(codes[None], self.codec.code_count)
+            counts = jax.vmap(count)(bottleneck.codes) * mask[:, None, None]
+            metrics["code_counts"] = Mean(counts, mask)
+        return metrics
 
-        return evaluation_step
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
         """Means over the held-out images, without noise in the latents; errors of [-1, 1].
 
         `loss` leaves out the discriminator. `psnr` is that of the mean squared error over all
-        images; `kl` is in nats an image; `usage` is the share of the codes that occurred at all,
+        images; `kl` is in nats per image; `usage` is the share of the codes that occurred at all,
         `perplexity` exp(entropy) of how often (means over codebooks).
         """
-        del seed  # nothing is random
-        found = jax.device_get([self._evaluation_step(params, mutables, b) for b in batches])
-        sums = {name: sum(float(part[name]) for part, _ in found) for name in found[0][0]}
-        images = int(sums.pop("images"))
-        scores = {name: total / images for name, total in sums.items()}
-        scores["psnr"] = 10 * math.log10(4 / max(scores["mse"], 1e-12))
-        if found[0][1] is not None:
-            counts = np.sum([counts for _, counts in found], 0)
-            scores |= {name: float(value) for name, value in usage(counts).items()}
-        return scores | {"images": images}
-
-    def score(self, params, mutables, batches, request) -> dict:
-        return self.evaluate(params, mutables, batches(request.batches))
+        counts = reduced.pop("code_counts", None)
+        metrics = super().summarize(reduced, params, mutables, key)
+        metrics["psnr"] = 10 * math.log10(4 / max(metrics["mse"], 1e-12))
+        if counts is not None:
+            metrics |= {name: float(value) for name, value in usage(counts.total).items()}
+        return metrics | {"images": int(reduced["loss"].weight)}
 
     def encode(self, params: dict, mutables: dict, x: jax.Array) -> jax.Array:
         """Images in [-1, 1] -> latents [batch, *small, channels]: means, or quantized vectors."""
@@ -283,19 +269,19 @@ class Autoencoder(ImageTask):
 
     def sample(self, params, mutables, request) -> Files:
         """Held-out images, each with its reconstruction on its right."""
-        originals = self.loader.examples("validation", request.num_samples)["image"]
+        originals = self.data.loader.examples("validation", request.num_samples)["image"]
 
         @jax.jit
         def reconstruct(params, mutables, image):
-            z = self.encode(params, mutables, self.scaled(image))
-            return self.to_levels(self.decode(params, mutables, z))
+            z = self.encode(params, mutables, self.data.scaled(image))
+            return self.data.to_levels(self.decode(params, mutables, z))
 
-        made = np.asarray(reconstruct(params, mutables, originals))
-        pairs = np.concatenate([originals, made], -2)
-        return Files("reconstructions", media.writers(pairs, self.loader.levels))
+        reconstructions = to_host(reconstruct(params, mutables, originals))
+        pairs = np.concatenate([originals, reconstructions], -2)
+        return Files("reconstructions", media.writers(pairs, self.data.levels))
 
     def flops_per_step(self) -> dict:
-        shape = (self.config.data.batch_size, *self.loader.shape)
+        shape = (self.config.data.batch_size, *self.data.shape)
         network = self.codec.network.clone(backend="xla", dtype=jnp.float32)
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), x)

@@ -15,13 +15,11 @@ from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image import classifier
 from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
-from genai_jax.requests import EvaluateRequest, SampleRequest
-from genai_jax.tasks.arrays.data import ImageTask
-from genai_jax.tasks.trained_run import read_fitting
-from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.other_runs import open_fitting
+from genai_jax.training.optimizer import default_optimizer
+from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
 from genai_jax.training.restore import restore_model
-from genai_jax.training.sharding import logical_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,8 @@ class AugmentConfig:
     label_smoothing: float = field(0.0, "mass spread over all classes", minimum=0, maximum=1)
 
 
-class ImageClassifier(ImageTask):
-    """The task behind ``--task=image_classifier``; see `genai_jax.training.phase.Task`."""
+class ImageClassifier(Task):
+    """The task behind ``--task=image_classifier``; see `genai_jax.tasks.protocol.Task`."""
 
     components: ClassVar = {
         "data": ImageDataConfig,
@@ -43,29 +41,28 @@ class ImageClassifier(ImageTask):
         (f"^model/.*{path}$", axes) for path, axes in classifier.PARTITION_RULES
     )
     loss_unit = "nats per image"
-    sample_request = SampleRequest
-    evaluate_request = EvaluateRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
-        if not self.loader.label_sizes:
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
+        if not self.data.label_sizes:
             raise ConfigError(f"--data.dataset={config.data.dataset} has no labels to learn")
-        self.model = Classifier(config.classifier, self.loader.label_sizes, self.dtype)
+        self.model = Classifier(config.classifier, self.data.label_sizes, self.dtype)
 
-    def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        x = jnp.zeros((1, *self.loader.shape))
-        return {"model": self.model.init(rng, x)["params"]}, {}
+    def init(self, key: jax.Array) -> tuple[Params, dict]:
+        x = jnp.zeros((1, *self.data.shape))
+        return {"model": self.model.init(key, x)["params"]}, {}
 
-    def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        optimizer = default_optimizer(self.config, self.partition_rules)
         return (Phase("classify", ("model",), self._loss, optimizer),)
 
-    def _loss(self, params, mutables, batch, rng):
-        augment_rng, dropout = jax.random.split(rng)
-        x = self._augmented(self.scaled(batch["image"]), augment_rng)
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
+        augment_rng, dropout = jax.random.split(info.rng)
+        x = self._augmented(self.data.scaled(batch["image"]), augment_rng)
         losses, right = self._scores(params, x, batch["labels"], {"dropout": dropout})
-        return jnp.mean(losses), ({"accuracy": jnp.mean(jnp.all(right, 1))}, mutables)
+        accuracy = jnp.mean(jnp.all(right, 1))
+        return LossOutput(jnp.mean(losses), {"accuracy": accuracy}, mutables)
 
     def _scores(self, params, x, labels, rngs=None):
         """Cross-entropy of all attributes [batch]; which are right [batch, attributes]."""
@@ -88,37 +85,25 @@ class ImageClassifier(ImageTask):
             x = x + augment.noise * jax.random.normal(noise_rng, x.shape)
         return x
 
-    @functools.cached_property
-    def _evaluation_step(self):
-        @jax.jit
-        def evaluation_step(params, batch):
-            x = self.scaled(batch["image"])
-            losses, right = self._scores(params, x, batch["labels"])
-            mask = batch["loss_mask"]
-            whole = jnp.all(right, 1)
-            sums = [mask, losses * mask, whole * mask, *(right * mask[:, None]).T]
-            return jnp.stack([jnp.sum(s) for s in sums])
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        x, mask = self.data.scaled(batch["image"]), batch["loss_mask"]
+        losses, right = self._scores(params, x, batch["labels"])
+        metrics = {
+            "loss": Mean(losses * mask, mask),
+            "accuracy": Mean(jnp.all(right, 1) * mask, mask),
+        }
+        if right.shape[1] > 1:
+            each = right.T * mask
+            metrics |= {f"accuracy_{i}": Mean(x, mask) for i, x in enumerate(each)}
+        return metrics
 
-        return evaluation_step
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
-        """Loss in nats an image; accuracy, an example counting as right if all attributes are."""
-        del mutables, seed  # nothing is random
-        sums = jax.device_get([self._evaluation_step(params, batch) for batch in batches])
-        count, loss, whole, *each = np.sum(np.asarray(sums, np.float64), 0)
-        scores = {"loss": loss / count, "accuracy": whole / count, "images": int(count)}
-        if len(each) > 1:
-            scores |= {f"accuracy_{i}": right / count for i, right in enumerate(each)}
-        return scores
-
-    def score(self, params, mutables, batches, request) -> dict:
-        return self.evaluate(params, mutables, batches(request.batches))
-
-    def sample(self, params, mutables, request):
-        raise ConfigError("a classifier draws nothing; evaluate scores it")
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """Loss in nats per image; an example is right if all of its attributes are."""
+        metrics = super().summarize(reduced, params, mutables, key)
+        return metrics | {"images": int(reduced["loss"].weight)}
 
     def flops_per_step(self) -> dict:
-        x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.loader.shape), jnp.float32)
+        x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.data.shape), jnp.float32)
         params = jax.eval_shape(self.init, jax.random.key(0))[0]["model"]
         forward = lambda params, x: self.model.apply({"params": params}, x)
         return {
@@ -142,27 +127,27 @@ def shifted(x: jax.Array, rng: jax.Array, most: int) -> jax.Array:
 Describe = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def load_classifier(workdir: str, loader: Any) -> Describe:
-    """Reads a classifier that fits the images of `loader`.
+def load_classifier(workdir: str, data: ArrayData) -> Describe:
+    """Reads a classifier of images like those of `data`.
 
     Returns:
-      uint8 images [n, *space, channels] -> features [n, dim], labels it sees [n, attributes].
+      uint8 images [n, *space, channels] -> features [n, dim], predicted labels [n, attributes].
 
     Raises:
       ConfigError: no such run, or one on images of another shape or with other labels.
     """
-    config = read_fitting(workdir, "--classifier", "image_classifier", loader)
+    config = open_fitting(ImageClassifier, workdir, "--classifier", data)
     task = ImageClassifier(config)
-    if task.loader.label_sizes != loader.label_sizes:
+    if task.data.label_sizes != data.label_sizes:
         raise ConfigError(
-            f"--classifier={workdir} knows labels of sizes {task.loader.label_sizes}; "
-            f"--data.dataset={loader.config.dataset} has {loader.label_sizes}"
+            f"--classifier={workdir} knows labels of sizes {task.data.label_sizes}; "
+            f"--data.dataset={data.loader.config.dataset} has {data.label_sizes}"
         )
     params = restore_model(task, config).params
 
     @jax.jit
     def describe(images):
-        features, logits = task.model.apply({"params": params["model"]}, task.scaled(images))
+        features, logits = task.model.apply({"params": params["model"]}, task.data.scaled(images))
         return features, jnp.stack([jnp.argmax(x, -1) for x in logits], 1)
 
     def in_batches(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

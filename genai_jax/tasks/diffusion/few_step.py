@@ -1,15 +1,25 @@
-"""Diffusion models that draw in few steps: distilled from a teacher, or trained so at once."""
+"""Diffusion models that sample in few steps: distilled from a teacher, or trained so directly."""
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from genai_jax.components import recorded_task
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.diffusion import few_step, guidance
+from genai_jax.networks.image.conditioning import Condition
+from genai_jax.requests import Files
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
+from genai_jax.tasks.diffusion.model import DenoisingModel
+from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Sampled, sample_request
+from genai_jax.tasks.diffusion.scores import ScoreRequest, report
 from genai_jax.tasks.diffusion.task import Diffusion
-from genai_jax.tasks.trained_run import read_fitting, restore_to_host
+from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
+from genai_jax.training.optimizer import default_optimizer
 
 TAUGHT = ("progressive", "consistency_distillation")
 METHODS = (*TAUGHT, "consistency_training", "shortcut")
@@ -21,16 +31,25 @@ SAME_AS_TEACHER = (
 
 @dataclasses.dataclass(frozen=True)
 class FewStepConfig:
-    method: str = field("consistency_training", "what the model learns", choices=METHODS)
-    teacher: str = field("", "workdir of the model that is distilled, whose weights are the start")
-    teacher_guidance: float = field(1.0, "classifier-free guidance of the teacher")
-    steps: int = field(8, "solver steps that a progressive student is to take", minimum=1)
-    first_intervals: int = field(10, "of the time grid of consistency, at first", minimum=2)
-    last_intervals: int = field(160, "of the time grid of consistency, at the end", minimum=2)
-    finest: int = field(128, "steps of a shortcut model at the finest, a power of two", minimum=2)
-    bootstrap: float = field(
-        0.25, "share of the examples that teach a shortcut its long steps", minimum=0, maximum=1
+    method: str = field("consistency_training", "Training method.", choices=METHODS)
+    teacher: str = field(
+        "", "Workdir of the model to distill; its weights are also where the student starts."
     )
+    teacher_guidance: float = field(1.0, "Classifier-free guidance weight of the teacher.")
+    steps: int = field(8, "Solver steps that a progressive student takes.", minimum=1)
+    first_intervals: int = field(
+        10, "Intervals of the consistency time grid at the start.", minimum=2
+    )
+    last_intervals: int = field(
+        160, "Intervals of the consistency time grid at the end.", minimum=2
+    )
+    finest: int = field(
+        128, "Steps of a shortcut model at its finest, a power of two.", minimum=2
+    )
+    bootstrap: float = field(
+        0.25, "Share of the examples that teach a shortcut model its long steps.",
+        minimum=0, maximum=1,
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.finest & (self.finest - 1):
@@ -45,20 +64,24 @@ class FewStepConfig:
             raise ValueError(f"--few_step.method={self.method} {needs} a --few_step.teacher")
 
 
-class FewStep(Diffusion):
-    """The task behind ``--task=few_step``; see `genai_jax.training.phase.Task`.
+class FewStep(Task):
+    """The task behind ``--task=few_step``; see `genai_jax.tasks.protocol.Task`.
 
     A teacher is a group of parameters that is never trained.
     """
 
     components: ClassVar = {**Diffusion.components, "few_step": FewStepConfig}
+    loss_unit = "squared error"
+    sample_request = DiffusionRequest
+    evaluate_request = ScoreRequest
 
     def __init__(self, config: Config):
-        self.method = config.few_step.method
-        self.uses_step_size = self.method == "shortcut"
-        super().__init__(config)
+        self.config, self.data, self.method = config, ArrayData(config), config.few_step.method
+        self.model = DenoisingModel(config, self.data, uses_step_size=self.method == "shortcut")
+        self.partition_rules = self.model.partition_rules
+        self.activation_axes = self.model.activation_axes
         self._check_method()
-        self.teacher = self._read_teacher() if config.few_step.teacher else None
+        self.teacher = self._open_teacher() if config.few_step.teacher else None
 
     def _check_method(self):
         diffusion, method = self.config.diffusion, self.method
@@ -78,10 +101,15 @@ class FewStep(Diffusion):
                 f"--diffusion.num_times={diffusion.num_times}"
             )
 
-    def _read_teacher(self) -> tuple[Any, Config]:
-        workdir = self.config.few_step.teacher
-        kind = "few_step" if self.method == "progressive" and _is_few_step(workdir) else "diffusion"
-        config = read_fitting(workdir, "--few_step.teacher", kind, self.loader)
+    def _open_teacher(self) -> Config:
+        """The configuration of the teacher: a diffusion model, or an earlier progressive student.
+
+        Raises:
+          ConfigError: a model that differs in what the two have in common.
+        """
+        workdir, flag = self.config.few_step.teacher, "--few_step.teacher"
+        student = self.method == "progressive" and recorded_task(workdir, flag) == "few_step"
+        config = open_fitting(FewStep if student else Diffusion, workdir, flag, self.data)
         mine, theirs = self.config.diffusion, config.diffusion
         for name in SAME_AS_TEACHER:
             if getattr(mine, name) != getattr(theirs, name):
@@ -89,53 +117,63 @@ class FewStep(Diffusion):
                     f"--diffusion.{name}={getattr(mine, name)}, but that of the teacher in "
                     f"{workdir} is {getattr(theirs, name)}"
                 )
-        if getattr(config, mine.network) != self.network_shape:
+        if getattr(config, mine.network) != self.model.network_shape:
             raise ConfigError(f"--{mine.network}.* are not those of the teacher in {workdir}")
-        task = FewStep(config) if kind == "few_step" else Diffusion(config)
-        return task, config
+        return config
 
-    def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        params, _ = super().init(rng)
-        if self.method in TAUGHT:
-            params["teacher"] = jax.tree.map(jnp.copy, params["model"])
-        return params, {"calls": jnp.int32(0)}
+    # Parameters and loss.
 
-    def pretrained(self) -> dict:
-        groups = super().pretrained()
+    def init(self, key: jax.Array) -> tuple[Params, dict]:
+        params = self.model.init(key)
         if self.teacher:
-            params, _ = restore_to_host(*self.teacher)
-            groups |= {"model": params["model"], "teacher": params["model"]}
-        return groups
+            params["teacher"] = jax.tree.map(jnp.copy, params["model"])
+        return params, {}
 
-    def _loss(self, params, mutables, batch, rng):
-        calls = mutables["calls"]
-        drop, noise, dropout = jax.random.split(rng, 3)
-        condition = self.dropped(self.condition_of(batch), drop)
+    def init_from(self) -> tuple[Transfer, ...]:
+        """Both student and teacher begin with the teacher's weights."""
+        transfers = self.model.init_from()
+        if self.teacher:
+            workdir, average = self.config.few_step.teacher, best_average(self.teacher)
+            transfers += tuple(
+                Transfer(workdir, "--few_step.teacher", "params/model", target, average)
+                for target in ("model", "teacher")
+            )
+        return transfers
+
+    def prepare(self, params: Params) -> Params:
+        return self.model.prepare(params)
+
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        optimizer = default_optimizer(self.config, self.partition_rules)
+        return (Phase("denoise", ("model",), self._loss, optimizer),)
+
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
+        drop, noise, dropout = jax.random.split(info.rng, 3)
+        condition = self.model.dropped(self.model.condition_of(batch), drop)
         rngs = {"dropout": dropout}
-        losses, metrics = self.losses(params, batch, noise, condition, rngs, calls)
-        return jnp.mean(losses), (metrics, {"calls": calls + 1})
+        losses, metrics = self.losses(params, batch, noise, condition, info.step, rngs)
+        return LossOutput(jnp.mean(losses), metrics, mutables)
 
-    def losses(self, params, batch, rng, condition, rngs=None, step=None):
-        """Loss of each image [batch]; `step` counts those of training, None is the last."""
-        few, total = self.config.few_step, self.config.train.steps
-        schedule = self.schedule(params)
-        x0 = self.data(params, batch)
-        time_key, key = jax.random.split(rng)
-        t = self._times(time_key, x0.shape[0], schedule)
+    def losses(self, params, batch, key, condition, step, rngs=None) -> tuple[jax.Array, dict]:
+        """Loss of each image [batch] at a step of training, and means to be logged."""
+        few, total, model = self.config.few_step, self.config.train.steps, self.model
+        schedule = model.schedule(params)
+        x0 = model.examples(params, batch)
+        time_key, key = jax.random.split(key)
+        t = model.times(time_key, x0.shape[0], schedule)
         if self.method == "shortcut":
             count = round(few.bootstrap * x0.shape[0])
             last = jax.tree.map(lambda x: x[x0.shape[0] - count :], condition)
-            predict, predict_last = (self.predictor(params, c, rngs) for c in (condition, last))
+            predict, predict_last = (model.predictor(params, c, rngs) for c in (condition, last))
             return few_step.shortcut_loss(
                 predict, predict_last, x0, t, key, finest=few.finest, bootstrap=count
             ), {}
-        student = self.denoiser(params, condition, rngs=rngs)
+        student = model.denoiser(params, condition, rngs=rngs)
         teacher = self._guided_teacher(params, condition) if self.teacher else None
         if self.method == "progressive":
             return few_step.progressive_loss(
                 student, teacher, schedule, x0, key, steps=few.steps
             ), {}
-        step = jnp.int32(total) if step is None else step
         intervals = few_step.consistency_steps(step, total, few.first_intervals, few.last_intervals)
         losses = few_step.consistency_loss(
             student, teacher, schedule, x0, t, key, intervals=intervals
@@ -144,7 +182,7 @@ class FewStep(Diffusion):
 
     def _guided_teacher(self, params, condition):
         weight = self.config.few_step.teacher_guidance
-        plain = self.denoiser(params, condition, "teacher")
+        plain = self.model.denoiser(params, condition, "teacher")
         if weight == 1:
             return plain
         if self.config.diffusion.condition == "none":
@@ -153,34 +191,53 @@ class FewStep(Diffusion):
                 "(--diffusion.condition)"
             )
         count = jax.tree.leaves(condition)[0].shape[0]
-        null = self.denoiser(params, self.null_condition(count), "teacher")
+        null = self.model.denoiser(params, self.model.null_condition(count), "teacher")
         return guidance.classifier_free(plain, null, weight)
+
+    # Metrics and samples.
+
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        last = jnp.int32(self.config.train.steps)
+        losses, _ = self.losses(params, batch, key, self.model.condition_of(batch), last)
+        return {"loss": Mean(losses * batch["loss_mask"], batch["loss_mask"])}
+
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """The mean loss of the held-out images at the last step of the curriculum."""
+        metrics = super().summarize(reduced, params, mutables, key)
+        return metrics | {"images": int(reduced["loss"].weight)}
+
+    def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
+        return report(self.sampled(), params, batches, request)
+
+    def sample(self, params, mutables, request: DiffusionRequest) -> Files:
+        return sample_request(self.sampled(), params, request)
+
+    def sampled(self) -> Sampled:
+        """How the model is sampled from."""
+        return Sampled(self.config, self.model, self._sampling_denoiser, self.check_sampler)
 
     def check_sampler(self, sampler):
         """Each method has the solver and the numbers of steps that it was trained for."""
-        few, said = self.config.few_step, f"--solver={sampler.solver} --steps={sampler.steps}"
+        few, given = self.config.few_step, f"--solver={sampler.solver} --steps={sampler.steps}"
         if self.method == "progressive" and (sampler.solver, sampler.steps) != ("ddim", few.steps):
-            raise ConfigError(f"{said}: this model was distilled for ddim in {few.steps} step(s)")
+            raise ConfigError(f"{given}: this model was distilled for ddim in {few.steps} step(s)")
         if self.method.startswith("consistency") and sampler.solver != "consistency":
-            raise ConfigError(f"{said}: this model was trained for --solver=consistency")
+            raise ConfigError(f"{given}: this model was trained for --solver=consistency")
         if self.method == "shortcut" and (
             sampler.solver != "euler" or sampler.steps & (sampler.steps - 1)
         ):
             raise ConfigError(
-                f"{said}: this model was trained for euler in a power of two of steps"
+                f"{given}: this model was trained for euler in a power of two of steps"
             )
         if sampler.spacing != "uniform":
             raise ConfigError(f"--spacing={sampler.spacing}: this model was trained for uniform")
 
-    def sampling_denoiser(self, params, condition, steps):
-        denoise = self.denoiser(params, condition)
+    def _sampling_denoiser(self, params: Params, condition: Condition, steps: int):
+        denoise = self.model.denoiser(params, condition)
         if self.method != "shortcut":
             return denoise
         size = 1 / steps if steps < self.config.few_step.finest else 0.0
         return lambda x, t: denoise(x, t, jnp.full_like(t, size))
 
-
-def _is_few_step(workdir: str) -> bool:
-    from genai_jax.components import read_config
-
-    return read_config(workdir).run.task == "few_step"
+    def flops_per_step(self) -> dict:
+        return self.model.flops_per_step(self.config.data.batch_size)

@@ -15,11 +15,10 @@ from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.likelihoods import Bernoulli
 from genai_jax.networks.energy import rbm
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.training.optimizer import default_optimizer
+from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 
 MEASURED_IMAGES = 2048  # that the first visible biases are set from
 
@@ -47,8 +46,8 @@ class RbmScoreRequest(ScoreFlags, EvaluateRequest):
     drawing: ClassVar = (*ScoreFlags.drawing, "sweeps")
 
 
-class Rbm(ImageTask):
-    """The task behind ``--task=rbm``; see `genai_jax.training.phase.Task`.
+class Rbm(Task):
+    """The task behind ``--task=rbm``; see `genai_jax.tasks.protocol.Task`.
 
     Grey values are the probabilities of white: binarized anew in training, by a fixed key in
     scores. Mutables are the states of the persistent chains, [chains, visible].
@@ -61,15 +60,16 @@ class Rbm(ImageTask):
     evaluate_request = RbmScoreRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
-        self.binary = Bernoulli(self.loader.levels, self.loader.shape[-1])
-        self.num_visible = math.prod(self.loader.shape)
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
+        self.binary = Bernoulli(self.data.levels, self.data.shape[-1])
+        self.num_visible = math.prod(self.data.shape)
 
     @functools.cached_property
     def data_mean(self) -> np.ndarray:
         """Share of white of every visible unit, [visible], kept off 0 and 1."""
-        images = self.loader.examples("train", MEASURED_IMAGES)["image"]
-        mean = images.reshape(len(images), -1).mean(0) / (self.loader.levels - 1)
+        images = self.data.loader.examples("train", MEASURED_IMAGES)["image"]
+        mean = images.reshape(len(images), -1).mean(0) / (self.data.levels - 1)
         return np.clip(mean, 0.01, 0.99).astype(np.float32)
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
@@ -80,20 +80,19 @@ class Rbm(ImageTask):
         return {"machine": machine}, {"chains": chains}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        optimizer = default_optimizer(self.config, self.partition_rules)
         return (Phase("contrast", ("machine",), self._loss, optimizer),)
 
     def _visible(self, image, rng) -> jax.Array:
         """uint8 levels -> binary units [batch, visible]."""
         return self.binary.observe(image, rng)[1].reshape(image.shape[0], -1)
 
-    def _loss(self, params, mutables, batch, rng):
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
         """Its gradient is that of -log p(data), the model's part of it from the chains.
 
         Tieleman 2008: the chains go on from step to step.
         """
-        binary_rng, chain_rng, look_rng = jax.random.split(rng, 3)
+        binary_rng, chain_rng, look_rng = jax.random.split(info.rng, 3)
         machine, frozen = params["machine"], jax.lax.stop_gradient(params["machine"])
         v = self._visible(batch["image"], binary_rng)
         chains, _ = rbm.gibbs(frozen, mutables["chains"], chain_rng, self.config.rbm.sweeps)
@@ -104,7 +103,7 @@ class Rbm(ImageTask):
             "model_free_energy": model,
             "reconstruction_error": jnp.mean(jnp.abs(v - seen)),
         }
-        return data - model, (metrics, {"chains": chains})
+        return LossOutput(data - model, metrics, {"chains": chains})
 
     # Scores and draws.
 
@@ -121,58 +120,46 @@ class Rbm(ImageTask):
 
         return log_z
 
-    @functools.cached_property
-    def _energies(self):
-        @jax.jit
-        def energies(params, batch, key):
-            v = self._visible(batch["image"], key)
-            mask = batch["loss_mask"]
-            return jnp.sum(rbm.free_energy(params["machine"], v) * mask), jnp.sum(mask)
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        energy = rbm.free_energy(params["machine"], self._visible(batch["image"], key))
+        mask = batch["loss_mask"]
+        return {"free_energy": Mean(energy * mask, mask)}
 
-        return energies
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
         """Log-likelihood of the held-out binarized images, with the normalizer by annealing.
 
-        `loss` is in nats an image. Annealing is right on the mean of Z, so it tends to estimate
-        log Z too low and the likelihood too high; `log_z_standard_error` is that of Z, relative.
+        `loss` is in nats per image. Annealing is unbiased for Z, so it tends to underestimate log Z
+        and to overestimate the likelihood; `log_z_standard_error` is the relative error of Z.
         """
-        del mutables
-        key = jax.random.key(self.config.run.seed if seed is None else seed)
-        sums = [
-            self._energies(params, batch, jax.random.fold_in(key, i))
-            for i, batch in enumerate(batches)
-        ]
-        energy, images = np.sum(np.asarray(jax.device_get(sums), np.float64), 0)
+        energy = reduced["free_energy"]
         log_z, error = (float(x) for x in self._log_z(params, key))
-        loss = energy / images + log_z
+        loss = float(energy.total / energy.weight) + log_z
         return {
             "loss": loss,
             "bits_per_dim": loss / self.num_visible / math.log(2),
             "log_z": log_z,
             "log_z_standard_error": error,
-            "images": int(images),
+            "images": int(energy.weight),
         }
 
-    def score(self, params, mutables, batches, request) -> dict:
-        """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
-        if request.draws():
-            images = self._drawn(params, mutables, request)
-            scores |= score_images(self.loader, images, None, request)
-        return scores
+    def report(self, params, mutables, batches, request) -> dict:
+        """Scores of sampled images, if asked for."""
+        if not request.draws():
+            return {}
+        images = self._sampled(params, mutables, request)
+        return score_images(self.data, images, None, request)
 
     def sample(self, params, mutables, request) -> Files:
-        images = self._drawn(params, mutables, request)
-        return Files(f"draws_seed{request.seed}", media.writers(images, self.loader.levels))
+        images = self._sampled(params, mutables, request)
+        return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
 
-    def _drawn(self, params, mutables, request) -> np.ndarray:
+    def _sampled(self, params, mutables, request) -> np.ndarray:
         """Probabilities of white after long chains, as levels, uint8 [n, *space, channels]."""
         count = request.num_samples
         start = jnp.resize(mutables["chains"], (count, self.num_visible))
         run = jax.jit(lambda p, v, key: rbm.gibbs(p, v, key, request.sweeps)[1])
         white = run(params["machine"], start, jax.random.key(request.seed))
-        return np.asarray(self.to_levels(2 * white - 1)).reshape(count, *self.loader.shape)
+        return np.asarray(self.data.to_levels(2 * white - 1)).reshape(count, *self.data.shape)
 
     def flops_per_step(self) -> dict:
         c, rows = self.config.rbm, self.config.data.batch_size

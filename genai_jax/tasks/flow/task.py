@@ -16,13 +16,12 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
-from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.training.optimizer import default_optimizer
+from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 
 START_IMAGES = 256  # from which the first scales and biases are set
 MOST_ROWS = 12  # of a walk
@@ -55,8 +54,8 @@ class FlowScoreRequest(ScoreFlags, EvaluateRequest):
     drawing: ClassVar = (*ScoreFlags.drawing, "temperature")
 
 
-class NormalizingFlow(ImageTask):
-    """The task behind ``--task=normalizing_flow``; see `genai_jax.training.phase.Task`."""
+class NormalizingFlow(Task):
+    """The task behind ``--task=normalizing_flow``; see `genai_jax.tasks.protocol.Task`."""
 
     components: ClassVar = {
         "data": ImageDataConfig,
@@ -69,102 +68,86 @@ class NormalizingFlow(ImageTask):
     evaluate_request = FlowScoreRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
-        told = config.normalizing_flow.condition == "class"
-        if told and not self.loader.label_sizes:
-            raise ConfigError(
-                f"--normalizing_flow.condition=class: {config.data.dataset} has no labels"
-            )
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
+        condition, flag = config.normalizing_flow.condition, "--normalizing_flow.condition"
+        self.label_sizes = self.data.conditional_labels(condition, flag)
         if config.run.dtype != "float32":
             raise ConfigError(f"--dtype={config.run.dtype}: a flow is inverted in float32 alone")
         try:
-            config.glow.check_shape(self.loader.shape)
+            config.glow.check_shape(self.data.shape)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.label_sizes = self.loader.label_sizes if told else ()
         self.model = Glow(config.glow, self.label_sizes)
-        self.dimensions = math.prod(self.loader.shape)
+        self.dimensions = math.prod(self.data.shape)
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
         """With scales and biases that make activations standard on training images."""
-        examples = self.loader.examples("train", START_IMAGES)
+        examples = self.data.loader.examples("train", START_IMAGES)
         noise_rng, rng = jax.random.split(rng)
         x = self._dequantized(jnp.asarray(examples["image"]), noise_rng)
         return {"model": self.model.init(rng, x, examples.get("labels"))["params"]}, {}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        optimizer = default_optimizer(self.config, self.partition_rules)
         return (Phase("likelihood", ("model",), self._loss, optimizer),)
 
     def _dequantized(self, image, rng) -> jax.Array:
         """Levels with uniform noise, to [-1, 1]."""
         x = image.astype(jnp.float32) + jax.random.uniform(rng, image.shape)
-        return x * (2 / self.loader.levels) - 1
+        return x * (2 / self.data.levels) - 1
 
     def _nats(self, params, batch, rng) -> jax.Array:
         """Bound of -log p of each discrete image (Theis et al. 2016, equation 3), [batch]."""
         x = self._dequantized(batch["image"], rng)
         density = self.model.apply({"params": params["model"]}, x, batch.get("labels"))
-        return -density - self.dimensions * math.log(2 / self.loader.levels)
+        return -density - self.dimensions * math.log(2 / self.data.levels)
 
-    def _loss(self, params, mutables, batch, rng):
-        loss = jnp.mean(self._nats(params, batch, rng)) / self.dimensions
-        return loss, ({"bits_per_dim": loss / math.log(2)}, mutables)
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
+        loss = jnp.mean(self._nats(params, batch, info.rng)) / self.dimensions
+        return LossOutput(loss, {"bits_per_dim": loss / math.log(2)}, mutables)
 
     # Scores and draws.
 
-    @functools.cached_property
-    def _evaluation_step(self):
-        @jax.jit
-        def evaluation_step(params, batch, key):
-            mask = batch["loss_mask"]
-            return jnp.sum(self._nats(params, batch, key) * mask), jnp.sum(mask)
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        nats, mask = self._nats(params, batch, key) / self.dimensions, batch["loss_mask"]
+        return {"loss": Mean(nats * mask, mask)}
 
-        return evaluation_step
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """Negative log-likelihood of the held-out images, dequantized by the seed's noise."""
+        metrics = super().summarize(reduced, params, mutables, key)
+        bits = metrics["loss"] / math.log(2)
+        return metrics | {"bits_per_dim": bits, "images": int(reduced["loss"].weight)}
 
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
-        """Negative log-likelihood of the held-out images, dequantized by a fixed key."""
-        del mutables
-        key = jax.random.key(self.config.run.seed if seed is None else seed)
-        sums = [
-            self._evaluation_step(params, batch, jax.random.fold_in(key, i))
-            for i, batch in enumerate(batches)
-        ]
-        nats, images = np.sum(np.asarray(jax.device_get(sums), np.float64), 0)
-        loss = nats / images / self.dimensions
-        return {"loss": loss, "bits_per_dim": loss / math.log(2), "images": int(images)}
-
-    def score(self, params, mutables, batches, request) -> dict:
-        """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
-        if request.draws():
-            images, labels = self._drawn(params, request, "")
-            scores |= score_images(self.loader, images, labels, request)
-        return scores
+    def report(self, params, mutables, batches, request) -> dict:
+        """Scores of sampled images, if asked for."""
+        if not request.draws():
+            return {}
+        images, labels = self._sampled(params, request, "")
+        return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
         check_shown(request, USES)
         columns = None
         if request.show == "draws":
-            images, _ = self._drawn(params, request, request.label)
+            images, _ = self._sampled(params, request, request.label)
         else:
             images, columns = self._interpolated(params, request), request.columns
         name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-        return Files(name, media.writers(images, self.loader.levels, columns=columns))
+        return Files(name, media.writers(images, self.data.levels, columns=columns))
 
     def paint(self, params, latents, labels) -> jax.Array:
         """Latents of each level -> images in levels."""
         variables = {"params": params["model"]}
         x = self.model.apply(variables, latents, labels, method="inverse")
-        top = self.loader.levels - 1  # the bin that a value of [-1, 1] fell in
-        return jnp.clip(jnp.floor((x + 1) / 2 * self.loader.levels), 0, top).astype(jnp.uint8)
+        top = self.data.levels - 1  # the bin that a value of [-1, 1] fell in
+        return jnp.clip(jnp.floor((x + 1) / 2 * self.data.levels), 0, top).astype(jnp.uint8)
 
-    def _drawn(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
+    def _sampled(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, height, width, channels], and the labels asked for."""
-        count, shapes = request.num_samples, self.model.latent_shapes(self.loader.shape)
-        labels = requested_labels(self.loader, label, count) if self.label_sizes else None
+        count, shapes = request.num_samples, self.model.latent_shapes(self.data.shape)
+        labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
         @functools.partial(jax.jit, static_argnums=2)
         def some(labels, key, rows):
@@ -180,7 +163,7 @@ class NormalizingFlow(ImageTask):
     def _interpolated(self, params, request) -> np.ndarray:
         """Rows from one held-out image to another, through their latents."""
         rows = min(request.num_samples, MOST_ROWS)
-        held_out = self.loader.examples("validation", 2 * rows)
+        held_out = self.data.loader.examples("validation", 2 * rows)
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None
 
@@ -199,7 +182,7 @@ class NormalizingFlow(ImageTask):
 
     def flops_per_step(self) -> dict:
         rows = self.config.data.batch_size
-        x = jax.ShapeDtypeStruct((rows, *self.loader.shape), jnp.float32)
+        x = jax.ShapeDtypeStruct((rows, *self.data.shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((rows, max(1, len(self.label_sizes))), jnp.int32)
         variables = jax.eval_shape(self.model.init, jax.random.key(0), x, labels)
         return {

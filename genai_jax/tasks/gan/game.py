@@ -5,8 +5,8 @@ as one of images.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from genai_jax.config import ConfigError, field
 from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
 from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
 from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
-from genai_jax.training.phase import Phase
+from genai_jax.tasks.protocol import LossOutput, Phase, StepInfo
 
 UPDATES = ("alternating", "simultaneous")
 CRITIC_PENALTIES = ("r1", "r2", "gradient_penalty")
@@ -81,12 +81,12 @@ class Players(NamedTuple):
     """What the rules are applied to.
 
     Attributes:
-      real: (mutables, batch) -> data as the critic sees it, [batch, ...].
+      real: (batch, step) -> data as the critic sees it, [batch, ...].
       styles: (params, mutables, batch, rng) -> what `synthesize` starts from, and mutables.
-      synthesize: (params, mutables, styles, rng) -> fakes, [batch, ...].
-      judge: (params, mutables, x, batch, rng) -> verdicts [batch], the higher the more real.
+      synthesize: (params, styles, step, rng) -> fakes, [batch, ...].
+      judge: (params, mutables, x, batch, step, rng) -> verdicts [batch], higher for more real.
       prepare: (params, mutables) -> mutables, before the critic is updated.
-      watch: (mutables, real verdicts) -> mutables, after it.
+      watch: (mutables, verdicts on data, step) -> mutables, after it.
     """
 
     real: Callable
@@ -94,7 +94,7 @@ class Players(NamedTuple):
     synthesize: Callable
     judge: Callable
     prepare: Callable = lambda params, mutables: mutables
-    watch: Callable = lambda mutables, verdicts: mutables
+    watch: Callable = lambda mutables, verdicts, step: mutables
 
 
 class Game:
@@ -110,11 +110,11 @@ class Game:
         """Mutables of the rules."""
         return {"path_length": jnp.float32(0)} if self.config.path_length else {}
 
-    def phases(self, optimizer: OptimizerConfig, steps: int, axes: Any) -> tuple[Phase, ...]:
+    def phases(self, optimizer: OptimizerConfig, steps: int, rules: Sequence) -> tuple[Phase, ...]:
         """In the order of a step: critic, its lazy penalties, generator, its lazy penalty."""
         config = self.config
-        critic = self._optimizer("critic", optimizer, steps, axes)
-        generator = self._optimizer("generator", optimizer, steps, axes)
+        critic = self._optimizer("critic", optimizer, steps, rules)
+        generator = self._optimizer("generator", optimizer, steps, rules)
         if config.updates == "simultaneous":
             both = _side_by_side({"critic": critic, "generator": generator})
             return (Phase("both", ("critic", "generator"), self._both_loss, both),)
@@ -126,7 +126,7 @@ class Game:
                 if (every := getattr(config, f"{name}_every")) > 1:
                     clip_norm = optimizer.clip_norm * self._rarity(name)
                     clipped = dataclasses.replace(optimizer, clip_norm=clip_norm)
-                    tx, loss = self._optimizer(group, clipped, steps, axes), self._lazy_loss(name)
+                    tx, loss = self._optimizer(group, clipped, steps, rules), self._lazy_loss(name)
                     found.append(Phase(name, (group,), loss, tx, every=every, optimizer_of=group))
             return found
 
@@ -137,7 +137,7 @@ class Game:
             *lazily("generator", ("path_length",)),
         )
 
-    def _optimizer(self, group, config: OptimizerConfig, steps, axes):
+    def _optimizer(self, group, config: OptimizerConfig, steps, rules):
         """With its rates corrected for the updates that lazy penalties add."""
         critic = group == "critic"
         if critic and self.config.critic_learning_rate is not None:
@@ -147,70 +147,75 @@ class Game:
         main = self.config.critic_updates if critic else 1
         updates = main + sum(1 / every for every in intervals if every > 1)
         return make_optimizer(
-            config, steps, {group: axes[group]}, updates_per_step=updates, correction=main / updates
+            config, steps, rules, updates_per_step=updates, correction=main / updates
         )
 
     # Losses.
 
-    def _critic_loss(self, params, mutables, batch, rng):
+    def _critic_loss(self, params, mutables, batch, info: StepInfo) -> LossOutput:
         mutables = self.players.prepare(params, mutables)
-        loss, metrics, real = self._critic_terms(params, mutables, batch, rng)
-        return loss, (metrics, self.players.watch(mutables, real))
+        terms = self._critic_terms(params, mutables, batch, info)
+        return LossOutput(
+            terms.loss, terms.metrics, self.players.watch(mutables, terms.real, info.step),
+            can_learn=terms.can_learn,
+        )  # fmt: skip
 
-    def _critic_terms(self, params, mutables, batch, rng):
+    def _critic_terms(self, params, mutables, batch, info: StepInfo) -> "_CriticTerms":
         """Loss with the penalties of every step, metrics, verdicts on data."""
-        fake_rng, judge_rng, penalty_rng = jax.random.split(rng, 3)
-        x, y = self._examples(params, mutables, batch, fake_rng)
+        fake_rng, judge_rng, penalty_rng = jax.random.split(info.rng, 3)
+        x, y = self._examples(params, mutables, batch, info.step, fake_rng)
         real, fake = (
-            self.players.judge(params, mutables, z, batch, jax.random.fold_in(judge_rng, i))
+            self.players.judge(
+                params, mutables, z, batch, info.step, jax.random.fold_in(judge_rng, i)
+            )
             for i, z in enumerate((x, y))
         )
         loss, both = critic_loss(self.config.loss, real, fake), jnp.concatenate([real, fake])
-        metrics = {
-            "real": jnp.mean(real),
-            "fake": jnp.mean(fake),
-            "alive": (jnp.max(both) != jnp.min(both)).astype(jnp.float32),
-        }
+        metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
         for name in CRITIC_PENALTIES:
             if getattr(self.config, name) and getattr(self.config, f"{name}_every") == 1:
-                penalty = self._critic_penalty(name, params, mutables, batch, x, y, penalty_rng)
+                penalty = self._critic_penalty(
+                    name, params, mutables, batch, x, y, info._replace(rng=penalty_rng)
+                )
                 metrics[_penalty_name(name)] = penalty
                 loss += getattr(self.config, name) * penalty
-        return loss, metrics, real
+        # A critic whose verdicts are all the same has no gradient, and gives the generator none.
+        return _CriticTerms(loss, metrics, real, jnp.max(both) != jnp.min(both))
 
-    def _examples(self, params, mutables, batch, rng):
+    def _examples(self, params, mutables, batch, step, rng):
         """Data, and fakes that are constants to the critic."""
         style_rng, noise_rng = jax.random.split(rng)
         styles, _ = self.players.styles(params, mutables, batch, style_rng)
-        fakes = self.players.synthesize(params, mutables, styles, noise_rng)
-        return self.players.real(mutables, batch), jax.lax.stop_gradient(fakes)
+        fakes = self.players.synthesize(params, styles, step, noise_rng)
+        return self.players.real(batch, step), jax.lax.stop_gradient(fakes)
 
-    def _critic_penalty(self, name, params, mutables, batch, x, y, rng):
-        judge_rng, where_rng = jax.random.split(rng)
-        judge = lambda x: self.players.judge(params, mutables, x, batch, judge_rng)
+    def _critic_penalty(self, name, params, mutables, batch, x, y, info: StepInfo):
+        judge_rng, where_rng = jax.random.split(info.rng)
+        judge = lambda x: self.players.judge(params, mutables, x, batch, info.step, judge_rng)
         if name == "gradient_penalty":
             return one_centered(judge, x, y, where_rng)
         return zero_centered(judge, x if name == "r1" else y)
 
-    def _generator_loss(self, params, mutables, batch, rng):
-        style_rng, noise_rng, judge_rng, path_rng = jax.random.split(rng, 4)
+    def _generator_loss(self, params, mutables, batch, info: StepInfo) -> LossOutput:
+        style_rng, noise_rng, judge_rng, path_rng = jax.random.split(info.rng, 4)
         styles, mutables = self.players.styles(params, mutables, batch, style_rng)
-        fakes = self.players.synthesize(params, mutables, styles, noise_rng)
-        judge = lambda x: self.players.judge(params, mutables, x, batch, judge_rng)
+        fakes = self.players.synthesize(params, styles, info.step, noise_rng)
+        judge = lambda x: self.players.judge(params, mutables, x, batch, info.step, judge_rng)
         relativistic = self.config.loss == "relativistic"
-        real = judge(self.players.real(mutables, batch)) if relativistic else None
+        real = judge(self.players.real(batch, info.step)) if relativistic else None
         fake = judge(fakes)
         loss, metrics = generator_loss(self.config.loss, real, fake), {"fake": jnp.mean(fake)}
         if self.config.path_length and self.config.path_length_every == 1:
-            metrics["path_penalty"], mutables = self._path(params, mutables, batch, path_rng)
+            path = info._replace(rng=path_rng)
+            metrics["path_penalty"], mutables = self._path(params, mutables, batch, path)
             loss += self.config.path_length * metrics["path_penalty"]
-        return loss, (metrics, mutables)
+        return LossOutput(loss, metrics, mutables)
 
-    def _path(self, params, mutables, batch, rng):
+    def _path(self, params, mutables, batch, info: StepInfo):
         """The penalty, and mutables with the mean length that it is measured from."""
-        style_rng, noise_rng, direction_rng = jax.random.split(rng, 3)
+        style_rng, noise_rng, direction_rng = jax.random.split(info.rng, 3)
         styles, _ = self.players.styles(params, mutables, batch, style_rng)
-        paint = lambda styles: self.players.synthesize(params, mutables, styles, noise_rng)
+        paint = lambda styles: self.players.synthesize(params, styles, info.step, noise_rng)
         lengths = path_lengths(paint, styles, direction_rng)
         now = jax.lax.stop_gradient(jnp.mean(lengths))
         mean = PATH_DECAY * mutables["path_length"] + (1 - PATH_DECAY) * now
@@ -225,30 +230,46 @@ class Game:
         """A penalty on its own, as many times heavier as it is rarer than the player's updates."""
         weight = getattr(self.config, name) * self._rarity(name)
 
-        def loss(params, mutables, batch, rng):
+        def loss(params, mutables, batch, info: StepInfo) -> LossOutput:
             if name == "path_length":
-                penalty, mutables = self._path(params, mutables, batch, rng)
+                penalty, mutables = self._path(params, mutables, batch, info)
             else:
-                fake_rng, rng = jax.random.split(rng)
-                x, y = self._examples(params, mutables, batch, fake_rng)
-                penalty = self._critic_penalty(name, params, mutables, batch, x, y, rng)
-            return weight * penalty, ({_penalty_name(name): penalty}, mutables)
+                fake_rng, rng = jax.random.split(info.rng)
+                x, y = self._examples(params, mutables, batch, info.step, fake_rng)
+                penalty = self._critic_penalty(
+                    name, params, mutables, batch, x, y, info._replace(rng=rng)
+                )
+            return LossOutput(weight * penalty, {_penalty_name(name): penalty}, mutables)
 
         return loss
 
-    def _both_loss(self, params, mutables, batch, rng):
+    def _both_loss(self, params, mutables, batch, info: StepInfo) -> LossOutput:
         """The sum of both losses, in each of which the other player is a constant."""
         frozen = jax.lax.stop_gradient(params)
         mutables = self.players.prepare(params, mutables)
-        critic, metrics, real = self._critic_terms(
-            {**frozen, "critic": params["critic"]}, mutables, batch, rng
+        critic = self._critic_terms(
+            {**frozen, "critic": params["critic"]}, mutables, batch, info
         )
-        generator, (more, mutables) = self._generator_loss(
-            {**frozen, "generator": params["generator"]}, mutables, batch, rng
+        generator = self._generator_loss(
+            {**frozen, "generator": params["generator"]}, mutables, batch, info
         )
-        metrics |= {"critic_loss": critic, "generator_loss": generator}
-        metrics |= {name: value for name, value in more.items() if name != "fake"}
-        return critic + generator, (metrics, self.players.watch(mutables, real))
+        metrics = critic.metrics | {
+            "critic_loss": critic.loss, "generator_loss": generator.loss,
+        }  # fmt: skip
+        metrics |= {name: value for name, value in generator.metrics.items() if name != "fake"}
+        return LossOutput(
+            critic.loss + generator.loss,
+            metrics,
+            self.players.watch(generator.mutables, critic.real, info.step),
+            can_learn=critic.can_learn,
+        )
+
+
+class _CriticTerms(NamedTuple):
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    real: jax.Array  # verdicts on data, [batch]
+    can_learn: jax.Array
 
 
 def _side_by_side(optimizers: dict) -> optax.GradientTransformation:

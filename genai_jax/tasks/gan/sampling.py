@@ -48,7 +48,7 @@ class GanRequest(SampleRequest):
                 )
 
 
-def draw(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
+def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
     check_shown(request, USES)
@@ -58,7 +58,7 @@ def draw(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
         if request.latents:
             given = read_latents(request.latents, task.config.generator.latent_dim)
             count = len(given)
-        images, _ = draw_images(
+        images, _ = sample_images(
             task, params, mutables, key, count, label=request.label, latents=given,
             truncation=request.truncation,
         )  # fmt: skip
@@ -66,21 +66,21 @@ def draw(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
         walk = interpolation if request.show == "interpolation" else truncation_grid
         images = walk(task, params, mutables, key, request)
     name = f"{request.show}_seed{request.seed}"
-    return Files(name, media.writers(images, task.loader.levels, columns=columns))
+    return Files(name, media.writers(images, task.data.levels, columns=columns))
 
 
-def draw_images(
+def sample_images(
     task, params, mutables, key, count: int, *, label="", latents=None, truncation=1.0
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Images, uint8 levels [count, *space, channels], and the labels asked for."""
-    labels = requested_labels(task.loader, label, count) if task.label_sizes else None
+    labels = requested_labels(task.data.loader, label, count) if task.label_sizes else None
     if latents is not None:
         return _painted(task, params, mutables, latents, labels, truncation), labels
 
     @functools.partial(jax.jit, static_argnums=2)
     def some(labels, key, rows):
         z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
-        return task.to_levels(task.paint(params, mutables, z, labels, key, truncation))
+        return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
 
     return in_batches(some, key, count, labels), labels
 
@@ -107,13 +107,13 @@ def truncation_grid(task, params, mutables, key, request: GanRequest) -> np.ndar
 def _row_labels(task, request, rows: int) -> np.ndarray | None:
     if not task.label_sizes:
         return None
-    return np.repeat(requested_labels(task.loader, request.label, rows), request.columns, 0)
+    return np.repeat(requested_labels(task.data.loader, request.label, rows), request.columns, 0)
 
 
 def _painted(task, params, mutables, z, labels, truncation) -> np.ndarray:
     """Without noise inputs, so that pictures differ by what is shown alone."""
     paint = jax.jit(
-        lambda z, labels, amount: task.to_levels(
+        lambda z, labels, amount: task.data.to_levels(
             task.paint(params, mutables, z, labels, truncation=amount)
         )
     )

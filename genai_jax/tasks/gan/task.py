@@ -18,15 +18,13 @@ from genai_jax.networks.adversarial.generator import Generator, GeneratorConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.layers.convolution import downsample, upsample
 from genai_jax.requests import EvaluateRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.gan.augmentation import AugmentationConfig, augment, steered
 from genai_jax.tasks.gan.game import Game, GameConfig, Players
-from genai_jax.tasks.gan.growing import smaller_groups
-from genai_jax.tasks.gan.sampling import GanRequest, draw, draw_images
-from genai_jax.training.distributed import to_host
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.tasks.gan.growing import smaller_run
+from genai_jax.tasks.gan.sampling import GanRequest, sample_images, sample_request
+from genai_jax.tasks.protocol import Mean, Params, Phase, Rows, Task, Transfer
 
 STYLE_DECAY = 0.995  # of the mean style, which truncation goes to
 MOST_COMPARED = 1024  # images in the energy distance of an evaluation
@@ -55,8 +53,8 @@ class GanScoreRequest(ScoreFlags, EvaluateRequest):
     drawing: ClassVar = (*ScoreFlags.drawing, "truncation")
 
 
-class Gan(ImageTask):
-    """The task behind ``--task=gan``; see `genai_jax.training.phase.Task`."""
+class Gan(Task):
+    """The task behind ``--task=gan``; see `genai_jax.tasks.protocol.Task`."""
 
     components: ClassVar = {
         "data": ImageDataConfig,
@@ -75,16 +73,17 @@ class Gan(ImageTask):
     evaluate_request = GanScoreRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
         self._check()
-        shape, grows = self.loader.shape, bool(config.gan.grow_from)
-        self.label_sizes = self.loader.label_sizes if config.gan.condition == "class" else ()
-        told = (shape, self.label_sizes, grows, self.dtype)
-        self.generator = Generator(config.generator, *told)
-        self.critic = Critic(config.critic, *told)
+        self.label_sizes = self.data.conditional_labels(config.gan.condition, "--gan.condition")
+        shared = (self.data.shape, self.label_sizes, bool(config.gan.grow_from), self.dtype)
+        self.generator = Generator(config.generator, *shared)
+        self.critic = Critic(config.critic, *shared)
         players = Players(
-            self._real, self._styles, self._synthesize, self._judge, self._prepare, self._watch
-        )
+            real=self._real, styles=self._styles, synthesize=self._synthesize, judge=self._judge,
+            prepare=self._prepare, watch=self._watch,
+        )  # fmt: skip
         self.game = Game(config.gan, players)
         try:
             jax.eval_shape(self.init, jax.random.key(0))
@@ -98,12 +97,10 @@ class Gan(ImageTask):
             raise ConfigError(
                 f"--gan.fade_steps={chosen.fade_steps} is above --train.steps={config.train.steps}"
             )
-        if chosen.condition == "class" and not self.loader.label_sizes:
-            raise ConfigError(f"--gan.condition=class: {config.data.dataset} has no labels")
-        if config.augmentation.kinds and len(self.loader.shape) != 3:
+        if config.augmentation.kinds and len(self.data.shape) != 3:
             raise ConfigError(
                 f"--augmentation.kinds={config.augmentation.kinds} is for images, and "
-                f"{config.data.dataset} has examples of shape {self.loader.shape}"
+                f"{config.data.dataset} has examples of shape {self.data.shape}"
             )
         if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
             raise ConfigError(
@@ -120,13 +117,15 @@ class Gan(ImageTask):
     # Parameters.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: spectral vectors, means, probabilities, and steps for fading."""
+        """Groups, and mutables: spectral vectors, means, probabilities, and how far layers faded in."""
         generator_rng, critic_rng = jax.random.split(rng)
         labels = jnp.zeros((2, len(self.label_sizes)), jnp.int32)
         z = jnp.zeros((2, self.config.generator.latent_dim))
         made = self.generator.init(generator_rng, z, labels)
-        judged = self.critic.init(critic_rng, jnp.zeros((2, *self.loader.shape)), labels)
-        mutables = {"steps": jnp.int32(0), **self.game.init()}
+        judged = self.critic.init(critic_rng, jnp.zeros((2, *self.data.shape)), labels)
+        mutables = self.game.init()
+        if self.config.gan.fade_steps:
+            mutables["fade"] = jnp.float32(0)
         if self.config.critic.spectral_norm:
             mutables["spectral"] = judged["spectral"]
         if self.config.generator.network == "style":
@@ -135,24 +134,23 @@ class Gan(ImageTask):
             mutables["augmented"] = jnp.float32(self.config.augmentation.probability)
         return {"generator": made["params"], "critic": judged["params"]}, mutables
 
-    def pretrained(self) -> dict:
+    def init_from(self) -> tuple[Transfer, ...]:
         """The layers of a run on images half as large, if this one grows from one."""
-        return smaller_groups(self) if self.config.gan.grow_from else {}
+        return smaller_run(self) if self.config.gan.grow_from else ()
 
-    def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        return self.game.phases(self.config.optimizer, self.config.train.steps, axes)
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        optimizer, steps = self.config.optimizer, self.config.train.steps
+        return self.game.phases(optimizer, steps, self.partition_rules)
 
     # The players.
 
-    def fade(self, mutables) -> jax.Array | float:
-        """Share of the newest layers, rising over the first steps of a run that grows."""
+    def _fade(self, step: jax.Array) -> jax.Array | float:
+        """Share of the newest layers in a step, rising over the first steps of a run that grows."""
         steps = self.config.gan.fade_steps
-        done = mutables["steps"] // self.config.train.accumulate  # it also counts microbatches
-        return jnp.minimum(done / steps, 1.0) if steps else 1.0
+        return jnp.minimum(step / steps, 1.0) if steps else 1.0
 
-    def _real(self, mutables, batch):
-        x, fade = self.scaled(batch["image"]), self.fade(mutables)
+    def _real(self, batch, step):
+        x, fade = self.data.scaled(batch["image"]), self._fade(step)
         if not self.config.gan.fade_steps:
             return x
         halve = (2,) * (x.ndim - 2)
@@ -162,11 +160,10 @@ class Gan(ImageTask):
         labels = batch.get("labels")
         z = jax.random.normal(rng, (batch["image"].shape[0], self.config.generator.latent_dim))
         styles = self.styles(params, z, labels)
-        mutables = {**mutables, "steps": mutables["steps"] + 1}
         if "style_mean" in mutables:
             now = jax.lax.stop_gradient(jnp.mean(styles.astype(jnp.float32), 0))
-            mean = mutables["style_mean"]
-            mutables["style_mean"] = STYLE_DECAY * mean + (1 - STYLE_DECAY) * now
+            mean = STYLE_DECAY * mutables["style_mean"] + (1 - STYLE_DECAY) * now
+            mutables = {**mutables, "style_mean": mean}
         return styles, mutables
 
     def styles(self, params, z, labels) -> jax.Array:
@@ -174,31 +171,41 @@ class Gan(ImageTask):
         group = {"params": params["generator"]}
         return self.generator.apply(group, z, labels, method="styles")
 
-    def _synthesize(self, params, mutables, styles, rng):
+    def _synthesize(self, params, styles, step, rng):
+        return self._image(params, styles, self._fade(step), rng)
+
+    def _image(self, params, styles, fade, key) -> jax.Array:
+        """Styles -> images in [-1, 1]; noise inputs are 0 without a key."""
         return self.generator.apply(
-            {"params": params["generator"]}, styles, self.fade(mutables),
-            method="synthesize", rngs={"noise": rng},
+            {"params": params["generator"]}, styles, fade, method="synthesize",
+            rngs={} if key is None else {"noise": key},
         )  # fmt: skip
 
-    def _judge(self, params, mutables, x, batch, rng):
+    def _judge(self, params, mutables, x, batch, step, rng):
         if "augmented" in mutables:
             x = augment(self.config.augmentation, x, mutables["augmented"], rng)
+        return self._verdicts(params, mutables, x, batch.get("labels"), self._fade(step))
+
+    def _verdicts(self, params, mutables, x, labels, fade) -> jax.Array:
+        """What the critic says of images [batch, *space, channels]: [batch]."""
         variables = {"params": params["critic"]}
         if "spectral" in mutables:
             variables["spectral"] = mutables["spectral"]
-        return self.critic.apply(variables, x, batch.get("labels"), self.fade(mutables))
+        return self.critic.apply(variables, x, labels, fade)
 
     def _prepare(self, params, mutables):
         """One power iteration of every kernel."""
         if "spectral" not in mutables:
             return mutables
         variables = {"params": params["critic"], "spectral": mutables["spectral"]}
-        x = jnp.zeros((2, *self.loader.shape))
+        x = jnp.zeros((2, *self.data.shape))
         labels = jnp.zeros((2, len(self.label_sizes)), jnp.int32)
         _, after = self.critic.apply(variables, x, labels, mutable="spectral")
         return {**mutables, "spectral": jax.lax.stop_gradient(after["spectral"])}
 
-    def _watch(self, mutables, verdicts):
+    def _watch(self, mutables, verdicts, step):
+        if "fade" in mutables:  # for evaluation and sampling, which know of no step
+            mutables = {**mutables, "fade": self._fade(step + 1)}
         if "augmented" not in mutables:
             return mutables
         config = self.config.augmentation
@@ -207,7 +214,7 @@ class Gan(ImageTask):
         augmented = steered(config, mutables["augmented"], verdicts, undecided)
         return {**mutables, "augmented": augmented}
 
-    # Scores and draws.
+    # Metrics and samples.
 
     def paint(self, params, mutables, z, labels, key=None, truncation=1.0) -> jax.Array:
         """Latents -> images in [-1, 1], float32.
@@ -216,82 +223,65 @@ class Gan(ImageTask):
           z: [batch, latent_dim].
           labels: [batch, attributes], or None.
           key: of noise inputs, which are 0 without one.
-          truncation: styles are taken so far from their mean; of a generator without a mapping,
-            latents are.
+          truncation: how far styles are from their mean, relative to unchanged ones; of a
+            generator without a mapping, how far latents are from 0.
         """
         if "style_mean" in mutables:
             mean = mutables["style_mean"]
             styles = mean + truncation * (self.styles(params, z, labels) - mean)
         else:
             styles = self.styles(params, truncation * z, labels)
-        return self.generator.apply(
-            {"params": params["generator"]}, styles, self.fade(mutables), method="synthesize",
-            rngs={} if key is None else {"noise": key},
-        )  # fmt: skip
+        return self._image(params, styles, mutables.get("fade", 1.0), key)
 
-    @functools.cached_property
-    def _verdicts(self):
-        @jax.jit
-        def verdicts(params, mutables, batch, key):
-            z = jax.random.normal(key, (batch["image"].shape[0], self.config.generator.latent_dim))
-            y = self.paint(params, mutables, z, batch.get("labels"), key)
-            plain = {k: v for k, v in mutables.items() if k != "augmented"}
-            judge = lambda x: self._judge(params, plain, x, batch, key)
-            real, fake = judge(self.scaled(batch["image"])), judge(y)
-            return jnp.stack([real, fake]), self.to_levels(y)
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean | Rows]:
+        """Verdicts on as many samples as held-out images, and both, to be compared.
 
-        return verdicts
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
-        """How far as many draws are from the held-out images, and what the critic says of both.
-
-        `loss` is the energy distance of pixels in [-1, 1], between at most 1,024 of each. Verdicts
-        on held-out images that are far below those of training say that the critic overfits.
+        Verdicts on held-out images that are far below those of training say that the critic
+        overfits.
         """
-        key, found, images = jax.random.key(self.config.run.seed if seed is None else seed), [], []
-        for i, batch in enumerate(batches):
-            verdicts, made = self._verdicts(params, mutables, batch, jax.random.fold_in(key, i))
-            found.append((verdicts, batch["loss_mask"]))
-            if i * len(made) < MOST_COMPARED:
-                images.append((made, batch["image"], batch["loss_mask"]))
-        verdicts, mask = (np.concatenate(x, -1) for x in zip(*to_host(found), strict=True))
-        real, fake = verdicts.astype(np.float64) @ mask / mask.sum()
-        made, held_out, kept = map(np.concatenate, zip(*to_host(images), strict=True))
-        unit = 2 / (self.loader.levels - 1)
-        made, held_out = (x[kept > 0][:MOST_COMPARED] * unit for x in (made, held_out))
+        labels, mask = batch.get("labels"), batch["loss_mask"]
+        z = jax.random.normal(key, (batch["image"].shape[0], self.config.generator.latent_dim))
+        y = self.paint(params, mutables, z, labels, key)
+        judge = lambda x: self._verdicts(params, mutables, x, labels, mutables.get("fade", 1.0))
         return {
-            "loss": energy_distance(held_out, made),
-            "real": real,
-            "fake": fake,
-            "images": int(mask.sum()),
+            "real": Mean(judge(self.data.scaled(batch["image"])) * mask, mask),
+            "fake": Mean(judge(y) * mask, mask),
+            "held_out": Rows(batch["image"], mask, MOST_COMPARED),
+            "samples": Rows(self.data.to_levels(y), mask, MOST_COMPARED),
         }
 
-    def score(self, params, mutables, batches, request) -> dict:
-        """As `evaluate`, and scores of drawn images if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
-        if request.draws():
-            images, labels = draw_images(
-                self, params, mutables, jax.random.key(request.seed), request.num_samples,
-                truncation=request.truncation,
-            )  # fmt: skip
-            scores |= score_images(self.loader, images, labels, request)
-        return scores
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """`loss` is the energy distance of pixels in [-1, 1], between at most 1,024 of each."""
+        unit = 2 / (self.data.levels - 1)
+        held_out, samples = (reduced.pop(name) * unit for name in ("held_out", "samples"))
+        images = int(reduced["real"].weight)
+        distance = {"loss": energy_distance(held_out, samples)}
+        return distance | super().summarize(reduced, params, mutables, key) | {"images": images}
+
+    def report(self, params, mutables, batches, request) -> dict:
+        """Scores of sampled images, if asked for."""
+        if not request.draws():
+            return {}
+        images, labels = sample_images(
+            self, params, mutables, jax.random.key(request.seed), request.num_samples,
+            truncation=request.truncation,
+        )  # fmt: skip
+        return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request):
-        return draw(self, params, mutables, request)
+        return sample_request(self, params, mutables, request)
 
     def flops_per_step(self) -> dict:
         """Of both networks; all updates of the critic together see the batch once."""
-        config, shape = self.config, (self.config.data.batch_size, *self.loader.shape)
+        config, shape = self.config, (self.config.data.batch_size, *self.data.shape)
         params, mutables = jax.eval_shape(self.init, jax.random.key(0))
         x = jax.ShapeDtypeStruct(shape, jnp.float32)
         z = jax.ShapeDtypeStruct((shape[0], config.generator.latent_dim), jnp.float32)
-        labels = jax.ShapeDtypeStruct((shape[0], len(self.loader.label_sizes)), jnp.int32)
+        labels = jax.ShapeDtypeStruct((shape[0], len(self.data.label_sizes)), jnp.int32)
         paint = count_flops(self.paint, params, mutables, z, labels)
-        plain = {k: v for k, v in mutables.items() if k != "augmented"}
         judge = count_flops(
-            lambda p, m, x, labels: self._judge(p, m, x, {"labels": labels}, None),
-            params, plain, x, labels,
+            lambda p, m, x, labels: self._verdicts(p, m, x, labels, 1.0),
+            params, mutables, x, labels,
         )  # fmt: skip
         return {
             "flops_per_step": paint + 6 * judge + 3 * (paint + judge),

@@ -44,13 +44,13 @@ class VaeRequest(SampleRequest):
     columns: int = field(11, "images of a walk", minimum=2)
 
 
-def draw(task: Any, params: dict, request: VaeRequest) -> Files:
+def sample_request(task: Any, params: dict, request: VaeRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.network.label_sizes))
     check_shown(request, USES)
     columns = None
     if request.show == "prior":
-        images, _ = draw_images(
+        images, _ = sample_images(
             task, params, jax.random.key(request.seed), request.num_samples, label=request.label,
             temperature=request.temperature, pixels=request.pixels,
         )  # fmt: skip
@@ -60,15 +60,15 @@ def draw(task: Any, params: dict, request: VaeRequest) -> Files:
         walk = interpolation if request.show == "interpolation" else latent_traversal
         images, columns = walk(task, params, request), request.columns
     name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-    return Files(name, media.writers(images, task.loader.levels, columns=columns))
+    return Files(name, media.writers(images, task.data.levels, columns=columns))
 
 
-def draw_images(
+def sample_images(
     task, params, key, count: int, *, label="", temperature=1.0, pixels="mean"
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Images from the prior, uint8 levels [count, *space, channels], and the labels asked for."""
     conditional = bool(task.network.label_sizes)
-    labels = requested_labels(task.loader, label, count) if conditional else None
+    labels = requested_labels(task.data.loader, label, count) if conditional else None
 
     @functools.partial(jax.jit, static_argnums=3)
     def some(params, labels, key, rows):
@@ -77,16 +77,16 @@ def draw_images(
             params, None, labels, latents_key, batch=rows, temperature=temperature
         )
         if pixels == "mean":
-            return task.to_levels(task.likelihood.mean(outputs))
+            return task.data.to_levels(task.likelihood.mean(outputs))
         own = params.get("likelihood", {})
-        return task.to_levels(task.likelihood.draw(own, outputs, pixels_key))
+        return task.data.to_levels(task.likelihood.draw(own, outputs, pixels_key))
 
     return in_batches(functools.partial(some, params), key, count, labels), labels
 
 
 def reconstructions(task, params, count: int) -> np.ndarray:
     """Held-out images, each with its reconstruction on its right."""
-    held_out = task.loader.examples("validation", count)
+    held_out = task.data.loader.examples("validation", count)
     latents, labels = posterior_means(task, params, held_out)
     made = decode(task, params, [stage.z for stage in latents], labels)
     return np.concatenate([held_out["image"], made], -2)
@@ -95,7 +95,7 @@ def reconstructions(task, params, count: int) -> np.ndarray:
 def interpolation(task, params, request: VaeRequest) -> np.ndarray:
     """Rows from one held-out image to another, through the means of their latents."""
     rows = min(request.num_samples, MOST_ROWS)
-    held_out = task.loader.examples("validation", 2 * rows)
+    held_out = task.data.loader.examples("validation", 2 * rows)
     rows = len(held_out["image"]) // 2
     latents, labels = posterior_means(task, params, held_out)
     points = [
@@ -112,7 +112,7 @@ def latent_traversal(task, params, request: VaeRequest) -> np.ndarray:
 
     First the latents that an image changes most, measured in standard deviations of their prior.
     """
-    held_out = task.loader.examples("validation", MEASURED_IMAGES)
+    held_out = task.data.loader.examples("validation", MEASURED_IMAGES)
     latents, labels = posterior_means(task, params, held_out)
     flat = lambda x: np.asarray(x).reshape(len(x), -1)
     triples = [(s.z, s.prior_mean, np.exp(s.prior_log_scale)) for s in latents]
@@ -152,6 +152,6 @@ def decode(task, params, z: list, labels: np.ndarray | None) -> np.ndarray:
     @jax.jit
     def decoded(params, z, labels):
         outputs, _ = task.top_down(params, None, labels, batch=z[0].shape[0], given=z)
-        return task.to_levels(task.likelihood.mean(outputs))
+        return task.data.to_levels(task.likelihood.mean(outputs))
 
     return np.asarray(decoded(params, z, labels))

@@ -20,13 +20,12 @@ from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
 from genai_jax.networks.latent.ladder_vae import LadderVae, LadderVaeConfig
 from genai_jax.networks.latent.latent_variables import Latents
 from genai_jax.requests import EvaluateRequest
-from genai_jax.tasks.arrays.data import ImageTask
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.tasks.vae.sampling import VaeRequest, draw, draw_images
+from genai_jax.tasks.vae.sampling import VaeRequest, sample_images, sample_request
 from genai_jax.training.distributed import to_host
-from genai_jax.training.optimizer import make_optimizer
-from genai_jax.training.phase import Phase
-from genai_jax.training.sharding import logical_axes
+from genai_jax.training.optimizer import default_optimizer
+from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 
 NETWORKS = {
     "dense": (DenseVae, "dense_vae", DenseVaeConfig, dense_vae.PARTITION_RULES),
@@ -66,8 +65,8 @@ class VaeScoreRequest(ScoreFlags, EvaluateRequest):
     drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "pixels")
 
 
-class Vae(ImageTask):
-    """The task behind ``--task=vae``; see `genai_jax.training.phase.Task`."""
+class Vae(Task):
+    """The task behind ``--task=vae``; see `genai_jax.tasks.protocol.Task`."""
 
     components: ClassVar = {
         "data": ImageDataConfig,
@@ -80,88 +79,84 @@ class Vae(ImageTask):
     evaluate_request = VaeScoreRequest
 
     def __init__(self, config: Config):
-        super().__init__(config)
-        chosen, loader = config.vae, self.loader
+        self.config, self.data = config, ArrayData(config)
+        self.dtype = jnp.dtype(config.run.dtype)
+        chosen, data = config.vae, self.data
         network, component, _, rules = NETWORKS[chosen.network]
         self._check(component)
         self.partition_rules = (
             *((f"^vae/.*{pattern}$", axes) for pattern, axes in rules),
             ("^likelihood/", (...,)),
         )
-        self.likelihood = LIKELIHOODS[chosen.likelihood](loader.levels, loader.shape[-1])
+        self.likelihood = LIKELIHOODS[chosen.likelihood](data.levels, data.shape[-1])
         self.network = network(
             getattr(config, component),
-            loader.shape,
+            data.shape,
             self.likelihood.outputs_per_value,
-            loader.label_sizes if chosen.condition == "class" else (),
+            data.conditional_labels(chosen.condition, "--vae.condition"),
             dtype=self.dtype,
         )
-        self.dimensions = math.prod(loader.shape)
+        self.dimensions = math.prod(data.shape)
 
     def _check(self, component: str):
         config, chosen = self.config, self.config.vae
         for _, other, cls, _ in NETWORKS.values():
             if other != component and getattr(config, other) != cls():
                 raise ConfigError(f"--{other}.* is set, but --vae.network={chosen.network}")
-        if chosen.condition == "class" and not self.loader.label_sizes:
-            raise ConfigError(f"--vae.condition=class: {config.data.dataset} has no labels")
         if chosen.network == "ladder":
             try:
-                config.ladder_vae.check_shape(self.loader.shape)
+                config.ladder_vae.check_shape(self.data.shape)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
 
     # Parameters and loss.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: how often the loss was taken."""
-        labels = jnp.zeros((1, max(1, len(self.loader.label_sizes))), jnp.int32)
-        params = self.network.init(rng, jnp.zeros((1, *self.loader.shape)), labels)["params"]
+        labels = jnp.zeros((1, max(1, len(self.data.label_sizes))), jnp.int32)
+        params = self.network.init(rng, jnp.zeros((1, *self.data.shape)), labels)["params"]
         own = self.likelihood.init()
         groups = {"vae": params} | ({"likelihood": own} if own else {})
-        return groups, {"calls": jnp.int32(0)}
+        return groups, {}
 
     def phases(self, params: Any) -> tuple[Phase, ...]:
-        axes = logical_axes(params, self.partition_rules)
-        optimizer = make_optimizer(self.config.optimizer, self.config.train.steps, axes)
+        optimizer = default_optimizer(self.config, self.partition_rules)
         return (Phase("bound", tuple(params), self._loss, optimizer),)
 
-    def _loss(self, params, mutables, batch, rng):
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
         c, labels = self.config.vae, batch.get("labels")
-        observe_rng, rng = jax.random.split(rng)
+        observe_rng, rng = jax.random.split(info.rng)
         features, target = self._observed(params, batch, observe_rng)
-        once = lambda rng: self._drawn(params, features, labels, target, rng)
+        once = lambda rng: self._sampled(params, features, labels, target, rng)
         fit, kl, log_weight = jax.vmap(once)(jax.random.split(rng, c.samples))
         kl = jnp.mean(kl, 0)
         bound = jnp.mean(importance_weighted(log_weight))
         if c.samples == 1:
-            bound = jnp.mean(fit) - self._pressure(mutables) * with_free_bits(kl, c.free_bits)
+            bound = jnp.mean(fit) - self._kl_weight(info.step) * with_free_bits(kl, c.free_bits)
         elbo = jnp.mean(fit) - jnp.mean(jnp.sum(kl, 1))
         metrics = {
             "kl": jnp.mean(jnp.sum(kl, 1)),
             "reconstruction": -jnp.mean(fit),
             "bits_per_dim": -elbo / self.dimensions / math.log(2),
         }
-        return -bound / self.dimensions, (metrics, {"calls": mutables["calls"] + 1})
+        return LossOutput(-bound / self.dimensions, metrics, mutables)
 
     def _observed(self, params, batch, rng) -> tuple[Any, jax.Array]:
         """Features of the images, and what their likelihood is taken of."""
         x, target = self.likelihood.observe(batch["image"], rng)
         return self.bottom_up(params, x, batch.get("labels")), target
 
-    def _drawn(self, params, features, labels, target, rng) -> tuple:
-        """One draw: log-likelihood [batch], KL [batch, groups], log importance weight [batch]."""
+    def _sampled(self, params, features, labels, target, rng) -> tuple:
+        """One sample: log-likelihood [batch], KL [batch, groups], log importance weight [batch]."""
         outputs, latents = self.top_down(params, features, labels, rng)
         fit = self.likelihood.log_prob(params.get("likelihood", {}), outputs, target)
         return fit, kl_of(latents), fit + log_ratio(latents)
 
-    def _pressure(self, mutables) -> jax.Array:
-        """Weight of the KL divergence; the counter also counts microbatches."""
+    def _kl_weight(self, step: jax.Array) -> jax.Array:
+        """Weight of the KL divergence in step number `step`, counted from 0."""
         c = self.config.vae
         if not c.kl_warmup:
             return jnp.float32(c.beta)
-        steps = mutables["calls"] // self.config.train.accumulate
-        return c.beta * jnp.minimum((steps + 1) / c.kl_warmup, 1.0)
+        return c.beta * jnp.minimum((step + 1) / c.kl_warmup, 1.0)
 
     # The network, as the loss, the scores and the draws use it.
 
@@ -185,73 +180,64 @@ class Vae(ImageTask):
 
     # Scores and draws.
 
-    @functools.cached_property
-    def _evaluation_step(self):
-        @jax.jit
-        def evaluation_step(params, batch, key, draw=0):
-            """Log-likelihood, KL divergence and log importance weight of each image, [3, batch]."""
-            observe_key, key = jax.random.split(key)
-            features, target = self._observed(params, batch, observe_key)
-            key = jax.random.fold_in(key, draw)
-            fit, kl, weight = self._drawn(params, features, batch.get("labels"), target, key)
-            return jnp.stack([fit, jnp.sum(kl, 1), weight])
-
-        return evaluation_step
-
-    def evaluate(self, params, mutables, batches, seed: int | None = None) -> dict:
-        """The evidence lower bound of the held-out images, from one draw of the latents of each.
-
-        Binarization, dequantization and latents rest on fixed keys. `loss` is in nats a dimension,
-        `kl` and `reconstruction` are in nats an image.
-        """
-        del mutables
-        key = jax.random.key(self.config.run.seed if seed is None else seed)
-        found = [
-            (self._evaluation_step(params, batch, jax.random.fold_in(key, i)), batch["loss_mask"])
-            for i, batch in enumerate(batches)
-        ]
-        values, mask = zip(*to_host(found), strict=True)
-        values, mask = np.concatenate(values, 1).astype(np.float64), np.concatenate(mask)
-        fit, kl, _ = values @ mask / mask.sum()
-        loss = (kl - fit) / self.dimensions
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        fit, kl, _ = self._terms(params, batch, key)
+        mask = batch["loss_mask"]
         return {
-            "loss": loss,
-            "bits_per_dim": loss / math.log(2),
-            "kl": kl,
-            "reconstruction": -fit,
-            "images": int(mask.sum()),
+            "loss": Mean((kl - fit) / self.dimensions * mask, mask),
+            "kl": Mean(kl * mask, mask),
+            "reconstruction": Mean(-fit * mask, mask),
         }
 
-    def score(self, params, mutables, batches, request) -> dict:
-        """As `evaluate`; the importance-weighted bound and scores of drawn images, if asked for."""
-        scores = self.evaluate(params, mutables, batches(request.batches), request.seed)
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """The evidence lower bound of the held-out images, from one sample of the latents of each.
+
+        Binarization, dequantization, and latents follow the seed. `loss` is in nats per dimension,
+        `kl` and `reconstruction` are in nats per image.
+        """
+        metrics = super().summarize(reduced, params, mutables, key)
+        bits = metrics["loss"] / math.log(2)
+        return metrics | {"bits_per_dim": bits, "images": int(reduced["loss"].weight)}
+
+    def _terms(self, params, batch, key, number=0) -> tuple:
+        """Log-likelihood, KL divergence, and log importance weight of each image, [batch] each.
+
+        Args:
+          number: of the sample of the latents; the likelihood sees an image the same way each time.
+        """
+        observe_key, key = jax.random.split(key)
+        features, target = self._observed(params, batch, observe_key)
+        key = jax.random.fold_in(key, number)
+        fit, kl, weight = self._sampled(params, features, batch.get("labels"), target, key)
+        return fit, jnp.sum(kl, 1), weight
+
+    def report(self, params, mutables, batches, request) -> dict:
+        """The importance-weighted bound, and scores of sampled images, if asked for."""
+        metrics = {}
         if request.importance_samples:
-            scores |= self._importance(params, batches, request)
+            metrics |= self._importance(params, batches, request)
         if request.draws():
             key = jax.random.key(request.seed)
-            images, labels = draw_images(
+            images, labels = sample_images(
                 self, params, key, request.num_samples, temperature=request.temperature,
                 pixels=request.pixels,
             )  # fmt: skip
-            scores |= score_images(self.loader, images, labels, request)
-        return scores
+            metrics |= score_images(self.data, images, labels, request)
+        return metrics
 
     def _importance(self, params, batches: Callable, request: VaeScoreRequest) -> dict:
-        """Both bounds from the same draws; the likelihood sees each image the same way every time.
+        """Both bounds from the same samples; the likelihood sees an image the same way every time.
 
         By Jensen's inequality the importance-weighted one is never the worse of the two.
         """
-        key, count, weights, masks = (
-            jax.random.key(request.seed),
-            request.importance_samples,
-            [],
-            [],
-        )
+        key, count = jax.random.key(request.seed), request.importance_samples
+        log_weights = jax.jit(lambda *arguments: self._terms(*arguments)[2])
+        weights, masks = [], []
         for i, batch in enumerate(batches(request.batches)):
             at = jax.random.fold_in(key, i)
-            found = [self._evaluation_step(params, batch, at, k)[2] for k in range(count)]
-            weights.append(np.asarray(jax.device_get(found), np.float64))
-            masks.append(np.asarray(batch["loss_mask"]))
+            samples = [log_weights(params, batch, at, k) for k in range(count)]
+            weights.append(np.asarray(to_host(samples), np.float64))
+            masks.append(to_host(batch["loss_mask"]))
         weights, mask = np.concatenate(weights, 1), np.concatenate(masks)
         highest = weights.max(0)
         bound = highest + np.log(np.mean(np.exp(weights - highest), 0))
@@ -264,11 +250,11 @@ class Vae(ImageTask):
 
     def sample(self, params, mutables, request):
         del mutables
-        return draw(self, params, request)
+        return sample_request(self, params, request)
 
     def flops_per_step(self) -> dict:
-        x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.loader.shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((x.shape[0], max(1, len(self.loader.label_sizes))), jnp.int32)
+        x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.data.shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((x.shape[0], max(1, len(self.data.label_sizes))), jnp.int32)
         network = self.network.clone(dtype=jnp.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), x, labels)
         return {

@@ -1,0 +1,46 @@
+"""Other runs on images, whose models a task builds on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.components import open_run
+from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.training.workdir import read_record
+
+
+def open_fitting(cls: type, workdir: str, flag: str, data: ArrayData) -> Config:
+    """The configuration of a run of images like those of `data`.
+
+    Args:
+      cls: the task that it must be a run of.
+      workdir: its folder.
+      flag: that named it, with its dashes.
+      data: that its model is to be used on.
+
+    Raises:
+      ConfigError: no run, one of another task, or one of images with another shape or other levels.
+    """
+    config = open_run(cls, workdir, flag)
+    trained_on = read_record(workdir).get("data", {})
+    for name, now in (("shape", list(data.shape)), ("levels", data.levels)):
+        before = trained_on.get(name, now)
+        if before != now:
+            raise ConfigError(
+                f"{flag}={workdir} was trained on images of {name} {before}; "
+                f"--data.dataset={data.loader.config.dataset} has {now}"
+            )
+    return config
+
+
+def best_average(config: Config) -> str | None:
+    """The average of a run that others take over: the one in use, or else the first one it kept."""
+    return config.ema.use or next(iter(config.ema.averages()), None)
+
+
+def zeros_like(function: Any, *args: Any) -> Any:
+    """Zeros shaped as what a function returns, without running it."""
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,0 +1,307 @@
+"""The denoising model of a run: network, noise schedule, condition, and perhaps latents."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.config import Config, ConfigError, field
+from genai_jax.diffusion import schedule as schedules
+from genai_jax.diffusion import times, weighting
+from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert, input_scale
+from genai_jax.networks.flops import count_flops
+from genai_jax.networks.image import dit, unet
+from genai_jax.networks.image.conditioning import Condition
+from genai_jax.networks.image.dit import Dit, DitConfig
+from genai_jax.networks.image.unet import Unet, UnetConfig
+from genai_jax.networks.parallel.axes import SEQUENCE
+from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.autoencoder.latents import Latents
+from genai_jax.tasks.protocol import Batch, Params, Transfer
+
+NETWORKS = {
+    "unet": (Unet, UnetConfig, unet.PARTITION_RULES),
+    "dit": (Dit, DitConfig, dit.PARTITION_RULES),
+}
+OBJECTIVES = ("denoising", "bound", "flow_matching")
+BOUNDED = ("cosine", "sigmoid", "learned")
+CONDITIONS = ("none", "class", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    network: str = field("unet", "Network that predicts.", choices=tuple(NETWORKS))
+    objective: str = field("denoising", "Training objective.", choices=OBJECTIVES)
+    schedule: str = field(
+        "cosine", "Noise schedule.", choices=(*schedules.SCHEDULES, "learned")
+    )
+    zero_terminal_snr: bool = field(
+        False, "Rescale the schedule so that no signal is left at t = 1."
+    )
+    num_times: int = field(
+        0, "Number of times of a discrete schedule; 0: continuous time.", minimum=0
+    )
+    gamma_min: float = field(-13.3, "Minus log-SNR at t = 0 of the learned schedule.")
+    gamma_max: float = field(5.0, "Minus log-SNR at t = 1 of the learned schedule.")
+    parameterization: str = field("v", "What the network outputs.", choices=PARAMETERIZATIONS)
+    sigma_data: float = field(0.5, "Standard deviation of the data, for edm.", minimum=0)
+    weighting: str = field(
+        "output", "Weight of the denoising error at each noise level.",
+        choices=tuple(weighting.WEIGHTINGS),
+    )  # fmt: skip
+    time_distribution: str = field(
+        "uniform", "Distribution of the training times.", choices=tuple(times.TIME_DISTRIBUTIONS)
+    )
+    time_mean: float = field(0.0, "Mean of the logit of t, or of the log of sigma.")
+    time_std: float = field(
+        1.0, "Standard deviation of the logit of t, or of the log of sigma.", minimum=0
+    )
+    low_discrepancy: bool = field(True, "Spread the times of a batch evenly.")
+    noise_input: str = field(
+        "time", "How the network is given the noise level.", choices=("time", "log_snr")
+    )
+    condition: str = field("none", "What the model is conditioned on.", choices=CONDITIONS)
+    condition_dropout: float = field(
+        0.1, "Share of the examples trained without condition, for guidance.", minimum=0, maximum=1
+    )
+    autoencoder: str = field(
+        "", "Workdir of an autoencoder whose latents are modeled; images themselves if empty."
+    )
+
+
+class DenoisingModel:
+    """Everything about a diffusion model but its loss and its solver.
+
+    Args:
+      config: of the run.
+      data: of the run.
+      uses_step_size: whether the size of a solver's step is an input of the network.
+
+    Attributes:
+      config: the component `diffusion`.
+      data: of the run.
+      network: Flax module.
+      latents: None where images themselves are modeled.
+      sample_shape: of what is modeled, (*space, channels).
+      partition_rules, activation_axes: see `Task`.
+
+    Raises:
+      ConfigError: flags that contradict each other or do not fit the data.
+    """
+
+    def __init__(self, config: Config, data: ArrayData, *, uses_step_size: bool = False):
+        chosen = self.config = config.diffusion
+        self.data, self.uses_step_size = data, uses_step_size
+        self._caption_length = config.data.caption_length
+        check_flags(config)
+        if (chosen.condition == "text") != config.data.captions:
+            raise ConfigError(
+                f"--diffusion.condition={chosen.condition} does not go with "
+                f"--data.captions={str(config.data.captions).lower()}: captions are for text"
+            )
+        labels = data.conditional_labels(chosen.condition, "--diffusion.condition")
+        self.latents = Latents(chosen.autoencoder, data) if chosen.autoencoder else None
+        self.sample_shape = self.latents.shape if self.latents else data.shape
+        network, _, rules = NETWORKS[chosen.network]
+        # Groups that are never trained, and the few numbers of a schedule, are on every device.
+        self.partition_rules = (
+            *((f"^(model|teacher)/.*{pattern}$", axes) for pattern, axes in rules),
+            ("^(schedule|autoencoder|latents)/", (...,)),
+        )
+        self.network_shape = getattr(config, chosen.network)
+        self.network = network(
+            self.network_shape,
+            self.sample_shape[-1],
+            label_sizes=labels,
+            vocab_size=data.loader.vocab_size if chosen.condition == "text" else 0,
+            uses_step_size=uses_step_size,
+            backend=config.run.attention,
+            dtype=jnp.dtype(config.run.dtype),
+            **({"parallel": config.parallel} if chosen.network == "dit" else {}),
+        )
+        self.activation_axes = (SEQUENCE,) if chosen.network == "dit" else ()
+        try:
+            jax.eval_shape(self._init_network, jax.random.key(0))
+        except ValueError as error:  # sizes that the network cannot take
+            raise ConfigError(f"--data.dataset={config.data.dataset}: {error}") from None
+
+    # Parameters.
+
+    def init(self, key: jax.Array) -> Params:
+        """The groups "model", "schedule" if it is learned, and those of the latents."""
+        model_key, schedule_key, latent_key = jax.random.split(key, 3)
+        params = {"model": self._init_network(model_key)}
+        if self.config.schedule == "learned":
+            params["schedule"] = schedules.init_monotone_gamma(schedule_key)
+        if self.latents:
+            params |= self.latents.init(latent_key)
+        return params
+
+    def _init_network(self, key: jax.Array):
+        x, noise = jnp.zeros((1, *self.sample_shape)), jnp.zeros(1)
+        step_size = jnp.zeros(1) if self.uses_step_size else None
+        return self.network.init(key, x, noise, self.null_condition(1), step_size)["params"]
+
+    def init_from(self) -> tuple[Transfer, ...]:
+        return self.latents.init_from() if self.latents else ()
+
+    def prepare(self, params: Params) -> Params:
+        return self.latents.prepare(params) if self.latents else {}
+
+    # What the network is given, and what becomes of its output.
+
+    def schedule(self, params: Params) -> schedules.Schedule:
+        """The noise schedule, with its parameters if it is learned."""
+        config = self.config
+        if config.schedule == "learned":
+            schedule = schedules.learned(
+                lambda t: schedules.monotone_gamma(
+                    params["schedule"], t, config.gamma_min, config.gamma_max
+                )
+            )
+        else:
+            schedule = schedules.SCHEDULES[config.schedule]()
+        if config.zero_terminal_snr:
+            schedule = schedules.zero_terminal_snr(schedule)
+        return schedules.discrete(schedule, config.num_times) if config.num_times else schedule
+
+    def noise_input(self, schedule, t: jax.Array) -> jax.Array:
+        """The number that tells the network how noisy its input is, of the order of 1000."""
+        if self.config.noise_input == "time":
+            return 1000 * t
+        return 25 * jnp.clip(schedule.log_snr(t), -20, 20)
+
+    def predictor(
+        self, params: Params, condition: Condition, rngs: dict | None = None, group: str = "model"
+    ):
+        """(x_t, t) -> output of the network, in its own parameterization."""
+        config, schedule = self.config, self.schedule(params)
+
+        def predict(x, t, step_size=None):
+            scale = input_scale(config.parameterization, schedule, t, config.sigma_data)
+            scale = scale.reshape(-1, *(1,) * (x.ndim - 1))
+            noise = self.noise_input(schedule, t)
+            return self.network.apply(
+                {"params": params[group]}, scale * x, noise, condition, step_size, rngs=rngs
+            )
+
+        return predict
+
+    def denoiser(
+        self, params: Params, condition: Condition, group: str = "model", rngs: dict | None = None
+    ):
+        """(x_t, t) -> the expected x0."""
+        config, schedule = self.config, self.schedule(params)
+        predict = self.predictor(params, condition, rngs, group)
+
+        def denoise(x, t, step_size=None):
+            output = predict(x, t, step_size)
+            return convert(
+                output, config.parameterization, "x0", x, schedule, t, sigma_data=config.sigma_data
+            )
+
+        return denoise
+
+    # Conditions.
+
+    def condition(self, labels=None, tokens=None, token_mask=None) -> Condition:
+        """What of these the model is conditioned on."""
+        kind = self.config.condition
+        if kind == "class":
+            return Condition(labels=labels)
+        return Condition(tokens=tokens, token_mask=token_mask) if kind == "text" else Condition()
+
+    def condition_of(self, batch: Batch) -> Condition:
+        return self.condition(*(batch.get(n) for n in ("labels", "tokens", "token_mask")))
+
+    def null_condition(self, count: int) -> Condition:
+        """The condition of `count` images about which nothing is said."""
+        sizes = jnp.array(self.data.label_sizes, jnp.int32)
+        return self.condition(
+            jnp.broadcast_to(sizes, (count, len(sizes))),
+            jnp.zeros((count, self._caption_length), jnp.int32),
+            jnp.zeros((count, self._caption_length), jnp.bool_),
+        )
+
+    def dropped(self, condition: Condition, key: jax.Array) -> Condition:
+        """The condition with a random share of the images made unconditional."""
+        rate = self.config.condition_dropout
+        present = [x for x in condition if x is not None]
+        if not present or not rate:
+            return condition
+        drop = jax.random.bernoulli(key, rate, present[0].shape[:1])[:, None]
+        null = self.null_condition(present[0].shape[0])
+        return jax.tree.map(lambda x, n: jnp.where(drop, n, x), condition, null)
+
+    # What is modeled.
+
+    def examples(self, params: Params, batch: Batch) -> jax.Array:
+        """Images in [-1, 1], or latents of unit variance, [batch, *sample_shape]."""
+        return self.encode(params, self.data.scaled(batch["image"]))
+
+    def encode(self, params: Params, x: jax.Array) -> jax.Array:
+        """Images in [-1, 1] -> what is modeled."""
+        return self.latents.encode(params, x) if self.latents else x
+
+    def pixels(self, params: Params, x: jax.Array) -> jax.Array:
+        """What is modeled -> images, uint8 levels."""
+        return self.data.to_levels(self.latents.decode(params, x) if self.latents else x)
+
+    def times(self, key: jax.Array, count: int, schedule: Any) -> jax.Array:
+        """Training times, [count]."""
+        config = self.config
+        return times.sample_times(
+            config.time_distribution, key, count, schedule, mean=config.time_mean,
+            std=config.time_std, low_discrepancy=config.low_discrepancy,
+        )  # fmt: skip
+
+    def flops_per_step(self, rows: int) -> dict:
+        """Three times the forward pass of the network: its gradients cost twice as much."""
+        x = jax.ShapeDtypeStruct((rows, *self.sample_shape), jnp.float32)
+        network = self.network.clone(backend="xla", dtype=jnp.float32)
+        condition = jax.eval_shape(lambda: self.null_condition(rows))
+        noise = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        step_size = noise if self.uses_step_size else None
+        params = jax.eval_shape(self._init_network, jax.random.key(0))
+        forward = lambda *args: network.apply({"params": args[0]}, *args[1:])
+        flops = count_flops(forward, params, x, noise, condition, step_size)
+        return {
+            "flops_per_step": 3 * flops,
+            "convention": "3 x forward matmuls and convolutions of the trained network",
+        }
+
+
+def check_flags(config: Config):
+    """Raises `ConfigError` for flags of a diffusion model that contradict each other."""
+    chosen = config.diffusion
+    for name, (_, cls, _) in NETWORKS.items():
+        if name != chosen.network and getattr(config, name) != cls():
+            raise ConfigError(f"--{name}.* is set, but --diffusion.network={chosen.network}")
+    if chosen.objective == "flow_matching" and (
+        (chosen.schedule, chosen.parameterization) != ("flow", "velocity")
+    ):
+        raise ConfigError(
+            "--diffusion.objective=flow_matching is for --diffusion.schedule=flow and "
+            f"--diffusion.parameterization=velocity, not {chosen.schedule} and "
+            f"{chosen.parameterization}"
+        )
+    if chosen.schedule == "learned" and chosen.objective != "bound":
+        raise ConfigError(
+            "--diffusion.schedule=learned needs --diffusion.objective=bound: other losses do "
+            "not say which schedule is better"
+        )
+    if chosen.zero_terminal_snr and chosen.schedule not in ("vp_linear", "cosine", "sigmoid"):
+        raise ConfigError(
+            f"--diffusion.zero_terminal_snr does not apply to --diffusion.schedule="
+            f"{chosen.schedule}, but to vp_linear, cosine, sigmoid"
+        )
+    if chosen.objective == "bound" and (
+        chosen.zero_terminal_snr or chosen.schedule not in BOUNDED
+    ):
+        raise ConfigError(
+            "--diffusion.objective=bound needs a schedule that preserves the variance and has "
+            f"a finite log-SNR at both ends: one of {', '.join(BOUNDED)}, not rescaled"
+        )
+    if chosen.objective == "bound" and chosen.autoencoder:
+        raise ConfigError("--diffusion.objective=bound is of pixels, not of latents")

@@ -1,0 +1,84 @@
+"""The data of tasks on text: packed rows of tokens."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from genai_jax.config import Config, ConfigError
+from genai_jax.data.text.loader import TextLoader
+from genai_jax.data.text.sources import PIXELS
+from genai_jax.data.text.tokenization import Tokenizer, load_tokenizer
+from genai_jax.tasks.protocol import ArraySpec, Batch
+
+ENTRIES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+
+
+class TextData:
+    """Packed text; see `genai_jax.tasks.protocol.Data`.
+
+    Args:
+      config: of the run.
+      vocab_size: rows of the embeddings, where a flag says so; the tokenizer's if None.
+
+    Attributes:
+      has_questions: whether documents are questions, and only tokens of answers are targets.
+      is_pixels: whether exactly the targets are the pixels of images.
+    """
+
+    def __init__(self, config: Config, vocab_size: int | None = None):
+        self.config, self._seed, self._vocab_size = config.data, config.run.seed, vocab_size
+        self.has_questions = self.config.answer_after is not None
+        self.is_pixels = self.config.dataset in PIXELS and self.config.answer_after == "="
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.config.tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embeddings. A tokenizer is opened only if no flag says so."""
+        return self._vocab_size or self.tokenizer.vocab_size
+
+    @functools.cached_property
+    def loader(self) -> TextLoader:
+        if self.tokenizer.vocab_size > self.vocab_size:
+            raise ConfigError(
+                f"--language_model.vocab_size={self.vocab_size} is smaller than the "
+                f"{self.tokenizer.vocab_size} tokens of --data.tokenizer={self.tokenizer.spec}"
+            )
+        return TextLoader(self.config, self._seed)
+
+    @property
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        shape = (self.config.batch_size, self.config.sequence_length)
+        dtypes = dict.fromkeys(ENTRIES, jnp.int32) | {"loss_mask": jnp.float32}
+        return {name: ArraySpec(shape, d, ("batch", "length")) for name, d in dtypes.items()}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.sequence_length
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, float32 [tokens of the tokenizer]."""
+        return np.asarray(self.tokenizer.token_bytes(), np.float32)
+
+    def train(self, rows: Sequence[int] | None = None):
+        return self.loader.batches("train", rows)
+
+    def held_out(self, max_batches: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        return self.loader.evaluation_batches(max_batches, rows)
+
+    def record(self) -> dict:
+        return self.loader.fingerprint()
+
+    def check(self, trained_on: dict) -> None:
+        """Raises `ConfigError` if the tokenizer is not that of the record of a run's data."""
+        now = self.tokenizer.fingerprint()
+        before = trained_on.get("tokenizer_sha256", now)
+        if before != now:
+            raise ConfigError(
+                f"--data.tokenizer={self.tokenizer.spec} is not the one the checkpoint was trained "
+                f"with: sha256 {now[:12]} now, {before[:12]} then"
+            )

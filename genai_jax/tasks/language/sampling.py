@@ -1,0 +1,165 @@
+"""The one text sampler: a decoder and a tokenizer, on one device or on a mesh."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genai_jax.config import ConfigError, field
+from genai_jax.data.text.tokenization import Tokenizer
+from genai_jax.decoding.generate import Generated, Step, generate
+from genai_jax.networks.parallel.axes import axis_size, split_over
+from genai_jax.requests import SampleRequest
+from genai_jax.tasks.protocol import Params
+from genai_jax.training.distributed import to_host
+from genai_jax.training.sharding import LOGICAL_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRequest(SampleRequest):
+    num_samples: int = field(1, "Samples for each prompt.", minimum=1)
+    prompt: str = field("", "Text to continue.")
+    prompt_file: str = field("", "File with a prompt on every line.")
+    max_tokens: int = field(256, "Maximum number of tokens in a sample.", minimum=1)
+    temperature: float = field(
+        1.0, "Divides the logits; 0 always takes the likeliest token.", minimum=0
+    )
+    top_k: int = field(0, "Sample among the k likeliest tokens; 0: all.", minimum=0)
+    top_p: float = field(
+        1.0, "Sample among the likeliest tokens whose probability reaches p.", minimum=0, maximum=1
+    )
+    stop: str = field("", "Text that ends a sample and is left out of it.")
+
+    def prompts(self) -> list[str]:
+        """The prompts, at least one, perhaps empty."""
+        if not self.prompt_file:
+            return [self.prompt]
+        try:
+            lines = pathlib.Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read --prompt_file={self.prompt_file}: {error}") from None
+        if not lines:
+            raise ConfigError(f"--prompt_file={self.prompt_file} is empty")
+        return lines
+
+
+class Decoder(NamedTuple):
+    """How a model generates tokens.
+
+    Attributes:
+      step: parameters -> one pass over new tokens, a `decoding.generate.Step`; logits are over the
+        tokenizer's vocabulary.
+      empty_state: (rows, tokens) -> the state before the first token, with room for so many.
+      max_length: positions that the model can tell apart; None for any number.
+    """
+
+    step: Callable[[Params], Step]
+    empty_state: Callable[[int, int], Any]
+    max_length: int | None = None
+
+
+class Settings(NamedTuple):
+    """How tokens are sampled; see `TextRequest`."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+
+
+class TextSampler:
+    """Continues prompts; compiled once for each shape of prompts and settings.
+
+    On a mesh rows are divided over the devices that share a batch. In several processes all of them
+    have to make the same calls, and get the same results.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer):
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self._program = jax.jit(self._generate, static_argnames="settings")
+
+    def texts(
+        self, params: Params, prompts: Sequence[str], key: jax.Array, settings: Settings,
+        stop: str = "",
+    ) -> list[str]:  # fmt: skip
+        """Each prompt with its continuation, up to the text `stop`."""
+        boundary = self.tokenizer.boundary_id
+        ids = [np.concatenate([[boundary], self.tokenizer.encode(p)]) for p in prompts]
+        stops = [boundary, *settings.stop_tokens]
+        if stop and len(self.tokenizer.encode(stop)) == 1:
+            stops.append(int(self.tokenizer.encode(stop)[0]))
+        generated = self.tokens(params, ids, key, settings._replace(stop_tokens=tuple(stops)))
+        rows = zip(generated.tokens, generated.lengths, prompts, strict=True)
+        continued = [(p, self._continuation(p, row[1:end])) for row, end, p in rows]
+        return [p + (text.split(stop)[0] if stop else text) for p, text in continued]
+
+    def tokens(
+        self, params: Params, prompts: Sequence[np.ndarray], key: jax.Array, settings: Settings
+    ) -> Generated:
+        """Continues prompts of token ids [length], at least one token each.
+
+        What a row samples follows from its number and the key.
+
+        Returns:
+          Host arrays: tokens [prompts, longest prompt + max_tokens], each row from its own start,
+          and the lengths [prompts] that count.
+
+        Raises:
+          ConfigError: more positions than the model has.
+        """
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        longest, count = int(lengths.max()), len(prompts)
+        total, limit = longest + settings.max_tokens, self.decoder.max_length
+        if limit is not None and total > limit:
+            raise ConfigError(
+                f"prompt and --max_tokens={settings.max_tokens} need {total} positions; "
+                f"the model learned --transformer.max_length={limit}"
+            )
+        rows = count + -count % _batch_devices()  # so that all devices have as many
+        padded = np.zeros((rows, longest), np.int32)
+        for row, prompt in zip(padded, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        lengths = np.pad(lengths, (0, rows - count), constant_values=1)
+        generated = self._program(params, padded, lengths, key, settings=settings)
+        return Generated(*(x[:count] for x in to_host(tuple(generated))))
+
+    def _generate(self, params, prompts, lengths, key, settings: Settings) -> Generated:
+        prompts = nn.with_logical_constraint(prompts, ("batch", None))
+        total = prompts.shape[1] + settings.max_tokens
+        state = self.decoder.empty_state(prompts.shape[0], total)
+        return generate(
+            self.decoder.step(params),
+            jax.tree.map(_over_batch, state),
+            prompts,
+            lengths,
+            key,
+            max_new_tokens=settings.max_tokens,
+            stop_tokens=settings.stop_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+
+    def _continuation(self, prompt: str, row: np.ndarray) -> str:
+        """What was sampled after the prompt, decoded with it: a token may hold a leading space."""
+        row = row[row != self.tokenizer.boundary_id]
+        whole = self.tokenizer.decode(row)
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        return self.tokenizer.decode(row[len(self.tokenizer.encode(prompt)) :])
+
+
+def settings_of(request: TextRequest) -> Settings:
+    """The settings that a request of the sample command asks for."""
+    return Settings(request.max_tokens, request.temperature, request.top_k, request.top_p)
+
+
+def _batch_devices() -> int:
+    """Devices over which the mesh in use divides a batch."""
+    return int(np.prod([axis_size(axis) for axis in LOGICAL_AXES["batch"]]))

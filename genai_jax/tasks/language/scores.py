@@ -1,0 +1,79 @@
+"""The held-out metrics of every model that gives text a likelihood."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.config import ConfigError
+from genai_jax.tasks.language.data import TextData
+from genai_jax.tasks.protocol import Batch, Mean
+
+
+def text_metrics(
+    log_probs: jax.Array, correct: jax.Array, batch: Batch, data: TextData
+) -> dict[str, Mean]:
+    """Metrics of the rows of a batch, for `summarize_text`.
+
+    Args:
+      log_probs: of the targets, [batch, length], nats.
+      correct: whether a target was predicted, [batch, length] bool.
+      batch: with targets, loss_mask, and segment_ids, in the same order of tokens.
+      data: what the batch is of.
+    """
+    mask = batch["loss_mask"]
+    nll, tokens = -jnp.sum(log_probs * mask, 1), jnp.sum(mask, 1)
+    size = jnp.sum(jnp.asarray(data.token_bytes())[batch["targets"]] * mask, 1)
+    metrics = {
+        "loss": Mean(nll, tokens),
+        "bits_per_byte": Mean(nll / math.log(2), size),
+        "accuracy": Mean(jnp.sum(correct * mask, 1), tokens),
+    }
+    if data.has_questions:
+        metrics["exact_match"] = _exact_matches(correct, batch)
+    return metrics
+
+
+def _exact_matches(correct: jax.Array, batch: Batch) -> Mean:
+    """Answers every token of which is predicted correctly, out of all answers of a row."""
+    mask, (_, length) = batch["loss_mask"], batch["targets"].shape
+
+    def of_row(mask, correct, segments):
+        count = lambda x: jax.ops.segment_sum(x, segments, length + 1)
+        asked = count(mask) > 0
+        exact = asked & (count(mask * (1 - correct)) == 0)
+        return jnp.sum(exact, dtype=jnp.float32), jnp.sum(asked, dtype=jnp.float32)
+
+    return Mean(*jax.vmap(of_row)(mask, correct, batch["segment_ids"]))
+
+
+def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]:
+    """Loss in nats per token, perplexity, bits per byte, over all targets.
+
+    Bits per byte divides the bits of every target, ends of documents included, by the UTF-8 bytes
+    of the text. With --data.answer_after, only answer tokens are scored, and `exact_match` is the
+    fraction of answers whose every token is the argmax under teacher forcing. Where exactly the
+    pixels of images are targets, bits per dimension too.
+
+    Raises:
+      ConfigError: there are no targets.
+    """
+    size, tokens = reduced["bits_per_byte"].weight, reduced["loss"].weight
+    if not size:
+        raise ConfigError("the held-out data has no text to score")
+    metrics = {name: float(x.total / x.weight) for name, x in reduced.items()}
+    loss = metrics["loss"]
+    summary = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": metrics["bits_per_byte"],
+        "accuracy": metrics["accuracy"],
+        "tokens": int(tokens),
+        "bytes": int(size),
+    }
+    if data.is_pixels:
+        summary["bits_per_dim"] = loss / math.log(2)
+    if data.has_questions:
+        answers = int(reduced["exact_match"].weight)
+        summary |= {"exact_match": metrics["exact_match"], "answers": answers}
+    return summary

@@ -1,0 +1,263 @@
+"""The contract between a family and everything that trains, samples, and scores it.
+
+A family subclasses `Task` (or provides the same attributes and methods). What only some families
+can do is a protocol of its own: `Samples`, `Reports`, `Collects`, `Fitted`, `Prepares`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import optax
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Params = Mapping[str, PyTree]  # top-level group -> parameters
+
+
+class StepInfo(NamedTuple):
+    """What a loss may know of the moment it is taken at."""
+
+    rng: jax.Array  # a key of its own for every phase, microbatch, and repeat
+    step: jax.Array  # steps completed before this one; accumulation does not change it
+
+
+class LossOutput(NamedTuple):
+    """The result of a loss."""
+
+    loss: jax.Array  # scalar, float32
+    metrics: dict[str, jax.Array]  # scalars to log
+    mutables: PyTree  # the state of the networks after the loss (codebooks, chains, ...)
+    weight: jax.Array | float = 1.0  # how much this microbatch counts, e.g. its number of targets
+    can_learn: jax.Array | bool = True  # False ends the run: there is nothing left to learn from
+
+
+LossFn = Callable[[Params, PyTree, Batch, StepInfo], LossOutput]
+
+
+class Phase(NamedTuple):
+    """One kind of update within a step."""
+
+    name: str  # prefix of its metrics, seed of its randomness, key of its optimizer state
+    trains: tuple[str, ...]  # what it updates; everything else is a constant to it: `trained_paths`
+    loss: LossFn
+    optimizer: optax.GradientTransformation
+    every: int = 1  # run once every so many steps (lazy regularization)
+    repeats: int = 1  # updates per step, each on its own slice of the batch (critic updates)
+    epochs: int = 1  # passes over the batch per step, each of `repeats` updates (PPO)
+    optimizer_of: str = ""  # phase whose optimizer and optimizer state it shares
+
+    @property
+    def slot(self) -> str:
+        """Key of its optimizer's state."""
+        return self.optimizer_of or self.name
+
+
+class Mean(NamedTuple):
+    """A metric as a weighted mean over examples: sum of `total` / sum of `weight`.
+
+    Both are [batch] arrays, 0 where an example is padding. `total` may have further axes, which
+    stay apart (counts of codes).
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+
+class Rows(NamedTuple):
+    """Arrays of single examples, collected on the host for a metric that is not a mean."""
+
+    values: jax.Array  # [batch, ...]
+    mask: jax.Array  # [batch], 0 where an example is padding
+    limit: int = 1024  # examples to collect at most
+
+
+class ArraySpec(NamedTuple):
+    """One entry of the global batch."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]  # logical axes, as the sharding table names them
+
+
+class Transfer(NamedTuple):
+    """Parameters (or mutables) that begin as another run trained them.
+
+    They are read straight into this run's shardings, so no device ever holds a whole copy.
+    """
+
+    workdir: str  # of the other run
+    flag: str  # that names it, for error messages
+    source: str  # path in its state, e.g. "params/model" or "mutables/codebooks"
+    target: str  # path in this run's parameters, e.g. "teacher"
+    average: str | None = None  # average of the other run to take; None: its parameters
+    partial: bool = False  # whether the target may have arrays that the source lacks
+
+
+class Data(Protocol):
+    """What a run is trained on."""
+
+    batch_spec: Mapping[str, ArraySpec]  # of the global batch
+
+    @abstractmethod
+    def train(self, rows: Sequence[int] | None = None) -> Any:
+        """An endless checkpointable iterator: `next`, `get_state`, `set_state`, `close`.
+
+        Its batches are these rows of the global ones (all if None), the same whoever asks for
+        them. Its state is a dictionary; an entry that is itself a dictionary describes single
+        rows, and those of several processes are merged.
+        """
+
+    @abstractmethod
+    def held_out(self, max_batches: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Held-out batches, the same in the same order every time; as many for any `rows`."""
+
+    @abstractmethod
+    def record(self) -> dict:
+        """Names, sizes, and fingerprints of the data, for run.json."""
+
+    def check(self, trained_on: dict) -> None:
+        """Raises `ConfigError` if a model trained on data with this record cannot be used here."""
+
+
+class Task(Protocol):
+    """A family: its networks, losses, and data.
+
+    Attributes:
+      components: flag component -> dataclass, for the flags that only this task uses.
+      partition_rules: ordered (parameter path pattern, logical axes); every parameter needs one.
+      mutable_rules: the same for mutables; those that match no rule are on every device.
+      data: what it is trained on.
+      activation_axes: mesh axes that split activations only, neither parameters nor batches.
+      loss_unit: unit of the losses, for the axis of the plot.
+      curves: further plots, name -> (suffixes of the names of their metrics, axis label).
+    """
+
+    components: ClassVar[Mapping[str, type]]
+    partition_rules: Sequence[tuple[str, tuple]]
+    data: Data
+    mutable_rules: Sequence[tuple[str, tuple]] = ()
+    activation_axes: tuple[str, ...] = ()
+    loss_unit: str = "loss"
+    curves: Mapping[str, tuple[tuple[str, ...], str]] = {}  # noqa: RUF012
+
+    @abstractmethod
+    def init(self, key: jax.Array) -> tuple[Params, PyTree]:
+        """Fresh parameters and mutables; traced, so that they are born sharded."""
+
+    @abstractmethod
+    def phases(self, params: Params) -> tuple[Phase, ...]:
+        """The phases of a step, in order; `params` may be shapes."""
+
+    @abstractmethod
+    def example_metrics(
+        self, params: Params, mutables: PyTree, batch: Batch, key: jax.Array
+    ) -> dict[str, "Mean | Rows"]:
+        """Metrics of the examples of a held-out batch; traced. "loss" is among them.
+
+        Args:
+          params: as the run trains them, with adapters merged in (`materialize`).
+          mutables: of the run.
+          batch: of `data.held_out`.
+          key: for what is random in a metric; follows the seed and the number of the batch.
+        """
+
+    def summarize(
+        self, reduced: dict[str, Any], params: Params, mutables: PyTree, key: jax.Array
+    ) -> dict[str, float]:
+        """The numbers to report, from the reduced metrics of all batches; runs on the host.
+
+        Args:
+          reduced: name -> `Mean` of float64 sums over all examples, or the [examples, ...] array
+            of a `Rows`.
+          params, mutables, key: as for `example_metrics`.
+        """
+        return {name: float(x.total / x.weight) for name, x in reduced.items()}
+
+    def init_from(self) -> tuple[Transfer, ...]:
+        """What begins as trained elsewhere."""
+        return ()
+
+    def materialize(self, params: Params) -> Params:
+        """Parameters as losses and metrics take them: with adapters merged into what they adapt.
+
+        Gradients pass through it; by default nothing is merged.
+        """
+        return params
+
+    def tokens_per_step(self) -> int | None:
+        """Tokens of a global batch, None where there are none."""
+        return None
+
+
+REQUIRED = ("components", "init", "phases", "example_metrics")
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A task that the sample command can sample from."""
+
+    sample_request: ClassVar[type]  # flags of the command, a `requests.SampleRequest`
+
+    def sample(self, params: Params, mutables: PyTree, request: Any) -> Any:
+        """What `request` asks for, as a `requests.Sampled`."""
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A task for which the evaluate command prints more than the held-out metrics."""
+
+    evaluate_request: ClassVar[type]  # flags of the command, a `requests.EvaluateRequest`
+
+    def report(
+        self, params: Params, mutables: PyTree, batches: Callable[[int], Iterator], request: Any
+    ) -> dict:
+        """Further metrics; `batches(count)` yields held-out batches, all for -1."""
+
+
+class Collected(NamedTuple):
+    """A batch made from the model itself, and what to log about it."""
+
+    batch: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+
+@runtime_checkable
+class Collects(Protocol):
+    """A task whose batches are made from the model: rollouts and their rewards.
+
+    Attributes:
+      collected_spec: entries of the batch that the step takes, instead of `data.batch_spec`.
+    """
+
+    collected_spec: Mapping[str, ArraySpec]
+
+    def collect(self, params: Params, mutables: PyTree, batch: Batch, key: jax.Array) -> Collected:
+        """The batch for one step. Runs on the host, before the step; rewards may be Python.
+
+        Args:
+          params: with adapters merged in, on the devices.
+          mutables: of the run.
+          batch: of `data.train`, on the devices.
+          key: of this step.
+
+        Returns:
+          Arrays on the devices, or host arrays that are the same in every process.
+        """
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A task that is fitted in one pass instead of by gradients; its `phases` are ()."""
+
+    def fit(self, batches: Iterable[Mapping[str, Any]]) -> Params:
+        """The parameters, shaped as those of `init`, from host batches of the training data."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A task that computes some parameters from its data before the first step."""
+
+    def prepare(self, params: Params) -> Params:
+        """Parts of `params` to replace; `params` already holds what `init_from` transferred."""

@@ -1,0 +1,73 @@
+"""The families by name: what ``--task`` takes. A family is imported only when it is chosen."""
+
+import importlib
+import re
+
+from genai_jax.config import ConfigError
+
+TASKS = {
+    "language_model": "genai_jax.tasks.language.causal:LanguageModel",
+    "diffusion": "genai_jax.tasks.diffusion.task:Diffusion",
+    "few_step": "genai_jax.tasks.diffusion.few_step:FewStep",
+    "autoencoder": "genai_jax.tasks.autoencoder.task:Autoencoder",
+    "code_prior": "genai_jax.tasks.autoencoder.code_prior:CodePrior",
+    "image_classifier": "genai_jax.tasks.classification.images:ImageClassifier",
+    "vae": "genai_jax.tasks.vae.task:Vae",
+    "gan": "genai_jax.tasks.gan.task:Gan",
+    "normalizing_flow": "genai_jax.tasks.flow.task:NormalizingFlow",
+    "rbm": "genai_jax.tasks.energy.rbm:Rbm",
+}
+REQUIRED = ("components", "init", "phases", "example_metrics")  # of `protocol.Task`
+OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_outside(name: str) -> bool:
+    """Whether a task's name says where its class is, instead of being one of `TASKS`."""
+    return ":" in name
+
+
+def task_class(name: str) -> type:
+    """The class of a task: one of `TASKS`, or "my_package.my_module:MyTask".
+
+    Raises:
+      ConfigError: an unknown name, a module that cannot be imported, or a class that lacks
+        something that every task has.
+    """
+    if name not in TASKS and not OUTSIDE.fullmatch(name):
+        raise ConfigError(
+            f"--task={name} is not one of {', '.join(TASKS)}; a task of your own is named by its "
+            "class, as in --task=my_package.my_module:MyTask"
+        )
+    module_name, class_name = TASKS.get(name, name).split(":")
+    if name in TASKS:
+        return getattr(importlib.import_module(module_name), class_name)
+    cls = _import_outside(name, module_name, class_name)
+    missing = [m for m in REQUIRED if not _provides(cls, m)]
+    if missing:
+        raise ConfigError(f"--task={name} lacks {', '.join(missing)}, which every task has")
+    return cls
+
+
+def task_name(cls: type) -> str:
+    """What ``--task`` calls a class."""
+    where = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, place in TASKS.items() if place == where), where)
+
+
+def _import_outside(name: str, module_name: str, class_name: str) -> type:
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"--task={name}: cannot import {module_name}: {type(error).__name__}: {error}"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if not isinstance(cls, type):
+        raise ConfigError(f"--task={name}: {module_name} has no class {class_name}")
+    return cls
+
+
+def _provides(cls: type, name: str) -> bool:
+    """Whether a class has an attribute that is more than a declaration."""
+    value = getattr(cls, name, None)
+    return value is not None and not getattr(value, "__isabstractmethod__", False)

@@ -1,0 +1,241 @@
+"""How a task is executed: compiled for a mesh, as a single run or a population of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task
+from genai_jax.training import compiler
+from genai_jax.training.evaluation import Evaluator
+from genai_jax.training.flops import flops_per_step
+from genai_jax.training.sharding import (
+    LOGICAL_AXES,
+    axes_of,
+    batch_shardings,
+    batch_shards,
+    mesh_context,
+    state_shardings,
+)
+from genai_jax.training.step import TrainState, init_state, make_step, trained_paths
+from genai_jax.training.transfer import initial_parts
+from genai_jax.training.trees import matching_paths, overlay
+
+
+class Compiled(NamedTuple):
+    """What stays the same while a run goes on."""
+
+    mesh: Mesh
+    phases: tuple[Phase, ...]
+    shapes: TrainState  # `jax.ShapeDtypeStruct`s with shardings
+    batch_shardings: dict[str, NamedSharding]
+    init: Any  # base key or keys -> state
+    step: Any  # (state, batch) -> (state, StepReport)
+
+
+class Execution(Protocol):
+    """What the training loop drives.
+
+    Attributes:
+      task: the task, or that of the first member; for its data, units, and curves.
+      compiled: its programs.
+      examples: in a step, of all members.
+      tokens: in a step, of all members; None where there are none.
+      flops: `flops_per_step` and `convention`, and perhaps `inactive_parameters`.
+    """
+
+    task: Task
+    compiled: Compiled
+    examples: int
+    tokens: int | None
+    flops: dict
+
+    def begin(self) -> TrainState:
+        """A fresh state, with what was trained elsewhere in place, in averages as well."""
+
+    def batch_spec(self) -> Mapping[str, ArraySpec]:
+        """The global batch that comes from the data."""
+
+    def data_shardings(self) -> dict[str, NamedSharding]:
+        """Where it goes."""
+
+    def train(self, rows: Sequence[int]) -> Any:
+        """The iterator of these rows, as `Data.train`."""
+
+    def collect(self, state: TrainState, batch: PyTree) -> tuple[PyTree, Mapping[str, float]]:
+        """The batch for the step made from one of the data, and what to log about it."""
+
+    def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
+        """Held-out metrics; `batches()` yields the held-out batches each time."""
+
+    def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of a step, on the host, as single numbers."""
+
+    def shapes_of_one(self, tree: PyTree) -> PyTree:
+        """A single model's shapes out of those of the state."""
+
+
+def phases_of(task: Task, config: Config) -> Callable[[Params], tuple[Phase, ...]]:
+    """Parameters, or their shapes -> phases, restricted to what --optimizer.trainable names."""
+
+    def phases(params: Params) -> tuple[Phase, ...]:
+        every = task.phases(params)
+        if not config.optimizer.trainable:
+            return every
+        flag = "--optimizer.trainable"
+        allowed = matching_paths(params, config.optimizer.trainable.split(","), flag)
+        restricted = []
+        for phase in every:
+            trains = tuple(sorted(trained_paths(phase, params) & allowed))
+            if not trains:
+                raise ConfigError(
+                    f"{flag}={config.optimizer.trainable} leaves phase {phase.name} nothing to train"
+                )
+            restricted.append(phase._replace(trains=trains))
+        return tuple(restricted)
+
+    return phases
+
+
+def state_shapes(task: Task, config: Config, mesh: Mesh) -> TrainState:
+    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
+    averages, phases = config.ema.averages(), phases_of(task, config)
+    with mesh_context(mesh):
+        shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages, phases))
+    shardings = state_shardings(shapes, task.partition_rules, mesh, task.mutable_rules)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
+    """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
+    averages, accumulate = config.ema.averages(), config.train.accumulate
+    with mesh_context(mesh):
+        shapes = state_shapes(task, config, mesh)
+        phases = phases_of(task, config)(shapes.params)
+        check_rows(config.data.batch_size, phases, accumulate, batch_shards(mesh))
+        spec = getattr(task, "collected_spec", None) or task.data.batch_spec
+        batch_in = batch_shardings(spec, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        split = jax.tree.leaves(shardings), list(batch_in.values())
+        check_mesh_is_used(mesh, *split, task.activation_axes)
+        init = lambda rng: init_state(task, rng, averages, phases_of(task, config))
+        step = make_step(
+            phases, accumulate=accumulate, averages=averages, materialize=task.materialize
+        )
+    return jitted(config, mesh, phases, shapes, batch_in, init, step)
+
+
+def jitted(config: Config, mesh: Mesh, phases, shapes, batch_in, init, step) -> Compiled:
+    """The functions of a state and a step, jitted with their shardings."""
+    device, platform = mesh.devices.flat[0], mesh.devices.flat[0].platform
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    step = jax.jit(
+        step,
+        in_shardings=(shardings, batch_in),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+        compiler_options=compiler.options(config.compiler, platform, device.device_kind),
+    )
+    init = jax.jit(init, out_shardings=shardings, compiler_options=compiler.init_options(platform))
+    return Compiled(mesh, phases, shapes, batch_in, init, step)
+
+
+def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ...] = ()):
+    """Raises `ConfigError` for an axis that splits nothing: its devices would repeat work.
+
+    state, batch: shardings; more: axes that split activations. The batch is split over the expert
+    axis as well, but only experts make use of that axis.
+    """
+    names = lambda shardings: {n for s in shardings for part in s.spec for n in axes_of(part)}
+    used = names(state) | (names(batch) - {"expert"}) | {*more}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
+
+
+def check_rows(rows: int, phases: Sequence[Phase], accumulate: int, shards: int):
+    """Raises `ConfigError` unless every microbatch divides over the devices that share it."""
+    for parts in {phase.repeats * accumulate for phase in phases}:
+        if rows % (shards * parts):
+            raise ConfigError(
+                f"--data.batch_size={rows} is not divisible by {shards} device(s) of the axes "
+                f"{', '.join(LOGICAL_AXES['batch'])} x {parts} part(s) a step"
+            )
+
+
+class SingleRun:
+    """One run of a task; see `Execution`."""
+
+    def __init__(self, task: Task, config: Config, mesh: Mesh):
+        self.task, self._config = task, config
+        self.compiled = build(task, config, mesh)
+        self.examples = config.data.batch_size
+        self.tokens = task.tokens_per_step()
+        self.flops = flops_per_step(task, self.compiled.phases, self.compiled.shapes)
+        self._evaluator = Evaluator(task)
+
+    def begin(self) -> TrainState:
+        state = self.compiled.init(jax.random.key(self._config.run.seed))
+        shapes = self.compiled.shapes
+        part = initial_parts(self.task, self._config, shapes.params, state.params)
+        if not part:
+            return state
+        return with_part(state, part, shapes)
+
+    def batch_spec(self) -> Mapping[str, ArraySpec]:
+        return self.task.data.batch_spec
+
+    def data_shardings(self) -> dict[str, NamedSharding]:
+        return batch_shardings(self.task.data.batch_spec, self.compiled.mesh)
+
+    def train(self, rows: Sequence[int]) -> Any:
+        return self.task.data.train(rows)
+
+    def collect(self, state: TrainState, batch: PyTree) -> tuple[PyTree, Mapping[str, float]]:
+        if not hasattr(self.task, "collect"):
+            return batch, {}
+        key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), COLLECT)
+        params = self.task.materialize(state.params)
+        made = self.task.collect(params, state.mutables, batch, key)
+        return jax.device_put(dict(made.batch), self.compiled.batch_shardings), made.metrics
+
+    def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
+        return self._evaluator(state.params, state.mutables, batches(), self._config.run.seed)
+
+    def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {name: float(value) for name, value in metrics.items()}
+
+    def shapes_of_one(self, tree: PyTree) -> PyTree:
+        return tree
+
+
+COLLECT = 0xC011EC7  # folded into a step's key for what is collected before it
+
+
+def with_part(state: TrainState, part: Params, shapes: TrainState) -> TrainState:
+    """`state` with `part` in place of its parameters, and of their averages.
+
+    What is put in place is copied: the step may donate it, so it cannot be anybody else's memory.
+    """
+
+    def place(whole: PyTree, where: PyTree) -> PyTree:
+        mine = _common(part, whole)
+        shardings = jax.tree.map(lambda x: x.sharding, _common(where, mine))
+        copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)
+        return overlay(whole, copy(mine))
+
+    ema = {name: place(average, shapes.ema[name]) for name, average in state.ema.items()}
+    return state.replace(params=place(state.params, shapes.params), ema=ema)
+
+
+def _common(part: PyTree, whole: PyTree) -> PyTree:
+    """What of `part` is in `whole` as well, in nested dictionaries."""
+    if not (isinstance(part, dict) and isinstance(whole, dict)):
+        return part
+    return {name: _common(value, whole[name]) for name, value in part.items() if name in whole}

@@ -1,0 +1,89 @@
+"""Tasks that are fitted in one pass over their data instead of by gradients."""
+
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.protocol import Task
+from genai_jax.training.batches import BatchPlacement
+from genai_jax.training.checkpoint import Checkpointer
+from genai_jax.training.evaluation import Evaluator
+from genai_jax.training.hardware import peak_of
+from genai_jax.training.metrics_log import MetricsLog
+from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh, mesh_context
+from genai_jax.training.step import TrainState, init_state
+from genai_jax.training.workdir import run_record, write_record
+
+
+def fit(task: Task, config: Config) -> int:
+    """Fits on --train.steps batches, evaluates, and saves one checkpoint; see `Fitted`.
+
+    A finished run is left as it is; one that was interrupted is fitted again from the start.
+
+    Returns:
+      0.
+
+    Raises:
+      ConfigError: a mistake in the flags or the data, or several processes.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError(f"--task={config.run.task} is fitted by one process")
+    workdir, steps = pathlib.Path(config.run.workdir), config.train.steps
+    checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
+    if steps in checkpointer.steps():
+        print(json.dumps({"step": steps, "fitted": True}))
+        return 0
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with mesh_context(mesh):
+        state = jax.jit(lambda key: init_state(task, key, {}))(jax.random.key(config.run.seed))
+        flops = {"flops_per_step": 0, "convention": "none: the task is fitted without gradients"}
+        peak = peak_of(jax.devices()[:1])
+        write_record(workdir, run_record(task, mesh, state.params, flops, peak))
+        log, begin = MetricsLog(workdir, 0), time.perf_counter()
+        source = task.data.train()
+        try:
+            params = task.fit(itertools.islice(_batches(source), steps))
+            state = _fitted(state, params, steps)
+            row = {"step": steps, "perf/fit_time_s": time.perf_counter() - begin}
+            metrics = _evaluated(task, config, mesh, state)
+            log.write(row | {f"eval/{name}": value for name, value in metrics.items()})
+            clock = {"seconds": row["perf/fit_time_s"], "unfinished_row": None, "rare": {}}
+            checkpointer.save(steps, state, source.get_state(), clock, metrics.get("loss"))
+        finally:
+            source.close()
+            log.close()
+    checkpointer.close()
+    return 0
+
+
+def _batches(source) -> Iterator:
+    while True:
+        yield next(source)
+
+
+def _fitted(state: TrainState, params, steps: int) -> TrainState:
+    """The state with the fitted parameters.
+
+    Raises:
+      ValueError: they are not shaped as those of `init`.
+    """
+    params = jax.tree.map(jnp.asarray, params)
+    expected, got = (jax.tree.map(jnp.shape, tree) for tree in (state.params, params))
+    if expected != got:
+        raise ValueError(f"fit returned parameters of shapes {got}; init has {expected}")
+    return state.replace(params=params, step=jnp.int32(steps))
+
+
+def _evaluated(task: Task, config: Config, mesh, state: TrainState) -> dict[str, float]:
+    if not config.eval.batches:
+        return {}
+    spec = task.data.batch_spec
+    placement = BatchPlacement(spec, batch_shardings(spec, mesh))
+    held_out = map(placement.to_devices, task.data.held_out(config.eval.batches))
+    return Evaluator(task)(state.params, state.mutables, held_out, config.run.seed)

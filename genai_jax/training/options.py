@@ -1,0 +1,34 @@
+"""Flags of the training loop."""
+
+import dataclasses
+
+from genai_jax.config import field
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = field(1000, "Steps of the whole run.", minimum=1, changeable=True)
+    log_every: int = field(10, "Steps between rows of metrics.jsonl.", minimum=1, changeable=True)
+    accumulate: int = field(
+        1,
+        "Microbatches per step, one in memory at a time; their gradients are averaged.",
+        minimum=1,
+    )
+    progress: bool = field(True, "Show a progress bar.", changeable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = field(
+        0, "Steps between evaluations; 0 evaluates only the last step.", minimum=0, changeable=True
+    )
+    batches: int = field(
+        -1, "Held-out batches per evaluation; -1: all; 0: no evaluation.", minimum=-1,
+        changeable=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    start: int = field(0, "Steps before the profile starts.", minimum=0, changeable=True)
+    steps: int = field(0, "Steps to profile into workdir/profile.", minimum=0, changeable=True)
