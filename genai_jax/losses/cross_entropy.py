@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import PartitionSpec
 
-from genai_jax.networks.parallel.axes import STAGE, axis_size, split_over, whole_axes
+from genai_jax.networks.parallel.axes import STAGE, axis_size, size_one_axes, split_over
 from kernels_pallas import linear_cross_entropy
 
 
@@ -42,7 +42,7 @@ def cross_entropy(
     shards = math.prod(axis_size(axis) for axis in (*length, STAGE))
     if axis_size(STAGE) > 1 and targets.shape[1] % shards == 0:  # else each stage makes it all
         length = (*length, STAGE)
-    across = (*batch, *length, *whole_axes())
+    across = (*batch, *length, *size_one_axes())
 
     def sums(hidden, kernel, targets, mask):
         out = linear_cross_entropy(
@@ -53,7 +53,7 @@ def cross_entropy(
 
     if not (batch or length):
         return sums(hidden, kernel, targets, mask)
-    rows = PartitionSpec((*batch, *whole_axes()), length or None)
+    rows = PartitionSpec((*batch, *size_one_axes()), length or None)
     # The axes that split the vocabulary, if any, are left to the compiler.
     return jax.shard_map(
         lambda x, kernels, *tokens: jax.lax.psum(sums(x, kernels[0], *tokens), across),

@@ -16,12 +16,13 @@ import numpy as np
 from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.decoding.generate import generate
+from genai_jax.decoding.generate import at_last_token, generate
 from genai_jax.losses.cross_entropy import cross_entropy
-from genai_jax.networks.flops import CONVENTION, transformer_training_flops
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.flops import CONVENTION, transformer_training_flops
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ImageTask
 from genai_jax.tasks.arrays.drawing import check_label, in_batches, requested_labels
@@ -104,9 +105,17 @@ class CodePrior(ImageTask):
                 f"an image: {self.prefix} in front and {self.num_codes} codes"
             )
         vocab_size = self.code_tokens + (sum(self.label_sizes) or 1)
-        self.model = Transformer(
-            shape, vocab_size, config.run.attention, self.dtype, config.parallel
+        self.partition_rules = (
+            *(
+                (f"^prior/.*{pattern}$", axes)
+                for pattern, axes in transformer.partition_rules(shape)
+            ),
+            ("^autoencoder/", (...,)),
         )
+        self.model = Transformer(
+            shape, vocab_size, backend=config.run.attention, dtype=self.dtype,
+            parallel=config.parallel,
+        )  # fmt: skip
 
     # Codes and tokens.
 
@@ -228,16 +237,18 @@ class CodePrior(ImageTask):
         """Tokens of codes, [rows, num_codes]."""
         variables, total = {"params": prior}, self.prefix + self.num_codes
 
-        def step(tokens, positions, select, cache):
-            hidden, cache = self.model.apply(variables, tokens, positions, cache=cache)
-            chosen = jnp.take_along_axis(hidden, select[:, None, None], 1)
-            logits = self.model.apply(variables, chosen, method="logits")[:, 0]
-            at = jnp.take_along_axis(positions, select[:, None], 1)[:, 0]
-            return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), cache
+        def step(tokens, positions, lengths, state):
+            hidden, state = self.model.apply(
+                variables, tokens, positions, state=state, lengths=lengths
+            )
+            last = at_last_token(hidden, lengths)
+            logits = self.model.apply(variables, last, method="logits")[:, 0]
+            at = at_last_token(positions, lengths)[:, 0]
+            return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), state
 
         found = generate(
             step,
-            transformer.make_cache(self.config.transformer, rows, total, self.dtype),
+            transformer.empty_state(self.config.transformer, rows, total, self.dtype),
             self.front(labels, rows),
             jnp.full(rows, self.prefix, jnp.int32),
             key,

@@ -16,15 +16,21 @@ import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import PIXELS
-from genai_jax.decoding.generate import generate
+from genai_jax.decoding.generate import at_last_token, generate
 from genai_jax.losses.cross_entropy import cross_entropy
 from genai_jax.losses.router import router_losses
-from genai_jax.networks.experts.mixture import MoeConfig
-from genai_jax.networks.flops import CONVENTION, inactive_parameters, transformer_training_flops
-from genai_jax.networks.parallel.axes import ParallelConfig, arranged, check_length
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.router import collect_router_sums
+from genai_jax.networks.parallel.axes import ParallelConfig, check_length, in_token_order
 from genai_jax.networks.parallel.pipeline import check_pipeline
 from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.flops import (
+    CONVENTION,
+    inactive_parameters,
+    transformer_training_flops,
+)
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.training.optimizer import make_optimizer
 from genai_jax.training.phase import Phase
@@ -104,9 +110,13 @@ class LanguageModel:
         if config.moe.num_experts and shape.use_bias:
             raise ConfigError("--transformer.use_bias: experts have no biases (--moe.num_experts)")
         self._check_attention()
-        self.model = Transformer(
-            shape, self.vocab_size, config.run.attention, self.dtype, config.parallel, config.moe
+        self.partition_rules = tuple(
+            (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.partition_rules(shape)
         )
+        self.model = Transformer(
+            shape, self.vocab_size, backend=config.run.attention, dtype=self.dtype,
+            parallel=config.parallel, moe=config.moe,
+        )  # fmt: skip
 
     def _check_attention(self):
         """Raises `ConfigError` if the backend asked for cannot run the attention of a step."""
@@ -200,14 +210,13 @@ class LanguageModel:
         loss = loss / count
         metrics = {"nll": nll / count, "accuracy": right / count, "weight": weight}
         if self.config.moe.num_experts:
-            routers = written["router"]["layers"]["mlp"]["sums"]
-            router_loss, more = router_losses(routers, self.config.moe)
+            router_loss, more = router_losses(collect_router_sums(written), self.config.moe)
             loss, metrics = loss + router_loss, metrics | more
         return loss, (metrics, mutables)
 
     def _sums(self, params, batch, rngs=None, mutable=()):
         """((loss, nll, right) summed over the targets of a batch, what the model wrote)."""
-        batch = arranged(batch, self.config.parallel)
+        batch = in_token_order(batch, self.config.parallel)
         variables = {"params": params["model"]}
         rngs = rngs if self.config.transformer.dropout else None
         (hidden, _), written = self.model.apply(
@@ -232,7 +241,7 @@ class LanguageModel:
 
     def _exact_matches(self, params, batch) -> tuple[jax.Array, jax.Array]:
         """(answers all of whose tokens are predicted right, answers), float32."""
-        batch = arranged(batch, self.config.parallel)
+        batch = in_token_order(batch, self.config.parallel)
         variables = {"params": params["model"]}
         hidden, _ = self.model.apply(
             variables, batch["tokens"], batch["positions"], batch["segment_ids"]
@@ -352,15 +361,17 @@ class LanguageModel:
         def run(params, prompts, lengths, rng):
             variables = {"params": params}
 
-            def step(tokens, positions, select, cache):
-                hidden, cache = self.model.apply(variables, tokens, positions, cache=cache)
-                chosen = jnp.take_along_axis(hidden, select[:, None, None], 1)
-                return self.model.apply(variables, chosen, method="logits")[:, 0, :known], cache
+            def step(tokens, positions, lengths, state):
+                hidden, state = self.model.apply(
+                    variables, tokens, positions, state=state, lengths=lengths
+                )
+                last = at_last_token(hidden, lengths)
+                return self.model.apply(variables, last, method="logits")[:, 0, :known], state
 
-            cache = transformer.make_cache(self.config.transformer, batch, total, self.dtype)
+            state = transformer.empty_state(self.config.transformer, batch, total, self.dtype)
             return generate(
                 step,
-                cache,
+                state,
                 prompts,
                 lengths,
                 rng,
