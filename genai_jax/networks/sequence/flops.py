@@ -1,5 +1,7 @@
 """Model FLOPs of a transformer, from its shapes."""
 
+from collections import Counter
+
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.layers.dense import GATED
 from genai_jax.networks.sequence.config import TransformerConfig
@@ -31,9 +33,10 @@ def transformer_forward_flops(
     else:
         mlp = _mlp_parameters(c, c.mlp_width)
     parts = {"dense": 2 * c.num_layers * mlp}
-    for mixer in c.mixers:
-        for part, flops in load_mixer(mixer).flops(c, length).items():
-            parts[part] = parts.get(part, 0) + c.num_layers // len(c.mixers) * flops
+    for mixer, count in Counter(c.mixers).items():
+        layers = c.num_layers // len(c.mixers) * count
+        for part, flops in load_mixer(mixer).flops(c, length, layers).items():
+            parts[part] = parts.get(part, 0) + flops
     return parts | {"head": 2 * c.embed_dim * vocab_size}
 
 

@@ -133,13 +133,13 @@ class Attention(nn.Module):
         )
 
     @staticmethod
-    def flops(config: TransformerConfig, length: int) -> dict[str, float]:
+    def flops(config: TransformerConfig, length: int, layers: int) -> dict[str, float]:
         """`dense` for the projections; `attention` for the pairs that a causal mask leaves."""
         heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
         seen = length if config.window is None else min(length, config.window + 1)
         return {
-            "dense": 2 * config.embed_dim * (2 * heads + 2 * kv_heads),
-            "attention": 4 * heads * mean_keys(length, seen),
+            "dense": 2 * layers * config.embed_dim * (2 * heads + 2 * kv_heads),
+            "attention": 4 * layers * heads * mean_keys(length, seen),
         }
 
 

@@ -88,5 +88,5 @@ class Mixer(Protocol):
         """
 
     @staticmethod
-    def flops(config: Any, length: int) -> dict[str, float]:
-        """Forward FLOPs of one layer per token of a row of `length` tokens, by part."""
+    def flops(config: Any, length: int, layers: int) -> dict[str, float]:
+        """Forward FLOPs of `layers` layers per token of a row of `length` tokens, by part."""
