@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -223,7 +224,17 @@ def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
     try:
         return cls(**fields)
     except ValueError as error:  # fields that contradict each other
-        raise ConfigError(str(error)) from None
+        raise ConfigError(name_flags(str(error), component, cls)) from None
+
+
+def name_flags(message: str, component: str, cls: type) -> str:
+    """The message with `field` in backticks, and field=, as the flags of a component."""
+    names = "|".join(re.escape(f.name) for f in dataclasses.fields(cls))
+    if not names:
+        return message
+    prefix = "--" + _flag_name(component, "")
+    message = re.sub(rf"`({names})`", rf"{prefix}\1", message)
+    return re.sub(rf"(?<![\w.-])({names})=", rf"{prefix}\1=", message)
 
 
 def _flag_name(component: str, name: str) -> str:

@@ -24,10 +24,10 @@ def main(argv: Sequence[str]) -> int:
 
 def scores(task, config, request) -> dict:
     """The JSON object that the command prints."""
+    from genai_jax.training.batches import BatchPlacement
     from genai_jax.training.evaluation import Evaluator
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import batch_shardings, mesh_context
-    from genai_jax.training.batches import BatchPlacement
 
     model = restore_model(
         task, config, step=request.checkpoint_step, ema=request.ema, member=request.member

@@ -1,11 +1,11 @@
-"""Which tokens may be drawn."""
+"""Which tokens may be sampled, and sampling one."""
 
 import jax
 import jax.numpy as jnp
 
 
 def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-    """Sets the logits of tokens that may not be drawn to -inf.
+    """Sets the logits of tokens that may not be sampled to -inf.
 
     Args:
       logits: [..., vocabulary], float32, temperature already applied.
@@ -31,7 +31,7 @@ def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
 
 
 def draw(rngs: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float):
-    """One token a row, [batch] int32, by a key a row; temperature 0 takes the likeliest."""
+    """One token per row, [batch] int32, from one key per row; temperature 0 takes the argmax."""
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)

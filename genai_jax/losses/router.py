@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from genai_jax.networks.experts.mixture import MoeConfig, RouterSums
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.router import RouterSums
 
 
 def router_losses(sums: RouterSums, config: MoeConfig) -> tuple[jax.Array, dict[str, jax.Array]]:

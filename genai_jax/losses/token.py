@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from genai_jax.networks.parallel.axes import STAGE, axis_size, split_over, whole_axes
+from genai_jax.networks.parallel.axes import STAGE, axis_size, size_one_axes, split_over
 from kernels_pallas import linear_cross_entropy
 
 
@@ -104,10 +104,10 @@ def _over_mesh(function: Callable, hidden, kernel, tokens: tuple, *, summed: boo
     shards = math.prod(axis_size(axis) for axis in (*length, STAGE))
     if axis_size(STAGE) > 1 and shape[1] % shards == 0:  # else each stage computes all of it
         length = (*length, STAGE)
-    across = (*batch, *length, *whole_axes())
+    across = (*batch, *length, *size_one_axes())
     if not (batch or length):
         return function(hidden, kernel, *tokens)
-    rows = PartitionSpec((*batch, *whole_axes()), length or None)
+    rows = PartitionSpec((*batch, *size_one_axes()), length or None)
 
     def part(x, kernels, *tokens):
         out = function(x, kernels[0], *tokens)

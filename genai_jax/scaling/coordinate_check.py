@@ -19,7 +19,7 @@ from typing import NamedTuple
 from genai_jax.command import run
 from genai_jax.components import parse_run
 from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
-from genai_jax.networks.sequence.transformer import PARAMETRIZATIONS
+from genai_jax.networks.sequence.config import PARAMETRIZATIONS
 from genai_jax.tasks import TASKS
 
 

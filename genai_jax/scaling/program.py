@@ -7,13 +7,12 @@ branches of a conditional the one that computes most counts, as devices wait for
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
+from genai_jax.networks.flops import mean_taps
 
 ITEM_BITS = {"pred": 8, "c64": 64, "c128": 128}  # others say it: s32, bf16, f8e4m3fn
 
@@ -219,13 +218,3 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
             out=out[labels[3].index(label)],
         )
     return flops
-
-
-@functools.cache
-def mean_taps(*, size, stride, low, base, dilation, length, out) -> float:
-    """Elements of a window that meet an element of the input, on average over the outputs."""
-    if size == 1:
-        return 1.0
-    at = np.arange(out)[:, None] * stride + np.arange(size)[None] * dilation - low
-    meets = (at >= 0) & (at <= (length - 1) * base) & (at % base == 0)
-    return float(meets.sum() / out)

@@ -140,7 +140,7 @@ class Task(Protocol):
     mutable_rules: Sequence[tuple[str, tuple]] = ()
     activation_axes: tuple[str, ...] = ()
     loss_unit: str = "loss"
-    curves: Mapping[str, tuple[tuple[str, ...], str]] = {}  # noqa: RUF012
+    curves: Mapping[str, tuple[tuple[str, ...], str]] = {}
 
     @abstractmethod
     def init(self, key: jax.Array) -> tuple[Params, PyTree]:

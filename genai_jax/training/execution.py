@@ -93,7 +93,8 @@ def phases_of(task: Task, config: Config) -> Callable[[Params], tuple[Phase, ...
             trains = tuple(sorted(trained_paths(phase, params) & allowed))
             if not trains:
                 raise ConfigError(
-                    f"{flag}={config.optimizer.trainable} leaves phase {phase.name} nothing to train"
+                    f"{flag}={config.optimizer.trainable} leaves phase {phase.name} nothing to "
+                    "train"
                 )
             restricted.append(phase._replace(trains=trains))
         return tuple(restricted)

@@ -167,7 +167,7 @@ class Population:
         return lambda state, batch: run(state, rates, batch)
 
     def _over_members(self, function: Callable, split: int, shared: int = 0) -> Callable:
-        """`function` of one member, for all: `split` arguments have a members axis, `shared` not."""
+        """`function` of one member, for all; `split` arguments have a members axis, `shared` none."""
 
         def part(*arguments):
             # Inside, no logical axis means an axis of the mesh: a member is whole.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.decoding.generate import generate
-from genai_jax.networks.sequence.transformer import make_cache
+from genai_jax.decoding.generate import at_last_token, generate
+from genai_jax.networks.sequence.transformer import empty_state
 from tests.networks.sequence.test_transformer import VOCABULARY, logits_of, make
 
 PROMPTS = [[1], [1, 5, 2, 9], [3, 3]]
@@ -23,15 +23,16 @@ def run(prompts, seed=0, max_new_tokens=6, **options):
     lengths = np.array([len(p) for p in prompts])
     padded = np.array([p + [0] * (lengths.max() - len(p)) for p in prompts])
 
-    def step(tokens, positions, select, cache):
-        hidden, cache = model.apply(variables, tokens, positions, cache=cache)
+    def step(tokens, positions, lengths, state):
+        hidden, state = model.apply(variables, tokens, positions, state=state, lengths=lengths)
         logits = model.apply(variables, hidden, method="logits")
-        return jnp.take_along_axis(logits, select[:, None, None], 1)[:, 0], cache
+        return at_last_token(logits, lengths)[:, 0], state
 
-    cache = make_cache(model.config, len(prompts), padded.shape[1] + max_new_tokens, jnp.float32)
+    total = padded.shape[1] + max_new_tokens
+    state = empty_state(model.config, len(prompts), total, jnp.float32)
     options["max_new_tokens"] = max_new_tokens
     result = jax.jit(functools.partial(generate, step, **options))(
-        cache, padded, lengths, jax.random.key(seed)
+        state, padded, lengths, jax.random.key(seed)
     )
     rows = zip(np.asarray(result.tokens), np.asarray(result.lengths), strict=True)
     return [row[:end].tolist() for row, end in rows]

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import pytest
 
 from genai_jax.components import parse_run
-from genai_jax.networks.experts.mixture import MoeConfig
-from genai_jax.networks.flops import (
-    count_flops,
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.flops import count_flops
+from genai_jax.networks.image.dit import Dit, DitConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.flops import (
     inactive_parameters,
-    mean_keys,
     transformer_forward_flops,
     transformer_training_flops,
 )
-from genai_jax.networks.image.dit import Dit, DitConfig
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.mixers.attention import mean_keys
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.tasks import TASKS
 from tests.conftest import ROOT
 

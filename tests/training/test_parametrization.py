@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.networks.experts.mixture import MoeConfig, Router
-from genai_jax.networks.sequence.transformer import (
-    PARTITION_RULES,
-    Transformer,
-    TransformerConfig,
-    make_cache,
-)
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.router import Router
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.transformer import PARTITION_RULES, Transformer, empty_state
 from genai_jax.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from genai_jax.training.parametrization import fans, kind, learning_rate_factor
 from genai_jax.training.sharding import logical_axes
@@ -40,6 +37,7 @@ def test_the_sharding_table_says_what_every_parameter_is():
         "attention/query/kernel": "hidden",
         "attention/(key|value)/kernel": "hidden",
         "attention/out/kernel": "hidden",
+        "attention/out/bias": "vector",
         "attention/query/bias": "vector",
         "attention/(key|value)/bias": "vector",
         "attention/(query|key)_norm/scale": "vector",
@@ -49,8 +47,8 @@ def test_the_sharding_table_says_what_every_parameter_is():
         "(mlp|shared)/(up|gate)/kernel": "hidden",
         "(mlp|shared)/down/kernel": "hidden",
         "mlp/(up|gate)/bias": "vector",
-        "(attention/out|mlp/down)/bias": "vector",
-        r"layers/\w+_norm/(scale|bias)": "vector",
+        "mlp/down/bias": "vector",
+        r"layers/(block_\d+/)?\w+_norm/(scale|bias)": "vector",
         "final_norm/(scale|bias)": "vector",
         "head/kernel": "output",
     }
@@ -177,9 +175,9 @@ def test_wider_heads_have_scores_of_one_over_head_dim():
     # In decoding as in training: queries and keys are normalized, so the scale alone differs.
     model = Transformer(dataclasses.replace(SHAPE, **WIDER_HEADS), 11)
     variables = {"params": fresh()[1]}
-    cache = make_cache(model.config, 2, 12, jnp.float32)
+    state = empty_state(model.config, 2, 12, jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    cached = jax.jit(model.apply)(variables, TOKENS, positions, cache=cache)[0]
+    cached = jax.jit(model.apply)(variables, TOKENS, positions, state=state)[0]
     whole = jax.jit(model.apply)(variables, TOKENS)[0]
     np.testing.assert_allclose(cached, whole, atol=1e-5)
     other = jax.jit(Transformer(SHAPE, 11).apply)(variables, TOKENS)[0]
@@ -188,8 +186,8 @@ def test_wider_heads_have_scores_of_one_over_head_dim():
 
 def test_a_base_that_flags_do_not_say():
     for changes, message in (
-        (dict(base_width=8), r"base_width=8 is for --transformer.parametrization=maximal_update"),
-        (dict(parametrization="maximal_update"), r"needs --transformer.base_width"),
+        (dict(base_width=8), r"base_width=8 is for parametrization=maximal_update"),
+        (dict(parametrization="maximal_update"), r"needs `base_width`"),
         (MORE_HEADS | dict(head_dim=None), r"say what grows with the width"),
         (MORE_HEADS | dict(num_kv_heads=1), r"num_kv_heads=1 is not a multiple of the 2 times"),
         (MORE_HEADS | dict(base_width=3), r"num_heads=4 is not a multiple of the 5.33333 times"),

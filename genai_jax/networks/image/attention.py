@@ -1,4 +1,4 @@
-"""Attention of all to all, or to a text, as the image networks use it."""
+"""Attention among all tokens, or to a text, as the image networks use it."""
 
 import flax.linen as nn
 import jax
@@ -15,11 +15,11 @@ class Attention(nn.Module):
     """Multi-head attention without causality.
 
     Attributes:
-      num_heads: of queries, keys and values.
+      num_heads: number of heads of queries, keys and values.
       head_dim: width of a head.
-      qk_norm: RMSNorm on queries and keys.
-      out_scale: variance of the output projection, times fan-in; 0 starts it at zero.
-      parallel: how x is split over the sequence axis; None: not at all.
+      qk_norm: whether queries and keys pass through an RMSNorm.
+      out_scale: variance of the output projection, times fan-in; 0 initializes it to zero.
+      parallel: how x is split over the mesh axis `sequence`; None leaves it whole.
     """
 
     num_heads: int
@@ -38,12 +38,12 @@ class Attention(nn.Module):
         context_mask: jax.Array | None = None,
         rotate_by: Rotation | None = None,
     ) -> jax.Array:
-        """[batch, length, dim] -> the same.
+        """[batch, length, dim] -> the same shape.
 
         Args:
-          x: where the queries come from.
-          context: [batch, context_length, context_dim], where keys and values come from; x if None.
-          context_mask: [batch, context_length] bool, what of the context exists.
+          x: source of the queries.
+          context: [batch, context_length, context_dim], source of keys and values; x if None.
+          context_mask: [batch, context_length] bool, True where the context is real.
           rotate_by: rotary angles of x, for attention within x.
         """
         source = x if context is None else context

@@ -17,7 +17,7 @@ from genai_jax.networks.image.attention import Attention
 from genai_jax.networks.image.conditioning import Condition, ConditionEmbedding
 from genai_jax.networks.layers.convolution import Conv, GroupNorm, upsample
 from genai_jax.networks.layers.dense import Dense
-from genai_jax.networks.sequence.transformer import REMAT
+from genai_jax.networks.sequence.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True)

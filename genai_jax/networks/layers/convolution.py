@@ -17,7 +17,7 @@ class Conv(nn.Module):
       features: channels of the output.
       kernel_size: one size for each axis of space.
       strides: one for each axis of space; 1 if None.
-      init_scale: variance of the kernel, times fan-in; 0 starts it at zero.
+      init_scale: variance of the kernel, times fan-in; 0 initializes it to zero.
       spectral_norm: whether the kernel is divided by its largest singular value.
     """
 
@@ -62,8 +62,8 @@ class GroupNorm(nn.Module):
     """Group normalization (Wu and He 2018) over space and the channels of a group, in float32.
 
     Attributes:
-      max_groups: the groups are as many as divide the channels, at most so many.
-      affine: whether a scale and a bias of each channel are learned.
+      max_groups: upper bound of the number of groups, which is a divisor of the channels.
+      affine: whether each channel has a learned scale and bias.
     """
 
     max_groups: int = 32
@@ -74,7 +74,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        # Groups of at least four channels: a group of one on a tiny network forgets its mean.
+        # Groups of at least four channels: a group of one, on a tiny network, erases its mean.
         groups = math.gcd(max(1, min(self.max_groups, channels // 4)), channels)
         grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
         mean = jnp.mean(grouped, (1, 3), keepdims=True)

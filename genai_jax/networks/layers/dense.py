@@ -38,13 +38,22 @@ def _length_is_sharded() -> bool:
 
 
 class Dense(nn.Module):
-    """A linear map from the last `num_in` axes to `shape_out`."""
+    """A linear map from the last `num_in` axes to `shape_out`.
+
+    Attributes:
+      shape_out: axes of the output that replace the contracted ones.
+      num_in: number of axes contracted.
+      use_bias: whether a bias is added.
+      init_scale: variance of the kernel, times fan-in; 0 initializes it to zero.
+      spectral_norm: whether the kernel is divided by its largest singular value.
+      dtype: dtype of the matmul.
+    """
 
     shape_out: Sequence[int]
     num_in: int = 1
     use_bias: bool = False
-    init_scale: float = 1.0  # variance of the kernel, times fan-in; 0 starts it at zero
-    spectral_norm: bool = False  # whether the kernel is divided by its largest singular value
+    init_scale: float = 1.0
+    spectral_norm: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -91,7 +100,7 @@ class Norm(nn.Module):
 
 
 def activate(hidden: jax.Array, gate: jax.Array | None, activation: str) -> jax.Array:
-    """The activation of an MLP; gate is what gates it where `activation` is one of GATED."""
+    """The activation of an MLP; `gate` is its gate, for the activations in GATED."""
     if activation in GATED:
         return hidden * (nn.silu(gate) if activation == "swiglu" else nn.gelu(gate))
     return nn.gelu(hidden) if activation == "gelu" else nn.relu(hidden)

@@ -1,4 +1,4 @@
-"""A table of vectors, looked up over a mesh without moving more than its own parts."""
+"""An embedding table that is looked up over a mesh by moving only its own parts."""
 
 import flax.linen as nn
 import jax
@@ -12,10 +12,10 @@ class Embed(nn.Module):
     """Row i of `embedding` [num_rows, dim] for integer i.
 
     Attributes:
-      num_rows: of the table.
+      num_rows: rows of the table.
       dim: width of a row.
       rows_axis: logical axis of the rows in the sharding table; None if they are never split.
-      dtype: of the result.
+      dtype: dtype of the result.
     """
 
     num_rows: int
@@ -37,8 +37,8 @@ def lookup(table: jax.Array, index: jax.Array, rows: tuple[str, ...] = ()) -> ja
     """table[index], [batch, length, dim], batch and length split as the sharding table says.
 
     XLA's partitioner gathers the vectors of the whole batch where table and indices are both split
-    over an axis. Here the parts of a row are gathered first, and each device looks its own indices
-    up; over `rows`, the mesh axes that split the rows, the vectors found are summed.
+    over an axis. Here the parts of a row are gathered first, and each device looks up its own
+    indices; the vectors are then summed over `rows`, the mesh axes that split the rows.
 
     Args:
       table: [num_rows, dim].
@@ -58,8 +58,8 @@ def lookup(table: jax.Array, index: jax.Array, rows: tuple[str, ...] = ()) -> ja
             return jnp.take(table, index, axis=0)
         index = index - jax.lax.axis_index(rows) * table.shape[0]
         here = (index >= 0) & (index < table.shape[0])
-        found = jnp.take(table, jnp.where(here, index, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], found, 0), rows)
+        vectors = jnp.take(table, jnp.where(here, index, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[..., None], vectors, 0), rows)
 
     spec = PartitionSpec(batch or None, length or None)
     return jax.shard_map(

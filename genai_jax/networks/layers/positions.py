@@ -16,7 +16,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) -> Rotation:
-    """The rotary angles of positions [batch, length], to be computed once for all layers.
+    """The rotary angles of positions [batch, length], computed once for all layers.
 
     Su et al. 2021, "RoFormer", equation 34, with channel i paired with i + head_dim / 2.
 
@@ -35,8 +35,8 @@ def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) ->
 def axial_rotation(shape: tuple[int, ...], head_dim: int, *, theta: float = 100.0) -> Rotation:
     """The rotary angles of the points of a grid, [1, points, 1, 2, head_dim / 2].
 
-    Each axis of the grid turns an equal share of the pairs of channels; what is left over is not
-    turned.
+    Each axis of the grid rotates an equal share of the pairs of channels; the remaining pairs are
+    not rotated.
     """
     half = head_dim // 2
     share = half // len(shape)
@@ -65,8 +65,8 @@ def axial_sinusoidal(shape: tuple[int, ...], dim: int) -> np.ndarray:
 def rotary(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates pairs of channels of queries or keys, [batch, length, heads, head_dim], in float32.
 
-    The partner of each channel is reached by reversing an axis of 2, which XLA fuses; joining two
-    rotated halves would write them twice.
+    The partner of each channel is reached by reversing an axis of 2, which XLA fuses; concatenating
+    two rotated halves would write them twice.
     """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     rotated = pairs * by.cos + jnp.flip(pairs, -2) * by.sin
@@ -86,10 +86,10 @@ def sinusoidal(positions: jax.Array, dim: int) -> jax.Array:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """One slope a head, [heads], float32: the geometric sequence of Press et al. 2022, section 3.
+    """One slope per head, [heads], float32: the geometric sequence of Press et al. 2022, section 3.
 
     For a number of heads that is not a power of two, the sequence of the next smaller power is
-    completed by every second slope of the next larger one, as the authors' code does.
+    completed with every second slope of the next larger one, as in the authors' code.
     """
 
     def powers(count: int) -> list[float]:

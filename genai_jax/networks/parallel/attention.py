@@ -4,11 +4,11 @@ Without the axis this is `kernels_pallas.attention`. With it each device has a p
 and of the keys, and they meet in one of two ways, inside one `jax.shard_map` that also splits the
 batch and the heads as the sharding table says:
 
-ring        keys and values go round the devices (`kernels_pallas.ring_attention`); works for any
-            number of heads, and sends (n - 1) / n of all keys and values.
+ring        keys and values are passed around the devices (`kernels_pallas.ring_attention`); works
+            for any number of heads, and sends (n - 1) / n of all keys and values.
 all_to_all  length is exchanged for heads, plain attention runs on the whole length with a share of
             the heads, and the result is exchanged back (Jacobs et al. 2023, DeepSpeed-Ulysses,
-            section 3). The axis has to divide the query heads of a device. Where it does not divide
+            section 3). The axis must divide the query heads of a device. Where it does not divide
             its key heads, each is repeated as often as it takes, which costs that much more to
             send: 8 key heads over 16 devices are sent twice.
 """
@@ -26,9 +26,10 @@ from genai_jax.networks.parallel.axes import (
     ParallelConfig,
     axis_size,
     check_length,
+    describe_axis,
     free_axes,
+    size_one_axes,
     split_over,
-    whole_axes,
 )
 
 
@@ -50,22 +51,22 @@ def attention(
 
     Args:
       q: queries.
-      k: keys; of another length than q they are not split, but whole on every device.
+      k: keys. If their length is not that of q they are not split: every device has all of them.
       v: values.
-      mask: of `kernels_pallas`.
-      parallel: how the sequence axis is used; None: not at all, every device has the whole length.
-      order: of the tokens, as `token_order` says; "contiguous" for masks other than causal ones.
+      mask: which keys a query sees.
+      parallel: how the sequence axis is used; None leaves the whole length on every device.
+      order: order of the tokens, see `token_order`; "contiguous" unless the mask is causal.
       segment_ids: None, [batch, length], or a pair of [batch, length] and [batch, kv_length].
-      slopes: None, or those of ALiBi, [heads].
-      scale: of the scores; 1 / sqrt(head_dim) if None.
+      slopes: slopes of ALiBi, [heads], or None.
+      scale: factor of the scores; 1 / sqrt(head_dim) if None.
       logits_soft_cap: tanh cap of the scores.
-      backend: of `kernels_pallas`.
+      backend: backend of `kernels_pallas`.
 
     Returns:
       [batch, length, heads, head_dim].
 
     Raises:
-      ConfigError: a length or a number of heads that the axis does not divide.
+      ConfigError: the axis does not divide the length or the number of heads.
     """
     if not (isinstance(segment_ids, tuple) or segment_ids is None):
         segment_ids = segment_ids, segment_ids
@@ -73,25 +74,25 @@ def attention(
     if parallel is None or axis_size(SEQUENCE) == 1:
         return _plain(q, k, v, segment_ids, slopes, **shared)
     check_length(q.shape[1], parallel)
-    batch = (*split_over("batch", q.shape[0]), *whole_axes())
+    batch = (*split_over("batch", q.shape[0]), *size_one_axes())
     heads = split_over("kv_heads", k.shape[2])
     whole_keys = k.shape[1] != q.shape[1]
     if whole_keys:
-        run = lambda *x: _plain(*x, **shared)
+        attend = lambda *x: _plain(*x, **shared)
     elif parallel.sequence == "ring":
-        run = lambda *x: _ring(*x, order=order, **shared)
+        attend = lambda *x: _ring(*x, order=order, **shared)
     else:
-        run = lambda *x: _all_to_all(*x, **shared)
+        attend = lambda *x: _all_to_all(*x, **shared)
     kv_length = None if whole_keys else SEQUENCE
-    of_queries = PartitionSpec(batch, SEQUENCE, heads or None)
-    of_keys = PartitionSpec(batch, kv_length, heads or None)
-    of_ids = PartitionSpec()
+    query_spec = PartitionSpec(batch, SEQUENCE, heads or None)
+    key_spec = PartitionSpec(batch, kv_length, heads or None)
+    id_spec = PartitionSpec()
     if segment_ids is not None:
-        of_ids = PartitionSpec(batch, SEQUENCE), PartitionSpec(batch, kv_length)
+        id_spec = PartitionSpec(batch, SEQUENCE), PartitionSpec(batch, kv_length)
     return jax.shard_map(
-        run,
-        in_specs=(of_queries, of_keys, of_keys, of_ids, PartitionSpec(heads or None)),
-        out_specs=of_queries,
+        attend,
+        in_specs=(query_spec, key_spec, key_spec, id_spec, PartitionSpec(heads or None)),
+        out_specs=query_spec,
         axis_names=free_axes(),
         check_vma=False,
     )(q, k, v, segment_ids, None if slopes is None else jnp.asarray(slopes))
@@ -113,10 +114,10 @@ def _all_to_all(q, k, v, segment_ids, slopes, **shared) -> jax.Array:
     size, heads, kv_heads = jax.lax.axis_size(SEQUENCE), q.shape[2], k.shape[2]
     if heads % size:
         raise ConfigError(
-            f"{heads} query heads a device are not divisible by --mesh.sequence={size}, which "
-            "--parallel.sequence=all_to_all needs; ring takes any number"
+            f"{heads} query heads per device are not divisible by {describe_axis(SEQUENCE)}, as "
+            "all-to-all attention needs; ring attention works for any number"
         )
-    exchange = lambda a, split, joined: jax.lax.all_to_all(a, SEQUENCE, split, joined, tiled=True)
+    exchange = lambda a, split, merge: jax.lax.all_to_all(a, SEQUENCE, split, merge, tiled=True)
     # Equal shares of the heads keep to their key heads: lcm(kv_heads, size) divides heads.
     repeats = math.lcm(kv_heads, size) // kv_heads
     q, *kv = (exchange(a, 2, 1) for a in (q, *(jnp.repeat(a, repeats, 2) for a in (k, v))))

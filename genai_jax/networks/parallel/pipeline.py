@@ -4,10 +4,11 @@ In the form of Xu et al. 2021 (GSPMD, section 3.3): one array holds what every s
 first axis split over `stage`. All stages apply their layers at once, by `jax.vmap`, and a roll of
 the array by one place, a collective permute, hands each microbatch to the next stage.
 
-Microbatches may go round the stages several times (`repeats`, the circular schedule of Narayanan et
-al. 2021, section 2.2, with one microbatch a place): stage s then has the pieces s, s + stages, ...
-of the layers. A step is `microbatches * repeats + stages - 1` ticks of a piece each, of which
-`stages - 1` are idle on every device, so repeats and microbatches shrink the idle share.
+Microbatches may pass through the stages several times (`repeats`, the circular schedule of
+Narayanan et al. 2021, section 2.2, with one microbatch per place): stage s then has the pieces s,
+s + stages, ... of the layers. A step is `microbatches * repeats + stages - 1` ticks of one piece
+each, of which `stages - 1` are idle on every device, so repeats and microbatches shrink the idle
+share.
 
 Layers are stored in order, whatever the schedule, so that a checkpoint does not depend on it. With
 repeats > 1 a stage's pieces are not the layers that it stores: each device receives (and in the
@@ -23,7 +24,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from genai_jax.config import ConfigError
-from genai_jax.networks.parallel.axes import STAGE, ParallelConfig, axis_size, split_over
+from genai_jax.networks.parallel.axes import (
+    STAGE,
+    ParallelConfig,
+    axis_size,
+    describe_axis,
+    split_over,
+)
 
 PyTree = Any
 
@@ -36,37 +43,39 @@ def pipeline(
     config: ParallelConfig,
     key: jax.Array | None = None,
     policy: Callable | None = None,
+    unit: str = "layers",
 ) -> PyTree:
-    """What `apply_layers(params, x, context, key)` gives, by stages and microbatches.
+    """Computes `apply_layers(params, x, context, key)` by stages and microbatches.
 
     Args:
       apply_layers: (parameters of consecutive layers [count, ...], x, context, key) -> x, for any
-        count of layers and of rows; rows do not see each other.
-      params: of all layers, [num_layers, ...].
+        number of layers and of rows; rows do not see each other.
+      params: parameters of all layers, [num_layers, ...].
       x: arrays [batch, ...].
-      context: arrays [batch, ...] that every layer is given.
+      context: arrays [batch, ...] that every layer receives.
       config: microbatches and repeats.
-      key: of dropout; every piece is given another one for every microbatch. None for none.
-      policy: what the backward pass need not make again, for repeats > 1; None for everything. With
-        one repeat `apply_layers` sees to that itself.
+      key: key of dropout, from which every piece and microbatch gets its own; None for no dropout.
+      policy: for repeats > 1, what the backward pass keeps instead of recomputing it; None keeps
+        everything but weights. With one repeat `apply_layers` rematerializes by itself.
+      unit: what one entry of params is, for error messages.
 
     Raises:
-      ConfigError: layers or rows that do not divide.
+      ConfigError: the stages do not divide the layers, or the microbatches do not divide the rows.
     """
-    check_pipeline(_length(params), _length(x), config)
+    check_pipeline(_length(params), _length(x), config, unit)
     stages, repeats = axis_size(STAGE), config.repeats
     microbatches = config.microbatches or stages
     # Row i goes to microbatch i % microbatches, so that rows stay on their devices.
     cut = lambda a: jnp.moveaxis(a.reshape(-1, microbatches, *a.shape[1:]), 1, 0)
-    each_stage = lambda a: _staged(jnp.broadcast_to(a, (stages, *a.shape)))
+    to_each_stage = lambda a: _staged(jnp.broadcast_to(a, (stages, *a.shape)))
     # What waits to enter stage 0, or has left the last one; only the part of stage 0 matters.
-    waiting = jax.tree.map(lambda a: each_stage(cut(a)), (x, context))
+    waiting = jax.tree.map(lambda a: to_each_stage(cut(a)), (x, context))
     working = jax.tree.map(lambda a: jnp.zeros_like(a[:, 0]), waiting)
     pieces = jax.tree.map(lambda a: _pieces(a, stages, repeats), params)
     numbers = jnp.arange(stages)
 
     def enter(waiting, working, number, tick):
-        """What a stage begins with; working: what the stage before made in the tick before."""
+        """What a stage begins with; working: output of the previous stage in the previous tick."""
         (kept, contexts), (x, context) = waiting, working
         kept = jax.tree.map(lambda a, new: _put(a, new, tick - stages), kept, x)
         entering = jax.tree.map(lambda a: _take(a, tick % microbatches), (kept, contexts))
@@ -99,7 +108,7 @@ def pipeline(
     return jax.tree.map(lambda a: _of_first(a, numbers == 0), whole)
 
 
-# What makes a matmul's weights out of the stored parameters.
+# Primitives that turn stored parameters into the weights of a matmul.
 _OF_WEIGHTS = (
     "gather", "squeeze", "sharding_constraint", "convert_element_type", "reduce_precision",
     "reshape", "transpose",
@@ -107,31 +116,31 @@ _OF_WEIGHTS = (
 
 
 def _all_but_weights(primitive, *_, **__) -> bool:
-    """A policy for `jax.checkpoint` that saves as much as can be without parameters."""
+    """A policy for `jax.checkpoint` that saves all it can except parameters."""
     return primitive.name not in _OF_WEIGHTS
 
 
-def check_pipeline(layers: int, rows: int, config: ParallelConfig):
-    """Raises `ConfigError` for what the stages of the mesh in use do not divide."""
+def check_pipeline(layers: int, rows: int, config: ParallelConfig, unit: str = "layers"):
+    """Raises `ConfigError` for layers or rows that the stages of the mesh in use do not divide."""
     stages, repeats = axis_size(STAGE), config.repeats
     if stages == 1:
         return
     microbatches = config.microbatches or stages
     if layers % (stages * repeats):
         raise ConfigError(
-            f"{layers} layers are not divisible by --mesh.stage={stages} x "
-            f"--parallel.repeats={repeats}"
+            f"{layers} {unit} are not divisible by {stages * repeats}: "
+            f"{describe_axis(STAGE)} x {repeats} repeats"
         )
     shards = math.prod(axis_size(axis) for axis in split_over("batch", rows))
     if rows % (microbatches * shards):
         raise ConfigError(
-            f"a batch of {rows} rows is not divisible by --parallel.microbatches={microbatches} x "
-            f"{shards} device(s) that share it"
+            f"a batch of {rows} rows is not divisible by {microbatches} microbatches x {shards} "
+            "device(s) that share it"
         )
     if repeats > 1 and microbatches < stages:
         raise ConfigError(
-            f"--parallel.repeats={repeats} needs at least as many microbatches as "
-            f"--mesh.stage={stages}, not --parallel.microbatches={microbatches}"
+            f"a pipeline of {repeats} repeats needs at least as many microbatches as stages: "
+            f"{describe_axis(STAGE)}, but {microbatches} microbatches"
         )
 
 

@@ -7,7 +7,7 @@ order, those of a place one after the other, each codebook with tokens of its ow
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,20 @@ import numpy as np
 from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.decoding.generate import generate
+from genai_jax.decoding.generate import at_last_token, generate
 from genai_jax.losses.token import cross_entropy, token_scores
-from genai_jax.networks.flops import CONVENTION, transformer_training_flops
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.flops import CONVENTION, transformer_training_flops
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.drawing import check_label, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.autoencoder.latents import Latents
-from genai_jax.training.optimizer import default_optimizer
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
+from genai_jax.training.optimizer import default_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,6 @@ class CodePrior(Task):
         "parallel": ParallelConfig,
         "code_prior": CodePriorConfig,
     }
-    partition_rules: ClassVar = (
-        *((f"^prior/.*{pattern}$", axes) for pattern, axes in transformer.PARTITION_RULES),
-        ("^autoencoder/", (...,)),
-    )
     loss_unit = "nats per code"
     sample_request = CodeRequest
     evaluate_request = CodeScoreRequest
@@ -90,9 +87,7 @@ class CodePrior(Task):
                 f"--code_prior.autoencoder={chosen.autoencoder} has --autoencoder.latent="
                 f"{self.codec.config.latent}, which has no codes; vq, rvq and fsq have"
             )
-        self.label_sizes = self.data.conditional_labels(
-            chosen.condition, "--code_prior.condition"
-        )
+        self.label_sizes = self.data.conditional_labels(chosen.condition, "--code_prior.condition")
         self.code_shape = (*self.codec.latent_shape[:-1], self.codec.codebooks)
         self.num_codes = math.prod(self.code_shape)
         self.code_tokens = self.codec.codebooks * self.codec.code_count
@@ -104,9 +99,17 @@ class CodePrior(Task):
                 f"an image: {self.prefix} in front and {self.num_codes} codes"
             )
         vocab_size = self.code_tokens + (sum(self.label_sizes) or 1)
-        self.model = Transformer(
-            shape, vocab_size, config.run.attention, self.dtype, config.parallel
+        self.partition_rules = (
+            *(
+                (f"^prior/.*{pattern}$", axes)
+                for pattern, axes in transformer.partition_rules(shape)
+            ),
+            ("^autoencoder/", (...,)),
         )
+        self.model = Transformer(
+            shape, vocab_size, backend=config.run.attention, dtype=self.dtype,
+            parallel=config.parallel,
+        )  # fmt: skip
 
     # Codes and tokens.
 
@@ -231,16 +234,18 @@ class CodePrior(Task):
         """Tokens of codes, [rows, num_codes]."""
         variables, total = {"params": prior}, self.prefix + self.num_codes
 
-        def step(tokens, positions, select, cache):
-            hidden, cache = self.model.apply(variables, tokens, positions, cache=cache)
-            chosen = jnp.take_along_axis(hidden, select[:, None, None], 1)
-            logits = self.model.apply(variables, chosen, method="logits")[:, 0]
-            at = jnp.take_along_axis(positions, select[:, None], 1)[:, 0]
-            return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), cache
+        def step(tokens, positions, lengths, state):
+            hidden, state = self.model.apply(
+                variables, tokens, positions, state=state, lengths=lengths
+            )
+            last = at_last_token(hidden, lengths)
+            logits = self.model.apply(variables, last, method="logits")[:, 0]
+            at = at_last_token(positions, lengths)[:, 0]
+            return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), state
 
         found = generate(
             step,
-            transformer.make_cache(self.config.transformer, rows, total, self.dtype),
+            transformer.empty_state(self.config.transformer, rows, total, self.dtype),
             self.front(labels, rows),
             jnp.full(rows, self.prefix, jnp.int32),
             key,

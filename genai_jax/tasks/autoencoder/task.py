@@ -5,9 +5,8 @@ of its own (Esser et al. 2021; Rombach et al. 2022).
 """
 
 import dataclasses
-import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,9 @@ from genai_jax.requests import Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
+from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import make_optimizer
-from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 
 
 @dataclasses.dataclass(frozen=True)

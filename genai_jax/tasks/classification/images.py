@@ -1,9 +1,8 @@
 """Telling what images show: for its own sake, and for the features that scores are made of."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from genai_jax.networks.image import classifier
 from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import open_fitting
-from genai_jax.training.optimizer import default_optimizer
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
+from genai_jax.training.optimizer import default_optimizer
 from genai_jax.training.restore import restore_model
 
 

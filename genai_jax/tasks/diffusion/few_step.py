@@ -43,9 +43,7 @@ class FewStepConfig:
     last_intervals: int = field(
         160, "Intervals of the consistency time grid at the end.", minimum=2
     )
-    finest: int = field(
-        128, "Steps of a shortcut model at its finest, a power of two.", minimum=2
-    )
+    finest: int = field(128, "Steps of a shortcut model at its finest, a power of two.", minimum=2)
     bootstrap: float = field(
         0.25, "Share of the examples that teach a shortcut model its long steps.",
         minimum=0, maximum=1,

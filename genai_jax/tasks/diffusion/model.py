@@ -33,9 +33,7 @@ CONDITIONS = ("none", "class", "text")
 class DiffusionConfig:
     network: str = field("unet", "Network that predicts.", choices=tuple(NETWORKS))
     objective: str = field("denoising", "Training objective.", choices=OBJECTIVES)
-    schedule: str = field(
-        "cosine", "Noise schedule.", choices=(*schedules.SCHEDULES, "learned")
-    )
+    schedule: str = field("cosine", "Noise schedule.", choices=(*schedules.SCHEDULES, "learned"))
     zero_terminal_snr: bool = field(
         False, "Rescale the schedule so that no signal is left at t = 1."
     )
@@ -296,9 +294,7 @@ def check_flags(config: Config):
             f"--diffusion.zero_terminal_snr does not apply to --diffusion.schedule="
             f"{chosen.schedule}, but to vp_linear, cosine, sigmoid"
         )
-    if chosen.objective == "bound" and (
-        chosen.zero_terminal_snr or chosen.schedule not in BOUNDED
-    ):
+    if chosen.objective == "bound" and (chosen.zero_terminal_snr or chosen.schedule not in BOUNDED):
         raise ConfigError(
             "--diffusion.objective=bound needs a schedule that preserves the variance and has "
             f"a finite log-SNR at both ends: one of {', '.join(BOUNDED)}, not rescaled"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +97,7 @@ class DiffusionRequest(Overrides, SampleRequest):
         "Classes to sample: comma-separated names or numbers, repeated in order; every class in "
         "order if empty.",
     )
-    prompt: str = field(
-        "", "Caption of what to sample; captions of held-out images if empty."
-    )
+    prompt: str = field("", "Caption of what to sample; captions of held-out images if empty.")
     strip: bool = field(False, "Also show trajectories from noise to image.")
     init_image: str = field("", "Image to start from, or whose masked part is replaced.")
     strength: float = field(

@@ -17,8 +17,8 @@ from genai_jax.networks.energy import rbm
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.training.optimizer import default_optimizer
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
+from genai_jax.training.optimizer import default_optimizer
 
 MEASURED_IMAGES = 2048  # that the first visible biases are set from
 

@@ -20,8 +20,8 @@ from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
-from genai_jax.training.optimizer import default_optimizer
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
+from genai_jax.training.optimizer import default_optimizer
 
 START_IMAGES = 256  # from which the first scales and biases are set
 MOST_ROWS = 12  # of a walk

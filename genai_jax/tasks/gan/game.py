@@ -15,8 +15,8 @@ import optax
 from genai_jax.config import ConfigError, field
 from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
 from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
-from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
 from genai_jax.tasks.protocol import LossOutput, Phase, StepInfo
+from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 UPDATES = ("alternating", "simultaneous")
 CRITIC_PENALTIES = ("r1", "r2", "gradient_penalty")
@@ -247,9 +247,7 @@ class Game:
         """The sum of both losses, in each of which the other player is a constant."""
         frozen = jax.lax.stop_gradient(params)
         mutables = self.players.prepare(params, mutables)
-        critic = self._critic_terms(
-            {**frozen, "critic": params["critic"]}, mutables, batch, info
-        )
+        critic = self._critic_terms({**frozen, "critic": params["critic"]}, mutables, batch, info)
         generator = self._generator_loss(
             {**frozen, "generator": params["generator"]}, mutables, batch, info
         )

@@ -1,12 +1,10 @@
 """Generative adversarial networks on images."""
 
 import dataclasses
-import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
@@ -117,7 +115,7 @@ class Gan(Task):
     # Parameters.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: spectral vectors, means, probabilities, and how far layers faded in."""
+        """Groups, and mutables: spectral vectors, means, probabilities, and the share of fading."""
         generator_rng, critic_rng = jax.random.split(rng)
         labels = jnp.zeros((2, len(self.label_sizes)), jnp.int32)
         z = jnp.zeros((2, self.config.generator.latent_dim))

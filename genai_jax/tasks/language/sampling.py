@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.data.text.tokenization import Tokenizer
 from genai_jax.decoding.generate import Generated, Step, generate
-from genai_jax.networks.parallel.axes import axis_size, split_over
+from genai_jax.networks.parallel.axes import axis_size
 from genai_jax.requests import SampleRequest
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
@@ -135,7 +134,7 @@ class TextSampler:
         state = self.decoder.empty_state(prompts.shape[0], total)
         return generate(
             self.decoder.step(params),
-            jax.tree.map(_over_batch, state),
+            state,
             prompts,
             lengths,
             key,

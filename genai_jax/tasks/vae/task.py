@@ -1,7 +1,6 @@
 """Variational autoencoders: dense or hierarchical, with a likelihood for every kind of pixel."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -22,10 +21,10 @@ from genai_jax.networks.latent.latent_variables import Latents
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
+from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.tasks.vae.sampling import VaeRequest, sample_images, sample_request
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
-from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 
 NETWORKS = {
     "dense": (DenseVae, "dense_vae", DenseVaeConfig, dense_vae.PARTITION_RULES),

@@ -11,17 +11,14 @@ import pytest
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.losses.router import router_losses
-from genai_jax.networks.experts.mixture import (
-    MixtureOfExperts,
-    MoeConfig,
-    Places,
-    assign,
-    to_slots,
-    to_tokens,
-)
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.mixture import MixtureOfExperts
+from genai_jax.networks.experts.router import collect_router_sums
+from genai_jax.networks.experts.slots import Places, assign, to_slots, to_tokens
 from genai_jax.networks.layers.dense import Mlp
 from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.tasks.language.causal import LanguageModel
 from tests.commands import report_of
 
@@ -253,7 +250,7 @@ def test_the_layers_are_scanned_and_report_what_their_routers_did():
         (_, _), written = model.apply(
             {"params": params}, tokens, None, segments, mutable=["router"]
         )
-        sums = written["router"]["layers"]["mlp"]["sums"]
+        sums = collect_router_sums(written)
         return jnp.sum(sums.probability[:, 0] ** 2) + jnp.sum(sums.squared_z), sums
 
     grads, sums = jax.jit(jax.grad(forward, has_aux=True))(params)
@@ -273,8 +270,8 @@ def test_with_a_cache_no_token_is_dropped():
         jax.random.key(0)
     )
     want, _ = jax.jit(dropless.apply)({"params": params}, tokens)
-    cache = transformer.make_cache(SHAPE, 2, 9, jnp.float32)
-    step = jax.jit(lambda t, p, cache: model.apply({"params": params}, t, p, cache=cache))
+    cache = transformer.empty_state(SHAPE, 2, 9, jnp.float32)
+    step = jax.jit(lambda t, p, cache: model.apply({"params": params}, t, p, state=cache))
     seen = []
     for start, stop in [(0, 7), (7, 8), (8, 9)]:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
@@ -287,8 +284,8 @@ def test_with_a_cache_no_token_is_dropped():
     ("flags", "said"),
     [
         (dict(num_experts=2, experts_per_token=3), r"experts_per_token=3 is more than .*experts=2"),
-        (dict(experts_per_token=4), "--moe.experts_per_token=4 needs experts: set --moe.num_exp"),
-        (dict(num_experts=4, experts_per_token=1), "set --moe.renormalize=false"),
+        (dict(experts_per_token=4), "experts_per_token=4 needs experts: set `num_experts`"),
+        (dict(num_experts=4, experts_per_token=1), "set renormalize=false"),
         (dict(num_experts=4, capacity_factor=1.0, exchange_factor=1.0), "is for dropless routing"),
     ],
 )
@@ -307,5 +304,5 @@ def test_flags_of_experts_need_experts_and_no_biases():
 
 def test_a_group_that_does_not_divide_a_row_is_named():
     module = layer(num_experts=4, capacity_factor=1.0, group_size=4)
-    with pytest.raises(ValueError, match=r"--moe.group_size=4 does not divide the 10 tokens"):
+    with pytest.raises(ValueError, match=r"row of 10 tokens is not divisible into groups of 4"):
         jax.eval_shape(lambda: module.apply({"params": params_of(module)}, X))

@@ -5,11 +5,11 @@ import pytest
 from tests.commands import report_of
 
 REFUSALS = {
-    "length": "length 20 is not divisible by --mesh.sequence=8",
-    "zigzag": "length 24 is not divisible by twice --mesh.sequence=8",
-    "layers": "6 layers are not divisible by --mesh.stage=4 x --parallel.repeats=1",
-    "microbatches": "8 rows is not divisible by --parallel.microbatches=4 x 4 device(s)",
-    "repeats": "--parallel.repeats=2 needs at least as many microbatches as --mesh.stage=4",
+    "length": "length 20 is not divisible by mesh axis `sequence` of size 8",
+    "zigzag": "length 24 is not divisible by twice mesh axis `sequence` of size 8",
+    "layers": "6 layers are not divisible by 4: mesh axis `stage` of size 4 x 1 repeats",
+    "microbatches": "8 rows is not divisible by 4 microbatches x 4 device(s)",
+    "repeats": "at least as many microbatches as stages: mesh axis `stage` of size 4, but 2",
     "unused": "--mesh.sequence=2 splits nothing of this task",
 }
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from genai_jax.networks.layers.positions import alibi_slopes, rotary, rotation
-from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.transformer import Transformer, TransformerConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.stack import REMAT
+from genai_jax.networks.sequence.transformer import Transformer, empty_state
 
 TINY = TransformerConfig(num_layers=2, embed_dim=16, num_heads=4, max_length=64)
 VOCABULARY = 11
@@ -52,9 +53,9 @@ def logits_of(model, variables, tokens, positions=None, segment_ids=None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def cached_logits_of(model, variables, tokens, positions, cache):
-    hidden, cache = model.apply(variables, tokens, positions, cache=cache)
-    return model.apply(variables, hidden, method="logits"), cache
+def cached_logits_of(model, variables, tokens, positions, state, lengths=None):
+    hidden, state = model.apply(variables, tokens, positions, state=state, lengths=lengths)
+    return model.apply(variables, hidden, method="logits"), state
 
 
 TOKENS = jax.random.randint(jax.random.key(3), (2, 12), 0, VOCABULARY)
@@ -94,11 +95,11 @@ def test_no_output_depends_on_a_later_input(changes):
 def test_cached_decoding_equals_the_full_pass(changes):
     model, variables = make(**changes)
     expected = logits_of(model, variables, TOKENS)
-    cache = transformer.make_cache(model.config, 2, 12, jnp.float32)
+    state = empty_state(model.config, 2, 12, jnp.float32)
     seen = []
     for start, stop in [(0, 5), (5, 6), (6, 11), (11, 12)]:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        logits, cache = cached_logits_of(model, variables, TOKENS[:, start:stop], positions, cache)
+        logits, state = cached_logits_of(model, variables, TOKENS[:, start:stop], positions, state)
         seen.append(logits)
     np.testing.assert_allclose(jnp.concatenate(seen, 1), expected, atol=2e-5)
 
@@ -122,7 +123,7 @@ def test_packed_documents_do_not_see_each_other(changes, backend):
         np.testing.assert_array_equal(packed[part], alone[part])
 
 
-@pytest.mark.parametrize("remat", [name for name in transformer.REMAT if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_remat_changes_memory_and_not_the_gradient(remat):
     def gradient(**changes):
         model, variables = make(**changes)
@@ -198,7 +199,7 @@ def test_shapes_that_contradict_each_other_are_named():
         TransformerConfig(embed_dim=30, num_heads=4)
     with pytest.raises(ValueError, match=r"num_heads=4 is not a multiple of .*num_kv_heads=3"):
         TransformerConfig(num_heads=4, num_kv_heads=3)
-    with pytest.raises(ValueError, match="even head_dim, not 3"):
+    with pytest.raises(ValueError, match="even `head_dim`, not 3"):
         TransformerConfig(head_dim=3)
 
 

@@ -1,0 +1,134 @@
+"""The router: which experts a token goes to, and what a loss needs to know about it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.slots import one_hot
+from genai_jax.networks.parallel.axes import free_axes, on_one_device, token_spec
+
+
+class RouterSums(NamedTuple):
+    """What a router did, summed over the tokens that are not padding; float32.
+
+    They are sums, so that the sums over parts of a batch add up to those over the batch.
+    """
+
+    load: jax.Array  # [experts] tokens that chose an expert, dropped or not
+    probability: jax.Array  # [experts] scores, normalized to sum to 1 for each token
+    squared_z: jax.Array  # [] squared log-sum-exp of the logits
+    entropy: jax.Array  # [] entropy of the probabilities, nats
+    computed: jax.Array  # [] choices that an expert computed
+    tokens: jax.Array  # [] number of tokens
+
+
+class Router(nn.Module):
+    """A linear map to one logit per expert, in float32.
+
+    Attributes:
+      num_experts: number of logits.
+      width_growth: divides the logits and multiplies the variance of the kernel.
+    """
+
+    num_experts: int
+    width_growth: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.variance_scaling(self.width_growth, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", init, (x.shape[-1], self.num_experts), jnp.float32)
+        # "high" keeps 16 bits of the kernel on TPU, where the default keeps 8 and "highest" costs
+        # as much as a twentieth of the experts; x has 8 where it comes in bfloat16.
+        logits = jnp.matmul(x.astype(jnp.float32), kernel, precision="high")
+        return logits if self.width_growth == 1 else logits / self.width_growth
+
+
+class Routes(NamedTuple):
+    """The experts of each token, best first, and the weights of their outputs."""
+
+    choice: jax.Array  # [batch, length, experts_per_token] int32; num_experts for padding
+    weight: jax.Array  # [batch, length, experts_per_token] float32
+    probability: jax.Array  # [batch, length, num_experts] float32: scores that sum to 1
+
+
+def route(logits: jax.Array, real: jax.Array, config: MoeConfig) -> Routes:
+    """The experts with the highest scores of each token.
+
+    Args:
+      logits: [batch, length, num_experts], float32.
+      real: [batch, length] bool, False for padding.
+      config: number of choices, and how logits become scores and weights.
+    """
+    if config.score == "softmax":
+        probability = score = jax.nn.softmax(logits)
+    else:
+        score = jax.nn.sigmoid(logits)
+        probability = score / jnp.sum(score, -1, keepdims=True)
+    choice = _top_indices(jax.lax.stop_gradient(score), config.experts_per_token)
+    # Not the values of top_k, whose gradient is a scatter.
+    weight = jnp.sum(jnp.where(one_hot(choice, config.num_experts), score[..., None, :], 0), -1)
+    if config.renormalize:
+        weight = weight / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1e-20)
+    choice = jnp.where(real[..., None], choice, config.num_experts)
+    return Routes(choice.astype(jnp.int32), weight, probability)
+
+
+def _top_indices(score: jax.Array, count: int) -> jax.Array:
+    """The indices of the `count` highest of [batch, length, experts], best first."""
+    top_indices = lambda score: jax.lax.top_k(score, count)[1]
+    if on_one_device():
+        return top_indices(score)
+    # Left to itself the compiler gathers the scores of all tokens on every device.
+    tokens = token_spec(score.shape)
+    return jax.shard_map(
+        top_indices, in_specs=tokens, out_specs=tokens, axis_names=free_axes(), check_vma=False
+    )(score)
+
+
+def router_sums(
+    logits: jax.Array, routes: Routes, real: jax.Array, computed: jax.Array
+) -> RouterSums:
+    """The sums over the real tokens of a batch.
+
+    Args:
+      logits: [batch, length, experts].
+      routes: the choices made from them.
+      real: [batch, length] bool, False for padding.
+      computed: [batch, length, choices] bool, which choices an expert computed.
+    """
+    counted = real.astype(jnp.float32)
+    p = routes.probability
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-20)), -1)
+    load = jnp.sum(one_hot(routes.choice, logits.shape[-1]), (0, 1, 2), dtype=jnp.float32)
+    return RouterSums(
+        load=load,
+        probability=jnp.sum(p * counted[..., None], (0, 1)),
+        squared_z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * counted),
+        entropy=jax.lax.stop_gradient(jnp.sum(entropy * counted)),
+        computed=jnp.sum(computed, dtype=jnp.float32),
+        tokens=jnp.sum(counted),
+    )
+
+
+def collect_router_sums(variables: Mapping[str, Any]) -> RouterSums:
+    """The sums of all routers of a network, wherever they are in it, stacked: [routers, ...].
+
+    Args:
+      variables: what `apply(..., mutable=["router"])` returned beside the output. Routers in
+        scanned layers come stacked already.
+
+    Raises:
+      ValueError: no router wrote anything.
+    """
+    is_sums = lambda node: isinstance(node, RouterSums)
+    routers = jax.tree.leaves(variables.get("router", {}), is_leaf=is_sums)
+    if not routers:
+        raise ValueError("no router wrote its sums: apply the network with mutable=['router']")
+    stacked = [s if s.load.ndim == 2 else jax.tree.map(lambda a: a[None], s) for s in routers]
+    if len(stacked) == 1:
+        return stacked[0]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)

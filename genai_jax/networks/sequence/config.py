@@ -1,0 +1,179 @@
+"""Shapes and choices of a transformer."""
+
+import dataclasses
+import math
+
+from genai_jax.config import field
+from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
+from genai_jax.networks.sequence.mixers import check_pattern, split_pattern
+from genai_jax.networks.sequence.stack import REMAT
+
+PARAMETRIZATIONS = ("standard", "maximal_update")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shapes and choices of a transformer; the defaults are a small Llama-like model."""
+
+    num_layers: int = field(4, "Number of blocks.", minimum=1)
+    embed_dim: int = field(256, "Width of the residual stream.", minimum=1)
+    num_heads: int = field(4, "Number of query heads.", minimum=1)
+    num_kv_heads: int | None = field(
+        None,
+        "Number of key and value heads; as many as query heads if unset, fewer for grouped-query "
+        "attention, 1 for multi-query attention.",
+        minimum=1,
+    )
+    head_dim: int | None = field(
+        None, "Width of an attention head; embed_dim / num_heads if unset.", minimum=1
+    )
+    mlp_dim: int | None = field(
+        None, "Hidden width of the MLP; 4 embed_dim if unset, 8/3 embed_dim if gated.", minimum=1
+    )
+    positions: str = field(
+        "rope",
+        "How positions are encoded.",
+        choices=("rope", "learned", "sinusoidal", "alibi", "none"),
+    )
+    rope_theta: float = field(10_000.0, "Base of the rotary wavelengths.", minimum=1)
+    max_length: int = field(2048, "Number of positions in the learned position table.", minimum=1)
+    norm: str = field("rmsnorm", "Kind of normalization.", choices=NORMS)
+    norm_placement: str = field(
+        "pre",
+        "Whether a residual branch is normalized before it (pre) or the sum after it (post).",
+        choices=("pre", "post"),
+    )
+    activation: str = field("swiglu", "Activation of the MLP.", choices=ACTIVATIONS)
+    use_bias: bool = field(False, "Whether dense layers have biases.")
+    tie_embeddings: bool = field(
+        False, "Whether the output embedding is the transposed input embedding."
+    )
+    qk_norm: bool = field(False, "Whether queries and keys pass through an RMSNorm.")
+    logits_soft_cap: float | None = field(
+        None, "Bound of the tanh soft cap of the output logits; no cap if unset.", minimum=0
+    )
+    attention_soft_cap: float | None = field(
+        None, "Bound of the tanh soft cap of the attention scores; no cap if unset.", minimum=0
+    )
+    window: int | None = field(
+        None,
+        "Number of preceding tokens that a token attends to besides itself; all if unset.",
+        minimum=0,
+    )
+    dropout: float = field(
+        0.0, "Dropout rate of embeddings and residual branches.", minimum=0, maximum=1
+    )
+    scan_layers: bool = field(
+        True, "Whether one compiled block is looped over; otherwise all blocks are unrolled."
+    )
+    remat: str = field(
+        "none", "What the backward pass recomputes instead of storing it.", choices=tuple(REMAT)
+    )
+    parametrization: str = field(
+        "standard",
+        "How initial scales and learning rates depend on the width.",
+        choices=PARAMETRIZATIONS,
+    )
+    base_width: int | None = field(
+        None,
+        "Value of embed_dim at which maximal_update equals standard; all widths grow in "
+        "proportion to it.",
+        minimum=1,
+    )
+    base_head_dim: int | None = field(
+        None,
+        "Value of head_dim at base_width; if unset, heads keep their width and grow in number.",
+        minimum=1,
+    )
+    pattern: str | None = field(
+        None,
+        "Comma-separated mixers of consecutive blocks, repeated over all blocks: attention, or "
+        "module:Class for a mixer of your own; attention if unset.",
+    )
+
+    def __post_init__(self):
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim={self.embed_dim} is not divisible by num_heads={self.num_heads}; "
+                "change one or set `head_dim`"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even `head_dim`, not {self.head_width}")
+        check_pattern(self.pattern, self.num_layers)
+        self._check_base()
+
+    def _check_base(self):
+        """Raises `ValueError` where the fields do not determine the base shape."""
+        if self.parametrization == "standard":
+            for name in ("base_width", "base_head_dim"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is for parametrization=maximal_update"
+                    )
+            return
+        if self.base_width is None:
+            raise ValueError("parametrization=maximal_update needs `base_width`")
+        if self.base_width != self.embed_dim and not (self.head_dim or self.base_head_dim):
+            raise ValueError(
+                "parametrization=maximal_update: say what grows with the width, set `head_dim` "
+                "(more heads) or `base_head_dim` (wider ones)"
+            )
+        for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
+            # Not an integer, beyond rounding.
+            if abs(heads / self.growth["heads"] % 1 - 0.5) < 0.499:
+                raise ValueError(
+                    f"{name}={heads} is not a multiple of the {self.growth['heads']:g} times that "
+                    f"heads grow from base_width={self.base_width}"
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width; a gated MLP has as many parameters by default as the plain one."""
+        if self.mlp_dim:
+            return self.mlp_dim
+        if self.activation in GATED:
+            return max(8, round(self.embed_dim * 8 / 3 / 32) * 32)
+        return 4 * self.embed_dim
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """Names of the mixers of one period of the pattern."""
+        return split_pattern(self.pattern)
+
+    @property
+    def growth(self) -> dict[str, float]:
+        """Logical axis -> its size relative to the base shape, 1 if not named.
+
+        Empty in the standard parametrization, which has no base. Heads and MLP are taken to be as
+        wide as the residual stream in both shapes: see `genai_jax.training.parametrization`.
+        """
+        if self.parametrization == "standard":
+            return {}
+        width = self.embed_dim / self.base_width
+        head = self.head_width / (self.base_head_dim or self.head_width)
+        heads = {"heads": width / head, "kv_heads": width / head, "head_dim": head}
+        return {"embed": width, "mlp": width, **heads}
+
+    @property
+    def width_growth(self) -> float:
+        """Divides outputs, and multiplies the variance of the matrix that makes them."""
+        return self.growth.get("embed", 1.0)
+
+    @property
+    def attention_scale(self) -> float | None:
+        """Factor of the attention scores; None for 1 / sqrt(head_dim)."""
+        if self.base_head_dim in (None, self.head_width):
+            return None
+        return math.sqrt(self.base_head_dim) / self.head_width

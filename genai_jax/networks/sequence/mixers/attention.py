@@ -1,0 +1,151 @@
+"""Self-attention with grouped queries (Ainslie et al. 2023), the mixer of the transformer."""
+
+from typing import ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+import kernels_pallas
+from genai_jax.networks.layers.dense import Dense, Norm
+from genai_jax.networks.layers.positions import alibi_slopes, rotary
+from genai_jax.networks.parallel.attention import attention
+from genai_jax.networks.parallel.axes import ParallelConfig, token_order
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.mixers.protocol import TokenContext
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of earlier tokens, by position.
+
+    It can be rewound by any number of tokens: a query sees no position after its own, and new
+    tokens overwrite what was there. For the same reason padding that follows the real tokens of a
+    row is never seen. Both need a causal mask.
+    """
+
+    cache: kernels_pallas.ContiguousCache
+
+    def select(self, rows: jax.Array) -> "AttentionState":
+        return jax.tree.map(lambda a: a[rows], self)
+
+    def rewind(self, lengths: jax.Array) -> "AttentionState":
+        """Nothing has to change: the next positions say where a row continues."""
+        del lengths
+        return self
+
+
+class Attention(nn.Module):
+    """Self-attention; causal and within the window of the config unless a mask is given.
+
+    See `protocol.Mixer`.
+    """
+
+    config: TransformerConfig
+    backend: str = "auto"
+    dtype: jnp.dtype = jnp.float32
+    parallel: ParallelConfig = ParallelConfig()
+
+    PARTITION_RULES: ClassVar = (
+        (r"query/kernel", ("embed", "heads", "head_dim")),
+        (r"(key|value)/kernel", ("embed", "kv_heads", "head_dim")),
+        (r"out/kernel", ("heads", "head_dim", "embed")),
+        (r"query/bias", ("heads", "head_dim")),
+        (r"(key|value)/bias", ("kv_heads", "head_dim")),
+        (r"(query|key)_norm/scale", ("head_dim",)),
+        (r"out/bias", ("embed",)),
+    )
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: TokenContext, state: AttentionState | None = None
+    ) -> tuple[jax.Array, AttentionState | None]:
+        c = self.config
+
+        def project(heads: int, name: str) -> jax.Array:
+            shape = (heads, c.head_width)
+            return Dense(shape, use_bias=c.use_bias, dtype=self.dtype, name=name)(x)
+
+        q = project(c.num_heads, "query")
+        k, v = project(c.kv_heads, "key"), project(c.kv_heads, "value")
+        if c.qk_norm:
+            q = Norm(dtype=self.dtype, name="query_norm")(q)
+            k = Norm(dtype=self.dtype, name="key_norm")(k)
+        if context.rotation is not None:
+            q, k = rotary(q, context.rotation), rotary(k, context.rotation)
+        if state is None:
+            out = self._attend(q, k, v, context)
+        else:
+            out, state = self._decode(q, k, v, context, state)
+        out = checkpoint_name(out, "attention")
+        out_scale = 1 / (2 * c.num_layers)
+        out = Dense(
+            (c.embed_dim,), 2, use_bias=c.use_bias, init_scale=out_scale, dtype=self.dtype,
+            name="out",
+        )(out)  # fmt: skip
+        return out, state
+
+    def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
+        if context.mask is not None:
+            return context.mask
+        window = self.config.window
+        causal = kernels_pallas.Causal()
+        return causal if window is None else causal & kernels_pallas.Window(window, 0)
+
+    def _slopes(self):
+        c = self.config
+        return alibi_slopes(c.num_heads) if c.positions == "alibi" else None
+
+    def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
+        """Attention among the tokens of a row."""
+        c, mask = self.config, self._mask(context)
+        # Full attention is the same in any order of the tokens.
+        full = isinstance(mask, kernels_pallas.Full)
+        return attention(
+            q, k, v, mask=mask, parallel=None if self.is_initializing() else self.parallel,
+            order="contiguous" if full else token_order(self.parallel),
+            segment_ids=context.segment_ids, slopes=self._slopes(), scale=c.attention_scale,
+            logits_soft_cap=c.attention_soft_cap, backend=self.backend,
+        )  # fmt: skip
+
+    def _decode(self, q, k, v, context: TokenContext, state: AttentionState):
+        """Attention of new tokens to their row; returns the state with them."""
+        c, slopes = self.config, self._slopes()
+        ends = context.positions[:, 0] + q.shape[1]
+        cache = kernels_pallas.append(state.cache, k, v, ends)
+        out = kernels_pallas.decode(
+            q, cache, lengths=ends, mask=self._mask(context), scale=c.attention_scale,
+            logits_soft_cap=c.attention_soft_cap,
+            bias=None if slopes is None else kernels_pallas.Alibi(slopes),
+        )  # fmt: skip
+        return out, AttentionState(cache)
+
+    @staticmethod
+    def empty_state(
+        config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
+    ) -> AttentionState:
+        """Arrays [batch, kv_heads, max_length, head_dim]; any number of tokens can be rewound."""
+        del rewind
+        return AttentionState(
+            kernels_pallas.ContiguousCache.empty(
+                batch, max_length, config.kv_heads, config.head_width, dtype
+            )
+        )
+
+    @staticmethod
+    def flops(config: TransformerConfig, length: int, layers: int) -> dict[str, float]:
+        """`dense` for the projections; `attention` for the pairs that a causal mask leaves."""
+        heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
+        seen = length if config.window is None else min(length, config.window + 1)
+        return {
+            "dense": 2 * layers * config.embed_dim * (2 * heads + 2 * kv_heads),
+            "attention": 4 * layers * heads * mean_keys(length, seen),
+        }
+
+
+def mean_keys(length: int, seen: int) -> float:
+    """Average number of keys of a query that sees itself and those before it, at most `seen`.
+
+    The diagonal counts half, as it does in half of length x length, which this is without a window.
+    """
+    return seen - seen**2 / (2 * length)
