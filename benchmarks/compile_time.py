@@ -14,7 +14,7 @@ import jax
 
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import make_mesh, mesh_context
 
 FLAGS = (
@@ -36,7 +36,7 @@ def compile_seconds(layers: int, scan: bool) -> float:
     compiled = build(task, config, mesh)
     with mesh_context(mesh):
         start = time.perf_counter()
-        compiled.step.lower(compiled.shapes, task.batch_shapes()).compile()
+        compiled.step.lower(compiled.shapes, task.data.batch_spec).compile()
         return time.perf_counter() - start
 
 

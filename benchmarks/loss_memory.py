@@ -13,7 +13,7 @@ import jax
 
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import make_mesh, mesh_context
 
 VOCABULARY = 32_768
@@ -40,7 +40,7 @@ def temporary_bytes(*flags: str) -> int:
     mesh = make_mesh(config.mesh)
     compiled = build(task, config, mesh)
     with mesh_context(mesh):
-        program = compiled.step.lower(compiled.shapes, task.batch_shapes()).compile()
+        program = compiled.step.lower(compiled.shapes, task.data.batch_spec).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -20,7 +20,7 @@ import jax
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import make_mesh, mesh_context
 
@@ -52,8 +52,8 @@ class Stepper:
             task = Population(LanguageModel, config)
         self.mesh = make_mesh(config.mesh)
         self.compiled = build(task, config, self.mesh)
-        placement = BatchPlacement(task.batch_shapes(), self.compiled.batch_shardings)
-        self.batches = DeviceBatches(task.train_batches(placement.rows), placement)
+        placement = BatchPlacement(task.data.batch_spec, self.compiled.batch_shardings)
+        self.batches = DeviceBatches(task.data.train(placement.rows), placement)
         key = task.keys() if self.members > 1 else jax.random.key(0)
         self.tokens = task.tokens_per_step()
         with mesh_context(self.mesh):

@@ -21,7 +21,7 @@ import optax
 
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import make_mesh, mesh_context
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH, SYMBOLS = 4, 256, 4, 256, 8, 256

@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
-from genai_jax.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _check(
     from genai_jax.training.sharding import placements
 
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
-    built = prepared(TASKS[config.run.task](config), config, topology)
+    built = prepared(make_task(config), config, topology)
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         placed = placements(params, rules, built.compiled.mesh)

@@ -10,10 +10,9 @@ import pathlib
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, flag_names, help_text, parse
 from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
-from genai_jax.tasks import TASKS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
     def count(flags: Sequence[str]):
         config = parse_run([f"--flagfile={base}", *more, *flags, "--attention=auto"])
-        return counts_of(TASKS[config.run.task](config), config)
+        return counts_of(make_task(config), config)
 
     _refuse_what_is_set(request, [f"--flagfile={base}", *more])
     rungs, left_out = ladder(request, count)

@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, field, flag_names, help_text, parse
-from genai_jax.tasks import TASKS
 
 LAUNCHERS = ("none", "print", "slurm")
 
@@ -60,7 +59,6 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.scaling.study.settings import chosen
 
     workdir = pathlib.Path(request.workdir)
-    make_task = lambda config: TASKS[config.run.task](config)
     study = read_study(pathlib.Path(request.study), workdir, parse_run, make_task)
     state = state_of(study, settings)
     only = chosen("only", request.only or "*", [r.name for r in study.runs])

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from genai_jax.components import parse_run
-from genai_jax.tasks import TASKS
+from genai_jax.components import make_task, parse_run
 from genai_jax.tasks.language.causal import LanguageModel
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import make_mesh, mesh_context, placements
 from tests.conftest import ROOT
 
@@ -65,7 +64,7 @@ def placed(name: str) -> str:
     """The placement of every parameter of a pod experiment."""
     with contextlib.chdir(ROOT):  # paths in flagfiles are relative to the repository
         config = parse_run([f"--flagfile=experiments/pods/{name}.flags"])
-        task = TASKS[config.run.task](config)
+        task = make_task(config)
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     sizes = config.mesh.sizes()
     rest = math.prod(size for size in sizes.values() if size != -1)
@@ -94,9 +93,9 @@ def one_step(flags: tuple[str, ...]) -> dict[str, float]:
         state = compiled.init(jax.random.key(0))
         values = {}
         for step in (1, 2):
-            state, metrics = compiled.step(state, batch)
+            state, report = compiled.step(state, batch)
             for name in ("loss", "grad_norm"):
-                values[f"{name}_{step}"] = float(metrics[name])
+                values[f"{name}_{step}"] = float(report.metrics[name])
     leaves = jax.tree.leaves(state.params)
     values["sum_of_squares"] = float(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
     return values

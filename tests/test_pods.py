@@ -7,8 +7,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from genai_jax.components import parse_run
-from genai_jax.tasks import TASKS
+from genai_jax.components import make_task, parse_run
 from genai_jax.training.sharding import MESH_AXES, batch_shards, logical_axes, path_name, spec_of
 from tests.conftest import ROOT
 
@@ -41,7 +40,7 @@ def runs(at_the_root):
     found, traced = {}, {}
     for name, path in FLAGFILES.items():
         config = parse_run([f"--flagfile={path}"])
-        task = TASKS[config.run.task](config)
+        task = make_task(config)
         networks = ("transformer", "moe", "dit", "language_model")
         key = str([config.components.get(name) for name in networks])
         if key not in traced:
@@ -80,7 +79,7 @@ def test_mesh_and_batch_fit_the_topology(name, runs):
         params,
         logical_axes(params, task.partition_rules),
     )
-    for entry, x in task.batch_shapes().items():
+    for entry, x in task.data.batch_spec.items():
         spec_of(entry, x.shape, task.batch_axes[entry], mesh)
     rows = config.data.batch_size
     assert rows % (batch_shards(mesh) * config.train.accumulate) == 0

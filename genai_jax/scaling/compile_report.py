@@ -14,7 +14,9 @@ from genai_jax.scaling.chips import Topology, machine_memory
 from genai_jax.scaling.estimate import KERNEL_SHARE, Estimate, estimate
 from genai_jax.scaling.memory import breakdown, largest, local_bytes, refused
 from genai_jax.scaling.program import parse
-from genai_jax.training.loop import Compiled, build
+from genai_jax.tasks.protocol import step_spec
+from genai_jax.training.execution import Compiled, build
+from genai_jax.training.flops import flops_of
 from genai_jax.training.sharding import make_mesh, mesh_context
 
 
@@ -35,7 +37,7 @@ class Built(NamedTuple):
 
 
 def prepared(task: Any, config: Config, topology: Topology) -> Built:
-    """The step of `task`, a `genai_jax.training.phase.Task`; nothing is compiled yet.
+    """The step of `task`, a `genai_jax.tasks.protocol.Task`; nothing is compiled yet.
 
     Raises:
       ConfigError: a mesh that does not fit, an axis that does not divide.
@@ -44,7 +46,7 @@ def prepared(task: Any, config: Config, topology: Topology) -> Built:
     compiled = build(task, config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=compiled.batch_shardings[name])
-        for name, x in task.batch_shapes().items()
+        for name, x in step_spec(task).items()
     }
     return Built(task, compiled, batch)
 
@@ -107,7 +109,7 @@ def facts(config: Config, topology: Topology, built: Built) -> dict:
         "state_bytes": local_bytes(state),
         "tokens_per_step": built.task.tokens_per_step(),
         "batch_size": config.data.batch_size,
-        **built.task.flops_per_step(),
+        **flops_of(built.task),
     }
 
 

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from genai_jax.command import run
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
 from genai_jax.networks.sequence.config import PARAMETRIZATIONS
-from genai_jax.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +139,8 @@ def changes_of(config: Config, steps: int) -> Iterator[tuple[int, str, float, fl
 
     from genai_jax.training.step import init_state, make_step
 
-    task = TASKS[config.run.task](config)
-    batches = task.train_batches()
+    task = make_task(config)
+    batches = task.data.train()
     try:
         data = [next(batches) for _ in range(steps)]
     finally:

@@ -191,7 +191,9 @@ class Task(Protocol):
         return None
 
 
-REQUIRED = ("components", "init", "phases", "example_metrics")
+def step_spec(task: Task) -> Mapping[str, ArraySpec]:
+    """The batch that the step takes: of the data, or as collected from the model."""
+    return getattr(task, "collected_spec", None) or task.data.batch_spec
 
 
 @runtime_checkable

@@ -244,9 +244,9 @@ class Checkpointer:
         layout = self._manager.restore(step, args=args)["clock"].get("layout", 1)
         if layout != LAYOUT:
             raise OldLayout(
-                f"checkpoint {step} in {self._manager.directory} has layout {layout}, that of another "
-                f"version of genai_jax; this one reads layout {LAYOUT}: train the run again, or use "
-                "the version that run.json names"
+                f"checkpoint {step} in {self._manager.directory} has layout {layout} of another "
+                f"version of genai_jax, and this one reads layout {LAYOUT}: train the run again, "
+                "or use the version that run.json names"
             )
 
     # What never changes.

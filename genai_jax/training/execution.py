@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task
+from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task, step_spec
 from genai_jax.training import compiler
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.flops import flops_per_step
@@ -120,8 +120,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
         shapes = state_shapes(task, config, mesh)
         phases = phases_of(task, config)(shapes.params)
         check_rows(config.data.batch_size, phases, accumulate, batch_shards(mesh))
-        spec = getattr(task, "collected_spec", None) or task.data.batch_spec
-        batch_in = batch_shardings(spec, mesh)
+        batch_in = batch_shardings(step_spec(task), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         split = jax.tree.leaves(shardings), list(batch_in.values())
         check_mesh_is_used(mesh, *split, task.activation_axes)
@@ -178,7 +177,8 @@ class SingleRun:
         self.compiled = build(task, config, mesh)
         self.examples = config.data.batch_size
         self.tokens = task.tokens_per_step()
-        self.flops = flops_per_step(task, self.compiled.phases, self.compiled.shapes)
+        shapes = self.compiled.shapes
+        self.flops = flops_per_step(task, self.compiled.phases, shapes.params, shapes.mutables)
         self._evaluator = Evaluator(task)
 
     def begin(self) -> TrainState:

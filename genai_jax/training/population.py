@@ -105,7 +105,7 @@ class Population:
             )
         self.compiled = self._build(config)
         one = self.shapes_of_one(self.compiled.shapes)
-        flops = flops_per_step(first, self.compiled.phases, one)
+        flops = flops_per_step(first, self.compiled.phases, one.params, one.mutables)
         self.flops = flops | {"flops_per_step": flops["flops_per_step"] * self.size}
         self.examples = config.data.batch_size * self.size
         tokens = first.tokens_per_step()
@@ -167,7 +167,7 @@ class Population:
         return lambda state, batch: run(state, rates, batch)
 
     def _over_members(self, function: Callable, split: int, shared: int = 0) -> Callable:
-        """`function` of one member, for all; `split` arguments have a members axis, `shared` none."""
+        """`function` of one member, for all: `split` arguments have a members axis, others none."""
 
         def part(*arguments):
             # Inside, no logical axis means an axis of the mesh: a member is whole.

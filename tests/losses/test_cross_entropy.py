@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from genai_jax.losses.cross_entropy import cross_entropy
 
 

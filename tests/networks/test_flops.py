@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image.dit import Dit, DitConfig
@@ -18,7 +18,6 @@ from genai_jax.networks.sequence.flops import (
 )
 from genai_jax.networks.sequence.mixers.attention import mean_keys
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.tasks import TASKS
 from tests.conftest import ROOT
 
 VOCABULARY, LENGTH = 512, 64
@@ -123,7 +122,7 @@ def test_what_a_task_counts_is_what_the_compiler_counts(flagfile, monkeypatch):
 
     path = ROOT / "experiments" / f"{flagfile}.flags"
     config = parse_run([f"--flagfile={path}", "--data.batch_size=4", *COUNTED[flagfile]])
-    task = TASKS[config.run.task](config)
+    task = make_task(config)
     monkeypatch.setattr(sys.modules[type(task).__module__], "count_flops", record)
     assert task.flops_per_step()["flops_per_step"] >= 3 * sum(flops for *_, flops in counted) > 0
     for function, shapes, flops in counted:

@@ -6,9 +6,8 @@ import jax
 import pytest
 
 from genai_jax import ladder
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks import TASKS
 
 BASE = ("--data.batch_size=8", "--data.sequence_length=64", "--optimizer.schedule=linear")
 
@@ -38,7 +37,7 @@ def test_every_run_spends_its_budget(base, capsys):
     }
     for path in paths:
         config = parse_run([f"--flagfile={path}"])
-        task = TASKS[config.run.task](config)
+        task = make_task(config)
         per_step = task.flops_per_step()["flops_per_step"]
         budget = float(path.stem[1:].split("_")[0])
         assert abs(config.train.steps * per_step - budget) <= per_step / 2

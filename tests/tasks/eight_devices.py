@@ -7,9 +7,8 @@ import jax
 
 sys.path.insert(0, ".")
 
-from genai_jax.components import parse_run
-from genai_jax.tasks import TASKS
-from genai_jax.training.loop import build
+from genai_jax.components import make_task, parse_run
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
 from tests.training.eight_devices import difference
 
@@ -70,14 +69,16 @@ STEPS = 2
 
 def trained(flags, mesh_config: MeshConfig, devices):
     config = parse_run((*COMMON, *flags))
-    task = TASKS[config.run.task](config)
+    task = make_task(config)
     compiled = build(task, config, make_mesh(mesh_config, devices))
-    source = task.loader.open("train")
+    source = task.data.loader.open("train")
     with mesh_context(compiled.mesh):
         state = compiled.init(jax.random.key(0))
         for step in range(STEPS):
             rows = range(8 * step, 8 * step + 8)
-            batch = jax.device_put(task.loader.gather(source, list(rows)), compiled.batch_shardings)
+            batch = jax.device_put(
+                task.data.loader.gather(source, list(rows)), compiled.batch_shardings
+            )
             state, _ = compiled.step(state, batch)
     return state
 

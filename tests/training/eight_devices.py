@@ -11,7 +11,7 @@ sys.path.insert(0, ".")
 
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
 from genai_jax.training.step import make_step
 from tests.training.test_step import begin, dirac_gan

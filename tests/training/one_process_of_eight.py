@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax import train
-from genai_jax.components import parse_run
-from genai_jax.tasks import TASKS
+from genai_jax.components import make_task, parse_run
 from genai_jax.training.batches import BatchPlacement
 from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from genai_jax.training.restore import state_shapes
@@ -36,7 +35,7 @@ def host_bits(state) -> list[bytes]:
 
 def carried_from_mesh_to_mesh(config, folder: str) -> list[bool]:
     """Restores the run's state on mesh after mesh, saving it anew from each; whether it stays."""
-    task = TASKS[config.run.task](config)
+    task = make_task(config)
     source, step, found = f"{config.run.workdir}/checkpoints", None, []
     for i, (mesh, devices) in enumerate(MESHES.values()):
         shapes = state_shapes(task, config, make_mesh(mesh, jax.devices()[:devices]))

@@ -8,7 +8,7 @@ import pytest
 from genai_jax.config import ConfigError
 from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from genai_jax.training.checksum import checksums
-from genai_jax.training.loop import last_good
+from genai_jax.training.reports import last_good
 
 
 def state_of(step):

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from genai_jax import train
-from genai_jax.components import read_config
+from genai_jax.components import make_task, read_config
 from genai_jax.config import ConfigError
-from genai_jax.tasks import TASKS
 from genai_jax.training.ema import EmaConfig, gamma_of, init_ema, update_ema
 from genai_jax.training.ema_profiles import inner_product, profile_weights, reconstruct
 from genai_jax.training.restore import restore_model
@@ -68,7 +67,7 @@ def test_profiles_out_of_the_files_of_a_run(tmp_path):
     flags += ["--ema.use=width0.15", f"--workdir={tmp_path}"]
     assert train.main(flags) == 0
     config = read_config(str(tmp_path))
-    task = TASKS["diffusion"](config)
+    task = make_task(config)
     direct = restore_model(task, config)
     assert direct.ema == "width0.15"
     found = reconstruct(tmp_path, 0.15, 12, direct.params)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from genai_jax.config import ConfigError
+from genai_jax.tasks.protocol import Phase
 from genai_jax.training.ema import EmaConfig
-from genai_jax.training.phase import Phase
 from genai_jax.training.step import init_state, make_step, phase_ran
 
 RATE = 0.1

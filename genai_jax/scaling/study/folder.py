@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.tasks.protocol import Task
+from genai_jax.training.flops import flops_of
 from genai_jax.training.parameter_counts import parameter_counts
-from genai_jax.training.phase import Task
 
 NOT_RUNS = ("base.flags", "study.flags")
 
@@ -129,7 +130,7 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
 def counts_of(task: Task, config: Config) -> Counts:
     """Shapes alone: nothing is allocated."""
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    flops = task.flops_per_step()
+    flops = flops_of(task)
     sizes = parameter_counts(params, flops.get("inactive_parameters", 0))
     return Counts(
         parameters=sizes["total"],

@@ -10,12 +10,11 @@ import numpy as np
 
 sys.path.insert(0, ".")
 
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.parallel.pipeline import pipeline
-from genai_jax.tasks import TASKS
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
 from tests.training.eight_devices import difference
 
@@ -89,7 +88,7 @@ def text_batch(step: int) -> dict:
 def made(mesh: dict, *flags: str):
     """(task, compiled) of a run on the first devices that the mesh needs."""
     config = parse_run((*COMMON, *flags))
-    task = TASKS[config.run.task](config)
+    task = make_task(config)
     devices = jax.devices()[: int(np.prod(list(mesh.values())))]
     return task, build(task, config, make_mesh(MeshConfig(**{"data": 1} | mesh), devices))
 
@@ -99,8 +98,10 @@ def trained(mesh: dict, begin, *flags: str):
     task, compiled = made(mesh, *flags)
     batches = [text_batch(step) for step in range(STEPS)]
     if "--task=diffusion" in flags:
-        source = task.loader.open("train")
-        batches = [task.loader.gather(source, list(range(8 * i, 8 * i + 8))) for i in range(STEPS)]
+        source = task.data.loader.open("train")
+        batches = [
+            task.data.loader.gather(source, list(range(8 * i, 8 * i + 8))) for i in range(STEPS)
+        ]
     with mesh_context(compiled.mesh):
         if begin is None:
             begin = jax.device_get(compiled.init(jax.random.key(0)).replace(rng=None))

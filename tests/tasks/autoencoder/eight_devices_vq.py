@@ -10,7 +10,7 @@ sys.path.insert(0, ".")
 
 from genai_jax.components import parse_run
 from genai_jax.tasks.autoencoder.task import Autoencoder
-from genai_jax.training.loop import build
+from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
 
 FLAGS = (
@@ -33,12 +33,12 @@ def trained(mesh_config: MeshConfig, devices):
     config = parse_run(FLAGS)
     task = Autoencoder(config)
     compiled = build(task, config, make_mesh(mesh_config, devices))
-    source = task.loader.open("train")
+    source = task.data.loader.open("train")
     with mesh_context(compiled.mesh):
         state = compiled.init(jax.random.key(0))
         for step in range(STEPS):
             rows = np.arange(16 * step, 16 * (step + 1))
-            batch = jax.device_put(task.loader.gather(source, rows), compiled.batch_shardings)
+            batch = jax.device_put(task.data.loader.gather(source, rows), compiled.batch_shardings)
             state, _ = compiled.step(state, batch)
     return state
 

@@ -16,6 +16,7 @@ from genai_jax.tasks.autoencoder.codec import kl_to_normal
 from genai_jax.tasks.autoencoder.latents import Latents
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
 from genai_jax.tasks.autoencoder.task import Autoencoder, ReconstructionRequest
+from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.loop import train
 from genai_jax.training.restore import restore_model
 from genai_jax.training.step import init_state, make_step
@@ -65,7 +66,7 @@ def delayed():
     shapes = jax.eval_shape(lambda key: init_state(task, key, {}), key)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt_state)
     state = shapes.replace(step=np.int32(0), params=random(shapes.params), opt_state=zeros, rng=key)
-    batch = task.loader.gather(task.loader.open("train"), np.arange(8))
+    batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
     return task, state, batch
 
 
@@ -110,7 +111,7 @@ def test_the_adversarial_weight_is_the_ratio_of_the_gradients_of_the_last_layer(
         def reconstructed(kernel):
             last = {**params["autoencoder"]["last"], "kernel": kernel}
             group = {**params["autoencoder"], "last": last}
-            x = task.scaled(batch["image"])
+            x = task.data.scaled(batch["image"])
             latents = task.codec.bottleneck(group, mutables, x, rng)[0].latents
             return x, task.codec.output(group, task.codec.hidden(group, latents))
 
@@ -182,7 +183,7 @@ def test_a_resumed_run_has_the_same_codebook_bit_for_bit(run, tmp_path):
 
 def test_scores_and_pictures(run, tmp_path):
     _, task, model = run
-    scores = task.evaluate(model.params, model.mutables, task.evaluation_batches(2))
+    scores = Evaluator(task)(model.params, model.mutables, task.data.held_out(2))
     assert scores["images"] == 16 and 0 < scores["usage"] <= 1 <= scores["perplexity"] <= 16
     assert scores["psnr"] == pytest.approx(10 * math.log10(4 / scores["mse"]))
     assert scores["loss"] == pytest.approx(scores["l1"] + 0.25 * scores["commitment"])
@@ -193,12 +194,12 @@ def test_scores_and_pictures(run, tmp_path):
 
 def test_latents_are_of_zero_mean_and_unit_variance_and_decode_as_the_autoencoder_does(run):
     workdir, task, model = run
-    latents = Latents(str(workdir), task.loader)
+    latents = Latents(str(workdir), task.data.loader)
     params = latents.pretrained()
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(jax.eval_shape(latents.init, jax.random.key(0))) == shapes(params)
-    images = task.loader.examples("train", 2048)["image"]
-    x = task.scaled(jnp.asarray(images))
+    images = task.data.loader.examples("train", 2048)["image"]
+    x = task.data.scaled(jnp.asarray(images))
 
     @jax.jit
     def both(x):
@@ -218,7 +219,7 @@ def test_latents_are_of_zero_mean_and_unit_variance_and_decode_as_the_autoencode
 def test_a_mask_shrinks_to_where_all_pixels_are_known(run):
     workdir, task, _ = run
     mask = jnp.ones((1, 8, 8, 1)).at[0, 3, 4, 0].set(0)
-    shrunk = Latents(str(workdir), task.loader).shrink_mask(mask)
+    shrunk = Latents(str(workdir), task.data.loader).shrink_mask(mask)
     assert shrunk.shape == (1, 4, 4, 1)
     assert float(shrunk[0, 1, 2, 0]) == 0 and float(shrunk.sum()) == 15
 
@@ -229,12 +230,14 @@ def test_a_workdir_that_does_not_fit_is_refused(run, tmp_path):
     with pytest.raises(ConfigError, match=r"vq was trained on .*\[8, 8, 1\].* has \[32, 32, 3\]"):
         Latents(str(workdir), other)
     with pytest.raises(ConfigError, match=r"no run in --diffusion.autoencoder="):
-        Latents(str(tmp_path), task.loader)
+        Latents(str(tmp_path), task.data.loader)
     (tmp_path / "flags.txt").write_text("--task=language_model\n")
     with pytest.raises(ConfigError, match="is a run of --task=language_model, not autoencoder"):
-        Latents(str(tmp_path), task.loader)
+        Latents(str(tmp_path), task.data.loader)
     shutil.copy(workdir / "flags.txt", tmp_path)
-    unsaved = Latents(str(tmp_path), task.loader)  # enough for a run that has its own checkpoint
+    unsaved = Latents(
+        str(tmp_path), task.data.loader
+    )  # enough for a run that has its own checkpoint
     with pytest.raises(ConfigError, match="no checkpoint in"):
         unsaved.pretrained()
 

@@ -60,12 +60,12 @@ def state(task):
 
 
 def batch_of(task):
-    return task.loader.gather(task.loader.open("train"), np.arange(8))
+    return task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
 
 
 def test_codes_become_tokens_and_images_again(task, state):
     batch, group = batch_of(task), state.params["autoencoder"]
-    x = task.scaled(jnp.asarray(batch["image"]))
+    x = task.data.scaled(jnp.asarray(batch["image"]))
     codes = task.codec.codes(**group, x=x)
     assert codes.shape == (8, *task.code_shape) == (8, 2, 2, 2)
     tokens = task.tokens_of(codes)
@@ -95,7 +95,9 @@ def test_only_the_prior_moves_and_the_loss_counts_codes_alone(task, state):
     assert not all(jax.tree.leaves(equal("prior")))
     # By hand: every code's log-softmax, given the class and the codes before it.
     group, variables = state.params["autoencoder"], {"params": state.params["prior"]}
-    tokens = task.tokens_of(task.codec.codes(**group, x=task.scaled(jnp.asarray(batch["image"]))))
+    tokens = task.tokens_of(
+        task.codec.codes(**group, x=task.data.scaled(jnp.asarray(batch["image"])))
+    )
     sequence = jnp.concatenate([task.front(batch["labels"], 8), tokens], 1)
     hidden, _ = task.model.apply(variables, sequence[:, :-1])
     logits = jax.nn.log_softmax(task.model.apply(variables, hidden, method="logits"))

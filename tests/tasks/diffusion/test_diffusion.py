@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from genai_jax import evaluate, sample, train
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks import TASKS
 from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Drawer, draw
 from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
 from genai_jax.tasks.diffusion.task import Diffusion
@@ -30,7 +29,7 @@ TINY_DIT = (
 
 def task_of(*flags: str):
     config = parse_run([*TINY_DIT, *flags])
-    return TASKS[config.run.task](config)
+    return make_task(config)
 
 
 def random_params(task) -> dict:
@@ -41,7 +40,7 @@ def random_params(task) -> dict:
 
 
 def batch_of(task) -> dict:
-    return next(iter(task.evaluation_batches(1)))
+    return next(iter(task.data.held_out(1)))
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_the_gradient_is_that_of_the_log_likelihood_when_chains_are_in_equilibri
 def test_the_loss_is_a_contrast_and_its_chains_go_on():
     task = Rbm(parse_run(TINY))
     params, mutables = task.init(jax.random.key(0))
-    batch = task.loader.gather(task.loader.open("train"), np.arange(8))
+    batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
     loss = jax.jit(task._loss)
     value, (metrics, after) = loss(params, mutables, batch, jax.random.key(1))
     assert float(value) == pytest.approx(
@@ -121,7 +121,7 @@ def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_
     task = Rbm(parse_run(TINY))
     params, mutables = task.init(jax.random.key(0))
     params = {"machine": machine(64, 6, 0.5)}
-    batch = task.loader.gather(task.loader.open("train"), np.arange(8))
+    batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
     key = jax.random.key(1)
     gradient = jax.jit(jax.grad(task._loss, has_aux=True))
     found, (_, after) = gradient(params, mutables, batch, key)

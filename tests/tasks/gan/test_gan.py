@@ -59,7 +59,7 @@ def test_each_phase_leaves_the_other_player_bit_identical():
         mutables={**zeros(shapes.mutables), "spectral": spectral},
         opt_state=zeros(shapes.opt_state),
     )  # fmt: skip
-    batch = task.loader.gather(task.loader.open("train"), np.arange(8))
+    batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
     phases = task.phases(state.params)
     assert [p.name for p in phases] == ["critic", "r1", "generator", "path_length"]
     for phase in phases:

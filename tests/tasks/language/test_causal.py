@@ -9,6 +9,7 @@ import pytest
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.tasks.language.causal import LanguageModel, TextRequest
+from genai_jax.training.evaluation import Evaluator
 from tests.commands import TINY
 
 
@@ -25,7 +26,7 @@ def params(task):
 def test_a_uniform_model_scores_eight_bits_a_target(task, params):
     head = {"kernel": 0 * params["model"]["head"]["kernel"]}
     uniform = {"model": params["model"] | {"head": head}}
-    scores = task.evaluate(uniform, {}, task.evaluation_batches(-1))
+    scores = Evaluator(task)(uniform, {}, task.data.held_out(-1))
     assert scores["perplexity"] == pytest.approx(256, rel=1e-5)
     # Every byte is a target, and so is the end of each document.
     documents = task.data_record()["validation_documents"]
@@ -36,8 +37,8 @@ def test_a_uniform_model_scores_eight_bits_a_target(task, params):
 def test_the_score_does_not_depend_on_how_the_text_is_batched(task, params, text_folder):
     changed = [*TINY, f"--data.dataset=text:{text_folder}", "--data.batch_size=3"]
     other = LanguageModel(parse_run([*changed, "--language_model.loss_chunk=5"]))
-    a = task.evaluate(params, {}, task.evaluation_batches(-1))
-    b = other.evaluate(params, {}, other.evaluation_batches(-1))
+    a = Evaluator(task)(params, {}, task.data.held_out(-1))
+    b = Evaluator(other)(params, {}, other.data.held_out(-1))
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["tokens"] == b["tokens"]
 
 
@@ -63,10 +64,10 @@ def test_learned_positions_bound_the_length(text_folder):
 
 
 def test_batches_have_the_shapes_that_the_task_promises(task):
-    batches = task.train_batches()
+    batches = task.data.train()
     batch = next(batches)
     batches.close()
-    for name, shape in task.batch_shapes().items():
+    for name, shape in task.data.batch_spec.items():
         assert batch[name].shape == shape.shape and batch[name].dtype == shape.dtype
     assert np.all(batch["loss_mask"] == 1)
 
@@ -75,7 +76,7 @@ def test_an_answer_is_right_if_all_of_its_tokens_are():
     flags = (*TINY, "--data.dataset=addition:2", "--data.answer_after==")
     task = LanguageModel(parse_run(flags))
     params = jax.jit(lambda rng: task.init(rng)[0])(jax.random.key(0))
-    batch = next(task.evaluation_batches(1))
+    batch = next(task.data.held_out(1))
     # Sums of three digits, three in a row, of which the end of the row is padding.
     ids, counted = batch["segment_ids"], batch["loss_mask"] > 0
     assert ids.max() == 3 and counted.sum() == 3 * 3 * ids.shape[0]
@@ -87,7 +88,7 @@ def test_an_answer_is_right_if_all_of_its_tokens_are():
     first = counted & (batch["tokens"] == ord("="))
     right = (ids == 1) | ((ids == 2) & ~first)  # all of one answer, two thirds of the next
     batch["targets"] = np.where(right, likeliest, (likeliest + 1) % 256)
-    scores = task.evaluate(params, {}, [batch])
+    scores = Evaluator(task)(params, {}, [batch])
     assert scores["answers"] == 3 * ids.shape[0]
     assert scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["accuracy"] == pytest.approx(5 / 9)

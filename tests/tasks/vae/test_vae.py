@@ -18,9 +18,9 @@ from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bi
 from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
 from genai_jax.tasks.arrays.walks import path, traversal
+from genai_jax.tasks.protocol import Phase
 from genai_jax.tasks.vae.sampling import VaeRequest, latent_traversal
 from genai_jax.tasks.vae.task import Vae, kl_of, log_ratio
-from genai_jax.training.phase import Phase
 from genai_jax.training.step import init_state, make_step
 from tests.tasks.runs import run_to
 
@@ -187,7 +187,7 @@ def filled(task: Vae) -> tuple:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes)
-    return task, params, task.loader.gather(task.loader.open("train"), np.arange(8))
+    return task, params, task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
 
 
 def test_latents_decode_the_same_again_and_labels_count(conditional):
@@ -202,7 +202,7 @@ def test_latents_decode_the_same_again_and_labels_count(conditional):
         other, _ = task.top_down(params, None, (labels + 1) % 10, batch=8, given=given)
         return y, again, other, kl_of(latents), log_ratio(latents)
 
-    y, again, other, kl, ratio = both(params, task.scaled(batch["image"]), batch["labels"])
+    y, again, other, kl, ratio = both(params, task.data.scaled(batch["image"]), batch["labels"])
     assert y.shape == (8, 8, 8, 1, 17)
     np.testing.assert_allclose(y, again, atol=1e-4)
     assert np.abs(y - other).max() > 1e-3
