@@ -8,6 +8,7 @@ reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebo
 import dataclasses
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -184,7 +185,14 @@ def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
     try:
         return cls(**fields)
     except ValueError as error:  # fields that contradict each other
-        raise ConfigError(str(error)) from None
+        raise ConfigError(name_flags(str(error), component, cls)) from None
+
+
+def name_flags(message: str, component: str, cls: type) -> str:
+    """Writes the fields of `cls` that a message names, as `` `field` `` or ``field=``, as flags."""
+    names = "|".join(f.name for f in dataclasses.fields(cls))
+    flag = lambda match: f"--{_flag_name(component, match[1] or match[2])}{'=' if match[2] else ''}"
+    return re.sub(rf"`({names})`|(?<![\w.-])({names})=", flag, message)
 
 
 def _flag_name(component: str, name: str) -> str:
