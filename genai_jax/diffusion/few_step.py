@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from genai_jax.diffusion.objective import beside, mean_square, noised
+from genai_jax.diffusion.objective import mean_square, noised, per_example
 from genai_jax.diffusion.schedule import Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -19,8 +19,8 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 def ddim_step(denoise: Denoise, schedule: Schedule, x, t, s) -> jax.Array:
     """One deterministic DDIM step of x from times t [batch] to times s [batch]."""
     x0 = denoise(x, t)
-    eps = (x - beside(schedule.alpha(t), x) * x0) / beside(schedule.sigma(t), x)
-    return beside(schedule.alpha(s), x) * x0 + beside(schedule.sigma(s), x) * eps
+    eps = (x - per_example(schedule.alpha(t), x) * x0) / per_example(schedule.sigma(t), x)
+    return per_example(schedule.alpha(s), x) * x0 + per_example(schedule.sigma(s), x) * eps
 
 
 # Progressive distillation (Salimans and Ho 2022).
@@ -33,7 +33,7 @@ def two_step_target(denoise: Denoise, schedule: Schedule, x, t, s) -> jax.Array:
     x_end = ddim_step(denoise, schedule, x_middle, middle, s)
     ratio = schedule.sigma(s) / schedule.sigma(t)
     scale = schedule.alpha(s) - ratio * schedule.alpha(t)
-    return (x_end - beside(ratio, x) * x) / beside(scale, x)
+    return (x_end - per_example(ratio, x) * x) / per_example(scale, x)
 
 
 def progressive_loss(
@@ -98,11 +98,11 @@ def consistency_loss(
         x_next = noised(schedule, x0, s, noise)
     else:
         x_next = ddim_step(teacher, schedule, x, t, s)
-    at_end = beside(s <= 0.5 / intervals, x0)
+    at_end = per_example(s <= 0.5 / intervals, x0)
     # At s = 0 the student's value is discarded below; a positive time avoids a division by 0.
     s_positive = jnp.maximum(s, 0.5 / intervals)
     next_estimate = student(x_next, s_positive)
-    target = jnp.where(at_end, x_next / beside(schedule.alpha(s), x0), next_estimate)
+    target = jnp.where(at_end, x_next / per_example(schedule.alpha(s), x0), next_estimate)
     difference = student(x, t) - jax.lax.stop_gradient(target)
     size = x0[0].size
     softness = 0.00054 * math.sqrt(size)
@@ -148,7 +148,7 @@ def shortcut_loss(
     grid = jax.random.uniform(time_key, (bootstrap,))
     t_start = jnp.minimum(jnp.floor(grid / large_step) + 1, 1 / large_step) * large_step
     t = t.at[rows - bootstrap :].set(t_start)
-    mix = beside(t, x0)
+    mix = per_example(t, x0)
     x = (1 - mix) * x0 + mix * noise
     target = (
         (noise - x0)
@@ -163,5 +163,5 @@ def _two_half_steps(predict, x, t, half, finest):
     """The mean velocity of two steps of size `half`; at the finest size, `predict` gets size 0."""
     step_size = jnp.where(half <= 1 / finest, 0.0, half)
     first = predict(x, t, step_size)
-    middle = x - beside(half, x) * first
+    middle = x - per_example(half, x) * first
     return (first + predict(middle, t - half, step_size)) / 2

@@ -16,7 +16,7 @@ from genai_jax.diffusion.weighting import log_weight
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def beside(t: jax.Array, x: jax.Array) -> jax.Array:
+def per_example(t: jax.Array, x: jax.Array) -> jax.Array:
     """t [batch] reshaped to broadcast against x [batch, ...]."""
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
@@ -28,7 +28,7 @@ def mean_square(x: jax.Array) -> jax.Array:
 
 def noised(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
     """alpha x0 + sigma noise, each example of [batch, ...] at its own time."""
-    return beside(schedule.alpha(t), x0) * x0 + beside(schedule.sigma(t), x0) * noise
+    return per_example(schedule.alpha(t), x0) * x0 + per_example(schedule.sigma(t), x0) * noise
 
 
 def target(
@@ -36,7 +36,7 @@ def target(
 ) -> jax.Array:
     """What the network should predict: its target in the given parameterization, [batch, ...]."""
     a, b = coefficients(parameterization, schedule, t, sigma_data)
-    return beside(a, x0) * x0 + beside(b, x0) * noise
+    return per_example(a, x0) * x0 + per_example(b, x0) * noise
 
 
 def denoising_loss(

@@ -74,7 +74,7 @@ def convert(
     if source == target:
         return value
     x_weight, weight = conversion(source, target, schedule, t, sigma_data=sigma_data)
-    return _beside(x_weight, x) * x + _beside(weight, x) * value
+    return _per_example(x_weight, x) * x + _per_example(weight, x) * value
 
 
 def conversion(
@@ -98,6 +98,6 @@ def input_scale(
     return 1 / jnp.sqrt(jnp.square(alpha * sigma_data) + jnp.square(sigma))
 
 
-def _beside(weight: jax.Array, x: jax.Array) -> jax.Array:
+def _per_example(weight: jax.Array, x: jax.Array) -> jax.Array:
     """A weight per example, reshaped to broadcast against x [batch, ...]; a scalar stays one."""
     return weight if weight.ndim == 0 else weight.reshape(-1, *(1,) * (x.ndim - 1))

@@ -18,7 +18,7 @@ EVERY_SCHEDULE = {
 }
 
 
-def beside(t, x):
+def per_example(t, x):
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -26,7 +26,7 @@ def denoiser(schedule):
     """(x, t) -> the exact expectation of x0 given x, for data N(MEAN, STD^2)."""
 
     def denoise(x, t):
-        alpha, sigma = beside(schedule.alpha(t), x), beside(schedule.sigma(t), x)
+        alpha, sigma = per_example(schedule.alpha(t), x), per_example(schedule.sigma(t), x)
         gain = alpha * STD**2 / (jnp.square(alpha) * STD**2 + jnp.square(sigma))
         return MEAN + gain * (x - alpha * MEAN)
 

@@ -8,7 +8,7 @@ import pytest
 from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion.bound import bits_per_dim, diffusion_weight, prior, variational_bound
 from genai_jax.diffusion.likelihood import log_density
-from tests.diffusion.gaussian import beside, float64
+from tests.diffusion.gaussian import float64, per_example
 
 GAMMA_MIN, GAMMA_MAX, STD = -13.3, 5.0, 0.5
 
@@ -65,7 +65,7 @@ def test_uniform_bytes_take_eight_bits():
     values = jnp.linspace(-1, 1, levels)
 
     def predict(x, t):
-        alpha, sigma = beside(schedule.alpha(t), x), beside(schedule.sigma(t), x)
+        alpha, sigma = per_example(schedule.alpha(t), x), per_example(schedule.sigma(t), x)
         logits = -jnp.square(x[..., None] - alpha[..., None] * values) / (
             2 * jnp.square(sigma)[..., None]
         )

@@ -49,7 +49,7 @@ class DataConfig:
     )
     answer_after: str | None = field(
         None,
-        "Token after which a document's targets count, its end excluded; if unset, all targets "
+        "Token after which a document's targets count, except for its end; if unset, all targets "
         "count",
     )
     passage_length: int | None = field(

@@ -26,15 +26,15 @@ class UnetConfig:
 
     channels: int = field(64, "Channels at full resolution", minimum=4)
     channel_multipliers: str = field(
-        "1,2,2", "Channels of each level as multiples of --unet.channels, comma-separated"
+        "1,2,2", "Channels of each level as multiples of `channels`, comma-separated"
     )
     blocks_per_level: int = field(2, "Residual blocks per level of the encoder", minimum=1)
     attention_resolutions: str = field(
-        "16,8", "Largest spatial sizes at which blocks have attention, comma-separated"
+        "16,8", "Resolutions (largest spatial size) of blocks with attention, comma-separated"
     )
     head_dim: int = field(32, "Width of an attention head", minimum=1)
     embed_dim: int | None = field(
-        None, "Width of the condition's embedding; 4 times --unet.channels if unset", minimum=4
+        None, "Width of the condition's embedding; 4 times `channels` if unset", minimum=4
     )
     text_layers: int = field(2, "Blocks of the text encoder", minimum=0)
     dropout: float = field(0.0, "Dropout rate in residual blocks", minimum=0, maximum=1)

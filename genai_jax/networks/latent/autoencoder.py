@@ -32,7 +32,7 @@ class AutoencoderConfig:
     latent_channels: int = field(4, "Channels of the latents", minimum=1)
     channels: int = field(32, "Channels at full resolution", minimum=4)
     channel_multipliers: str = field(
-        "1,2", "Channels of each level as multiples of --autoencoder.channels, comma-separated"
+        "1,2", "Channels of each level as multiples of `channels`, comma-separated"
     )
     blocks_per_level: int = field(
         1, "Residual blocks per level, in the encoder and in the decoder", minimum=1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
-from genai_jax.networks.latent.latent_variables import Latents, draw_latents
+from genai_jax.networks.latent.latent_variables import Latents, sample_latents
 from genai_jax.networks.layers.dense import Dense
 
 
@@ -85,7 +85,7 @@ class DenseVae(nn.Module):
         """
         zeros = jnp.zeros((batch, self.config.latent_dim))
         rng = self.make_rng("latents") if self.has_rng("latents") else None
-        latents = draw_latents(features, (zeros, zeros), given and given[0], rng, temperature)
+        latents = sample_latents(features, (zeros, zeros), given and given[0], rng, temperature)
         hidden = self._with_labels(latents.z, labels)
         for layer in self.decoder:
             hidden = nn.gelu(layer(hidden))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
-from genai_jax.networks.latent.latent_variables import Latents, draw_latents
+from genai_jax.networks.latent.latent_variables import Latents, sample_latents
 from genai_jax.networks.layers.convolution import Conv, downsample, upsample
 from genai_jax.networks.layers.dense import Dense
 
@@ -122,7 +122,7 @@ class DownBlock(nn.Module):
                 Bottleneck(hidden, 2 * n, 1.0, self.dtype, name="posterior")(both)
             )
         rng = self.make_rng("latents") if self.has_rng("latents") else None
-        latents = draw_latents(posterior, prior, given, rng, temperature)
+        latents = sample_latents(posterior, prior, given, rng, temperature)
         x = x + outputs[..., 2 * n :]
         x = x + Conv(
             c.channels, point, init_scale=self.init_scale, dtype=self.dtype, name="latents"

@@ -16,7 +16,7 @@ class Latents(NamedTuple):
     prior_log_scale: jax.Array
 
 
-def draw_latents(
+def sample_latents(
     posterior: tuple | None,
     prior: tuple[jax.Array, jax.Array],
     given: jax.Array | None,
