@@ -96,7 +96,7 @@ def time_grid(
         than a discrete schedule has times.
     """
     if not 0 <= end < start <= 1:
-        raise ValueError(f"start={start} and end={end} must satisfy 0 <= end < start <= 1")
+        raise ValueError(f"times from start={start} to end={end} must decrease within [0, 1]")
     if schedule.num_times and steps > schedule.num_times * (start - end) + 1e-6:
         raise ValueError(
             f"{steps} steps are too many for a discrete schedule with {schedule.num_times} times, "
