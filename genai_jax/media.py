@@ -1,4 +1,4 @@
-"""Arrays of levels to files that people look at, and back."""
+"""Writes images, videos and signals to files that people can look at, and reads images."""
 
 import functools
 import math
@@ -9,22 +9,22 @@ import numpy as np
 
 from genai_jax.config import ConfigError
 
-GRID_PIXELS = 1024  # a grid is scaled up while it stays within this
+GRID_PIXELS = 1024  # grids are enlarged up to this height and width
 GAP = 1  # pixels between pictures, before scaling
 BACKGROUND = 90
 
 
 def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
-    """Values 0 .. levels - 1 to 0 .. 255."""
+    """Scales values 0 .. levels - 1 to 0 .. 255, uint8."""
     if levels == 256:
         return images
     return np.round(images.astype(np.float32) * (255 / (levels - 1))).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Images [n, height, width, channels], uint8, side by side: [height, width, 3].
+    """Arranges images [n, height, width, channels], uint8, in a grid [height, width, 3].
 
-    Small ones are enlarged by a whole factor.
+    Small grids are enlarged by a whole factor.
     """
     count, height, width, _ = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -40,14 +40,14 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
-    """Writes [height, width, 3], uint8."""
+    """Writes an image [height, width, 3], uint8."""
     from PIL import Image
 
     Image.fromarray(picture).save(path, format="PNG")
 
 
 def write_gif(path: pathlib.Path, videos: np.ndarray, columns: int | None = None) -> None:
-    """Writes videos [n, time, height, width, channels], uint8, side by side, repeating."""
+    """Writes a grid of videos [n, time, height, width, channels], uint8, that loops forever."""
     from PIL import Image
 
     frames = [Image.fromarray(grid(videos[:, i], columns)) for i in range(videos.shape[1])]
@@ -59,7 +59,7 @@ def write_gif(path: pathlib.Path, videos: np.ndarray, columns: int | None = None
 def write_signals(
     path: pathlib.Path, signals: np.ndarray, levels: int, columns: int | None = None
 ) -> None:
-    """Plots signals [n, length, channels] in small panels."""
+    """Plots signals [n, length, channels] in a grid of small panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def write_signals(
 def write_examples(
     path: pathlib.Path, examples: np.ndarray, levels: int, columns: int | None = None
 ) -> None:
-    """Writes examples [n, *space, channels] as their number of axes of space asks."""
+    """Writes examples [n, *space, channels] as signals, images or videos, by their spatial axes."""
     if examples.ndim == 3:
         write_signals(path, examples, levels, columns)
     elif examples.ndim == 4:
@@ -92,35 +92,42 @@ def write_examples(
 def writers(
     examples: np.ndarray, levels: int, strip: np.ndarray | None = None, columns: int | None = None
 ) -> dict[str, Callable[[pathlib.Path], None]]:
-    """Suffix of the file -> what writes it; for `genai_jax.requests.Files`.
+    """File suffix -> function that writes the file, for `genai_jax.requests.Files`.
 
     Args:
       examples: [n, *space, channels] in levels.
       levels: values are 0 .. levels - 1.
-      strip: [rows, columns, *space, channels], the way to some of the examples.
-      columns: of the grid.
+      strip: [rows, columns, *space, channels], for example the sampling trajectory of each row's
+        example; written to a second file.
+      columns: columns of the grid; about square if None.
     """
     kind = ".gif" if examples.ndim == 5 else ".png"
     write = lambda examples, columns: functools.partial(
         write_examples, examples=examples, levels=levels, columns=columns
     )
-    found = {kind: write(examples, columns)}
+    functions = {kind: write(examples, columns)}
     if strip is not None:
         flat = strip.reshape(-1, *strip.shape[2:])
-        found[f"_strip{kind}"] = write(flat, strip.shape[1])
-    return found
+        functions[f"_strip{kind}"] = write(flat, strip.shape[1])
+    return functions
 
 
 def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> np.ndarray:
-    """An image file as levels, uint8 of `shape` (height, width, channels).
+    """Reads an image file as levels, uint8 in `shape` (height, width, channels).
+
+    Args:
+      path: the image file.
+      shape: (height, width, channels) that the image must have.
+      flag: name of the flag that gives the path, for errors; "mask" reads any image as grayscale.
+      levels: values are 0 .. levels - 1.
 
     Raises:
-      ConfigError: no such image, another size, or other channels than `shape` has.
+      ConfigError: not a readable image, or its size or channels differ from `shape`.
     """
     from PIL import Image, UnidentifiedImageError
 
     if len(shape) != 3:
-        raise ConfigError(f"--{flag} is for images, and this model's examples have shape {shape}")
+        raise ConfigError(f"--{flag} is for images, but this model's examples have shape {shape}")
     height, width, channels = shape
     try:
         with Image.open(path) as file:
@@ -128,7 +135,7 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
             bands = len(file.getbands())
             picture = file.convert("RGB") if file.mode == "P" else file.copy()
     except (OSError, UnidentifiedImageError) as error:
-        reason = getattr(error, "strerror", None) or "it is no image"
+        reason = getattr(error, "strerror", None) or "it is not an image"
         raise ConfigError(f"cannot read --{flag}={path}: {reason}") from None
     bands = 3 if picture.mode == "RGB" else bands
     if flag == "mask":

@@ -1,4 +1,4 @@
-"""Pictures out of arrays, and back."""
+"""Writing arrays as images, and reading them back."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from genai_jax.config import ConfigError
 IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
 
 
-def test_a_grid_has_its_images_in_reading_order_enlarged_by_a_whole_factor():
+def test_a_grid_has_its_images_in_reading_order_and_is_enlarged_by_a_whole_factor():
     sheet = media.grid(media.to_bytes(IMAGES, 6), columns=3)
     factor = sheet.shape[1] // 16
     assert sheet.shape == (11 * factor, 16 * factor, 3) and factor > 1
@@ -21,7 +21,7 @@ def test_a_grid_has_its_images_in_reading_order_enlarged_by_a_whole_factor():
     assert np.all(small[0] == media.BACKGROUND)
 
 
-def test_each_number_of_axes_has_its_kind_of_file(tmp_path):
+def test_signals_images_and_videos_have_their_own_file_formats(tmp_path):
     for shape, suffix in (((3, 16, 1), ".png"), ((3, 4, 4, 3), ".png"), ((3, 5, 4, 4, 3), ".gif")):
         values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
         strip = np.stack([values[:2]] * 4, 1)
@@ -34,15 +34,15 @@ def test_each_number_of_axes_has_its_kind_of_file(tmp_path):
                 assert getattr(file, "n_frames", 1) == (5 if suffix == ".gif" else 1)
 
 
-def test_an_image_is_read_as_it_was_written(tmp_path):
+def test_a_written_image_is_read_back_exactly(tmp_path):
     levels = np.random.default_rng(0).integers(0, 17, (8, 8, 1)).astype(np.uint8)
     path = str(tmp_path / "x.png")
     Image.fromarray(media.to_bytes(levels, 17)[..., 0]).save(path)
-    found = media.read_image(path, (8, 8, 1), flag="init_image", levels=17)
-    np.testing.assert_array_equal(found, levels)
+    image = media.read_image(path, (8, 8, 1), flag="init_image", levels=17)
+    np.testing.assert_array_equal(image, levels)
 
 
-def test_images_that_do_not_fit_are_refused_in_one_line(tmp_path):
+def test_images_of_the_wrong_size_or_format_are_errors(tmp_path):
     path = str(tmp_path / "x.png")
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(path)
     with pytest.raises(ConfigError, match=r"is 4x8 with 3 channel.*are 8x8 with 3"):
@@ -50,8 +50,8 @@ def test_images_that_do_not_fit_are_refused_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"is 4x8 with 3 channel.*are 4x8 with 1"):
         media.read_image(path, (4, 8, 1), flag="init_image", levels=256)
     assert media.read_image(path, (4, 8, 1), flag="mask", levels=256).shape == (4, 8, 1)
-    (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ConfigError, match="it is no image"):
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ConfigError, match="it is not an image"):
         media.read_image(str(tmp_path / "text.png"), (8, 8, 1), flag="mask", levels=256)
     with pytest.raises(ConfigError, match="is for images"):
         media.read_image(path, (16, 1), flag="init_image", levels=256)

@@ -1,4 +1,7 @@
-"""Makes batches ahead in a thread. Apart from the loader, so that its flags do not import Grain."""
+"""Prefetches batches in a background thread.
+
+Kept apart from the loaders so that reading their flags does not import Grain.
+"""
 
 import weakref
 from typing import Protocol
@@ -8,8 +11,8 @@ import grain
 from genai_jax.data.text.packing import Batch
 
 
-class Maker(Protocol):
-    """What makes batches: a packer of text, a shuffler of images."""
+class BatchMaker(Protocol):
+    """What produces batches: a packer of text or a shuffler of images."""
 
     def next_batch(self) -> Batch | None: ...
 
@@ -19,22 +22,22 @@ class Maker(Protocol):
 
 
 class BatchIterator:
-    """The batches of a maker, some of them made ahead.
+    """Iterates over the batches of a maker, prefetching some of them.
 
-    Grain keeps the state of every batch beside it, so `get_state` is that of the last batch handed
-    out, whatever the thread has made since.
+    Grain stores the state with each batch, so `get_state` returns the state after the last batch
+    handed out, however far ahead the thread is.
 
     Args:
-      maker: makes the batches; belongs to the iterator from here on.
-      buffer_size: how many batches to make ahead; 0 for none, and no thread.
+      maker: produces the batches; the iterator owns it from here on.
+      buffer_size: how many batches to prefetch; 0 disables prefetching and starts no thread.
     """
 
-    def __init__(self, maker: Maker, buffer_size: int):
+    def __init__(self, maker: BatchMaker, buffer_size: int):
         dataset = grain.experimental.ThreadPrefetchIterDataset(
-            _Made(maker), prefetch_buffer_size=buffer_size
+            _MakerDataset(maker), prefetch_buffer_size=buffer_size
         )
         self._inner = [iter(dataset)]
-        # Grain's own clean-up fails when it runs as late as the end of the interpreter.
+        # Grain's own cleanup fails if it runs as late as interpreter shutdown.
         self._finalizer = weakref.finalize(self, _close, self._inner)
 
     def __iter__(self) -> "BatchIterator":
@@ -44,15 +47,19 @@ class BatchIterator:
         return next(self._open())
 
     def get_state(self) -> dict:
-        """The position after the last batch handed out, JSON serialisable."""
+        """The position after the last batch handed out, JSON-serializable."""
         return self._open().get_state()
 
     def set_state(self, state: dict) -> None:
-        """Goes on from `state`; ConfigError if it is that of other rows."""
+        """Continues from `state`.
+
+        Raises:
+          ConfigError: the state does not cover the rows of this iterator.
+        """
         self._open().set_state(state)
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._finalizer()
 
     def _open(self) -> grain.DatasetIterator:
@@ -66,17 +73,17 @@ def _close(inner: list[grain.DatasetIterator]) -> None:
     inner.clear()
 
 
-class _Made(grain.IterDataset):
-    def __init__(self, maker: Maker):
+class _MakerDataset(grain.IterDataset):
+    def __init__(self, maker: BatchMaker):
         super().__init__()
         self._maker = maker
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _MadeIterator(self._maker)
+        return _MakerIterator(self._maker)
 
 
-class _MadeIterator(grain.DatasetIterator):
-    def __init__(self, maker: Maker):
+class _MakerIterator(grain.DatasetIterator):
+    def __init__(self, maker: BatchMaker):
         super().__init__()
         self._maker = maker
 

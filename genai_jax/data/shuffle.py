@@ -1,16 +1,17 @@
-"""A random order that costs no memory and is the same on every machine."""
+"""A random permutation that takes no memory and is the same on every machine."""
 
 import functools
 import hashlib
 
 import numpy as np
 
-# Grain permutes at least 65,536 numbers and skips those out of range: slow for a small data set.
+# Grain permutes at least 65,536 numbers and skips those out of range, which is slow for a small
+# data set.
 _SMALL = 4096
 
 
 def permuted(index: int, size: int, seed: tuple[int, ...]) -> int:
-    """Where a permutation of ``range(size)``, one for each seed, sends `index`."""
+    """The image of `index` under a permutation of ``range(size)`` that `seed` determines."""
     if size <= _SMALL:
         return _small_permutation(size, seed)[index]
     import grain

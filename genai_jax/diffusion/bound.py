@@ -1,4 +1,4 @@
-"""The variational bound of the likelihood of discrete data (Kingma et al. 2021, VDM)."""
+"""The variational bound on the likelihood of discrete data (Kingma et al. 2021, VDM)."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Bound(NamedTuple):
-    """Nats of each example, [batch]; their sum is an upper bound of -log p(x)."""
+    """Nats per example, [batch]; the three terms sum to an upper bound on -log p(x)."""
 
     diffusion: jax.Array
     prior: jax.Array
@@ -33,15 +33,15 @@ def variational_bound(
     levels: int,
     sigma_data: float = 0.5,
 ) -> Bound:
-    """An unbiased estimate of the bound, with one time for each example.
+    """An unbiased estimate of the bound, with one time per example.
 
     Args:
       predict: (x, t) -> the network's output.
-      schedule: preserves the variance; its log-SNR is finite at both ends. A discrete one gives
-        the bound in `num_times` steps.
+      schedule: variance-preserving, with finite log-SNR at both ends. A discrete one gives the
+        bound for `num_times` steps.
       x0: data in [-1, 1] with `levels` equally spaced values, [batch, ...].
-      key: of times and noise.
-      parameterization: what the network puts out.
+      key: key for the times and the noise.
+      parameterization: what the network predicts.
       levels: number of values.
       sigma_data: standard deviation of the data, for "edm".
     """
@@ -61,10 +61,10 @@ def variational_bound(
 
 
 def diffusion_weight(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """What |eps - eps_hat|^2 at time t is multiplied by, for t uniform over the schedule's times.
+    """The weight of |eps - eps_hat|^2 at time t, for t uniform over the schedule's times.
 
-    Half the growth of gamma = -log-SNR: its derivative in continuous time (VDM, equation 17), and
-    num_times expm1(gamma(t) - gamma(s)) for a step from s to t (equation 14).
+    Half the rate of change of gamma = -log-SNR: its derivative in continuous time (VDM, equation
+    17), and num_times expm1(gamma(t) - gamma(s)) for a step from s to t (equation 14).
     """
     gamma = lambda t: -schedule.log_snr(t)
     if not schedule.num_times:
@@ -74,28 +74,28 @@ def diffusion_weight(schedule: Schedule, t: jax.Array) -> jax.Array:
 
 
 def prior(schedule: Schedule, x0: jax.Array) -> jax.Array:
-    """KL of q(x_1 | x0) to the standard normal, nats [batch]."""
+    """KL(q(x_1 | x0) || N(0, 1)), nats [batch]."""
     end = jnp.ones((), x0.dtype)
     variance = jnp.square(schedule.sigma(end))
     mean = schedule.alpha(end) * x0
-    each = (variance + jnp.square(mean) - 1 - jnp.log(variance)) / 2
-    return jnp.sum(each, tuple(range(1, x0.ndim)))
+    kl = (variance + jnp.square(mean) - 1 - jnp.log(variance)) / 2
+    return jnp.sum(kl, tuple(range(1, x0.ndim)))
 
 
 def log_reconstruction(schedule: Schedule, x0: jax.Array, key: jax.Array, levels: int) -> jax.Array:
     """log p(x0 | x_(t=0)), nats [batch].
 
-    Each value is drawn from the levels with probabilities proportional to the likelihood of the
-    noisy value (VDM, equation 16 and appendix F).
+    The decoder is categorical over the levels, with probabilities proportional to the likelihood
+    of the noisy value given each level (VDM, equation 16 and appendix F).
     """
     start = jnp.zeros((), x0.dtype)
-    level = jnp.exp(-schedule.log_snr(start) / 2)  # sigma / alpha
-    z = x0 + level * jax.random.normal(key, x0.shape, x0.dtype)
+    noise_level = jnp.exp(-schedule.log_snr(start) / 2)  # sigma / alpha
+    z = x0 + noise_level * jax.random.normal(key, x0.shape, x0.dtype)
     values = jnp.linspace(-1, 1, levels, dtype=x0.dtype)
-    logits = -jnp.square((z[..., None] - values) / level) / 2
+    logits = -jnp.square((z[..., None] - values) / noise_level) / 2
     index = jnp.round((x0 + 1) * ((levels - 1) / 2)).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, index[..., None], -1)[..., 0]
-    log_probability = chosen - jax.nn.logsumexp(logits, -1)
+    logit = jnp.take_along_axis(logits, index[..., None], -1)[..., 0]
+    log_probability = logit - jax.nn.logsumexp(logits, -1)
     return jnp.sum(log_probability, tuple(range(1, x0.ndim)))
 
 

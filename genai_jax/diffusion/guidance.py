@@ -1,4 +1,4 @@
-"""Guidance: denoisers in, a denoiser out. All act on every channel alike."""
+"""Guidance: combines denoisers into one denoiser. Every channel is treated the same."""
 
 from collections.abc import Callable
 
@@ -13,38 +13,38 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 def classifier_free(conditional: Denoise, unconditional: Denoise, weight: float) -> Denoise:
     """unconditional + weight (conditional - unconditional) (Ho and Salimans 2022, equation 6).
 
-    Their w is weight - 1. Weights 1 and 0 are the conditional and the unconditional model
-    themselves, and evaluate no other.
+    Their w is weight - 1. A weight of 1 or 0 returns the conditional or the unconditional model
+    itself, so that the other is never evaluated.
     """
     return _extrapolated(unconditional, conditional, weight)
 
 
 def autoguidance(strong: Denoise, weak: Denoise, weight: float) -> Denoise:
-    """Away from a weaker version of the same model: weak + weight (strong - weak).
+    """Guides away from a weaker version of the same model: weak + weight (strong - weak).
 
     Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 3.
     """
     return _extrapolated(weak, strong, weight)
 
 
-def _extrapolated(origin: Denoise, towards: Denoise, weight: float) -> Denoise:
+def _extrapolated(origin: Denoise, target: Denoise, weight: float) -> Denoise:
     if weight == 1:
-        return towards
+        return target
     if weight == 0:
         return origin
 
     def denoise(x, t):
         start = origin(x, t)
-        return start + weight * (towards(x, t) - start)
+        return start + weight * (target(x, t) - start)
 
     return denoise
 
 
 def rescaled(guided: Denoise, plain: Denoise, share: float) -> Denoise:
-    """The contrast of the guided estimate drawn back towards that of the plain one.
+    """Rescales the guided estimate towards the contrast of the plain one.
 
     Lin et al. 2024, equations 15 and 16: each example is scaled to the standard deviation of its
-    plain estimate, and mixed with the unscaled by `share` (their phi).
+    plain estimate; the result has weight `share` (their phi), the unscaled estimate 1 - share.
     """
 
     def denoise(x, t):
@@ -62,7 +62,7 @@ def limited_interval(
 ) -> Denoise:
     """`guided` where low <= log-SNR <= high, `plain` elsewhere (Kynkäänniemi et al. 2024).
 
-    All examples of a solver's step share one time, so a branch saves the second evaluation.
+    All examples of a solver's step share one time, so a branch avoids evaluating both.
     """
 
     def denoise(x, t):

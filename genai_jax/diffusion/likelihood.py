@@ -10,7 +10,7 @@ from genai_jax.diffusion.schedule import Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 DIVERGENCES = ("exact", "hutchinson")
-FAR = 1e-4  # the ODE keeps this far from an end where log-SNR is infinite
+FAR = 1e-4  # the ODE stops this far from an end at which the log-SNR is infinite
 
 
 def log_density(
@@ -24,62 +24,66 @@ def log_density(
     num_probes: int = 1,
     data_std: float = 1.0,
 ) -> jax.Array:
-    """log p(x) of the model, nats [batch].
+    """log p(x) under the model, nats [batch].
 
-    With y = x_t / alpha and u = log(sigma / alpha) the ODE is dy/du = y - x0_hat: smooth, whatever
-    the schedule. It is solved by classical Runge-Kutta in equal steps of u, together with the
-    divergence. x is taken to have the noise of the smallest sigma, which blurs the density by that
-    much; at the largest sigma the prior is normal with variance sigma^2 + (alpha data_std)^2.
+    With y = x_t / alpha and u = log(sigma / alpha) the ODE is dy/du = y - x0_hat, which is smooth
+    for every schedule. It is solved together with the divergence by classical Runge-Kutta in equal
+    steps of u. x is assumed to have the noise of the smallest sigma, so the density is that of data
+    blurred by that noise; at the largest sigma the prior is normal with variance
+    sigma^2 + (alpha data_std)^2.
 
     Args:
       denoise: (x, t) -> x0.
-      schedule: of the noise.
+      schedule: the noise schedule.
       x: [batch, ...].
-      steps: of the solver, four evaluations each.
-      divergence: "exact", one Jacobian-vector product for each dimension, or "hutchinson", an
-        unbiased estimate by random signs (Hutchinson 1990; Grathwohl et al. 2019).
-      key: of the estimate.
-      num_probes: random directions of the estimate.
-      data_std: standard deviation of the data, of the prior.
+      steps: solver steps, each with four evaluations.
+      divergence: "exact", one Jacobian-vector product per dimension, or "hutchinson", an unbiased
+        estimate with random signs (Hutchinson 1990; Grathwohl et al. 2019).
+      key: key for the estimate's random signs.
+      num_probes: number of random directions of the estimate.
+      data_std: standard deviation of the data, which the prior assumes.
+
+    Raises:
+      ValueError: an unknown `divergence`.
     """
     probes = _probes(x, divergence, key, num_probes)
     ends = _finite_ends(schedule, x.dtype)
     u_start, u_end = (-schedule.log_snr(t) / 2 for t in ends)
-    size = (u_end - u_start) / steps
+    h = (u_end - u_start) / steps
     axes = tuple(range(1, x.ndim))
 
     def slope(y, u):
         t = jnp.broadcast_to(schedule.time(-2 * u), x.shape[:1]).astype(x.dtype)
         alpha = schedule.alpha(t).reshape(-1, *(1,) * (x.ndim - 1))
         field = lambda y: y - denoise(alpha * y, t)
-        through = lambda probe: jnp.sum(probe * jax.jvp(field, (y,), (probe,))[1], axes)
-        trace = jnp.sum(jax.lax.map(through, probes), 0)
+        quadratic_form = lambda probe: jnp.sum(probe * jax.jvp(field, (y,), (probe,))[1], axes)
+        trace = jnp.sum(jax.lax.map(quadratic_form, probes), 0)
         if divergence == "hutchinson":
             trace = trace / num_probes
         return field(y), trace
 
     def step(carry, i):
-        y, gained = carry
-        u = u_start + i * size
+        y, log_det = carry
+        u = u_start + i * h
         k1, d1 = slope(y, u)
-        k2, d2 = slope(y + size / 2 * k1, u + size / 2)
-        k3, d3 = slope(y + size / 2 * k2, u + size / 2)
-        k4, d4 = slope(y + size * k3, u + size)
-        y = y + size / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return (y, gained + size / 6 * (d1 + 2 * d2 + 2 * d3 + d4)), None
+        k2, d2 = slope(y + h / 2 * k1, u + h / 2)
+        k3, d3 = slope(y + h / 2 * k2, u + h / 2)
+        k4, d4 = slope(y + h * k3, u + h)
+        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return (y, log_det + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)), None
 
     begin = (x / schedule.alpha(ends[0]), jnp.zeros(x.shape[:1], x.dtype))
-    (y, gained), _ = jax.lax.scan(step, begin, jnp.arange(steps))
-    # Densities of y = x / alpha; the first change of variables is that of the data.
+    (y, log_det), _ = jax.lax.scan(step, begin, jnp.arange(steps))
+    # The densities are those of y = x / alpha; the last term changes variables back to x.
     dimensions = x[0].size
     variance = jnp.exp(2 * u_end) + data_std**2
     log_prior = -jnp.sum(jnp.square(y), axes) / (2 * variance)
     log_prior -= dimensions / 2 * jnp.log(2 * math.pi * variance)
-    return log_prior + gained - dimensions * jnp.log(schedule.alpha(ends[0]))
+    return log_prior + log_det - dimensions * jnp.log(schedule.alpha(ends[0]))
 
 
 def _probes(x, divergence, key, num_probes):
-    """Directions [probes, batch, ...] whose quadratic forms sum to the divergence."""
+    """Directions [probes, batch, ...] whose quadratic forms give the divergence."""
     if divergence == "exact":
         count = x[0].size
         basis = jnp.eye(count, dtype=x.dtype).reshape(count, 1, *x.shape[1:])

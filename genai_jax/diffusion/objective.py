@@ -1,4 +1,4 @@
-"""What is minimised: pure functions of a network's prediction.
+"""Training losses, as pure functions of a network's prediction.
 
 `predict(x, t)` gives the network's output [batch, ...] in its own parameterization, for noisy data
 x [batch, ...] at times t [batch].
@@ -16,8 +16,8 @@ from genai_jax.diffusion.weighting import log_weight
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def beside(t: jax.Array, x: jax.Array) -> jax.Array:
-    """t [batch] shaped to be multiplied with x [batch, ...]."""
+def per_example(t: jax.Array, x: jax.Array) -> jax.Array:
+    """t [batch] reshaped to broadcast against x [batch, ...]."""
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -27,16 +27,16 @@ def mean_square(x: jax.Array) -> jax.Array:
 
 
 def noised(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """alpha x0 + sigma noise, each example [batch, ...] at its own time."""
-    return beside(schedule.alpha(t), x0) * x0 + beside(schedule.sigma(t), x0) * noise
+    """alpha x0 + sigma noise, each example of [batch, ...] at its own time."""
+    return per_example(schedule.alpha(t), x0) * x0 + per_example(schedule.sigma(t), x0) * noise
 
 
 def target(
     parameterization: str, schedule: Schedule, x0, noise, t, *, sigma_data: float = 0.5
 ) -> jax.Array:
-    """What the network ought to put out."""
+    """What the network should predict: its target in the given parameterization, [batch, ...]."""
     a, b = coefficients(parameterization, schedule, t, sigma_data)
-    return beside(a, x0) * x0 + beside(b, x0) * noise
+    return per_example(a, x0) * x0 + per_example(b, x0) * noise
 
 
 def denoising_loss(
@@ -54,22 +54,22 @@ def denoising_loss(
 
     Args:
       predict: the network.
-      schedule: of the noise.
+      schedule: the noise schedule.
       x0: data [batch, ...].
       t: times [batch].
-      key: of the noise.
-      parameterization: what the network puts out.
+      key: key for the noise.
+      parameterization: what the network predicts.
       weighting: one of `genai_jax.diffusion.weighting.WEIGHTINGS`.
       sigma_data: standard deviation of the data, for "edm".
     """
     noise = jax.random.normal(key, x0.shape, x0.dtype)
     output = predict(noised(schedule, x0, t, noise), t)
-    wanted = target(parameterization, schedule, x0, noise, t, sigma_data=sigma_data)
-    error = mean_square(output - wanted)
+    expected = target(parameterization, schedule, x0, noise, t, sigma_data=sigma_data)
+    error = mean_square(output - expected)
     if weighting == "output":
         return error
-    # x0_hat - x0 is this many times the error of the output. A logarithm of the product, since the
-    # factors alone grow and vanish together at the ends.
+    # x0_hat - x0 is `gain` times the error of the output. The product is taken in logarithms, since
+    # at the ends one factor vanishes while the other grows without bound.
     _, gain = conversion(parameterization, "x0", schedule, t, sigma_data=sigma_data)
     log_snr = schedule.log_snr(t)
     weight = jnp.exp(log_weight(weighting, log_snr, sigma_data) + 2 * jnp.log(jnp.abs(gain)))
@@ -81,7 +81,7 @@ def flow_matching_loss(
 ) -> jax.Array:
     """The mean squared error of the velocity dx_t / dt, [batch].
 
-    Conditional flow matching (Lipman et al. 2023, equation 9), which on the straight path is the
+    Conditional flow matching (Lipman et al. 2023, equation 9), which for the straight path is the
     rectified flow of Liu et al. 2023, equation 1, with time running from data to noise.
     """
     return denoising_loss(predict, schedule, x0, t, key, parameterization="velocity")

@@ -1,7 +1,8 @@
-"""One converter between everything that a network may be asked to predict.
+"""Converts between all quantities that a network may predict.
 
-Each target is a combination a x0 + b epsilon whose two coefficients depend on the time alone. With
-x_t = alpha x0 + sigma epsilon that makes two equations, so any target gives any other.
+Each target is a combination a x0 + b epsilon whose two coefficients depend only on the time.
+Together with x_t = alpha x0 + sigma epsilon these are two linear equations for x0 and epsilon, so
+any target determines every other.
 """
 
 import jax
@@ -19,11 +20,14 @@ def coefficients(
 
     Args:
       target: "x0"; "eps"; "v" = (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2) (Salimans and Ho
-        2022 where the variance is preserved); "score" = -eps / sigma; "velocity" = dx_t / dt;
-        "edm", the output of the network in the preconditioning of Karras et al. 2022, table 1.
-      schedule: of the noise.
+        2022, if the variance is preserved); "score" = -eps / sigma; "velocity" = dx_t / dt;
+        "edm", the network's output in the preconditioning of Karras et al. 2022, table 1.
+      schedule: the noise schedule.
       t: times.
       sigma_data: standard deviation of the data, for "edm".
+
+    Raises:
+      ValueError: an unknown target.
     """
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
@@ -39,8 +43,8 @@ def coefficients(
     if target == "v":
         return -sigma / norm, alpha / norm
     if target == "edm":
-        # D = c_skip (x / alpha) + c_out F at the noise level sigma / alpha, solved for F and
-        # written so that nothing is divided by alpha.
+        # D = c_skip (x / alpha) + c_out F at the noise level sigma / alpha, solved for F in a form
+        # that never divides by alpha.
         scale = jnp.sqrt(jnp.square(alpha * sigma_data) + jnp.square(sigma))
         return sigma / (scale * sigma_data), -alpha * sigma_data / scale
     raise ValueError(f"parameterization {target!r} is not one of {', '.join(PARAMETERIZATIONS)}")
@@ -56,21 +60,21 @@ def convert(
     *,
     sigma_data: float = 0.5,
 ) -> jax.Array:
-    """The `target` that belongs to a `source` of this value.
+    """Converts a value of the quantity `source` into the quantity `target`.
 
     Args:
-      value: [batch, ...], the source.
+      value: [batch, ...], the value of `source`.
       source: one of `PARAMETERIZATIONS`.
       target: one of `PARAMETERIZATIONS`.
       x: [batch, ...], the noisy data at time t.
-      schedule: of the noise.
+      schedule: the noise schedule.
       t: [batch] or a scalar.
       sigma_data: standard deviation of the data, for "edm".
     """
     if source == target:
         return value
     x_weight, weight = conversion(source, target, schedule, t, sigma_data=sigma_data)
-    return _beside(x_weight, x) * x + _beside(weight, x) * value
+    return _per_example(x_weight, x) * x + _per_example(weight, x) * value
 
 
 def conversion(
@@ -87,13 +91,13 @@ def conversion(
 def input_scale(
     parameterization: str, schedule: Schedule, t: jax.Array, sigma_data: float = 0.5
 ) -> jax.Array:
-    """What the network's input is multiplied by, shaped as t: unit variance for "edm", else 1."""
+    """Factor of the network's input, shaped as t: to unit variance for "edm", 1 otherwise."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     if parameterization != "edm":
         return jnp.ones_like(alpha)
     return 1 / jnp.sqrt(jnp.square(alpha * sigma_data) + jnp.square(sigma))
 
 
-def _beside(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """A weight of each example, to be multiplied with x [batch, ...]."""
+def _per_example(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """A weight per example, reshaped to broadcast against x [batch, ...]; a scalar stays one."""
     return weight if weight.ndim == 0 else weight.reshape(-1, *(1,) * (x.ndim - 1))

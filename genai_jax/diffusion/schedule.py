@@ -1,7 +1,8 @@
-"""Noise schedules: how much of the data and how much noise there is at each time.
+"""Noise schedules: how much signal and how much noise there is at each time.
 
-x_t = alpha(t) x_0 + sigma(t) epsilon with t in [0, 1]: data at 0, noise at 1. A schedule is pure
-functions of t, a scalar or an array of any shape and float dtype; derivatives come from `jax.jvp`.
+x_t = alpha(t) x_0 + sigma(t) epsilon with t in [0, 1]: data at 0, noise at 1. A schedule consists
+of pure functions of t, a scalar or an array of any shape and float dtype; derivatives come from
+`jax.jvp`.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 
 Function = Callable[[jax.Array], jax.Array]
 
-BISECTIONS = 60  # halvings of [0, 1] when a schedule has no inverse in closed form
+BISECTIONS = 60  # halvings of [0, 1] for a schedule without a closed-form inverse
 
 
 class Schedule(NamedTuple):
@@ -23,9 +24,9 @@ class Schedule(NamedTuple):
     Attributes:
       alpha: t -> signal, decreasing or constant.
       sigma: t -> standard deviation of the noise.
-      log_snr: t -> log(alpha^2 / sigma^2), strictly decreasing; infinite where one of them is 0.
+      log_snr: t -> log(alpha^2 / sigma^2), strictly decreasing; infinite where alpha or sigma is 0.
       time: log-SNR -> t, the inverse of `log_snr`, clipped to [0, 1].
-      num_times: how many times a discrete schedule has, 0 in continuous time.
+      num_times: number of times of a discrete schedule; 0 in continuous time.
     """
 
     alpha: Function
@@ -41,12 +42,12 @@ def derivative(function: Function, t: jax.Array) -> jax.Array:
 
 
 def drift(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """f of the forward process dx = f x dt + g dW: d log alpha / dt (Song et al. 2021)."""
+    """f in the forward process dx = f x dt + g dW: d log alpha / dt (Song et al. 2021)."""
     return derivative(schedule.alpha, t) / schedule.alpha(t)
 
 
 def diffusion_squared(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """g^2 of the forward process: -sigma^2 d log-SNR / dt (Kingma et al. 2021, appendix)."""
+    """g^2 in the forward process: -sigma^2 d log-SNR / dt (Kingma et al. 2021, appendix)."""
     return -jnp.square(schedule.sigma(t)) * derivative(schedule.log_snr, t)
 
 
@@ -61,7 +62,7 @@ def variance_preserving(log_snr: Function, time: Function | None = None) -> Sche
 
 
 def inverse(log_snr: Function) -> Function:
-    """The inverse of a decreasing function of [0, 1], by bisection."""
+    """The inverse of a decreasing function on [0, 1], by bisection."""
 
     def time(value):
         value = jnp.asarray(value)
@@ -80,7 +81,7 @@ def inverse(log_snr: Function) -> Function:
 
 
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
-    """Noise rate linear in time: log alpha = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2.
+    """A noise rate linear in time: log alpha = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2.
 
     Song et al. 2021, equation 33. At t = 0 there is no noise.
     """
@@ -107,10 +108,10 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 
 
 def cosine(shift: float = 0.0, log_snr_max: float = 20.0) -> Schedule:
-    """log-SNR = -2 log tan(pi t / 2) + shift, within +-log_snr_max.
+    """log-SNR = -2 log tan(pi t / 2) + shift, truncated to +-log_snr_max before the shift.
 
-    Nichol and Dhariwal 2021 in continuous time; the shift is that of Hoogeboom et al. 2023 for high
-    resolutions (2 log(64 / resolution)), the truncation that of Kingma and Gao 2023.
+    Nichol and Dhariwal 2021 in continuous time, with the shift of Hoogeboom et al. 2023 for high
+    resolutions (2 log(64 / resolution)) and the truncation of Kingma and Gao 2023.
     """
     t_min = math.atan(math.exp(-log_snr_max / 2))
     t_max = math.atan(math.exp(log_snr_max / 2))
@@ -130,12 +131,12 @@ def sigmoid(start: float = -3.0, end: float = 3.0, clip: float = 1e-9) -> Schedu
     top, bottom = (1 / (1 + math.exp(-x)) for x in (end, start))
 
     def signal(t):
-        falling = (top - jax.nn.sigmoid(start + t * (end - start))) / (top - bottom)
-        return clip + (1 - 2 * clip) * falling
+        unclipped = (top - jax.nn.sigmoid(start + t * (end - start))) / (top - bottom)
+        return clip + (1 - 2 * clip) * unclipped
 
     def time(value):
-        falling = (jax.nn.sigmoid(value) - clip) / (1 - 2 * clip)
-        level = jnp.clip(top - falling * (top - bottom), bottom, top)
+        unclipped = (jax.nn.sigmoid(value) - clip) / (1 - 2 * clip)
+        level = jnp.clip(top - unclipped * (top - bottom), bottom, top)
         return jnp.clip((jnp.log(level) - jnp.log1p(-level) - start) / (end - start), 0, 1)
 
     return Schedule(
@@ -147,7 +148,7 @@ def sigmoid(start: float = -3.0, end: float = 3.0, clip: float = 1e-9) -> Schedu
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
-    """Constant signal, noise growing geometrically (Song et al. 2021, equation 31)."""
+    """Constant signal and geometrically growing noise (Song et al. 2021, equation 31)."""
     low, ratio = math.log(sigma_min), math.log(sigma_max / sigma_min)
     return Schedule(
         jnp.ones_like,
@@ -158,7 +159,7 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Schedule:
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Schedule:
-    """Constant signal, the rho-th root of the noise linear in time (Karras et al. 2022, eq. 5)."""
+    """Constant signal; the rho-th root of sigma is linear in time (Karras et al. 2022, eq. 5)."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def log_sigma(t):
@@ -183,10 +184,10 @@ def linear_flow() -> Schedule:
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shifts and scales alpha so that alpha(1) = 0 and alpha(0) stays (Lin et al. 2024, alg. 1).
+    """Shifts and scales alpha so that alpha(1) = 0, keeping alpha(0) (Lin et al. 2024, alg. 1).
 
     Raises:
-      ValueError: a schedule that does not preserve the variance has no such rescaling.
+      ValueError: the schedule is not variance-preserving, so it cannot be rescaled like this.
     """
     with jax.ensure_compile_time_eval():
         first, last, noise, variance = (
@@ -200,19 +201,20 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
         )
     if abs(variance - 1) > 1e-3:
         raise ValueError(
-            f"zero terminal SNR is for schedules that preserve the variance; this one ends at "
+            f"zero terminal SNR is for schedules that preserve the variance 1; this one ends at "
             f"{variance:.4g}"
         )
 
     def alpha(t):
-        at_end = t >= 1  # exactly, whatever rounding leaves
+        at_end = t >= 1  # exactly 0 at the end, whatever the rounding
         return jnp.where(at_end, 0.0, (schedule.alpha(t) - last) * (first / (first - last)))
 
     def variance_of_noise(t):
-        # 1 - alpha^2 without the cancellation: 1 - alpha = sigma^2 / (1 + alpha), before and after.
-        missing = jnp.square(schedule.sigma(t)) / (1 + schedule.alpha(t))
-        gap = (first * missing - last * noise**2 / (1 + first)) / (first - last)
-        return gap * (1 + alpha(t))
+        # 1 - alpha^2 without cancellation: 1 - alpha = sigma^2 / (1 + alpha), for the original
+        # schedule (complement) and the rescaled one (rescaled).
+        complement = jnp.square(schedule.sigma(t)) / (1 + schedule.alpha(t))
+        rescaled = (first * complement - last * noise**2 / (1 + first)) / (first - last)
+        return rescaled * (1 + alpha(t))
 
     def log_snr(t):
         return 2 * jnp.log(alpha(t)) - jnp.log(variance_of_noise(t))
@@ -221,28 +223,29 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 
 
 def discrete(schedule: Schedule, num_times: int) -> Schedule:
-    """The same schedule, of which only the times i / num_times, i = 1 .. num_times, are used."""
+    """The same schedule, restricted to the times i / num_times, i = 1 .. num_times."""
     return schedule._replace(num_times=num_times)
 
 
 def snap(schedule: Schedule, t: jax.Array) -> jax.Array:
-    """The time of a discrete schedule that is not before t; t itself in continuous time."""
+    """t rounded up to a time of a discrete schedule; t itself in continuous time."""
     if not schedule.num_times:
         return t
     index = jnp.clip(jnp.ceil(t * schedule.num_times), 1, schedule.num_times)
     return index / schedule.num_times
 
 
-# A learned schedule (Kingma et al. 2021): gamma, minus the log-SNR, is a monotone function of time.
+# A learned schedule (Kingma et al. 2021): gamma, the negative log-SNR, is a monotone function of
+# time.
 
 
 def learned(gamma: Function) -> Schedule:
-    """The variance-preserving schedule of an increasing function gamma(t) = -log-SNR."""
+    """The variance-preserving schedule with log-SNR = -gamma(t), for an increasing gamma."""
     return variance_preserving(lambda t: -gamma(t))
 
 
 def init_monotone_gamma(rng: jax.Array, width: int = 1024) -> dict[str, Any]:
-    """Parameters of `monotone_gamma`, which is nearly linear at first."""
+    """Initial parameters of `monotone_gamma`, with which it is nearly linear."""
     keys = jax.random.split(rng, 2)
     hidden = jnp.log(jnp.expm1(jnp.full((width,), 1.0 / width)))  # softplus gives 1 / width
     return {
@@ -258,8 +261,8 @@ def monotone_gamma(
 ) -> jax.Array:
     """An increasing function of t with gamma(0) = gamma_min and gamma(1) = gamma_max exactly.
 
-    A line plus sigmoids, all with positive weights, then mapped to the end points (Kingma et al.
-    2021, appendix H, whose monotone network this simplifies to one hidden layer).
+    A line plus sigmoids, all with positive weights, mapped to the end points (Kingma et al. 2021,
+    appendix H, whose monotone network this simplifies to one hidden layer).
     """
 
     def raw(t):

@@ -1,9 +1,9 @@
 """Solvers of the reverse process: from noise to data, or back, along given times.
 
-A solver is three pure functions. `prepare` turns schedule and times into the coefficients of all
-steps at once, arrays [steps, ...]; `begin` makes the carry, whose first element is the state x and
-whose others are a multistep method's history; `advance` makes one step. `solve` scans over them, so
-that a step costs its network evaluations and one pass over x.
+A solver consists of three pure functions. `prepare` turns the schedule and the times into the
+coefficients of all steps at once, arrays [steps, ...]; `begin` makes the carry: the state x, then
+the history of a multistep method; `advance` takes one step. `solve` scans over the steps, so that
+each costs only its network evaluations and one pass over x.
 
 `denoise(x, t)` gives the expected data x0 for x [batch, ...] and times t [batch].
 """
@@ -22,11 +22,11 @@ Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Solver(NamedTuple):
-    """See the module; `evaluations` of the network in one step."""
+    """The functions of a solver; see the module."""
 
     prepare: Callable[..., Any]  # (schedule, times, **options) -> coefficients
     advance: Callable[..., tuple]  # (denoise, carry, coefficients, key) -> carry
-    evaluations: int = 1
+    evaluations: int = 1  # network evaluations per step
     begin: Callable[[jax.Array], tuple] = lambda x: (x,)
 
 
@@ -41,21 +41,22 @@ def solve(
     return_path: bool = False,
     **options: float,
 ) -> Any:
-    """Follows `times` [steps + 1] from x [batch, ...] at times[0]; decreasing times give data.
+    """Solves from x [batch, ...] at times[0] along `times` [steps + 1]; decreasing towards data.
 
     Args:
       name: one of `SOLVERS`.
       denoise: the model, guided or not.
-      schedule: of the noise.
+      schedule: the noise schedule.
       x: state at times[0].
-      times: decreasing, or for a deterministic solver also increasing.
-      key: of the noise; a deterministic solver ignores it.
+      times: decreasing; a deterministic solver also takes increasing times.
+      key: key for the noise; a deterministic solver ignores it.
       return_path: whether to return all states as well.
-      **options: of the solver: ddim `eta`; heun `s_churn`, `s_min`, `s_max`, `s_noise`;
-        predictor_corrector and langevin `snr`; langevin `corrections`.
+      **options: the solver's own: `eta` for ddim; `s_churn`, `s_min`, `s_max`, `s_noise` for heun;
+        `snr` for predictor_corrector and langevin.
 
     Returns:
-      The state at times[-1]; with `return_path` also those at all times [steps + 1, batch, ...].
+      The state at times[-1]; with `return_path` also the states at all times,
+      [steps + 1, batch, ...].
     """
     solver = SOLVERS[name]
     times = times.astype(x.dtype)
@@ -72,7 +73,7 @@ def solve(
     carry, path = jax.lax.scan(body, solver.begin(x), (coefficients, keys))
     if not return_path:
         return carry[0]
-    # A method that takes its first step twice has one state too many.
+    # A method that repeats its first step has one state too many.
     return carry[0], jnp.concatenate([x[None], path[-(times.shape[0] - 1) :]])
 
 
@@ -80,16 +81,18 @@ def solve(
 
 
 def _ddpm(denoise, carry, step: Interval, key):
-    """The posterior q(x_next | x, x0_hat) (Ho et al. 2020, equation 7; in the general form of
-    Kingma et al. 2021, equation 25)."""
+    """Samples the posterior q(x_next | x, x0_hat) (Ho et al. 2020, equation 7).
+
+    In the general form of Kingma et al. 2021, equation 25.
+    """
     (x,) = carry
     x0 = denoise(x, step.t)
-    ratio = step.alpha / step.alpha_next  # alpha of the step from next to now
-    shrunk = jnp.square(step.sigma_next / step.sigma)
-    added = jnp.square(step.sigma) - jnp.square(ratio * step.sigma_next)
-    mean = ratio * shrunk * x + step.alpha_next * (1 - jnp.square(ratio) * shrunk) * x0
+    ratio = step.alpha / step.alpha_next  # alpha of the forward step from t_next to t
+    shrinkage = jnp.square(step.sigma_next / step.sigma)
+    variance = jnp.square(step.sigma) - jnp.square(ratio * step.sigma_next)  # of that step
+    mean = ratio * shrinkage * x + step.alpha_next * (1 - jnp.square(ratio) * shrinkage) * x0
     noise = jax.random.normal(key, x.shape, x.dtype)
-    return (mean + jnp.sqrt(jnp.maximum(added * shrunk, 0)) * noise,)
+    return (mean + jnp.sqrt(jnp.maximum(variance * shrinkage, 0)) * noise,)
 
 
 def _prepare_ddim(schedule, times, eta: float = 0.0):
@@ -108,18 +111,18 @@ def _ddim(denoise, carry, coefficients, key):
 
 
 def _renoise(denoise, carry, step: Interval, key):
-    """All noise is drawn anew in every step: Song et al. 2023 (consistency models), algorithm 1."""
+    """Replaces all the noise in every step: Song et al. 2023 (consistency models), algorithm 1."""
     (x,) = carry
     noise = jax.random.normal(key, x.shape, x.dtype)
     return (step.alpha_next * denoise(x, step.t) + step.sigma_next * noise,)
 
 
 # Runge-Kutta methods on the probability-flow ODE dx = x0_hat d alpha + eps_hat d sigma. The
-# increments of alpha and sigma are exact, so that a steep end of a schedule costs nothing.
+# increments of alpha and sigma are exact, so a schedule that is steep at an end adds no error.
 
 
 def _euler(denoise, carry, step: Interval, key):
-    """With exact increments Euler's method is deterministic DDIM, on every path."""
+    """With exact increments, Euler's method is deterministic DDIM for every schedule."""
     del key
     (x,) = carry
     x0 = denoise(x, step.t)
@@ -131,7 +134,7 @@ def _increment(step: Interval, x0, eps):
 
 
 class Churn(NamedTuple):
-    """What raises x to the noise level at which a step begins: x * scale + deviation * noise."""
+    """Raises x to the noise level at which a step begins: x * scale + deviation * noise."""
 
     scale: jax.Array
     deviation: jax.Array
@@ -159,8 +162,10 @@ def _prepare_heun(
 
 
 def _heun(denoise, carry, coefficients, key):
-    """A trapezoidal step, an Euler step where it ends without noise; with a constant signal it is
-    that of Karras et al. 2022, algorithm 2."""
+    """A trapezoidal step, or an Euler step if it ends without noise.
+
+    If the signal is constant, it is the step of Karras et al. 2022, algorithm 2.
+    """
     (x,) = carry
     step, churn = coefficients
     x = churn.scale * x + churn.deviation * jax.random.normal(key, x.shape, x.dtype)

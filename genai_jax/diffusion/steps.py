@@ -1,4 +1,4 @@
-"""What all solvers know of a step: the schedule at both of its ends."""
+"""The steps of a solver: the schedule at both ends of each."""
 
 from typing import NamedTuple
 
@@ -26,17 +26,17 @@ def intervals(schedule: Schedule, times: jax.Array) -> Interval:
 
 
 def eps_of(x: jax.Array, x0: jax.Array, step: Interval) -> jax.Array:
-    """The noise in x if its data is x0."""
+    """The noise in x at the start of the step if the data is x0."""
     return (x - step.alpha * x0) / step.sigma
 
 
 def step_noise(step: Interval) -> jax.Array:
-    """Standard deviation of the noise that ancestral sampling adds in a step."""
+    """Standard deviation of the noise that ancestral sampling adds in each step."""
     ratio = step.alpha / step.alpha_next
     added = jnp.square(step.sigma) - jnp.square(ratio * step.sigma_next)
     return step.sigma_next / step.sigma * jnp.sqrt(jnp.maximum(added, 0))
 
 
 def half_log_snr_steps(schedule: Schedule, times: jax.Array) -> jax.Array:
-    """Growth of log(alpha / sigma) in each step, [steps]; infinite where an end is."""
+    """Increase of log(alpha / sigma) over each step, [steps]; infinite where it is at an end."""
     return jnp.diff(schedule.log_snr(times)) / 2

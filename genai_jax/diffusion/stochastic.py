@@ -1,4 +1,4 @@
-"""Solvers that add noise on the way: the reverse SDE and Langevin dynamics."""
+"""Stochastic solvers: the reverse SDE and Langevin dynamics."""
 
 from typing import NamedTuple
 
@@ -24,9 +24,9 @@ def prepare_sde(schedule, times):
     """Euler-Maruyama on the reverse SDE (Song et al. 2021, equation 6).
 
     Its drift is that of the probability-flow ODE plus c^2 epsilon / (2 sigma) for noise of rate c;
-    the marginals are those of the forward process for any c. It is g, and less where a single step
-    would add more variance than sigma^2: near t = 1 of a schedule that ends without signal, g is
-    infinite.
+    for any c, the marginals are those of the forward process. Here c is g, limited so that a single
+    step adds at most the variance sigma^2: if a schedule ends without signal, g is infinite at
+    t = 1.
     """
     step = intervals(schedule, times)
     size = step.t_next - step.t  # negative
@@ -49,13 +49,13 @@ def advance_sde(denoise, carry, sde: Sde, key):
 def _langevin(x, x0, alpha, sigma, snr, key):
     """One Langevin step at a noise level: x + h score + sqrt(2 h) z with h = 2 (snr sigma)^2.
 
-    Song et al. 2021, algorithm 4, where |z| / |score| is taken as sigma, its value for a perfect
+    Song et al. 2021, algorithm 4, with |z| / |score| replaced by sigma, its value for a perfect
     score.
     """
     noise = jax.random.normal(key, x.shape, x.dtype)
     eps = (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1.0)
-    moved = x - 2 * jnp.square(snr) * sigma * eps + 2 * snr * sigma * noise
-    return jnp.where(sigma > 0, moved, x)
+    x_new = x - 2 * jnp.square(snr) * sigma * eps + 2 * snr * sigma * noise
+    return jnp.where(sigma > 0, x_new, x)
 
 
 def prepare_corrector(schedule, times, snr: float = 0.16):
@@ -64,7 +64,7 @@ def prepare_corrector(schedule, times, snr: float = 0.16):
 
 
 def advance_corrector(denoise, carry, coefficients, key):
-    """An ancestral step, then a Langevin step at the noise level that it leads to."""
+    """An ancestral step, then a Langevin step at the noise level that it arrives at."""
     (x,) = carry
     step, snr = coefficients
     predict_key, correct_key = jax.random.split(key)
@@ -84,8 +84,8 @@ def prepare_langevin(schedule, times, snr: float = 0.16):
 def advance_langevin(denoise, carry, coefficients, key):
     """Annealed Langevin dynamics (Song and Ermon 2019, algorithm 1): several steps at each level.
 
-    Between levels x moves to the next one along the ODE, which for a constant signal and small
-    steps is where it is already.
+    Between noise levels, x follows the ODE to the next one. With a constant signal and small steps,
+    that hardly moves it.
     """
     (x,) = carry
     step, snr = coefficients

@@ -1,4 +1,4 @@
-"""Times: those that training draws and those that a solver steps through."""
+"""Times: random ones for training, and the grid that a solver steps through."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from jax.scipy.special import ndtri
 from genai_jax.diffusion.schedule import Schedule, snap
 
 SPACINGS = ("uniform", "quadratic", "log_snr", "rho")
-FARTHEST = 7.0  # |log(sigma / alpha)| within which a grid in noise levels keeps its steps
-FAR = 1e-5  # training stays this far from both ends, where a target may be infinite
+MAX_LOG_NOISE = 7.0  # grids over noise levels are limited to |log(sigma / alpha)| up to this
+MARGIN = 1e-5  # training times stay this far from both ends, where a target may be infinite
 
 
 def uniform(quantile, schedule, mean, std):
@@ -19,13 +19,13 @@ def uniform(quantile, schedule, mean, std):
 
 
 def logit_normal(quantile, schedule, mean, std):
-    """The logit of t is normal: more of the middle (Esser et al. 2024, equation 19)."""
+    """A normal logit of t, which favors the middle (Esser et al. 2024, equation 19)."""
     del schedule
     return jax.nn.sigmoid(mean + std * ndtri(quantile))
 
 
 def log_normal(quantile, schedule, mean, std):
-    """The logarithm of sigma / alpha is normal (Karras et al. 2022, table 1)."""
+    """A normal logarithm of sigma / alpha (Karras et al. 2022, table 1)."""
     return schedule.time(-2 * (mean + std * ndtri(quantile)))
 
 
@@ -46,17 +46,18 @@ def sample_times(
 
     Args:
       name: one of `TIME_DISTRIBUTIONS`.
-      key: of the draw.
+      key: random key.
       count: the number of examples.
-      schedule: of the noise; a discrete one gives its own times.
-      mean: of the normal that the distribution is made of.
-      std: of the same.
-      low_discrepancy: quantiles u + i / count, modulo 1, with one random offset u (Kingma et al.
-        2021, appendix I.1), which spreads the times evenly and leaves each of them as likely.
+      schedule: the noise schedule; for a discrete one, the times are its own.
+      mean: mean of the underlying normal distribution.
+      std: standard deviation of the underlying normal distribution.
+      low_discrepancy: use the quantiles u + i / count, modulo 1, with one random offset u (Kingma
+        et al. 2021, appendix I.1). They spread the times evenly without changing the distribution
+        of each.
     """
     quantile = quantiles(key, count, low_discrepancy)
     t = TIME_DISTRIBUTIONS[name](quantile, schedule, mean, std)
-    return snap(schedule, jnp.clip(t, FAR, 1 - FAR))
+    return snap(schedule, jnp.clip(t, MARGIN, 1 - MARGIN))
 
 
 def quantiles(key: jax.Array, count: int, low_discrepancy: bool) -> jax.Array:
@@ -80,25 +81,27 @@ def time_grid(
     """Decreasing times [steps + 1] of a solver, from `start` to `end`.
 
     Args:
-      schedule: of the noise. The steps of a discrete one begin at its own times, which are snapped
-        to, and end at `end`.
-      steps: of the solver.
+      schedule: the noise schedule. For a discrete one, every step begins at one of its own times
+        (the grid is rounded to them), and the last one ends at `end`.
+      steps: number of solver steps.
       spacing: "uniform" or "quadratic" in t, "log_snr" uniform in log-SNR, "rho" uniform in the
-        rho-th root of sigma / alpha (Karras et al. 2022, equation 5). The last two take the first
-        and the last step from finite values, so that the end points themselves are hit.
+        rho-th root of sigma / alpha (Karras et al. 2022, equation 5). The last two space the inner
+        times between finite noise levels; the first and last time are `start` and `end` exactly.
       start: largest time.
       end: smallest time.
-      rho: of the spacing of that name.
+      rho: parameter of the spacing "rho".
 
     Raises:
-      ValueError: an unknown spacing, no room between start and end, or more steps than times.
+      ValueError: an unknown spacing, `start` and `end` not decreasing within [0, 1], or more steps
+        than a discrete schedule has times.
     """
     if not 0 <= end < start <= 1:
-        raise ValueError(f"times from start={start} to end={end} do not decrease within [0, 1]")
+        raise ValueError(f"times from start={start} to end={end} must decrease within [0, 1]")
     if schedule.num_times and steps > schedule.num_times * (start - end) + 1e-6:
         raise ValueError(
-            f"{steps} steps are more than the schedule has: {schedule.num_times} times in [0, 1], "
-            f"of which {int(schedule.num_times * (start - end) + 1e-6)} are in use"
+            f"{steps} steps are too many for a discrete schedule with {schedule.num_times} times, "
+            f"of which {int(schedule.num_times * (start - end) + 1e-6)} are between {end} and "
+            f"{start}"
         )
     unit = np.linspace(0.0, 1.0, steps + 1)
     if spacing == "uniform":
@@ -106,7 +109,7 @@ def time_grid(
     elif spacing == "quadratic":
         t = jnp.asarray(end + (start - end) * (1 - unit) ** 2)
     elif spacing in ("log_snr", "rho"):
-        t = _in_noise(schedule, unit, start, end, rho if spacing == "rho" else None)
+        t = _spaced_in_noise(schedule, unit, start, end, rho if spacing == "rho" else None)
     else:
         raise ValueError(f"spacing {spacing!r} is not one of {', '.join(SPACINGS)}")
     if schedule.num_times:
@@ -114,12 +117,12 @@ def time_grid(
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
 
-def _in_noise(schedule, unit, start, end, rho):
-    """Times at which the log of the noise-to-signal ratio, or its root, is equally spaced."""
+def _spaced_in_noise(schedule, unit, start, end, rho):
+    """Times at which the log of the noise-to-signal ratio, or its rho-th root, is evenly spaced."""
     ends = jnp.asarray([start, end]) * 1.0
     exact, inside = schedule.log_snr(ends), schedule.log_snr(jnp.clip(ends, 1e-4, 1 - 1e-4))
     noise = -jnp.where(jnp.isfinite(exact), exact, inside) / 2  # log(sigma / alpha)
-    noise = jnp.clip(noise, -FARTHEST, FARTHEST)
+    noise = jnp.clip(noise, -MAX_LOG_NOISE, MAX_LOG_NOISE)
     if rho:
         root = jnp.exp(noise / rho)
         levels = rho * jnp.log(root[0] + (root[1] - root[0]) * unit)
@@ -130,11 +133,11 @@ def _in_noise(schedule, unit, start, end, rho):
 
 
 def _distinct(schedule, t, end):
-    """The times snapped to those of a discrete schedule, pushed apart where two coincide."""
+    """The times rounded to those of a discrete schedule, moved apart where two coincide."""
     count = schedule.num_times
     steps = t.shape[0] - 1
     index = jnp.clip(jnp.round(t[:-1] * count), 1, count)
-    # From the last one upwards each is above the next, then from the first downwards below it.
+    # First raise indices so that all can decrease down to the end, then lower duplicates.
     floor = jnp.arange(steps, 0, -1) + jnp.round(end * count)
     index = jnp.maximum(index, floor)
     offset = index + jnp.arange(steps)

@@ -1,8 +1,8 @@
-"""How much the error at each noise level counts.
+"""Loss weights as functions of the noise level.
 
 All are weights of |x0 - x0_hat|^2 as functions of the log-SNR, so that they mean the same for every
-parameterization (Kingma and Gao 2023, section 2); "output" instead takes the plain error of what
-the network puts out.
+parameterization (Kingma and Gao 2023, section 2); "output" is the exception: it is the unweighted
+error of the network's output.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 Weighting = Callable[[jax.Array, float], jax.Array]  # (log-SNR, sigma_data) -> log of the weight
 
 MIN_SNR = 5.0  # gamma of Hang et al. 2023
-SIGMOID_BIAS = 2.0  # of Hoogeboom et al. 2024, in their notation -b
+SIGMOID_BIAS = 2.0  # -b of Hoogeboom et al. 2024
 
 
 def uniform(log_snr, sigma_data):
@@ -56,5 +56,5 @@ WEIGHTINGS: dict[str, Weighting | None] = {
 
 
 def log_weight(name: str, log_snr: jax.Array, sigma_data: float = 0.5) -> jax.Array:
-    """The logarithm of the weight of |x0 - x0_hat|^2; not for "output"."""
+    """The logarithm of the weight of |x0 - x0_hat|^2; undefined for "output"."""
     return WEIGHTINGS[name](log_snr, sigma_data)

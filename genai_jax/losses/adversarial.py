@@ -1,22 +1,22 @@
-"""Losses of two that play against each other, and their weight beside another loss."""
+"""Adversarial losses of critic and generator, and their weight relative to another loss."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 LOSSES = ("non_saturating", "hinge", "least_squares", "wasserstein", "relativistic")
-# The verdict of a critic that cannot tell, for losses in which one verdict means something alone.
+# The verdict of an undecided critic, for losses in which a single verdict has a meaning.
 UNDECIDED = {"non_saturating": 0.0, "hinge": 0.0, "least_squares": 0.5}
 
 
 def critic_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """What a critic minimises.
+    """The loss of the critic, a scalar.
 
     Args:
       kind: one of LOSSES: Goodfellow et al. 2014; Lim and Ye 2017; Mao et al. 2017 with targets 0
-        and 1; Arjovsky et al. 2017; Jolicoeur-Martineau 2019 with real and fake in pairs.
+        and 1; Arjovsky et al. 2017; Jolicoeur-Martineau 2019 with paired real and fake verdicts.
       real: verdicts on data, of any shape.
-      fake: verdicts on what a generator made; of the same shape for "relativistic".
+      fake: verdicts on generated examples; for "relativistic", in the shape of `real`.
     """
     if kind == "non_saturating":
         return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
@@ -30,7 +30,7 @@ def critic_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
 
 
 def generator_loss(kind: str, real: jax.Array | None, fake: jax.Array) -> jax.Array:
-    """What a generator minimises; only "relativistic" looks at the verdicts on data."""
+    """The loss of the generator, a scalar; only "relativistic" uses the verdicts on data."""
     if kind == "non_saturating":
         return jnp.mean(jax.nn.softplus(-fake))
     if kind == "least_squares":
@@ -41,9 +41,10 @@ def generator_loss(kind: str, real: jax.Array | None, fake: jax.Array) -> jax.Ar
 
 
 def adaptive_weight(reconstruction_gradient, adversarial_gradient) -> jax.Array:
-    """Norm of one gradient over that of the other, at most 10,000 (Esser et al. 2021, equation 7).
+    """Weight of the adversarial loss: the ratio of gradient norms, at most 10,000.
 
-    Both are gradients of the last layer of a decoder; so weighted, the losses pull it equally hard.
+    Esser et al. 2021, equation 7. Both gradients are with respect to the decoder's last layer; with
+    this weight, both losses pull on it equally hard.
     """
     norms = map(optax.tree.norm, (reconstruction_gradient, adversarial_gradient))
     reconstruction, adversarial = norms

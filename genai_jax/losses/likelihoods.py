@@ -1,7 +1,8 @@
-"""How likely an image is, given what a decoder says of every value of it.
+"""Likelihoods of images given the outputs of a decoder.
 
-A decoder says `per_value` numbers for each value: [batch, *space, channels, per_value]. All
-log-likelihoods are of the discrete image, in nats, so that they can be compared.
+A decoder outputs `outputs_per_value` numbers for each value of an image: [batch, *space, channels,
+outputs_per_value]. All log-likelihoods are those of the discrete image, in nats, so that they are
+comparable.
 """
 
 import math
@@ -10,16 +11,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-OPEN_EDGE = 1e-4  # how near to -1 and 1 a value is an end of the range
+OPEN_EDGE = 1e-4  # values this close to -1 or 1 are at the ends of the range
 
 
 class Likelihood:
-    """What the four have in common.
+    """Base class of the likelihoods.
 
     Attributes:
       levels: values of an image are 0 .. levels - 1.
-      channels: of an image.
-      per_value: numbers that a decoder gives for each value of an image.
+      channels: channels of an image.
+      outputs_per_value: numbers that a decoder outputs for each value of an image.
     """
 
     per_value: ClassVar[int] = 1
@@ -29,14 +30,15 @@ class Likelihood:
         self.outputs_per_value = self.per_value
 
     def init(self) -> dict:
-        """Parameters of its own, beside what the decoder says."""
+        """Learned parameters besides the decoder's outputs."""
         return {}
 
     def scaled(self, image: jax.Array) -> jax.Array:
+        """Levels 0 .. levels - 1 -> [-1, 1], float32."""
         return image.astype(jnp.float32) * (2 / (self.levels - 1)) - 1
 
     def observe(self, image: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """uint8 levels -> what the encoder sees, in [-1, 1], and what `log_prob` is taken of."""
+        """uint8 levels -> the encoder's input, in [-1, 1], and the target of `log_prob`."""
         del rng
         return self.scaled(image), image
 
@@ -49,15 +51,15 @@ class Likelihood:
         raise NotImplementedError
 
     def draw(self, params: dict, outputs: jax.Array, rng: jax.Array) -> jax.Array:
-        """An image drawn value by value, in [-1, 1]."""
+        """Samples every value of an image independently, in [-1, 1]."""
         raise NotImplementedError
 
 
 class Bernoulli(Likelihood):
-    """Black or white. Grey is binarized: white with the probability that its level stands for.
+    """Binary values; gray levels are binarized at random, white with probability level / maximum.
 
-    Drawn anew at every look in training (Burda et al. 2016, section 5). The likelihood is then that
-    of binarized images.
+    Training binarizes an image again whenever it is used (Burda et al. 2016, section 5). The
+    likelihood is that of the binarized images.
     """
 
     def observe(self, image, rng):
@@ -77,10 +79,10 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """A mean for each value and one learned scale for each channel.
+    """A Gaussian with a predicted mean for each value and a learned scale for each channel.
 
-    The image is dequantized with uniform noise, so that the density bounds the likelihood of the
-    discrete image from below (Theis et al. 2016, equation 3).
+    The image is dequantized with uniform noise, so that the expected log-density is a lower bound
+    on the log-likelihood of the discrete image (Theis et al. 2016, equation 3).
     """
 
     def init(self):
@@ -103,12 +105,12 @@ class Gaussian(Likelihood):
         return self._center(mean + noise)
 
     def _center(self, x):
-        """A dequantized value to the scale on which the centre of bin i is `scaled(i)`."""
+        """Maps a dequantized value so that the center of bin i becomes `scaled(i)`."""
         return self.scaled((x + 1) / 2 * self.levels - 0.5)
 
 
 class DiscretizedLogistic(Likelihood):
-    """The mass of a logistic density in the bin of a level (Kingma et al. 2016, equation 26)."""
+    """The mass of a logistic distribution in a level's bin (Kingma et al. 2016, equation 26)."""
 
     per_value = 2  # mean, log-scale
 
@@ -117,7 +119,7 @@ class DiscretizedLogistic(Likelihood):
         x, half = self.scaled(target), 1 / (self.levels - 1)
         above, below = (x - mean + half) / scale, (x - mean - half) / scale
         # log(sigmoid(a) - sigmoid(b)) = log_sigmoid(a) + log_sigmoid(-b) + log(1 - exp(b - a)):
-        # exact also where both sigmoids are 0 or 1.
+        # accurate even where both sigmoids round to 0 or 1.
         inside = jax.nn.log_sigmoid(above) + jax.nn.log_sigmoid(-below)
         inside += jnp.log(-jnp.expm1(below - above))
         lowest, highest = x < -1 + OPEN_EDGE, x > 1 - OPEN_EDGE
@@ -136,15 +138,15 @@ class DiscretizedLogistic(Likelihood):
 
 
 class Categorical(Likelihood):
-    """A probability for every level."""
+    """A categorical distribution over the levels, for each value."""
 
     def __init__(self, levels: int, channels: int):
         super().__init__(levels, channels)
         self.outputs_per_value = levels
 
     def log_prob(self, params, outputs, target):
-        chosen = jnp.take_along_axis(outputs, target.astype(jnp.int32)[..., None], -1)[..., 0]
-        return _total(chosen - jax.nn.logsumexp(outputs, -1))
+        logits = jnp.take_along_axis(outputs, target.astype(jnp.int32)[..., None], -1)[..., 0]
+        return _total(logits - jax.nn.logsumexp(outputs, -1))
 
     def mean(self, outputs):
         return jax.nn.softmax(outputs) @ self.scaled(jnp.arange(self.levels))
@@ -162,10 +164,11 @@ LIKELIHOODS = {
 
 
 def gaussian_log_density(x: jax.Array, mean: Any, log_scale: Any) -> jax.Array:
-    """Of each example, nats: [batch, ...] -> [batch]."""
+    """Log-density of each example under a Gaussian, nats: [batch, ...] -> [batch]."""
     error = (x - mean) * jnp.exp(-log_scale)
     return _total(-jnp.square(error) / 2 - log_scale - math.log(2 * math.pi) / 2)
 
 
 def _total(nats: jax.Array) -> jax.Array:
+    """Sum over each example: [batch, ...] -> [batch]."""
     return jnp.sum(nats, range(1, nats.ndim))

@@ -1,4 +1,4 @@
-"""Inception FID by torch-fidelity, where that package and a file of its weights are there."""
+"""Inception FID, computed by torch-fidelity if it and its weights are available."""
 
 import pathlib
 
@@ -7,21 +7,21 @@ import numpy as np
 from genai_jax.config import ConfigError
 
 
-def inception_fid(real: np.ndarray, drawn: np.ndarray, weights: str) -> float:
+def inception_fid(real: np.ndarray, generated: np.ndarray, weights: str) -> float:
     """FID of uint8 images [n, height, width, 3] and [m, height, width, 3].
 
     Args:
       real: real images.
-      drawn: drawn images.
-      weights: the file ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity.
+      generated: generated images.
+      weights: path of torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``.
 
     Raises:
-      ConfigError: no such file, no torch-fidelity, or images that are not RGB.
+      ConfigError: a missing file, torch-fidelity not installed, or images that are not RGB.
     """
     if not pathlib.Path(weights).is_file():
-        raise ConfigError(f"--inception={weights}: no such file of Inception weights")
+        raise ConfigError(f"--inception={weights}: no such file")
     if real.ndim != 4 or real.shape[-1] != 3:
-        raise ConfigError(f"--inception is for RGB images, not for shape {real.shape[1:]}")
+        raise ConfigError(f"--inception is for RGB images, not examples of shape {real.shape[1:]}")
     try:
         import torch
         import torch_fidelity
@@ -39,7 +39,7 @@ def inception_fid(real: np.ndarray, drawn: np.ndarray, weights: str) -> float:
             return torch.from_numpy(np.moveaxis(self.images[index], -1, 0).copy())
 
     result = torch_fidelity.calculate_metrics(
-        input1=Images(drawn), input2=Images(real), fid=True, verbose=False,
+        input1=Images(generated), input2=Images(real), fid=True, verbose=False,
         cuda=torch.cuda.is_available(), feature_extractor_weights_path=weights,
     )  # fmt: skip
     return float(result["frechet_inception_distance"])

@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of features."""
+"""The kernel distance between two sets of features (with Inception features, KID)."""
 
 import numpy as np
 
@@ -8,18 +8,23 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Squared maximum mean discrepancy of features [n, dim] and [m, dim]: mean and standard error.
 
-    The unbiased estimate with the kernel (x y / dim + 1)^3 over random subsets (Binkowski et al.
+    The unbiased estimate with the kernel (x y / dim + 1)^3, over random subsets (Binkowski et al.
     2018, section 4).
+
+    Raises:
+      ValueError: fewer than two feature vectors on either side.
     """
     rng = np.random.default_rng(seed)
     size = min(subset_size, len(a), len(b))
     if size < 2:
-        raise ValueError(f"{len(a)} and {len(b)} feature vectors; 2 of each at least")
-    draws = [
+        raise ValueError(
+            f"the kernel distance needs 2 feature vectors on each side, not {len(a)} and {len(b)}"
+        )
+    estimates = [
         _mmd(a[rng.permutation(len(a))[:size]], b[rng.permutation(len(b))[:size]])
         for _ in range(subsets)
     ]
-    return float(np.mean(draws)), float(np.std(draws) / np.sqrt(subsets))
+    return float(np.mean(estimates)), float(np.std(estimates) / np.sqrt(subsets))
 
 
 def _mmd(a, b) -> float:

@@ -1,21 +1,27 @@
-"""Precision and recall of drawn examples by nearest neighbours in feature space."""
+"""Precision and recall of generated examples, by nearest neighbors in feature space."""
 
 import numpy as np
 
 
-def precision_recall(real: np.ndarray, drawn: np.ndarray, neighbours: int = 3) -> tuple:
+def precision_recall(real: np.ndarray, generated: np.ndarray, neighbors: int = 3) -> tuple:
     """(precision, recall) of features [n, dim] (Kynkäänniemi et al. 2019, equations 1 and 2).
 
-    Precision is the share of the drawn that lie within the distance from some real example to its
-    k-th real neighbour; recall the share of the real, with the roles exchanged.
+    Precision is the fraction of generated examples that are at least as close to some real example
+    as that example's k-th nearest real neighbor; recall is the same with the roles exchanged.
+
+    Raises:
+      ValueError: no more than `neighbors` examples on either side.
     """
-    real, drawn = np.asarray(real, np.float64), np.asarray(drawn, np.float64)
-    if min(len(real), len(drawn)) <= neighbours:
-        raise ValueError(f"{len(real)} and {len(drawn)} examples; more than {neighbours} of each")
-    between = _squared_distances(real, drawn)
+    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
+    if min(len(real), len(generated)) <= neighbors:
+        raise ValueError(
+            f"precision and recall need more than {neighbors} examples on each side, not "
+            f"{len(real)} and {len(generated)}"
+        )
+    between = _squared_distances(real, generated)
     return (
-        float(np.mean(np.any(between <= _radius(real, neighbours)[:, None], 0))),
-        float(np.mean(np.any(between <= _radius(drawn, neighbours)[None], 1))),
+        float(np.mean(np.any(between <= _squared_radius(real, neighbors)[:, None], 0))),
+        float(np.mean(np.any(between <= _squared_radius(generated, neighbors)[None], 1))),
     )
 
 
@@ -24,8 +30,8 @@ def _squared_distances(a, b) -> np.ndarray:
     return np.maximum(squares - 2 * a @ b.T, 0)
 
 
-def _radius(x, neighbours) -> np.ndarray:
-    """Squared distance of each to its k-th neighbour; the nearest of all is itself."""
+def _squared_radius(x, neighbors) -> np.ndarray:
+    """Squared distance of each example to its k-th neighbor; the 0-th is the example itself."""
     distances = _squared_distances(x, x)
     np.fill_diagonal(distances, 0)
-    return np.partition(distances, neighbours, axis=1)[:, neighbours]
+    return np.partition(distances, neighbors, axis=1)[:, neighbors]

@@ -1,4 +1,4 @@
-"""Normal data, for which everything is known in closed form."""
+"""Gaussian data, for which everything is known in closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ EVERY_SCHEDULE = {
 }
 
 
-def beside(t, x):
+def per_example(t, x):
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def denoiser(schedule):
-    """(x, t) -> the exact expected x0 of data N(MEAN, STD^2)."""
+    """(x, t) -> the exact expectation of x0 given x, for data N(MEAN, STD^2)."""
 
     def denoise(x, t):
-        alpha, sigma = beside(schedule.alpha(t), x), beside(schedule.sigma(t), x)
+        alpha, sigma = per_example(schedule.alpha(t), x), per_example(schedule.sigma(t), x)
         gain = alpha * STD**2 / (jnp.square(alpha) * STD**2 + jnp.square(sigma))
         return MEAN + gain * (x - alpha * MEAN)
 
@@ -34,7 +34,7 @@ def denoiser(schedule):
 
 
 def exact_flow(schedule, x, t, s):
-    """Where the probability-flow ODE takes x from time t to time s."""
+    """The exact solution of the probability-flow ODE from x at time t to time s."""
     spread = lambda t: jnp.sqrt(jnp.square(schedule.alpha(t) * STD) + jnp.square(schedule.sigma(t)))
     mean = lambda t: schedule.alpha(t) * MEAN
     return mean(s) + spread(s) / spread(t) * (x - mean(t))

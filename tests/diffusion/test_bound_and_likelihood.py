@@ -1,4 +1,4 @@
-"""The variational bound and the exact log-density, on data whose density is known."""
+"""The variational bound and the exact log-density, on data of known density."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,18 @@ import pytest
 from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion.bound import bits_per_dim, diffusion_weight, prior, variational_bound
 from genai_jax.diffusion.likelihood import log_density
-from tests.diffusion.gaussian import beside, float64
+from tests.diffusion.gaussian import float64, per_example
 
 GAMMA_MIN, GAMMA_MAX, STD = -13.3, 5.0, 0.5
 
 
-def test_the_terms_of_the_bound_add_up_to_the_entropy_and_the_gap_of_the_prior():
-    """Normal data and its exact denoiser, in float64: the bound differs from the entropy by the KL
-    of the noised data at t = 1 to the standard normal alone. The reconstruction is that of
-    continuous data, p(x0 | z) the exact posterior."""
+def test_the_bound_is_the_entropy_plus_the_gap_of_the_prior():
+    """Gaussian data and its exact denoiser, in float64.
+
+    The bound exceeds the entropy only by the KL divergence between the noised data at t = 1 and the
+    standard normal. The reconstruction term is that of continuous data, with the exact posterior
+    p(x0 | z).
+    """
     with float64(True):
         slope = GAMMA_MAX - GAMMA_MIN
         schedule = schedules.learned(lambda t: GAMMA_MIN + slope * t)
@@ -34,7 +37,7 @@ def test_the_terms_of_the_bound_add_up_to_the_entropy_and_the_gap_of_the_prior()
         points, mass = np.polynomial.hermite_e.hermegauss(20)
         x0 = jnp.asarray(STD * points)[:, None]
         prior_term = float(np.sum(mass * np.asarray(prior(schedule, x0))) / mass.sum())
-        # KL of N(0, v) to N(0, 1), v the variance of the noised data.
+        # KL(N(0, v) || N(0, 1)), where v is the variance of the noised data.
         v = float(schedule.alpha(end) ** 2 * STD**2 + schedule.sigma(end) ** 2)
         gap = 0.5 * (v - 1 - np.log(v))
         entropy = 0.5 * np.log(2 * np.pi * np.e * STD**2)
@@ -55,14 +58,14 @@ def test_discrete_steps_approach_the_continuous_bound_from_above():
     assert values[0] > values[1] > values[2] > 5.95 and values[2] == pytest.approx(5.956, abs=0.05)
 
 
-def test_uniform_bytes_score_eight_bits():
-    """The exact denoiser of uniform levels leaves no gap but that of estimation."""
+def test_uniform_bytes_take_eight_bits():
+    """With the exact denoiser of uniform levels, only the error of the estimate remains."""
     levels = 256
     schedule = schedules.learned(lambda t: GAMMA_MIN + (GAMMA_MAX - GAMMA_MIN) * t)
     values = jnp.linspace(-1, 1, levels)
 
     def predict(x, t):
-        alpha, sigma = beside(schedule.alpha(t), x), beside(schedule.sigma(t), x)
+        alpha, sigma = per_example(schedule.alpha(t), x), per_example(schedule.sigma(t), x)
         logits = -jnp.square(x[..., None] - alpha[..., None] * values) / (
             2 * jnp.square(sigma)[..., None]
         )
@@ -70,17 +73,17 @@ def test_uniform_bytes_score_eight_bits():
 
     @jax.jit
     def bits(key):
-        draw_key, bound_key = jax.random.split(key)
-        index = jax.random.randint(draw_key, (20_000, 1), 0, levels)
+        data_key, bound_key = jax.random.split(key)
+        index = jax.random.randint(data_key, (20_000, 1), 0, levels)
         bound = variational_bound(
             predict, schedule, values[index], bound_key, parameterization="x0", levels=levels
         )
         return bits_per_dim(sum(bound), 1)
 
-    found = np.concatenate([bits(jax.random.key(i)) for i in range(40)])
-    error = found.std() / np.sqrt(len(found))
+    estimates = np.concatenate([bits(jax.random.key(i)) for i in range(40)])
+    error = estimates.std() / np.sqrt(len(estimates))
     assert error < 0.02
-    assert found.mean() == pytest.approx(8.0, abs=3 * error)
+    assert estimates.mean() == pytest.approx(8.0, abs=3 * error)
 
 
 MEANS = jnp.array([[1.0, 0.5], [-1.0, -0.3]])
@@ -88,7 +91,7 @@ STDS, SHARES = jnp.array([0.4, 0.6]), jnp.array([0.3, 0.7])
 
 
 def mixture_log_density(x, alpha=1.0, sigma=0.0):
-    """Of the noised mixture of two normals in the plane, [batch]."""
+    """Log-density of a mixture of two Gaussians in the plane, noised, [batch]."""
     variance = jnp.square(alpha * STDS) + jnp.square(sigma)
     squares = jnp.sum(jnp.square(x[:, None] - alpha * MEANS), -1)
     return jax.nn.logsumexp(
@@ -110,8 +113,8 @@ def test_log_density_of_a_mixture_within_a_hundredth_of_a_nat(name):
     schedule = schedules.SCHEDULES[name]()
     x = jax.random.normal(jax.random.key(0), (64, 2))
     denoise = mixture_denoiser(schedule)
-    found = jax.jit(lambda x: log_density(denoise, schedule, x, steps=100))(x)
-    np.testing.assert_allclose(found, mixture_log_density(x), atol=0.01)
+    exact = jax.jit(lambda x: log_density(denoise, schedule, x, steps=100))(x)
+    np.testing.assert_allclose(exact, mixture_log_density(x), atol=0.01)
     if name == "flow":
         return
     estimate = jax.jit(
@@ -120,5 +123,5 @@ def test_log_density_of_a_mixture_within_a_hundredth_of_a_nat(name):
             num_probes=256,
         )
     )(x)  # fmt: skip
-    assert float(jnp.mean(jnp.abs(estimate - found))) < 0.05
-    assert float(jnp.mean(estimate - found)) == pytest.approx(0, abs=0.02)
+    assert float(jnp.mean(jnp.abs(estimate - exact))) < 0.05
+    assert float(jnp.mean(estimate - exact)) == pytest.approx(0, abs=0.02)

@@ -29,7 +29,7 @@ def test_a_schedule_is_consistent_and_invertible(name):
 
 
 @pytest.mark.parametrize("name", ["vp_linear", "cosine", "flow", "edm", "zero_terminal"])
-def test_derivatives_are_those_of_finite_differences(name):
+def test_derivatives_match_finite_differences(name):
     with float64(True):
         schedule = EVERY_SCHEDULE[name]()
         t, h = jnp.linspace(0.1, 0.9, 9), 1e-6
@@ -38,11 +38,11 @@ def test_derivatives_are_those_of_finite_differences(name):
             np.testing.assert_allclose(
                 schedules.derivative(function, t), slope, rtol=1e-5, atol=1e-7
             )
-        # The forward process keeps its marginals: d sigma^2 / dt = 2 f sigma^2 + g^2.
+        # The forward process has the schedule's variance: d sigma^2 / dt = 2 f sigma^2 + g^2.
         variance = lambda t: jnp.square(schedule.sigma(t))
-        wanted = 2 * schedules.drift(schedule, t) * variance(t)
-        wanted += schedules.diffusion_squared(schedule, t)
-        np.testing.assert_allclose(schedules.derivative(variance, t), wanted, rtol=1e-5, atol=1e-9)
+        slope = 2 * schedules.drift(schedule, t) * variance(t)
+        slope += schedules.diffusion_squared(schedule, t)
+        np.testing.assert_allclose(schedules.derivative(variance, t), slope, rtol=1e-5, atol=1e-9)
 
 
 def test_end_points():
@@ -70,7 +70,7 @@ def test_a_learned_schedule_has_fixed_ends_and_increases():
 
 
 @pytest.mark.parametrize("name", EVERY_SCHEDULE)
-def test_every_parameterization_gives_every_other_and_back(name):
+def test_every_parameterization_converts_to_every_other(name):
     with float64(True):
         schedule = EVERY_SCHEDULE[name]()
         t = jnp.linspace(0.1, 0.9, 5)
@@ -80,11 +80,11 @@ def test_every_parameterization_gives_every_other_and_back(name):
         values = {p: convert(eps, "eps", p, x, schedule, t) for p in PARAMETERIZATIONS}
         np.testing.assert_allclose(values["x0"], x0, rtol=1e-8, atol=1e-8)
         for source, target in itertools.product(PARAMETERIZATIONS, repeat=2):
-            found = convert(values[source], source, target, x, schedule, t)
-            np.testing.assert_allclose(found, values[target], rtol=1e-7, atol=1e-7)
+            converted = convert(values[source], source, target, x, schedule, t)
+            np.testing.assert_allclose(converted, values[target], rtol=1e-7, atol=1e-7)
 
 
-def test_edm_is_the_preconditioning_of_karras():
+def test_edm_is_the_preconditioning_of_karras_et_al():
     schedule, data = schedules.edm(), 0.5
     t = jnp.array([0.3, 0.7])
     sigma = schedule.sigma(t)
@@ -92,24 +92,26 @@ def test_edm_is_the_preconditioning_of_karras():
     output = jax.random.normal(jax.random.key(1), (2, 4))
     skip = data**2 / (sigma**2 + data**2)
     out = sigma * data / jnp.sqrt(sigma**2 + data**2)
-    wanted = skip[:, None] * x + out[:, None] * output
+    x0 = skip[:, None] * x + out[:, None] * output
     np.testing.assert_allclose(
-        convert(output, "edm", "x0", x, schedule, t), wanted, rtol=1e-4, atol=1e-5
+        convert(output, "edm", "x0", x, schedule, t), x0, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(
         input_scale("edm", schedule, t), 1 / jnp.sqrt(sigma**2 + data**2), rtol=1e-6
     )
 
 
-def test_low_discrepancy_times_fall_one_into_each_bin():
+def test_low_discrepancy_gives_one_time_per_bin():
     schedule = schedules.cosine()
     t = times.sample_times("uniform", jax.random.key(3), 16, schedule)
     np.testing.assert_array_equal(np.sort(np.floor(np.asarray(t) * 16)), np.arange(16))
-    free = times.sample_times("uniform", jax.random.key(3), 16, schedule, low_discrepancy=False)
-    assert len(set(np.floor(np.asarray(free) * 16))) < 16
+    independent = times.sample_times(
+        "uniform", jax.random.key(3), 16, schedule, low_discrepancy=False
+    )
+    assert len(set(np.floor(np.asarray(independent) * 16))) < 16
 
 
-def test_time_distributions_have_their_quantiles():
+def test_time_distributions_have_their_moments():
     edm = schedules.edm()
     t = times.sample_times("logit_normal", jax.random.key(0), 4096, edm, mean=0.3, std=0.8)
     logit = np.log(np.asarray(t)) - np.log1p(-np.asarray(t))
@@ -128,7 +130,7 @@ def test_solver_times_decrease_from_start_to_end(name, spacing):
     assert np.all(np.diff(t) < 0)
 
 
-def test_a_discrete_schedule_gives_its_own_times_and_no_more():
+def test_a_discrete_schedule_uses_only_its_own_times():
     schedule = schedules.discrete(schedules.cosine(), 10)
     np.testing.assert_allclose(times.time_grid(schedule, 10), np.arange(10, -1, -1) / 10, atol=1e-6)
     for spacing in times.SPACINGS:
@@ -137,27 +139,27 @@ def test_a_discrete_schedule_gives_its_own_times_and_no_more():
         assert np.all(np.diff(t) <= -1 + 1e-5)
     t = times.sample_times("uniform", jax.random.key(0), 50, schedule)
     assert set(np.round(np.asarray(t) * 10).astype(int)) == set(range(1, 11))
-    with pytest.raises(ValueError, match="11 steps are more than the schedule has: 10 times"):
+    with pytest.raises(ValueError, match="11 steps are too many for a discrete schedule with 10"):
         times.time_grid(schedule, 11)
 
 
 def test_weightings_in_closed_form():
     log_snr = jnp.linspace(-10, 10, 9)
     snr = np.exp(np.asarray(log_snr, np.float64))
-    found = {
+    weights = {
         name: np.exp(np.asarray(weighting.log_weight(name, log_snr)))
         for name in weighting.WEIGHTINGS
         if name != "output"
     }
-    np.testing.assert_allclose(found["uniform"], 1)
-    np.testing.assert_allclose(found["snr"], snr, rtol=1e-5)
-    np.testing.assert_allclose(found["min_snr"], np.minimum(snr, 5), rtol=1e-5)
-    np.testing.assert_allclose(found["edm"], snr + 4, rtol=1e-5)
-    np.testing.assert_allclose(found["sigmoid"], snr / (1 + snr * np.exp(-2.0)), rtol=1e-5)
+    np.testing.assert_allclose(weights["uniform"], 1)
+    np.testing.assert_allclose(weights["snr"], snr, rtol=1e-5)
+    np.testing.assert_allclose(weights["min_snr"], np.minimum(snr, 5), rtol=1e-5)
+    np.testing.assert_allclose(weights["edm"], snr + 4, rtol=1e-5)
+    np.testing.assert_allclose(weights["sigmoid"], snr / (1 + snr * np.exp(-2.0)), rtol=1e-5)
 
 
-def test_weightings_that_mean_the_same_are_equal():
-    """edm's weight undoes edm's output scale; SNR weighs the error of x0 as that of eps."""
+def test_equivalent_weightings_are_equal():
+    """The weight of edm undoes its output scale; SNR turns the error of x0 into that of eps."""
     x0 = jax.random.normal(jax.random.key(0), (6, 4))
     t = jnp.linspace(0.1, 0.9, 6)
     predict = lambda x, t: jnp.sin(x)
@@ -173,7 +175,7 @@ def test_weightings_that_mean_the_same_are_equal():
     np.testing.assert_allclose(loss(cosine, "eps", "snr"), loss(cosine, "eps", "output"), rtol=1e-4)
 
 
-def test_flow_matching_asks_for_noise_less_data():
+def test_flow_matching_target_is_noise_minus_data():
     x0 = jax.random.normal(jax.random.key(0), (6, 4))
     t, key = jnp.linspace(0.1, 0.9, 6), jax.random.key(1)
     noise = jax.random.normal(key, x0.shape)

@@ -1,4 +1,4 @@
-"""Solvers: their order, their equalities, and what stochastic ones leave of a distribution."""
+"""Solvers: their order, their equivalences, and the distributions of stochastic ones."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ STOCHASTIC = ("ddpm", "euler_maruyama", "predictor_corrector", "langevin")
 
 @pytest.mark.parametrize("schedule_name", ["cosine", "flow"])
 @pytest.mark.parametrize(("name", "order"), ORDERS.items())
-def test_global_order_on_normal_data(name, order, schedule_name):
+def test_global_order_on_gaussian_data(name, order, schedule_name):
     with float64(True):
         schedule = schedules.SCHEDULES[schedule_name]()
         x = jnp.array([[0.5], [-1.2], [1.7]])
@@ -25,19 +25,19 @@ def test_global_order_on_normal_data(name, order, schedule_name):
         errors = []
         for steps in (320, 640):
             times = time_grid(schedule, steps, "log_snr", start=0.95, end=0.05)
-            wanted = exact_flow(schedule, x, times[0], times[-1])
+            exact = exact_flow(schedule, x, times[0], times[-1])
             run = jax.jit(
                 lambda x, times=times: solve(
                     name, denoiser(schedule), schedule, x, times, jax.random.key(0)
                 )
             )
-            errors.append(float(jnp.max(jnp.abs(run(x) - wanted))))
+            errors.append(float(jnp.max(jnp.abs(run(x) - exact))))
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize("schedule_name", EVERY_SCHEDULE)
 def test_every_solver_stays_finite_from_noise_to_data(schedule_name):
-    """Also where log-SNR is infinite at an end; deterministic ones arrive near the exact end."""
+    """Even if the log-SNR is infinite at an end; deterministic ones end near the exact solution."""
     schedule = EVERY_SCHEDULE[schedule_name]()
     times = time_grid(schedule, 12)
     x = schedule.sigma(jnp.float32(1)) * jax.random.normal(jax.random.key(0), (8, 2))
@@ -49,14 +49,14 @@ def test_every_solver_stays_finite_from_noise_to_data(schedule_name):
             for name in SOLVERS
         }
 
-    for name, found in all_solvers(x).items():
-        assert found.dtype == jnp.float32 and np.all(np.isfinite(found)), name
+    for name, end in all_solvers(x).items():
+        assert end.dtype == jnp.float32 and np.all(np.isfinite(end)), name
         if name in DETERMINISTIC:
-            wanted = exact_flow(schedule, x, times[0], times[-1])
-            assert float(jnp.max(jnp.abs(found - wanted))) < 0.5, name
+            exact = exact_flow(schedule, x, times[0], times[-1])
+            assert float(jnp.max(jnp.abs(end - exact))) < 0.5, name
 
 
-def test_ancestral_sampling_is_ddim_with_all_of_its_noise():
+def test_ancestral_sampling_is_ddim_with_eta_1():
     schedule = schedules.cosine()
     times = time_grid(schedule, 8, start=0.9, end=0.1)
     x = jax.random.normal(jax.random.key(0), (4, 3))
@@ -69,7 +69,7 @@ def test_ancestral_sampling_is_ddim_with_all_of_its_noise():
 
 @pytest.mark.parametrize("schedule_name", ["vp_linear", "edm", "flow"])
 def test_ddim_is_the_first_order_dpm_solver(schedule_name):
-    """One step of the multistep method has no history to use."""
+    """A single step of the multistep method has no history to use."""
     schedule = schedules.SCHEDULES[schedule_name]()
     x = jax.random.normal(jax.random.key(0), (4, 3))
     times = jnp.array([0.7, 0.5])
@@ -77,7 +77,7 @@ def test_ddim_is_the_first_order_dpm_solver(schedule_name):
     np.testing.assert_allclose(run("ddim"), run("dpmpp_2m"), rtol=1e-5, atol=1e-5)
 
 
-def test_heun_is_that_of_karras_where_the_signal_is_constant():
+def test_heun_matches_karras_et_al_if_the_signal_is_constant():
     schedule = schedules.edm()
     x = 3.0 * jax.random.normal(jax.random.key(0), (4, 3))
     t, s = jnp.float32(0.6), jnp.float32(0.5)
@@ -86,9 +86,9 @@ def test_heun_is_that_of_karras_where_the_signal_is_constant():
     slope = (x - denoise(x, jnp.full(4, t))) / high
     euler = x + (low - high) * slope
     second = (euler - denoise(euler, jnp.full(4, s))) / low
-    wanted = x + (low - high) * (slope + second) / 2
-    found = solve("heun", denoise, schedule, x, jnp.stack([t, s]), jax.random.key(0))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    expected = x + (low - high) * (slope + second) / 2
+    end = solve("heun", denoise, schedule, x, jnp.stack([t, s]), jax.random.key(0))
+    np.testing.assert_allclose(end, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*STOCHASTIC, "heun", "ddim"])
@@ -97,14 +97,14 @@ def test_stochastic_solvers_keep_mean_and_variance(name):
     options = {"heun": {"s_churn": 40.0}, "ddim": {"eta": 0.7}}.get(name, {})
     times = time_grid(schedule, 300 if name == "euler_maruyama" else 150)
     x = jax.random.normal(jax.random.key(0), (20_000, 1))
-    found = jax.jit(
+    end = jax.jit(
         lambda x: solve(name, denoiser(schedule), schedule, x, times, jax.random.key(1), **options)
     )(x)
-    assert float(jnp.mean(found)) == pytest.approx(MEAN, abs=0.015)
-    assert float(jnp.std(found)) == pytest.approx(STD, rel=0.06)
+    assert float(jnp.mean(end)) == pytest.approx(MEAN, abs=0.015)
+    assert float(jnp.std(end)) == pytest.approx(STD, rel=0.06)
 
 
-def test_a_path_holds_every_state_and_begins_at_the_start():
+def test_a_path_has_every_state_from_start_to_end():
     schedule = schedules.cosine()
     times = time_grid(schedule, 5)
     x = jax.random.normal(jax.random.key(0), (2, 3))

@@ -1,4 +1,4 @@
-"""Scores of drawn examples, on features whose scores are known."""
+"""Metrics of generated examples, on features whose metrics are known."""
 
 import numpy as np
 import pytest
@@ -15,26 +15,25 @@ FEATURES = RNG.normal(size=(400, 5))
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
-    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])  # variances that commute
-    wanted = 9.0 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])  # diagonal covariances
+    expected = 9.0 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
     mean = np.array([3.0, 0, 0])
-    found = gaussian_distance(np.zeros(3), np.diag(a), mean, np.diag(b))
-    assert found == pytest.approx(wanted, rel=1e-12)
-    turn, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
-    rotated = gaussian_distance(
-        np.zeros(3), turn @ np.diag(a) @ turn.T, turn @ mean, turn @ np.diag(b) @ turn.T
-    )
-    assert rotated == pytest.approx(wanted, rel=1e-9)
+    distance = gaussian_distance(np.zeros(3), np.diag(a), mean, np.diag(b))
+    assert distance == pytest.approx(expected, rel=1e-12)
+    rotation, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
+    rotated = lambda variances: rotation @ np.diag(variances) @ rotation.T
+    distance = gaussian_distance(np.zeros(3), rotated(a), rotation @ mean, rotated(b))
+    assert distance == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_equal_and_of_shifted_features():
     assert frechet_distance(FEATURES, FEATURES) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(FEATURES, FEATURES + 2) == pytest.approx(4 * 5, rel=1e-9)
-    with pytest.raises(ValueError, match="1 feature vector"):
+    with pytest.raises(ValueError, match="at least 2 feature vectors, not 1"):
         frechet_distance(FEATURES[:1], FEATURES)
 
 
-def test_kernel_distance_is_unbiased_and_that_of_the_formula():
+def test_kernel_distance_is_unbiased_and_matches_its_formula():
     same = [
         kernel_distance(
             RNG.normal(size=(100, 3)), RNG.normal(size=(100, 3)), subsets=1, subset_size=100
@@ -46,8 +45,8 @@ def test_kernel_distance_is_unbiased_and_that_of_the_formula():
     kernel = lambda x, y: (x @ y / 2 + 1) ** 3
     within = lambda x: np.mean([kernel(p, q) for i, p in enumerate(x) for q in np.delete(x, i, 0)])
     across = np.mean([kernel(p, q) for p in a for q in b])
-    found, _ = kernel_distance(a, b, subsets=1, subset_size=6)
-    assert found == pytest.approx(within(a) + within(b) - 2 * across)
+    distance, _ = kernel_distance(a, b, subsets=1, subset_size=6)
+    assert distance == pytest.approx(within(a) + within(b) - 2 * across)
 
 
 def test_precision_and_recall_of_half_the_data():
@@ -60,7 +59,7 @@ def test_precision_and_recall_of_half_the_data():
     assert precision == pytest.approx(0.5, abs=0.02) and recall == 1
 
 
-def test_scores_are_named_after_their_features_and_never_fid():
+def test_metrics_are_named_after_their_features_and_never_fid():
     scores = sample_scores(FEATURES, FEATURES[:100] + 0.1, "classifier")
     assert not any("fid" in name for name in scores)
     assert scores["fd_classifier"] > 0 and scores["fd_classifier_real_halves"] > 0
@@ -69,7 +68,7 @@ def test_scores_are_named_after_their_features_and_never_fid():
 
 def test_inception_needs_its_weights_rgb_images_and_its_package(tmp_path):
     rgb = np.zeros((2, 8, 8, 3), np.uint8)
-    with pytest.raises(ConfigError, match="no such file of Inception weights"):
+    with pytest.raises(ConfigError, match=r"--inception=.*none\.pth: no such file"):
         inception_fid(rgb, rgb, str(tmp_path / "none.pth"))
     weights = tmp_path / "weights.pth"
     weights.touch()

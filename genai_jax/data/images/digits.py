@@ -1,6 +1,6 @@
-"""The 8x8 handwritten digits that come with scikit-learn: real data without a download.
+"""The 8x8 handwritten digits bundled with scikit-learn: real data without a download.
 
-1,797 images of 17 grey levels: the test part of "Optical Recognition of Handwritten Digits"
+1,797 images with 17 gray levels: the test set of "Optical Recognition of Handwritten Digits"
 (Alpaydin and Kaynak 1998).
 """
 
@@ -17,7 +17,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 class Digits:
-    """One split, in memory."""
+    """One split, held in memory."""
 
     shape = (SIZE, SIZE, 1)
     levels = LEVELS
@@ -47,19 +47,20 @@ def open_digits(config, split: str) -> Digits:
         raise ConfigError(f"--data.image_size={config.image_size}: digits are {SIZE}x{SIZE}")
     images, labels = _load()
     held_out = _held_out(config.validation_percent)
-    chosen = held_out if split == "validation" else ~held_out
-    return Digits(split, images[chosen], labels[chosen])
+    in_split = held_out if split == "validation" else ~held_out
+    return Digits(split, images[in_split], labels[in_split])
 
 
 def pixel_documents(validation_percent: int, split: str) -> list[str]:
-    """The images of a split as texts "= p0 p1 ...", grey levels in raster order.
+    """The images of a split as texts "= p0 p1 ...", gray levels in raster order.
 
-    The same split as `open_digits`. With ``--data.answer_after==`` exactly the pixels are targets.
+    The splits are those of `open_digits`. With ``--data.answer_after==``, the pixels and nothing
+    else are targets.
     """
     images, _ = _load()
     held_out = _held_out(validation_percent)
-    chosen = images[held_out if split == "validation" else ~held_out]
-    return ["= " + " ".join(map(str, image.ravel().tolist())) for image in chosen]
+    images = images[held_out if split == "validation" else ~held_out]
+    return ["= " + " ".join(map(str, image.ravel().tolist())) for image in images]
 
 
 @functools.cache
@@ -73,12 +74,12 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _held_out(percent: int) -> np.ndarray:
-    """Whether each image is held out: of each digit the share with the smallest content hashes."""
+    """Which images are held out, [images] bool: the smallest content hashes of each digit."""
     images, labels = _load()
     hashes = np.array([hashlib.sha256(x.tobytes()).hexdigest() for x in images])
-    chosen = np.zeros(len(images), bool)
+    held_out = np.zeros(len(images), bool)
     for digit in range(len(NAMES)):
-        (mine,) = np.nonzero(labels[:, 0] == digit)
-        order = mine[np.argsort(hashes[mine])]
-        chosen[order[: max(1, len(mine) * percent // 100)]] = True
-    return chosen
+        (indices,) = np.nonzero(labels[:, 0] == digit)
+        order = indices[np.argsort(hashes[indices])]
+        held_out[order[: max(1, len(indices) * percent // 100)]] = True
+    return held_out

@@ -1,4 +1,4 @@
-"""Batches of images: the same global batches for any number of processes."""
+"""Batches of images; the global batches are the same for any number of processes."""
 
 import dataclasses
 import functools
@@ -23,36 +23,44 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig:
-    dataset: str = field("digits", "digits, shapes, moving_shapes, waves, or a TFDS name")
-    batch_size: int = field(128, "examples in a step, over all devices", minimum=1)
+    dataset: str = field(
+        "digits", "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set"
+    )
+    batch_size: int = field(128, "Examples per step, over all devices", minimum=1)
     image_size: int | None = field(
-        None, "height and width, or length; the data set's own if unset", minimum=1
+        None,
+        "Height and width of an image, or length of a signal; the data set's own if unset",
+        minimum=1,
     )
-    num_frames: int | None = field(None, "frames of a video; 8 if unset", minimum=1)
-    data_dir: str | None = field(None, "folder of prepared TFDS data sets")
+    num_frames: int | None = field(None, "Frames per video; 8 if unset", minimum=1)
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets")
     image_key: str = field("image", "TFDS feature that holds the image")
-    label_key: str = field("label", "TFDS feature that holds the class; empty: no labels")
-    caption_key: str = field("", "TFDS feature that holds a text; empty: no captions")
+    label_key: str = field("label", "TFDS feature that holds the class; empty for no labels")
+    caption_key: str = field("", "TFDS feature that holds the caption; empty for no captions")
     validation_percent: int = field(
-        20, "examples held out if the data has no validation split", minimum=1, maximum=50
+        20,
+        "Percentage of examples to hold out if the data set has no validation split",
+        minimum=1,
+        maximum=50,
     )
-    flip: bool = field(False, "mirror every other training image")
-    captions: bool = field(False, "give the captions to the task")
+    flip: bool = field(False, "Mirror half of the training images, chosen at random")
+    captions: bool = field(False, "Give the captions to the task")
     tokenizer: str = field(
-        "bytes", "of captions: bytes, a tokenizers .json file, or a SentencePiece .model file"
+        "bytes",
+        "Tokenizer of the captions: bytes, a tokenizers .json file, or a SentencePiece .model file",
     )
-    caption_length: int = field(64, "tokens of a caption; longer ones are cut", minimum=1)
+    caption_length: int = field(64, "Tokens per caption; longer ones are truncated", minimum=1)
     prefetch: int = field(
-        4, "batches made ahead in a background thread", minimum=0, changeable=True
+        4, "Batches to prefetch in a background thread", minimum=0, changeable=True
     )
 
 
 class ImageLoader:
-    """Makes rows of the global batches: all of them, or those that a process asks for.
+    """Makes the rows of global batches: all of them, or those that a process needs.
 
     Args:
       config: what to read and in which shape.
-      seed: decides on the order of the examples.
+      seed: determines the order of the examples.
     """
 
     def __init__(self, config: ImageDataConfig, seed: int):
@@ -78,7 +86,7 @@ class ImageLoader:
         return self._sources[split]
 
     def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
-        """Endless shuffled batches; each pass over the examples has an order of its own.
+        """Endless shuffled batches, each pass over the examples in a different order.
 
         Args:
           split: "train" or "validation".
@@ -86,12 +94,12 @@ class ImageLoader:
 
         Entries: image uint8 [rows, *space, channels]; loss_mask float32 [rows]; labels int32
         [rows, attributes] if there are any; with captions, tokens int32 and token_mask bool
-        [rows, caption_length]. Close the iterator to end its thread.
+        [rows, caption_length]. Close the iterator to stop its thread.
         """
         from genai_jax.data.prefetch import BatchIterator
 
-        made = _Shuffled(self, self.open(split), self._chosen(rows))
-        return BatchIterator(made, self.config.prefetch)
+        maker = _ShuffledBatches(self, self.open(split), self._rows_or_all(rows))
+        return BatchIterator(maker, self.config.prefetch)
 
     def evaluation_batches(
         self, max_batches: int = -1, rows: Sequence[int] | None = None
@@ -99,24 +107,24 @@ class ImageLoader:
         """The validation split once, in order; `loss_mask` is 0 where the last batch is padded.
 
         Args:
-          max_batches: stop after so many; -1 for the whole split.
+          max_batches: stop after this many batches; -1 for the whole split.
           rows: which rows of the global batch to make; all if None.
         """
-        rows = self._chosen(rows)
+        rows = self._rows_or_all(rows)
         source = self.open("validation")
         size = self.config.batch_size
         total = -(-len(source) // size)
         for i in range(total if max_batches < 0 else min(max_batches, total)):
-            wanted = np.array([i * size + row for row in rows])
-            batch = self.gather(source, np.minimum(wanted, len(source) - 1))
-            yield batch | {"loss_mask": (wanted < len(source)).astype(np.float32)}
+            indices = np.array([i * size + row for row in rows])
+            batch = self.gather(source, np.minimum(indices, len(source) - 1))
+            yield batch | {"loss_mask": (indices < len(source)).astype(np.float32)}
 
-    def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
+    def _rows_or_all(self, rows: Sequence[int] | None) -> Sequence[int]:
         return range(self.config.batch_size) if rows is None else rows
 
     def gather(self, source: ImageSource, indices: Sequence[int]) -> Batch:
-        """The examples of these indices as one batch."""
-        if hasattr(source, "images") and not self.config.captions:  # all in memory
+        """The examples at these indices as one batch."""
+        if hasattr(source, "images") and not self.config.captions:  # held in memory
             batch = {"image": source.images[indices], "labels": source.labels[indices]}
         else:
             examples = [source[int(i)] for i in indices]
@@ -129,19 +137,19 @@ class ImageLoader:
         return batch | {"loss_mask": np.ones(len(indices), np.float32)}
 
     def examples(self, split: str, count: int) -> dict[str, Any]:
-        """Up to `count` examples of a split, spread evenly over it: image, labels, caption."""
+        """Up to `count` examples spread evenly over a split: image, labels, caption."""
         source = self.open(split)
-        chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-        found = [source[int(i)] for i in chosen]
-        result = {"image": np.stack([e["image"] for e in found])}
+        indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
+        examples = [source[int(i)] for i in indices]
+        result = {"image": np.stack([e["image"] for e in examples])}
         if source.label_names:
-            result["labels"] = np.stack([e["labels"] for e in found])
+            result["labels"] = np.stack([e["labels"] for e in examples])
         if source.has_captions:
-            result["caption"] = [e["caption"] for e in found]
+            result["caption"] = [e["caption"] for e in examples]
         return result
 
     def encode_captions(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and which of them are real, [captions, caption_length]."""
+        """Token ids and the mask of those that are not padding, each [captions, caption_length]."""
         length = self.config.caption_length
         tokens = np.zeros((len(texts), length), np.int32)
         mask = np.zeros((len(texts), length), bool)
@@ -151,13 +159,19 @@ class ImageLoader:
         return tokens, mask
 
     def parse_label(self, text: str) -> tuple[int, ...]:
-        """The labels that a user means: values by name or number, attributes joined by ":"."""
+        """Parses labels: one value for each attribute, by name or number, separated by ":".
+
+        Raises:
+          ConfigError: too few or too many attributes, or an unknown value.
+        """
         parts = text.strip().split(":")
+        if not self.label_names:
+            raise ConfigError(f"--label={text}: {self.config.dataset} has no labels")
         if len(parts) != len(self.label_names):
-            said = ":".join(names[0] for names in self.label_names) or "nothing: it has no labels"
+            example = ":".join(names[0] for names in self.label_names)
             raise ConfigError(
                 f"--label={text} names {len(parts)} attribute(s); {self.config.dataset} has "
-                f"{len(self.label_names)}, as in {said}"
+                f"{len(self.label_names)}, as in {example}"
             )
         return tuple(map(self._parse_value, parts, self.label_names))
 
@@ -172,7 +186,7 @@ class ImageLoader:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data of a run, for ``run.json``."""
+        """What identifies the data of a run; recorded in ``run.json``."""
         facts: dict[str, Any] = {
             "dataset": self.config.dataset,
             "shape": list(self.shape),
@@ -191,14 +205,14 @@ class ImageLoader:
         return facts | {"sha256": digest.hexdigest()}
 
     def shuffled_rows(self, source: ImageSource, step: int, rows: Sequence[int]) -> Batch:
-        """These rows of global batch number `step`."""
+        """The given rows of global batch number `step`."""
         size = len(source)
         ordinals = [step * self.config.batch_size + row for row in rows]
-        places = [divmod(ordinal, size) for ordinal in ordinals]
-        indices = [permuted(i, size, (self._seed, epoch)) for epoch, i in places]
+        positions = [divmod(ordinal, size) for ordinal in ordinals]
+        indices = [permuted(i, size, (self._seed, epoch)) for epoch, i in positions]
         batch = self.gather(source, indices)
         if self.config.flip:
-            flips = np.array([_coin(self._seed, epoch, i) for epoch, i in places])
+            flips = np.array([_coin(self._seed, epoch, i) for epoch, i in positions])
             mirrored = batch["image"][..., ::-1, :]
             wide = flips.reshape(-1, *(1,) * (batch["image"].ndim - 1))
             batch["image"] = np.where(wide, mirrored, batch["image"])
@@ -206,12 +220,12 @@ class ImageLoader:
 
 
 def _coin(*seed: int) -> bool:
-    """A fair coin that falls the same way whenever it is asked."""
+    """A fair coin flip that depends only on the seed."""
     return bool(hashlib.blake2b(repr(seed).encode(), digest_size=1).digest()[0] & 1)
 
 
-class _Shuffled:
-    """Makes batch after batch; what it still has to do is one integer."""
+class _ShuffledBatches:
+    """Makes shuffled batches one after another; its state is a single integer."""
 
     def __init__(self, loader: ImageLoader, source: ImageSource, rows: Sequence[int]):
         self._loader, self._source, self._rows = loader, source, rows

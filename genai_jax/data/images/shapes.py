@@ -1,7 +1,7 @@
-"""Coloured shapes on a dark ground, each with labels and a caption, drawn from its index alone.
+"""Colored shapes on a dark background with labels and a caption, rendered from their index.
 
-`shapes` are images, `moving_shapes` videos in which the shape moves. A picture is the coverage of a
-signed distance function, so edges are smooth at any size.
+`shapes` are images; `moving_shapes` are videos in which the shape moves. Pixels are the coverage of
+a signed distance function, so edges are smooth at any size.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError
 
-COLOURS = {
+COLORS = {
     "red": (230, 60, 50),
     "green": (70, 190, 80),
     "blue": (60, 110, 235),
@@ -21,7 +21,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": (0.16, 0.21), "large": (0.29, 0.36)}  # radius, in half image widths
-POSITIONS = {  # of the middle, in half image widths
+POSITIONS = {  # (y, x) of the center, in half image widths
     "left": (0.0, -0.45),
     "right": (0.0, 0.45),
     "top": (-0.45, 0.0),
@@ -29,22 +29,22 @@ POSITIONS = {  # of the middle, in half image widths
     "centre": (0.0, 0.0),
 }
 MOTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
-TRAVEL = 0.8  # of a moving shape over all frames, in half image widths
-GROUND = 18.0
+TRAVEL = 0.8  # distance that a moving shape covers over all frames, in half image widths
+BACKGROUND = 18.0
 COUNTS = {"train": 50_000, "validation": 5_000}
 TEMPLATES = (
-    "a {size} {colour} {shape} {where}",
-    "{where}, a {size} {colour} {shape}",
-    "a {colour} {shape}, {size}, {where}",
+    "a {size} {color} {shape} {where}",
+    "{where}, a {size} {color} {shape}",
+    "a {color} {shape}, {size}, {where}",
 )
 
 
 class Scene(NamedTuple):
     """What one picture shows."""
 
-    labels: tuple[int, ...]  # colour, shape, size, then position or motion
+    labels: tuple[int, ...]  # color, shape, size, then position or motion
     radius: float
-    middle: tuple[float, float]
+    center: tuple[float, float]
     angle: float
     shade: float
     template: int
@@ -55,34 +55,34 @@ def _where(position: str) -> str:
 
 
 def _scene(index: int, split: str, last: dict) -> Scene:
-    """The scene of an index; the splits draw from different random streams."""
+    """The scene at an index; each split has its own random stream."""
     rng = np.random.default_rng((index, list(COUNTS).index(split), 7))
-    names = (COLOURS, SHAPES, SIZES, last)
+    names = (COLORS, SHAPES, SIZES, last)
     labels = tuple(int(rng.integers(len(n))) for n in names)
     radius = rng.uniform(*list(SIZES.values())[labels[2]])
     jitter = rng.uniform(-0.12, 0.12, 2)
-    centre = (0.0, 0.0) if last is MOTIONS else list(POSITIONS.values())[labels[3]]
-    middle = tuple(float(c + j) for c, j in zip(centre, jitter, strict=True))
+    position = (0.0, 0.0) if last is MOTIONS else list(POSITIONS.values())[labels[3]]
+    center = tuple(float(p + j) for p, j in zip(position, jitter, strict=True))
     angle, shade = rng.uniform(-0.25, 0.25), rng.uniform(0.9, 1.05)
-    return Scene(labels, radius, middle, angle, shade, int(rng.integers(len(TEMPLATES))))
+    return Scene(labels, radius, center, angle, shade, int(rng.integers(len(TEMPLATES))))
 
 
 def draw(scene: Scene, size: int, offset: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-    """The picture, uint8 [size, size, 3]."""
+    """Renders the scene with its shape moved by `offset` (y, x), uint8 [size, size, 3]."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
-    y = axis[:, None] - (scene.middle[0] + offset[0])
-    x = axis[None, :] - (scene.middle[1] + offset[1])
+    y = axis[:, None] - (scene.center[0] + offset[0])
+    x = axis[None, :] - (scene.center[1] + offset[1])
     cos, sin = np.cos(scene.angle), np.sin(scene.angle)
     x, y = cos * x + sin * y, cos * y - sin * x
     distance = _distance(SHAPES[scene.labels[1]], x, y, scene.radius)
-    coverage = np.clip(0.5 - distance * size / 2, 0, 1)[..., None]  # one pixel of soft edge
-    colour = np.array(list(COLOURS.values())[scene.labels[0]], np.float32) * scene.shade
-    picture = GROUND + coverage * (np.minimum(colour, 255) - GROUND)
-    return np.round(picture).astype(np.uint8)
+    coverage = np.clip(0.5 - distance * size / 2, 0, 1)[..., None]  # edges are one pixel wide
+    color = np.array(list(COLORS.values())[scene.labels[0]], np.float32) * scene.shade
+    image = BACKGROUND + coverage * (np.minimum(color, 255) - BACKGROUND)
+    return np.round(image).astype(np.uint8)
 
 
 def _distance(shape: str, x, y, radius):
-    """Signed distance to the edge, negative inside; shapes of about the same area."""
+    """Signed distance to the edge, negative inside; all shapes have about the same area."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -98,7 +98,7 @@ def _distance(shape: str, x, y, radius):
 
 
 class Shapes:
-    """One split of either set."""
+    """One split of `shapes`, or of `moving_shapes` if `num_frames` is set."""
 
     levels = 256
     has_captions = True
@@ -107,7 +107,7 @@ class Shapes:
     def __init__(self, split: str, size: int, num_frames: int | None):
         self.split, self.size, self.num_frames = split, size, num_frames
         self._last = MOTIONS if num_frames else POSITIONS
-        self.label_names = tuple(tuple(n) for n in (COLOURS, SHAPES, SIZES, self._last))
+        self.label_names = tuple(tuple(n) for n in (COLORS, SHAPES, SIZES, self._last))
         self.shape = (*((num_frames,) if num_frames else ()), size, size, 3)
         self.name = f"{'moving_shapes' if num_frames else 'shapes'}{size}[{split}]"
 
@@ -116,7 +116,7 @@ class Shapes:
 
     def __getitem__(self, index: int) -> dict:
         scene = _scene(index, self.split, self._last)
-        colour, shape, size, last = (
+        color, shape, size, last = (
             names[i] for names, i in zip(self.label_names, scene.labels, strict=True)
         )
         if not self.num_frames:
@@ -124,12 +124,10 @@ class Shapes:
             where = _where(last)
         else:
             direction = np.array(MOTIONS[last])
-            way = TRAVEL * np.linspace(-0.5, 0.5, self.num_frames)
-            image = np.stack([draw(scene, self.size, tuple(direction * w)) for w in way])
+            distances = TRAVEL * np.linspace(-0.5, 0.5, self.num_frames)
+            image = np.stack([draw(scene, self.size, tuple(direction * d)) for d in distances])
             where = f"moving {last}"
-        caption = TEMPLATES[scene.template].format(
-            colour=colour, shape=shape, size=size, where=where
-        )
+        caption = TEMPLATES[scene.template].format(color=color, shape=shape, size=size, where=where)
         return {"image": image, "labels": np.array(scene.labels, np.int32), "caption": caption}
 
     def fingerprint(self) -> str:
@@ -144,12 +142,14 @@ def open_shapes(config, split: str) -> Shapes:
 def open_moving_shapes(config, split: str) -> Shapes:
     frames = 8 if config.num_frames is None else config.num_frames
     if frames < 2:
-        raise ConfigError(f"--data.num_frames={frames}: motion takes at least 2")
+        raise ConfigError(f"--data.num_frames={frames}: motion needs at least 2 frames")
     return Shapes(split, _size(config), frames)
 
 
 def _size(config) -> int:
     size = config.image_size or 32
     if size % 8 or size < 16:
-        raise ConfigError(f"--data.image_size={size}: shapes take multiples of 8 from 16 on")
+        raise ConfigError(
+            f"--data.image_size={size}: the size of shapes must be a multiple of 8, at least 16"
+        )
     return size

@@ -7,11 +7,10 @@ from genai_jax.config import ConfigError
 from genai_jax.data.images import digits, shapes, waves
 from genai_jax.data.text.sources import SPLITS
 
-Example = dict[
-    str, Any
-]  # image: uint8 [*space, channels]; labels: int32 [attributes]; caption: str
+# image: uint8 [*space, channels]; labels: int32 [attributes]; caption: str
+Example = dict[str, Any]
 
-DRAWN = {
+BUILT_IN = {
     "digits": digits.open_digits,
     "shapes": shapes.open_shapes,
     "moving_shapes": shapes.open_moving_shapes,
@@ -23,12 +22,12 @@ class ImageSource(Protocol):
     """Examples of one split.
 
     Attributes:
-      name: of the data set and the split.
+      name: the data set and the split.
       shape: (*space, channels) of every example.
       levels: values are 0 .. levels - 1.
-      label_names: for each attribute that is labelled, the names of its values.
-      has_captions: whether examples have a text.
-      can_flip: whether a mirror image keeps its labels and its caption.
+      label_names: the names of the values of each labeled attribute.
+      has_captions: whether examples have captions.
+      can_flip: whether labels and caption still hold for a mirror image.
     """
 
     name: str
@@ -43,7 +42,7 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of what the split holds."""
+        """sha256 of the split's contents, in hex."""
         ...
 
 
@@ -55,24 +54,28 @@ def open_images(config, split: str) -> ImageSource:
       split: "train" or "validation".
 
     Raises:
-      ConfigError: no such data set, or a setting that it cannot honour.
+      ConfigError: an unknown data set, or a setting that it does not support.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
-    if name in DRAWN:
+    if name in BUILT_IN:
         if config.num_frames is not None and name != "moving_shapes":
-            raise ConfigError(f"--data.num_frames={config.num_frames} is for moving_shapes alone")
-        source = DRAWN[name](config, split)
+            raise ConfigError(
+                f"--data.num_frames={config.num_frames} applies only to moving_shapes, not {name}"
+            )
+        source = BUILT_IN[name](config, split)
     else:
-        near = difflib.get_close_matches(name, DRAWN, n=1)
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         if near:
             raise ConfigError(f"unknown data set {name!r}: did you mean {near[0]}?")
         from genai_jax.data.images import tfds as tfds_images
 
-        source = tfds_images.open_tfds_images(config, split, drawn=sorted(DRAWN))
+        source = tfds_images.open_tfds_images(config, split, built_in=sorted(BUILT_IN))
     if config.flip and not source.can_flip:
-        raise ConfigError(f"--data.flip: a mirror image of {name} is no example of {name}")
+        raise ConfigError(
+            f"--data.flip: a mirror image of an example of {name} is not a valid example"
+        )
     if config.captions and not source.has_captions:
         raise ConfigError(f"--data.captions: {name} has no captions")
     return source

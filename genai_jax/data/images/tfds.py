@@ -1,4 +1,4 @@
-"""A split of a TFDS image set, stored as ArrayRecord and read without TensorFlow."""
+"""A split of a TFDS image data set, stored as ArrayRecord and read without TensorFlow."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from genai_jax.data.text.tfds import VALIDATION_NAMES, held_out_range, prepared_
 class TfdsImages:
     """Some or all examples of a split; see `genai_jax.data.images.sources.ImageSource`.
 
-    Without a validation split of its own, the data set's train split is put in a fixed random order
-    of which validation gets the beginning and train the rest.
+    If the data set has no validation split, its train split is shuffled in a fixed order, and
+    validation gets the beginning, train the rest.
     """
 
     levels = 256
@@ -36,7 +36,8 @@ class TfdsImages:
             height = width = config.image_size
         if None in (height, width, channels):
             raise ConfigError(
-                f"--data.image_size is not set, but the images of {config.dataset} differ in size"
+                f"--data.image_size must be set, since the images of {config.dataset} differ in "
+                "size"
             )
         self.shape = (height, width, channels)
 
@@ -57,7 +58,7 @@ class TfdsImages:
         return example
 
     def fingerprint(self) -> str:
-        """sha256 of the name with version, the split and the sizes of its shards."""
+        """sha256 of the name (with its version), the split, and the sizes of its shards."""
         facts = [self.name, self._start, self._stop, self._info.shard_lengths, self._info.num_bytes]
         return hashlib.sha256(json.dumps(facts, default=int).encode()).hexdigest()
 
@@ -67,12 +68,14 @@ def _label_names(config, features) -> tuple[tuple[str, ...], ...]:
         return ()
     label = features[config.label_key]
     if not hasattr(label, "names"):
-        raise ConfigError(f"--data.label_key={config.label_key} of {config.dataset} is no class")
+        raise ConfigError(
+            f"--data.label_key={config.label_key} of {config.dataset} is not a class label"
+        )
     return (tuple(label.names),)
 
 
 def resized(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The largest centred part of the right proportions, at the size of `shape` (antialiased)."""
+    """The largest center crop with the aspect ratio of `shape`, resized to it with antialiasing."""
     height, width, _ = shape
     if image.shape[:2] == (height, width):
         return image
@@ -83,17 +86,22 @@ def resized(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     top, left = (image.shape[0] - crop_height) / 2, (image.shape[1] - crop_width) / 2
     box = (left, top, left + crop_width, top + crop_height)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    made = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC, box=box))
-    return made.reshape(shape)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(picture).reshape(shape)
 
 
-def open_tfds_images(config, split: str, *, drawn: list[str]) -> TfdsImages:
+def open_tfds_images(config, split: str, *, built_in: list[str]) -> TfdsImages:
     """Opens `split` ("train" or "validation") of the TFDS data set ``config.dataset``.
 
+    Args:
+      config: an `ImageDataConfig`.
+      split: "train" or "validation".
+      built_in: names of the data sets that are not from TFDS, for the error of an unknown name.
+
     Raises:
-      ConfigError: an unknown name, data that cannot be prepared, a feature that it does not have.
+      ConfigError: an unknown name, data that cannot be prepared, or a feature it does not have.
     """
-    builder = prepared_builder(config, drawn)
+    builder = prepared_builder(config, built_in)
     features, splits = builder.info.features, list(builder.info.splits)
     for flag in ("image_key", "label_key", "caption_key"):
         key = getattr(config, flag)
@@ -102,7 +110,9 @@ def open_tfds_images(config, split: str, *, drawn: list[str]) -> TfdsImages:
                 f"--data.{flag}={key}: {config.dataset} has {', '.join(sorted(features))}"
             )
     if len(features[config.image_key].shape) != 3:
-        raise ConfigError(f"--data.image_key={config.image_key} of {config.dataset} is no image")
+        raise ConfigError(
+            f"--data.image_key={config.image_key} of {config.dataset} is not an image"
+        )
     own = [name for name in VALIDATION_NAMES if name in splits]
     if "train" not in splits:
         raise ConfigError(f"{config.dataset} has no train split, only {', '.join(splits)}")

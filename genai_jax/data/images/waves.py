@@ -1,4 +1,4 @@
-"""One-dimensional signals: periodic waveforms of random frequency, phase and loudness."""
+"""One-dimensional signals: periodic waveforms of random frequency, phase and amplitude."""
 
 import hashlib
 
@@ -8,12 +8,12 @@ from genai_jax.config import ConfigError
 
 LENGTH = 128
 FORMS = ("sine", "square", "sawtooth", "triangle")
-PITCHES = {"low": (2.0, 3.5), "high": (6.0, 9.0)}  # periods in the signal
+PITCHES = {"low": (2.0, 3.5), "high": (6.0, 9.0)}  # range of the periods in a signal
 COUNTS = {"train": 20_000, "validation": 2_000}
 
 
 class Waves:
-    """One split; every signal is made from its index alone."""
+    """One split; each signal is a function of its index."""
 
     levels = 256
     label_names = (FORMS, tuple(PITCHES))
@@ -45,7 +45,7 @@ class Waves:
 
 
 def _wave(form: str, phase: np.ndarray) -> np.ndarray:
-    """One period is [0, 1)."""
+    """The waveform at each phase, with the period [0, 1)."""
     if form == "sine":
         return np.sin(2 * np.pi * phase)
     if form == "square":
@@ -58,5 +58,7 @@ def _wave(form: str, phase: np.ndarray) -> np.ndarray:
 def open_waves(config, split: str) -> Waves:
     length = config.image_size or LENGTH
     if length % 16:
-        raise ConfigError(f"--data.image_size={length}: the length of waves is a multiple of 16")
+        raise ConfigError(
+            f"--data.image_size={length}: the length of waves must be a multiple of 16"
+        )
     return Waves(split, length)

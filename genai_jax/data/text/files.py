@@ -1,24 +1,27 @@
-"""``text:PATH``: a file or a folder of text, cut into documents."""
+"""``text:PATH``: a text file, or a folder of them, split into documents."""
 
 import os
 from collections.abc import Iterator
 
 from genai_jax.config import ConfigError
 
-_PARAGRAPHS = 2_000  # characters in a document made of paragraphs, at least
-_LINES = 8_000  # characters after which a document may also end at any line: there may be no blank
+_MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
+_MAX_CHARACTERS = 8_000  # from this length on, at the next line break: there may be no blank lines
 
 
 def read(path: str, *, strict: bool) -> list[str]:
     """Reads the documents under `path`.
 
-    A folder gives one document a file, sorted by relative path, without hidden files. A file gives
-    one document between form feeds or, if it has none, groups of paragraphs.
+    In a folder, each file is a document, sorted by relative path; hidden files are skipped. A
+    single file is split at form feeds or, if it has none, into groups of paragraphs.
 
     Args:
       path: a file or a folder.
-      strict: refuse bytes that are not UTF-8. Otherwise they become lone surrogates
-        (``errors="surrogateescape"``), from which they can be had back.
+      strict: reject bytes that are not UTF-8. Otherwise they become lone surrogates
+        (``errors="surrogateescape"``), from which the bytes can be recovered.
+
+    Raises:
+      ConfigError: nothing at `path`, no text in it, or a file that cannot be read.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
@@ -29,16 +32,16 @@ def read(path: str, *, strict: bool) -> list[str]:
         raise ConfigError(f"text:{path}: no such file or folder")
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise ConfigError(f"text:{path} is empty: there is no text in it to train on")
+        raise ConfigError(f"text:{path} is empty: it has no text to train on")
     return documents
 
 
 def _files(folder: str) -> list[str]:
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    files = [file for file in found if os.path.isfile(file)]  # not sockets, not dangling links
+        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    files = [path for path in paths if os.path.isfile(path)]  # no sockets, no dangling links
     return sorted(files, key=lambda file: os.path.relpath(file, folder).split(os.sep))
 
 
@@ -52,7 +55,7 @@ def _decode(file: str, strict: bool) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "
-            "convert it, or read it as it is with --data.tokenizer=bytes"
+            "convert it, or read its raw bytes with --data.tokenizer=bytes"
         ) from None
 
 
@@ -63,12 +66,12 @@ def _split(text: str) -> list[str]:
 
 
 def _paragraph_groups(text: str) -> Iterator[str]:
-    """Cuts behind a blank line; joined again, the groups are the text."""
+    """Cuts after blank lines; the concatenation of the groups is the text."""
     group, size = [], 0
     for line in text.splitlines(keepends=True):
         group.append(line)
         size += len(line)
-        if size >= _LINES or (size >= _PARAGRAPHS and not line.strip()):
+        if size >= _MAX_CHARACTERS or (size >= _MIN_CHARACTERS and not line.strip()):
             yield "".join(group)
             group, size = [], 0
     if group:

@@ -1,4 +1,4 @@
-"""Batches of packed text: the same global batches for any number of processes."""
+"""Batches of packed text; the global batches are the same for any number of processes."""
 
 import dataclasses
 import hashlib
@@ -18,42 +18,49 @@ from genai_jax.data.text.tokenization import load_tokenizer
 if TYPE_CHECKING:
     from genai_jax.data.prefetch import BatchIterator
 
-_CACHED_BYTES = 64 * 2**20  # text of a source whose token ids are kept: four bytes a token
+_CACHED_BYTES = 64 * 2**20  # token ids of a source up to this size are cached, 4 bytes per token
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     dataset: str = field(
         "python_docs",
-        "TFDS name, python_docs, python_source, text:PATH, digit_pixels, or arithmetic: "
-        "addition:DIGITS, modular_addition:P, modular_division:P",
+        "Data set: the name of a TFDS data set, python_docs, python_source, text:PATH, "
+        "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P",
     )
-    batch_size: int = field(8, "sequences in a step, over all devices", minimum=1)
-    sequence_length: int = field(256, "tokens in a sequence", minimum=1)
+    batch_size: int = field(8, "Sequences per step, over all devices", minimum=1)
+    sequence_length: int = field(256, "Tokens per sequence", minimum=1)
     tokenizer: str = field(
-        "bytes", "bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file"
+        "bytes",
+        "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file",
     )
-    data_dir: str | None = field(None, "folder of prepared TFDS data sets")
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets")
     text_key: str = field("text", "TFDS feature that holds the text")
     validation_percent: int = field(
-        5, "documents held out if the data has no validation split", minimum=1, maximum=99
+        5,
+        "Percentage of documents to hold out if the data set has no validation split",
+        minimum=1,
+        maximum=99,
     )
     unique_tokens: int | None = field(
         None,
-        "training tokens, about, after which they come again; all if unset",
+        "Approximate number of training tokens before the data repeats; all of them if unset",
         minimum=1,
     )
     answer_after: str | None = field(
-        None, "one token behind which a document's targets count, without its end; all if unset"
+        None,
+        "Token after which a document's targets count, except for its end; if unset, all targets "
+        "count",
     )
     passage_length: int | None = field(
         None,
-        "characters after which a training document in memory is cut, so that batches mix; "
-        "4 sequence_length if unset (with answer_after, 0), 0 never",
+        "Characters per passage into which in-memory training documents are cut, so that batches "
+        "mix documents; 0 for no cuts; if unset, 4 times --data.sequence_length, or 0 with "
+        "--data.answer_after",
         minimum=0,
     )
     prefetch: int = field(
-        4, "batches made ahead in a background thread", minimum=0, changeable=True
+        4, "Batches to prefetch in a background thread", minimum=0, changeable=True
     )
 
     @property
@@ -64,11 +71,11 @@ class DataConfig:
 
 
 class TextLoader:
-    """Makes rows of the global batches: all of them, or those that a process asks for.
+    """Makes the rows of global batches: all of them, or those that a process needs.
 
     Args:
       config: what to read and in which shape.
-      seed: decides on the order of the documents.
+      seed: determines the order of the documents.
     """
 
     def __init__(self, config: DataConfig, seed: int):
@@ -82,9 +89,9 @@ class TextLoader:
         }
 
     def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
-        """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``: see `Packer`.
+        """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``; see `Packer`.
 
-        Each pass over the documents has an order of its own. Close the iterator to end its thread.
+        Each pass over the documents has a different order. Close the iterator to stop its thread.
 
         Args:
           split: "train" or "validation".
@@ -93,13 +100,14 @@ class TextLoader:
         from genai_jax.data.prefetch import BatchIterator
 
         documents = self._open(split)
-        chosen = self._unique(documents) if split == "train" else range(len(documents))
+        indices = self._unique(documents) if split == "train" else range(len(documents))
 
         def get_document(ordinal: int) -> np.ndarray:
-            epoch, index = divmod(ordinal, len(chosen))
-            return documents[chosen[permuted(index, len(chosen), (self._seed, epoch))]]
+            epoch, index = divmod(ordinal, len(indices))
+            return documents[indices[permuted(index, len(indices), (self._seed, epoch))]]
 
-        return BatchIterator(self._packer(get_document, self._chosen(rows)), self.config.prefetch)
+        packer = self._packer(get_document, self._rows_or_all(rows))
+        return BatchIterator(packer, self.config.prefetch)
 
     def _packer(self, get_document, rows: Sequence[int]) -> Packer:
         config, counted = self.config, None
@@ -107,8 +115,8 @@ class TextLoader:
             mark = self.tokenizer.encode(config.answer_after)
             if len(mark) != 1:
                 raise ConfigError(
-                    f"--data.answer_after={config.answer_after} is {len(mark)} tokens of "
-                    f"--data.tokenizer={config.tokenizer} and has to be 1"
+                    f"--data.answer_after={config.answer_after} must be one token of "
+                    f"--data.tokenizer={config.tokenizer}, not {len(mark)}"
                 )
             counted = lambda ids: (
                 (np.cumsum(ids == mark) > 0) & (ids != mark) & (ids != self.tokenizer.boundary_id)
@@ -116,39 +124,40 @@ class TextLoader:
         return Packer(get_document, rows, config.batch_size, config.sequence_length, counted)
 
     def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
-        """The numbers of the passages to train on: some, which fewer unique tokens are a part of.
+        """Indices of the passages to train on; those for fewer unique tokens are a subset.
 
         Raises:
-          ConfigError: there are not so many tokens.
+          ConfigError: `unique_tokens` is more than the training data has.
         """
         limit = self.config.unique_tokens
         if limit is None:
             return range(len(documents))
-        chosen, tokens = [], 0
+        indices, tokens = [], 0
         for i in range(len(documents)):
             if tokens >= limit:
-                return chosen
-            chosen.append(permuted(i, len(documents), (self._seed, 2**32 - 1)))
-            tokens += len(documents[chosen[-1]]) - 1
+                return indices
+            indices.append(permuted(i, len(documents), (self._seed, 2**32 - 1)))
+            tokens += len(documents[indices[-1]]) - 1
         if tokens < limit:
             raise ConfigError(
-                f"--data.unique_tokens={limit}: the training data has {tokens} tokens in all"
+                f"--data.unique_tokens={limit}: the training data has only {tokens} tokens"
             )
-        return chosen
+        return indices
 
     def evaluation_batches(
         self, max_batches: int = -1, rows: Sequence[int] | None = None
     ) -> Iterator[Batch]:
         """One pass over the validation split, in order.
 
-        As many batches whichever rows are asked for: one that has no documents left is padding.
+        The number of batches does not depend on `rows`: a row without documents left is padding.
 
         Args:
-          max_batches: stop after so many; -1 for the whole split, every token exactly once.
+          max_batches: stop after this many batches; -1 for the whole split, every token exactly
+            once.
           rows: which rows of the global batch to make; all if None.
         """
         documents = self._open("validation")
-        config, rows = self.config, self._chosen(rows)
+        config, rows = self.config, self._rows_or_all(rows)
 
         def get_document(ordinal: int) -> np.ndarray | None:
             return documents[ordinal] if ordinal < len(documents) else None
@@ -161,18 +170,18 @@ class TextLoader:
                 break
             yield batch
             done += 1
-        # Other rows may have more: pad until the longest of them ends.
+        # Other rows may have more batches: pad until the longest row ends.
         others = [row for row in range(config.batch_size) if row not in rows]
         if done != max_batches and others:
             total = max(self._evaluation_length(documents, row, max_batches) for row in others)
             for _ in range(done, total):
                 yield padding(len(rows), config.sequence_length)
 
-    def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
+    def _rows_or_all(self, rows: Sequence[int] | None) -> Sequence[int]:
         return range(self.config.batch_size) if rows is None else rows
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the data of a run, for ``run.json``."""
+        """What identifies the data of a run; recorded in ``run.json``."""
         facts: dict[str, Any] = {
             "dataset": self.config.dataset,
             "tokenizer": self.tokenizer.spec,
@@ -184,7 +193,7 @@ class TextLoader:
         for split in SPLITS:
             try:
                 source = self._open(split).source
-            except ConfigError:  # one document only: a run without evaluation may train on it
+            except ConfigError:  # a single document, which a run without evaluation may train on
                 facts |= {split: None, f"{split}_documents": 0, f"{split}_sha256": None}
                 continue
             facts |= {
@@ -202,13 +211,13 @@ class TextLoader:
         return self._documents[split]
 
     def _evaluation_length(self, documents: "_TokenizedSource", row: int, limit: int) -> int:
-        """In how many batches of an evaluation `row` has tokens; counts no further than `limit`."""
+        """Number of evaluation batches in which `row` has tokens, at most `limit`; -1: no limit."""
         length = self.config.sequence_length
         tokens = 0
         for ordinal in range(row, len(documents), self.config.batch_size):
             size = len(documents[ordinal]) - 1
             if self.config.answer_after is not None and tokens % length + size > length:
-                tokens += -tokens % length  # a document that is not cut
+                tokens += -tokens % length  # not cut: the document starts in the next batch
             tokens += size
             if 0 <= limit * length <= tokens:
                 return limit
@@ -216,14 +225,14 @@ class TextLoader:
 
 
 class _TokenizedSource:
-    """The passages of a source as int32 ids, a boundary before each and behind a document's end."""
+    """The passages of a source as int32 ids: a boundary before each, and after a document's end."""
 
     def __init__(self, source: Source, tokenizer, passage_length: int = 0):
         self.source = source
         self._tokenizer = tokenizer
         small = source.size_bytes is not None and source.size_bytes <= _CACHED_BYTES
         self._cache: dict[int, np.ndarray] | None = {} if small else None
-        # Only of a source in memory are the lengths known without reading all of it.
+        # Cutting needs the documents' lengths, known only for sources in memory.
         self._passages = Passages(source, passage_length if source.size_bytes is not None else 0)
 
     def __len__(self) -> int:

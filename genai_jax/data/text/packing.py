@@ -1,11 +1,11 @@
-"""Packs documents into rows of a fixed length, every token predicted exactly once.
+"""Packs documents into rows of a fixed length, predicting every token exactly once.
 
-Row r of the global batch reads the documents r, r + batch_size, r + 2 batch_size, ... of one order
-that all processes share (a document here may be a passage of a longer one). A document is
+Row r of the global batch reads the documents r, r + batch_size, r + 2 batch_size, ... in an order
+shared by all processes (a document here may be a passage of a longer one). A document is
 ``x = [boundary, tokens..., boundary]``, with inputs ``x[:-1]`` and targets ``x[1:]``. What does not
-fit into a row goes on in the same row of the next batch, as a new segment with positions from 0,
-for its context is gone. Where only some targets count, those of answers, a document is not cut,
-since an answer means nothing without its question: the rest of the row is padding.
+fit into a row continues in the same row of the next batch, as a new segment with positions from 0,
+since its context is gone. If only the targets of answers count, documents are never cut, since an
+answer means nothing without its question: the rest of the row is padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,15 @@ Batch = dict[str, np.ndarray]
 
 
 class Packer:
-    """Fills batches; what it still has to do is two integers a row.
+    """Fills batches; its state is two integers per row.
 
     Args:
       get_document: ordinal in the global order -> ids with both boundaries ``[length]``, or None if
         there are no more documents.
       rows: which rows of the global batch to fill.
-      batch_size: rows of the global batch.
-      length: tokens in a row.
-      counted: ids of a document -> which of them count as targets, ``[length]``; None for all.
+      batch_size: number of rows in the global batch.
+      length: tokens per row.
+      counted: ids of a document -> mask of those that count as targets, ``[length]``; None for all.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Packer:
         self._current: list[np.ndarray | None] = [None] * len(self._rows)
 
     def next_batch(self) -> Batch | None:
-        """The next batch, or None when all of its rows are at their end.
+        """The next batch, or None when all of its rows have run out of documents.
 
         Returns:
           Arrays ``[rows, length]``: tokens, targets, segment_ids (from 1; 0 is padding) and
@@ -60,26 +60,25 @@ class Packer:
         return batch
 
     def get_state(self) -> dict:
-        """Where the rows are, JSON serialisable: row -> its cursor."""
+        """The cursor of each row, JSON-serializable."""
         pairs = zip(self._rows, self._cursors, strict=True)
         return {"cursors": {str(row): list(cursor) for row, cursor in pairs}}
 
     def set_state(self, state: dict) -> None:
-        """Goes on from a state that has these rows among others.
+        """Continues from a state that covers at least these rows.
 
         Raises:
-          ConfigError: some of them are missing, or it is of another batch size.
+          ConfigError: some of these rows are missing, or the batch size is a different one.
         """
         cursors = state["cursors"]
         rows = sorted(map(int, cursors))
         if not set(self._rows) <= set(rows) or rows[-1] >= self._batch_size:
             raise ConfigError(
-                f"the saved data position is that of batch rows {_span(rows)}, but this process "
-                f"fills rows {_span(self._rows)} of {self._batch_size}: resume with the same batch "
-                "size"
+                f"the saved data position covers batch rows {_span(rows)}, but this process fills "
+                f"rows {_span(self._rows)} of {self._batch_size}: resume with the same batch size"
             )
-        mine = (cursors[str(row)] for row in self._rows)
-        self._cursors = [(int(finished), int(offset)) for finished, offset in mine]
+        own_cursors = (cursors[str(row)] for row in self._rows)
+        self._cursors = [(int(finished), int(offset)) for finished, offset in own_cursors]
         self._current = [None] * len(self._rows)
 
     def _fill(self, index: int, row: dict[str, np.ndarray]) -> None:
@@ -89,13 +88,13 @@ class Packer:
             if document is None:
                 return
             finished, offset = self._cursors[index]
-            left = len(document) - 1 - offset
-            size = min(left, self._length - start)
-            if self._counted and size < left:
+            remaining = len(document) - 1 - offset
+            size = min(remaining, self._length - start)
+            if self._counted and size < remaining:
                 if start:
                     return
                 raise ConfigError(
-                    f"a question with its answer has {left} tokens and does not fit into "
+                    f"a question with its answer has {remaining} tokens and does not fit into "
                     f"--data.sequence_length={self._length}"
                 )
             stop = start + size
@@ -104,7 +103,7 @@ class Packer:
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = np.arange(size)
             row["loss_mask"][start:stop] = self._counted(document)[1:] if self._counted else 1
-            if size == left:
+            if size == remaining:
                 self._cursors[index] = (finished + 1, 0)
                 self._current[index] = None
             else:
@@ -120,7 +119,7 @@ class Packer:
 
 
 def padding(rows: int, length: int) -> Batch:
-    """A batch without tokens, as `Packer.next_batch` describes it."""
+    """A batch without tokens, in the format of `Packer.next_batch`."""
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     return batch | {"loss_mask": np.zeros((rows, length), np.float32)}

@@ -1,8 +1,8 @@
-"""Cuts long documents, so that a batch is drawn from many places and not from a few long texts.
+"""Cuts long documents into passages, so that a batch mixes many documents.
 
-A row of the batch reads its documents from end to end. Where they are much longer than the row,
-batch after batch would come from the same handful of documents; cut into passages and shuffled,
-every batch is close to a fair draw.
+A row of the batch reads its documents from start to end. If they are much longer than the row,
+consecutive batches would come from the same few documents; cut into passages and shuffled, every
+batch is close to a uniform sample of the data.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from genai_jax.data.text.sources import Source
 
 class Passage(NamedTuple):
     text: str
-    ends: bool  # whether the document ends here: only then is its end to be predicted
+    ends: bool  # whether the document ends here; only then is its end a target
 
 
 class Passages:
-    """The documents of a source in passages of about `size` characters, 0 for whole documents.
+    """The documents of a source in passages of about `size` characters; 0 for whole documents.
 
-    A cut falls behind the last line break in the passage's second half, else behind the last space,
-    else at `size` exactly. The passages of a document joined are the document.
+    A cut falls after the last line break in the second half of the passage, else after the last
+    space there, else at exactly `size`. The concatenation of a document's passages is the document.
     """
 
     def __init__(self, source: Source, size: int):
@@ -44,13 +44,13 @@ class Passages:
 
 
 def _cuts(text: str, size: int) -> list[tuple[int, int]]:
-    """[start, stop) of every passage; a rest of less than half a passage joins the last one."""
+    """[start, stop) of each passage; a rest of up to half a passage is added to the last one."""
     cuts, start = [], 0
     while len(text) - start > size + size // 2:
         middle, end = start + size // 2, start + size
-        at = text.rfind("\n", middle, end)
-        at = at if at >= 0 else text.rfind(" ", middle, end)
-        stop = at + 1 if at >= 0 else end
+        position = text.rfind("\n", middle, end)
+        position = position if position >= 0 else text.rfind(" ", middle, end)
+        stop = position + 1 if position >= 0 else end
         cuts.append((start, stop))
         start = stop
     return [*cuts, (start, len(text))]

@@ -1,8 +1,8 @@
 """Random access to the documents of a data set, split into train and validation.
 
-`open_source` is the one way in. Data sets that come from the disk in one piece (``text:PATH`` and
-the embedded ones) are held in memory, so they are meant for up to a gigabyte or so; anything larger
-belongs into TFDS, which is read one example at a time.
+`open_source` is the only entry point. Data sets that are read from disk in one piece
+(``text:PATH`` and the embedded ones) are held in memory, so they should stay below about a
+gigabyte; anything larger belongs in TFDS, which is read one example at a time.
 """
 
 import functools
@@ -17,9 +17,9 @@ from genai_jax.data.text import files as text_files
 
 SPLITS = ("train", "validation")
 EMBEDDED = {"python_docs": stdlib.docs, "python_source": stdlib.source}
-# Images written out; name -> (share held out in percent, split) -> documents.
+# Images written out as text; name -> function (percentage held out, split) -> documents.
 PIXELS = {"digit_pixels": digits.pixel_documents}
-# Made up; each takes a number, as in ``addition:3``.
+# Synthetic problems; each takes a number, as in ``addition:3``.
 SYNTHETIC = {
     "addition": arithmetic.addition,
     "modular_addition": arithmetic.modular_addition,
@@ -28,17 +28,17 @@ SYNTHETIC = {
 
 
 class Source(Protocol):
-    """Random access to documents. A data set of images would return dicts of arrays instead."""
+    """Random access to documents; for images see `genai_jax.data.images.sources`."""
 
     name: str
-    size_bytes: int | None  # UTF-8 bytes of all documents; None if only a full pass would tell
+    size_bytes: int | None  # UTF-8 bytes of all documents; None if unknown without a full pass
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> str: ...
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of what the split holds."""
+        """sha256 of the split's contents, in hex."""
         ...
 
 
@@ -71,7 +71,7 @@ def open_source(config, split: str) -> Source:
       split: "train" or "validation".
 
     Raises:
-      ConfigError: no such data set, nothing in it, or nothing left for this split.
+      ConfigError: an unknown data set, an empty one, or no documents for this split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -89,27 +89,27 @@ def open_source(config, split: str) -> Source:
     else:
         from genai_jax.data.text import tfds as tfds_source
 
-        made_up = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
-        ours = [*sorted(EMBEDDED), *sorted(PIXELS), *made_up, "text:PATH"]
-        return tfds_source.open_tfds(config, split, embedded=ours)
+        synthetic = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
+        built_in = [*sorted(EMBEDDED), *sorted(PIXELS), *synthetic, "text:PATH"]
+        return tfds_source.open_tfds(config, split, built_in=built_in)
     held_out = hold_out(documents, config.validation_percent)
-    chosen = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
-    if not chosen:
+    selected = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
+    if not selected:
         raise ConfigError(
-            f"{name} holds one document, so none is left for validation: add documents, or divide "
-            "the file by blank lines or form feeds"
+            f"{name} contains only one document, so none is left for validation: add documents, or "
+            "separate parts of the file with blank lines or form feeds"
         )
-    return MemorySource(f"{name}[{split}]", chosen)
+    return MemorySource(f"{name}[{split}]", selected)
 
 
 def hold_out(documents: Sequence[str], percent: int) -> set[bytes]:
-    """The content hashes of the documents that validation gets.
+    """The content hashes of the documents held out for validation.
 
-    The documents are ranked by the hash of their content, so the choice depends neither on their
-    order nor on their names, and copies of a document fall on the same side.
+    Documents are ranked by the hash of their content, so the split depends neither on their order
+    nor on their names, and copies of a document fall on the same side.
 
     Returns:
-      `percent` of the distinct documents: at least one, but none if there is only one.
+      `percent` percent of the distinct documents: at least one, unless there is only one.
     """
     hashes = sorted({content_hash(document) for document in documents})
     if len(hashes) == 1:
@@ -122,7 +122,7 @@ def content_hash(document: str) -> bytes:
 
 
 def encode_document(document: str) -> bytes:
-    """The bytes that were read, also where they were not UTF-8."""
+    """The bytes that were read, including those that are not UTF-8."""
     return document.encode("utf-8", "surrogateescape")
 
 
@@ -135,5 +135,5 @@ def _embedded(name: str) -> list[str]:
 def _synthetic(name: str) -> list[str]:
     kind, _, number = name.partition(":")
     if not (number.isascii() and number.isdigit()):
-        raise ConfigError(f"--data.dataset={name}: write {kind}:N with a number for N")
+        raise ConfigError(f"--data.dataset={name}: write {kind}:N with a whole number N")
     return SYNTHETIC[kind](int(number))

@@ -1,7 +1,7 @@
-"""Text that comes with every Python: the documentation and the source of its standard library.
+"""Text that ships with every Python: the documentation and source of its standard library.
 
-There is nothing to download, which makes it right for a first run and for tests. The text differs
-between Python versions; the fingerprint of the source tells.
+There is nothing to download, so it suits first runs and tests. The text differs between Python
+versions, and so does the fingerprint of the source.
 """
 
 import ast
@@ -20,7 +20,7 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def docs() -> list[str]:
-    """The language reference topics, and one document of docstrings a module."""
+    """The language reference topics, and one document of docstrings per module."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
@@ -34,16 +34,16 @@ def docs() -> list[str]:
 
 
 def source() -> list[str]:
-    """One document a module: its source."""
+    """The source of each module, one document per module."""
     return [text for _, text in _modules()]
 
 
 def _modules() -> Iterator[tuple[str, str]]:
-    """Yields (module name, source text) in the order of the names."""
+    """Yields (module name, source text), sorted by path."""
     root = sysconfig.get_path("stdlib")
     files = sorted(_python_files(root), key=lambda file: file.split(os.sep))
     if not files:
-        raise ConfigError(f"this Python has no source of its standard library in {root}")
+        raise ConfigError(f"this Python has no standard library source in {root}")
     for file in files:
         with open(os.path.join(root, file), "rb") as stream:
             text = importlib.util.decode_source(stream.read())

@@ -1,7 +1,7 @@
 """A split of a TFDS data set, stored as ArrayRecord and read without TensorFlow.
 
-TFDS reads and writes ArrayRecord in plain Python. Many of its builders also prepare without
-TensorFlow; those that do not must be prepared elsewhere and found through ``--data.data_dir``.
+TFDS reads and writes ArrayRecord in plain Python. Many of its builders also prepare their data
+without TensorFlow; prepare the others elsewhere and point ``--data.data_dir`` to the result.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ VALIDATION_NAMES = ("validation", "valid", "test")
 class TfdsSource:
     """Some or all examples of a split.
 
-    Without a validation split of its own, the data set's train split is put in a fixed random order
-    of which validation gets the beginning and train the rest.
+    If the data set has no validation split, its train split is shuffled in a fixed order, and
+    validation gets the beginning, train the rest.
     """
 
     size_bytes = None
@@ -32,9 +32,9 @@ class TfdsSource:
 
         Args:
           config: a `DataConfig`.
-          builder: a TFDS builder whose data is prepared.
-          tfds_split: the split of the data set.
-          part: "train" or "validation" to hold out a part of `tfds_split`; None for all of it.
+          builder: a TFDS builder with prepared data.
+          tfds_split: name of the data set's own split.
+          part: "train" or "validation" if a part of `tfds_split` is held out; None for all of it.
         """
         self.name = f"{builder.info.full_name}[{tfds_split}]" + (f"/{part}" if part else "")
         self._examples = builder.as_data_source(split=tfds_split)
@@ -60,29 +60,34 @@ class TfdsSource:
             return text.decode("utf-8", "strict" if self._strict else "surrogateescape")
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{self.name}: example {index} is not UTF-8 (byte offset {error.start}): use "
-                "--data.tokenizer=bytes"
+                f"{self.name}: example {index} is not UTF-8 (byte offset {error.start}); read raw "
+                "bytes with --data.tokenizer=bytes"
             ) from None
 
     def fingerprint(self) -> str:
-        """sha256 of the name with version, the split and the sizes of its shards."""
+        """sha256 of the name (with its version), the split, and the sizes of its shards."""
         facts = [self.name, self._start, self._stop, self._info.shard_lengths, self._info.num_bytes]
         return hashlib.sha256(json.dumps(facts, default=int).encode()).hexdigest()
 
 
 def held_out_range(total: int, percent: int, part: str | None) -> tuple[int, int]:
-    """Which of `total` examples, once shuffled, belong to a part; all of them without one."""
+    """[start, stop) of the shuffled examples that belong to `part`; all of them if it is None."""
     held_out = max(1, total * percent // 100) if total > 1 else 0
     return (held_out if part == "train" else 0, held_out if part == "validation" else total)
 
 
-def open_tfds(config, split: str, *, embedded: list[str]) -> TfdsSource:
+def open_tfds(config, split: str, *, built_in: list[str]) -> TfdsSource:
     """Opens `split` ("train" or "validation") of the TFDS data set ``config.dataset``.
 
+    Args:
+      config: a `DataConfig`.
+      split: "train" or "validation".
+      built_in: names of the data sets that are not from TFDS, for the error of an unknown name.
+
     Raises:
-      ConfigError: an unknown name, data that cannot be prepared, no text under ``config.text_key``.
+      ConfigError: an unknown name, data that cannot be prepared, or no feature `config.text_key`.
     """
-    builder = prepared_builder(config, embedded)
+    builder = prepared_builder(config, built_in)
     splits = list(builder.info.splits)
     features = builder.info.features
     if config.text_key not in features:
@@ -107,40 +112,42 @@ def _open(config, builder: Any, tfds_split: str, part: str | None = None) -> Tfd
     return source
 
 
-def prepared_builder(config, embedded: list[str]) -> Any:
+def prepared_builder(config, built_in: list[str]) -> Any:
+    """The TFDS builder of ``config.dataset``, with its data prepared; see `open_tfds`."""
     import tensorflow_datasets as tfds
 
     where = config.data_dir or "~/tensorflow_datasets"
     try:
         builder = tfds.builder(config.dataset, data_dir=config.data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise ConfigError(_unknown(config.dataset, where, embedded, str(error))) from None
-    except Exception as error:  # builders raise what they like; each is about the name or the data
+        raise ConfigError(_unknown(config.dataset, where, built_in, str(error))) from None
+    except Exception as error:  # builders raise anything, always about the name or the data
         problem = reason(error)
         if problem.startswith("Parsing builder name string"):
-            problem = "this is no TFDS name (name[/config][:version])"
+            problem = "not a TFDS name (name[/config][:version])"
         raise ConfigError(f"cannot open data set {config.dataset!r}: {problem}") from None
     try:
         if not builder.is_prepared():
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is for what a command answers
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for a command's results
                 builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise ConfigError(
-            f"{config.dataset} is not prepared in {where} and cannot be: {reason(error)}"
+            f"{config.dataset} is not prepared in {where}, and preparing it failed: {reason(error)}"
         ) from None
     return builder
 
 
-def _unknown(name: str, where: str, embedded: list[str], message: str) -> str:
-    known = [*embedded, *re.findall(r"^\s*- (\S+)$", message, re.MULTILINE)]
+def _unknown(name: str, where: str, built_in: list[str], message: str) -> str:
+    known = [*built_in, *re.findall(r"^\s*- (\S+)$", message, re.MULTILINE)]
     near = difflib.get_close_matches(name.partition("/")[0], known, n=3)
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
     return (
-        f"unknown data set {name!r}{hint}: it is none of {', '.join(embedded)}, a TFDS "
-        f"name, or data prepared in {where} (--data.data_dir)"
+        f"unknown data set {name!r}{hint}: use one of {', '.join(built_in)}, a TFDS name, or data "
+        f"prepared in {where} (--data.data_dir)"
     )
 
 
 def reason(error: Exception) -> str:
+    """The error's message on one line, cut to 300 characters, and its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{' '.join(lines)[:300]} ({type(error).__name__})" if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Text to token ids and back: bytes, numbers, a ``tokenizers`` JSON file, a SentencePiece model.
+"""Tokenizers: bytes, numbers, a ``tokenizers`` JSON file, or a SentencePiece model.
 
-Every tokenizer also says how many bytes each of its tokens stands for, so that models with
+Every tokenizer also reports how many bytes each of its tokens stands for, so that models with
 different vocabularies can be compared in bits per byte.
 """
 
@@ -19,26 +19,26 @@ BOUNDARIES = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What the loader, the tasks and the sampler need to know of a tokenizer."""
+    """What the loaders, the tasks and the samplers need from a tokenizer."""
 
-    spec: str  # what `load_tokenizer` was given
+    spec: str  # the argument of `load_tokenizer`
     vocab_size: int
     boundary_id: int  # the one id that both starts and ends a document
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, int32 ``[length]``, never the boundary."""
+        """The ids of a text, int32 ``[length]``; the boundary is never among them."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; boundaries are left out, broken UTF-8 becomes U+FFFD."""
+        """The text of the ids; boundaries are dropped, and invalid UTF-8 becomes U+FFFD."""
         ...
 
     def token_bytes(self) -> np.ndarray:
-        """How many UTF-8 bytes each token stands for, int32 ``[vocab_size]``; 0: the boundary."""
+        """UTF-8 bytes that each token stands for, int32 ``[vocab_size]``; 0 for the boundary."""
         ...
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of all that decides on the ids."""
+        """sha256, in hex, of everything that determines the ids."""
         ...
 
 
@@ -52,7 +52,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind = kinds.get(os.path.splitext(spec)[1])
     if kind is None:
         raise ConfigError(
-            f"tokenizer {spec!r} is none of: bytes, numbers:N, a tokenizers .json file, a "
+            f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
             "SentencePiece .model file"
         )
     if not os.path.isfile(os.path.expanduser(spec)):
@@ -61,9 +61,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes. The boundary is NUL, which text does not hold; where it does, it is dropped.
+    """UTF-8 bytes. The boundary is NUL; NULs in the text, which are rare, are dropped.
 
-    Bytes that were not UTF-8, read as lone surrogates, are encoded as the bytes that they were.
+    Bytes that are not UTF-8, which are read as lone surrogates, are encoded as the original bytes.
     """
 
     spec = "bytes"
@@ -85,9 +85,9 @@ class ByteTokenizer:
 
 
 class NumberTokenizer:
-    """Words of arithmetic, divided by spaces: the numbers below N, a token each, and symbols.
+    """Words of arithmetic, separated by spaces: the numbers below N and symbols, one token each.
 
-    A word counts as its bytes and the space behind it.
+    A word counts as its bytes plus the space that follows it.
     """
 
     boundary_id = 0
@@ -96,7 +96,9 @@ class NumberTokenizer:
         self.spec = spec
         number = spec.removeprefix("numbers:")
         if not (number.isascii() and number.isdigit() and int(number)):
-            raise ConfigError(f"tokenizer {spec!r}: write numbers:N, for the numbers below N")
+            raise ConfigError(
+                f"tokenizer {spec!r}: write numbers:N, with N positive, for the numbers below N"
+            )
         self._words = ["", *SYMBOLS, *map(str, range(int(number)))]
         self._ids = {word: i for i, word in enumerate(self._words)}
         self.vocab_size = len(self._words)
@@ -106,7 +108,7 @@ class NumberTokenizer:
             return np.array([self._ids[word] for word in text.split()], np.int32)
         except KeyError as error:
             raise ConfigError(
-                f"tokenizer {self.spec!r} has no word {error}: it knows the numbers up to "
+                f"tokenizer {self.spec!r} does not know the word {error}, only numbers up to "
                 f"{self._words[-1]} and {' '.join(SYMBOLS)}"
             ) from None
 
@@ -121,10 +123,10 @@ class NumberTokenizer:
 
 
 class JsonTokenizer:
-    """A file of the ``tokenizers`` library.
+    """A tokenizer file of the ``tokenizers`` library.
 
     `token_bytes` is exact for byte-level BPE without a normalizer; for other models it counts the
-    characters that a token shows, with "▁" as a space and "##" as nothing.
+    UTF-8 bytes of a token's printed form, with "▁" as a space and a leading "##" as nothing.
     """
 
     def __init__(self, spec: str):
@@ -137,7 +139,7 @@ class JsonTokenizer:
             raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Else a document that mentions "<|endoftext|>" would end there.
+        # Otherwise a document that mentions "<|endoftext|>" would end there.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.boundary_id = self._find_boundary()
@@ -156,7 +158,7 @@ class JsonTokenizer:
         byte_level = any("ByteLevel" in json.dumps(parts[p]) for p in ("pre_tokenizer", "decoder"))
         counts = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            # A byte-level token is spelled in an alphabet of one character a byte.
+            # A byte-level token is spelled with one character per byte.
             counts[i] = len(token) if byte_level else _piece_bytes(token)
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             counts[i] = 0 if added.special else len(added.content.encode())
@@ -172,7 +174,7 @@ class JsonTokenizer:
             if boundary is not None:
                 return boundary
         raise ConfigError(
-            f"tokenizer {self.spec!r} has no token to end a document: it needs one of "
+            f"tokenizer {self.spec!r} has no token that ends a document; it needs one of "
             f"{', '.join(BOUNDARIES)}"
         )
 
@@ -180,8 +182,8 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model; its end-of-sentence piece is the boundary.
 
-    `token_bytes` counts "▁" as a space, so it is exact for a model that neither normalizes the text
-    nor adds a space in front of it, and that can fall back on bytes.
+    `token_bytes` counts "▁" as a space, so it is exact for a model with byte fallback that neither
+    normalizes the text nor adds a leading space.
     """
 
     def __init__(self, spec: str):
@@ -190,7 +192,7 @@ class SentencePieceTokenizer:
         path = os.path.expanduser(spec)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=path)
-        except Exception as error:  # RuntimeError, or whatever protobuf raises
+        except Exception as error:  # RuntimeError, or anything that protobuf raises
             raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
         self.vocab_size = self._model.vocab_size()
         self.boundary_id = self._model.eos_id()
@@ -229,7 +231,7 @@ def _library(name: str, spec: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigError(
-            f"tokenizer {spec!r} needs the library {name}: pip install genai_jax[text]"
+            f"tokenizer {spec!r} needs the package {name}: pip install genai_jax[text]"
         ) from None
 
 

@@ -1,9 +1,9 @@
-"""Generators of images: latents to styles, and styles to images whose sizes double block by block.
+"""Generators of images: latents to styles, and styles to images whose size doubles in every block.
 
-Three kinds of block: as in DCGAN (Radford et al. 2016, with group norm in the place of batch norm,
-so that an image does not depend on the others of its batch), residual with norms that the style
-sets (Brock et al. 2019), and modulated convolutions with noise inputs (Karras et al. 2020,
-"Analyzing and improving the image quality of StyleGAN").
+There are three kinds of blocks: those of DCGAN (Radford et al. 2016, with group norm instead of
+batch norm, so that an image does not depend on the rest of its batch), residual blocks whose norms
+are modulated by the style (Brock et al. 2019), and modulated convolutions with noise inputs (Karras
+et al. 2020, "Analyzing and improving the image quality of StyleGAN").
 """
 
 import dataclasses
@@ -22,27 +22,30 @@ NETWORKS = ("dcgan", "residual", "style")
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    network: str = field("dcgan", "kind of the blocks", choices=NETWORKS)
-    latent_dim: int = field(64, "normal latent variables", minimum=1)
-    base_height: int = field(4, "height of the first block; the others double it", minimum=1)
-    channels: int = field(32, "at full size; twice as many at each halving", minimum=4)
-    max_channels: int = field(512, "at any size", minimum=4)
-    style_dim: int = field(128, "width of a style, of style", minimum=1)
-    mapping_layers: int = field(4, "from latents to styles, of style", minimum=1)
-    noise: bool = field(True, "noise at every point, of style")
+    network: str = field("dcgan", "Kind of blocks", choices=NETWORKS)
+    latent_dim: int = field(64, "Number of Gaussian latent variables", minimum=1)
+    base_height: int = field(4, "Height of the first block; the others double it", minimum=1)
+    channels: int = field(32, "Channels at full size; they double at each halving", minimum=4)
+    max_channels: int = field(512, "Largest number of channels at any size", minimum=4)
+    style_dim: int = field(128, "Width of a style, for style blocks", minimum=1)
+    mapping_layers: int = field(4, "Layers that map latents to styles, for style blocks", minimum=1)
+    noise: bool = field(True, "Add noise at every position, for style blocks")
 
     def __post_init__(self):
-        of_style = {f.name: f.default for f in dataclasses.fields(self)[-3:]}
-        for name, default in of_style.items():
+        style_only = {f.name: f.default for f in dataclasses.fields(self)[-3:]}
+        for name, default in style_only.items():
             if self.network != "style" and getattr(self, name) != default:
                 raise ValueError(
-                    f"--generator.{name}={getattr(self, name)} is for --generator.network=style, "
-                    f"not {self.network}"
+                    f"{name}={getattr(self, name)} is for network=style, not {self.network}"
                 )
+
+    def check_shape(self, shape: tuple[int, ...], grows: bool = False):
+        """Raises ValueError if doubling the base does not lead to images (*space, channels)."""
+        heights_of(shape, self.base_height, grows)
 
 
 class DcganBlock(nn.Module):
-    """Twice the size; convolution, norm, activation."""
+    """Doubles the size, then convolution, norm and activation."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -55,7 +58,7 @@ class DcganBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Twice the size; two convolutions beside a 1x1 one, scales and biases from the style."""
+    """Doubles the size: two convolutions with a 1x1 skip path; the style modulates the norms."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -74,17 +77,20 @@ class ResidualBlock(nn.Module):
         return conv(upsample(x, twice), "skip", 1) + conv(h, "conv_out")
 
     def _norm(self, x, style, name):
-        told = Dense((2 * x.shape[-1],), init_scale=0.1, dtype=self.dtype, name=f"style_{name}")
-        scale, bias = jnp.split(_over_space(told(style), x), 2, -1)
+        modulation = Dense(
+            (2 * x.shape[-1],), init_scale=0.1, dtype=self.dtype, name=f"style_{name}"
+        )
+        scale, bias = jnp.split(_over_space(modulation(style), x), 2, -1)
         x = GroupNorm(affine=False, dtype=self.dtype)(x)
         return x * (1 + scale) + bias
 
 
 class ModulatedConv(nn.Module):
-    """A convolution whose input channels a style scales, and whose outputs are normalized for it.
+    """A convolution whose input channels are scaled by a style, with demodulated outputs.
 
-    Equal to a kernel of each example's own, divided by the norm of each output (equations 1 and 3
-    of Karras et al. 2020); scaling inputs and outputs in its place keeps one convolution.
+    Equal to a convolution with a different kernel for each example, normalized per output channel
+    (equations 1 and 3 of Karras et al. 2020); scaling inputs and outputs instead of the kernel
+    allows a single convolution.
     """
 
     features: int
@@ -95,23 +101,23 @@ class ModulatedConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
         space, channels = x.ndim - 2, x.shape[-1]
-        told = Dense((channels,), name="style")(style.astype(jnp.float32)) + self.param(
+        scales = Dense((channels,), name="style")(style.astype(jnp.float32)) + self.param(
             "style_bias", nn.initializers.ones, (channels,), jnp.float32
         )
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         shape = (*(self.kernel_size,) * space, channels, self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        x = x * _over_space(told, x).astype(self.dtype)
+        x = x * _over_space(scales, x).astype(self.dtype)
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.demodulate:
             return y
-        sizes = jnp.sum(jnp.square(kernel), range(space))  # [channels, features]
-        scale = jax.lax.rsqrt(jnp.square(told) @ sizes + 1e-8)
-        return y * _over_space(scale, y).astype(self.dtype)
+        squares = jnp.sum(jnp.square(kernel), range(space))  # [channels, features]
+        demodulation = jax.lax.rsqrt(jnp.square(scales) @ squares + 1e-8)
+        return y * _over_space(demodulation, y).astype(self.dtype)
 
 
 class StyleBlock(nn.Module):
-    """Twice the size, unless it is the first; modulated convolutions, noise, biases."""
+    """Doubles the size unless it is the first block; modulated convolutions, noise and biases."""
 
     features: int
     first: bool
@@ -137,18 +143,18 @@ class StyleBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents and labels to images.
+    """Maps latents and labels to images.
 
     Blocks and output layers are named after their height, so that the parameters of a generator of
-    small images are those of the first blocks of one of large images.
+    small images have the names of the first blocks of a generator of large images.
 
     Attributes:
       shape: (*space, channels) of an image.
-      label_sizes: number of values of each attribute that it is told; empty: none.
-      grows: whether the last block fades in, beside the output of the block before it.
+      label_sizes: number of values of each attribute to condition on; empty for none.
+      grows: whether the last block is faded in, blended with the output of the one before it.
 
     Raises:
-      ValueError: sizes that doubling the first does not lead to.
+      ValueError: doubling the base height does not lead to the size of the images.
     """
 
     config: GeneratorConfig
@@ -159,10 +165,10 @@ class Generator(nn.Module):
 
     def setup(self):
         c, style = self.config, self.config.network == "style"
-        heights = heights_of(self.shape, c.base_height, "--generator.base_height", self.grows)
-        wide = {h: channels_at(h, heights[-1], c.channels, c.max_channels) for h in heights}
+        heights = heights_of(self.shape, c.base_height, self.grows)
+        widths = {h: channels_at(h, heights[-1], c.channels, c.max_channels) for h in heights}
         factor = heights[-1] // heights[0]
-        base = (*(n // factor for n in self.shape[:-1]), wide[heights[0]])
+        base = (*(n // factor for n in self.shape[:-1]), widths[heights[0]])
         self.embeddings = [Dense((c.latent_dim,)) for _ in self.label_sizes]
         if style:
             self.mapping = [Dense((c.style_dim,), use_bias=True) for _ in range(c.mapping_layers)]
@@ -170,7 +176,7 @@ class Generator(nn.Module):
         else:
             self.first = Dense(base, use_bias=True, dtype=self.dtype)
         for h in heights:
-            setattr(self, f"block_{h}", self._block(h, wide[h], heights[0]))
+            setattr(self, f"block_{h}", self._block(h, widths[h], heights[0]))
             setattr(self, f"to_image_{h}", self._to_image(h, heights))
         self.heights = heights
 
@@ -190,26 +196,26 @@ class Generator(nn.Module):
         return None
 
     def styles(self, z: jax.Array, labels: jax.Array | None) -> jax.Array:
-        """[batch, latent_dim] -> styles; but of "style", latents and labels side by side."""
-        told = [
+        """[batch, latent_dim] -> styles; unless the network is "style", latents and embeddings."""
+        embeddings = [
             layer(jax.nn.one_hot(labels[:, i], size))
             for i, (size, layer) in enumerate(zip(self.label_sizes, self.embeddings, strict=True))
         ]
         if self.config.network != "style":
-            return jnp.concatenate([z, *told], -1)
-        x = jnp.concatenate([_unit_mean_square(part) for part in (z, *told)], -1)
+            return jnp.concatenate([z, *embeddings], -1)
+        x = jnp.concatenate([_unit_mean_square(part) for part in (z, *embeddings)], -1)
         for layer in self.mapping:
             x = nn.leaky_relu(layer(x), 0.2) * 2**0.5
         return x
 
     def synthesize(self, styles: jax.Array, fade: jax.Array | float = 1.0) -> jax.Array:
-        """Styles -> images [batch, *space, channels], float32, about in [-1, 1].
+        """Styles -> images [batch, *space, channels], float32, roughly in [-1, 1].
+
+        Noise inputs come from an rng named "noise"; without it they are 0.
 
         Args:
-          styles: of `styles`.
-          fade: share of the last block, of a generator that grows: 0 leaves it out.
-
-        An rng named "noise" makes the noise inputs; without it they are 0.
+          styles: the output of `styles`.
+          fade: weight of the last block, if the generator grows; 0 leaves it out.
         """
         style = self.config.network == "style"
         if style:
@@ -225,16 +231,17 @@ class Generator(nn.Module):
             x = x if block is None else block(x, styles)
             if layer is None:
                 continue
-            shown = layer(x, styles) if style else layer(nn.relu(x))
-            share = fade if last and self.grows else 1.0
-            before = 0.0 if image is None else upsample(image, (2,) * (x.ndim - 2))
-            # Styles add up their outputs; the others have one, or pass from one to the next.
-            image = before + share * shown if style else (1 - share) * before + share * shown
+            output = layer(x, styles) if style else layer(nn.relu(x))
+            weight = fade if last and self.grows else 1.0
+            previous = 0.0 if image is None else upsample(image, (2,) * (x.ndim - 2))
+            # "style" sums the outputs of all blocks; the others use the last, or fade over to it.
+            previous = previous if style else (1 - weight) * previous
+            image = previous + weight * output
         image = image.astype(jnp.float32)
         return image if style else jnp.tanh(image)
 
     def __call__(self, z: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """Both in one; call `init` with it."""
+        """`styles` followed by `synthesize`; used by `init`."""
         return self.synthesize(self.styles(z, labels))
 
 
@@ -244,10 +251,11 @@ def _over_space(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _unit_mean_square(x: jax.Array) -> jax.Array:
+    """Each vector of [..., dim] scaled to mean square 1."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-8)
 
 
-# Parameter path -> logical axes. The first pattern found in the path decides.
+# Parameter path -> logical axes; the first pattern that matches applies.
 PARTITION_RULES = (
     (r"(embeddings|mapping)_\d+/kernel", (None, "mlp")),
     (r"mapping_\d+/bias", ("mlp",)),

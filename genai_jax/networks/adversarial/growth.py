@@ -1,14 +1,12 @@
-"""Sizes of an image network that doubles them block by block."""
+"""Heights and channels of image networks whose size doubles in every block."""
 
 
-def heights_of(
-    shape: tuple[int, ...], base_height: int, flag: str, grows: bool = False
-) -> list[int]:
-    """The heights from `base_height` to that of images (*space, channels), each twice the last.
+def heights_of(shape: tuple[int, ...], base_height: int, grows: bool = False) -> list[int]:
+    """Heights from `base_height` to that of images (*space, channels), each twice the previous.
 
     Raises:
-      ValueError: they do not lead there, or another size of the image does not halve as often;
-        or the images have the base height, below which there is nothing that they grew from.
+      ValueError: doubling does not lead to the height of the images, their other sizes cannot be
+        halved as often, or a network that grows already starts at that height.
     """
     *space, _ = shape
     heights = [base_height]
@@ -18,14 +16,17 @@ def heights_of(
     if heights[-1] != space[0] or any(n % factor for n in space):
         size = "x".join(map(str, space))
         raise ValueError(
-            f"{flag}={base_height}: doubling it does not lead to images of {size}, all of whose "
-            "sizes are to be halved as often"
+            f"base_height={base_height}: doubling it does not lead to images of {size}, all of "
+            "whose sizes must halve equally often"
         )
     if grows and len(heights) == 1:
-        raise ValueError(f"{flag}={base_height} must be below {space[0]}, the height grown to")
+        raise ValueError(
+            f"base_height={base_height} must be below {space[0]}, the height that the network "
+            "grows to"
+        )
     return heights
 
 
-def channels_at(height: int, full_height: int, channels: int, most: int) -> int:
-    """`channels` at full height, twice as many at each halving, at most `most`."""
-    return min(channels * (full_height // height), most)
+def channels_at(height: int, full_height: int, channels: int, maximum: int) -> int:
+    """`channels` at full height, doubled at each halving, at most `maximum`."""
+    return min(channels * (full_height // height), maximum)

@@ -12,14 +12,16 @@ from genai_jax.networks.layers.convolution import Conv, GroupNorm
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    channels: int = field(64, "channels of the first layer; they double up to 8 times", minimum=4)
-    num_layers: int = field(3, "layers that halve the size", minimum=1)
+    channels: int = field(
+        64, "Channels of the first layer; they double per layer, up to 8 times as many", minimum=4
+    )
+    num_layers: int = field(3, "Layers that halve the size", minimum=1)
 
 
 class PatchDiscriminator(nn.Module):
     """[batch, *space, channels] -> logits [batch, *patches], float32; positive means real.
 
-    Group norm in the place of batch norm, so that a verdict does not depend on other images.
+    It has group norm instead of batch norm, so that a verdict does not depend on other images.
     """
 
     config: DiscriminatorConfig
@@ -29,7 +31,7 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         kernel, halve = (3, 4, 4)[2 - x.ndim :], (1, 2, 2)[2 - x.ndim :]
-        for i in range(c.num_layers + 1):  # the last of them keeps the size
+        for i in range(c.num_layers + 1):  # the last layer keeps the size
             strides = halve if i < c.num_layers else None
             features = c.channels * min(2**i, 8)
             x = Conv(
@@ -42,7 +44,7 @@ class PatchDiscriminator(nn.Module):
         return Conv(1, kernel, dtype=self.dtype, name="conv_out")(x)[..., 0].astype(jnp.float32)
 
 
-# Parameter path -> logical axes. The first pattern found in the path decides.
+# Parameter path -> logical axes; the first pattern that matches applies.
 PARTITION_RULES = (
     (r"conv_0/kernel", (..., None, "features")),
     (r"conv_\d+/kernel", (..., None, "features")),

@@ -1,4 +1,4 @@
-"""Attention among all tokens, or to a text, as the image networks use it."""
+"""Bidirectional self-attention and cross-attention of the image networks."""
 
 import flax.linen as nn
 import jax
@@ -12,14 +12,14 @@ from genai_jax.networks.parallel.axes import ParallelConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention without causality.
+    """Multi-head attention without a causal mask.
 
     Attributes:
-      num_heads: number of heads of queries, keys and values.
+      num_heads: heads of queries, keys and values.
       head_dim: width of a head.
-      qk_norm: whether queries and keys pass through an RMSNorm.
-      out_scale: variance of the output projection, times fan-in; 0 initializes it to zero.
-      parallel: how x is split over the mesh axis `sequence`; None leaves it whole.
+      qk_norm: whether to apply RMSNorm to queries and keys.
+      out_scale: initial variance of the output projection, times fan-in; 0 for zeros.
+      parallel: how x is split over the sequence axis; None if it is not.
     """
 
     num_heads: int
@@ -38,13 +38,13 @@ class Attention(nn.Module):
         context_mask: jax.Array | None = None,
         rotate_by: Rotation | None = None,
     ) -> jax.Array:
-        """[batch, length, dim] -> the same shape.
+        """[batch, length, dim] -> [batch, length, dim].
 
         Args:
           x: source of the queries.
           context: [batch, context_length, context_dim], source of keys and values; x if None.
-          context_mask: [batch, context_length] bool, True where the context is real.
-          rotate_by: rotary angles of x, for attention within x.
+          context_mask: [batch, context_length] bool, False for padding.
+          rotate_by: rotary angles of x, for self-attention.
         """
         source = x if context is None else context
         q, k, v = Projection(
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Projection(nn.Module):
-    """Queries of x, keys and values of `source`, each [batch, length, heads, head_dim]."""
+    """Queries from x, keys and values from `source`, each [batch, length, heads, head_dim]."""
 
     num_heads: int
     head_dim: int
@@ -79,7 +79,7 @@ class Projection(nn.Module):
 
 
 def attend(q, k, v, kv_mask, backend, parallel=None) -> jax.Array:
-    """Attention of every query to every key that exists, [batch, length, heads, head_dim]."""
+    """Attention of every query to every key in `kv_mask`, [batch, length, heads, head_dim]."""
     segment_ids = None
     if kv_mask is not None:
         segment_ids = (jnp.ones(q.shape[:2], jnp.int32), kv_mask.astype(jnp.int32))
@@ -89,7 +89,7 @@ def attend(q, k, v, kv_mask, backend, parallel=None) -> jax.Array:
     )  # fmt: skip
 
 
-# Parameter path -> logical axes; a stack of blocks prepends one.
+# Parameter path -> logical axes; a stack of blocks adds a leading axis.
 PARTITION_RULES = (
     (r"(query|key|value)/kernel", ("embed", "heads", "head_dim")),
     (r"(query|key|value)/bias", ("heads", "head_dim")),

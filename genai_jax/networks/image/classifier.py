@@ -1,4 +1,4 @@
-"""A small residual convolutional network that tells what an example shows."""
+"""A small residual convolutional network that classifies images, signals and video."""
 
 import dataclasses
 
@@ -15,20 +15,24 @@ from genai_jax.networks.layers.dense import Dense
 class ClassifierConfig:
     """Shapes of a classifier."""
 
-    channels: int = field(32, "channels at full resolution; doubled by each stage", minimum=4)
-    num_stages: int = field(3, "stages; each but the first halves the resolution", minimum=1)
-    blocks_per_stage: int = field(1, "residual blocks of a stage", minimum=1)
-    feature_dim: int = field(64, "width of the features in front of the classes", minimum=1)
-    dropout: float = field(0.1, "rate on the features", minimum=0, maximum=1)
+    channels: int = field(
+        32, "Channels at full resolution; they double in each later stage", minimum=4
+    )
+    num_stages: int = field(
+        3, "Number of stages; each after the first halves the resolution", minimum=1
+    )
+    blocks_per_stage: int = field(1, "Residual blocks per stage", minimum=1)
+    feature_dim: int = field(64, "Width of the features before the logits", minimum=1)
+    dropout: float = field(0.1, "Dropout rate of the features", minimum=0, maximum=1)
 
 
 class Classifier(nn.Module):
-    """Logits of every attribute.
+    """Computes features, and logits for every attribute.
 
     Attributes:
       config: shapes.
       label_sizes: number of values of each attribute.
-      dtype: of the matmuls.
+      dtype: dtype of the matmuls.
     """
 
     config: ClassifierConfig
@@ -39,7 +43,7 @@ class Classifier(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """[batch, *space, channels] -> features [batch, feature_dim], logits [batch, size] of each.
 
-        Float32. Dropout acts when an rng named "dropout" is given.
+        Both are float32. Dropout is active if there is an rng named "dropout".
         """
         c = self.config
         kernel = (3,) * (x.ndim - 2)
@@ -52,8 +56,8 @@ class Classifier(nn.Module):
             for i in range(c.blocks_per_stage):
                 x = x + self._update(x, f"stage_{stage}_block_{i}")
         x = nn.silu(GroupNorm(dtype=self.dtype, name="norm_out")(x))
-        # Coarse places count as well as amounts: the mean of each half along every axis.
-        pooled = jnp.concatenate([x.mean(tuple(range(1, x.ndim - 1))), _extent(x)], -1)
+        # Besides the mean, keep coarse positions: the contrast of the two halves along every axis.
+        pooled = jnp.concatenate([x.mean(tuple(range(1, x.ndim - 1))), _half_contrast(x)], -1)
         features = Dense((c.feature_dim,), use_bias=True, dtype=self.dtype, name="features")(pooled)
         features = nn.silu(features).astype(jnp.float32)
         dropped = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(features)
@@ -71,19 +75,19 @@ class Classifier(nn.Module):
         return x
 
 
-def _extent(x: jax.Array) -> jax.Array:
-    """Mean of the first half less that of the second along each axis, [batch, axes * channels]."""
-    halves = []
+def _half_contrast(x: jax.Array) -> jax.Array:
+    """Mean of the second half minus that of the first, for each axis: [batch, axes * channels]."""
+    contrasts = []
     for axis in range(1, x.ndim - 1):
         size = x.shape[axis]
         weights = jnp.sign(jnp.arange(size) - (size - 1) / 2) / size
         other = tuple(a for a in range(1, x.ndim - 1) if a != axis)
         along = jnp.mean(x.astype(jnp.float32), other)
-        halves.append(jnp.einsum("bnc,n->bc", along, weights))
-    return jnp.concatenate(halves, -1).astype(x.dtype)
+        contrasts.append(jnp.einsum("bnc,n->bc", along, weights))
+    return jnp.concatenate(contrasts, -1).astype(x.dtype)
 
 
-# Parameter path -> logical axes; kernels have as many axes in front as there are of space.
+# Parameter path -> logical axes; kernels have leading axes for space.
 PARTITION_RULES = (
     (r"conv_in/kernel", (..., None, "features")),
     (r"(down_\d+|conv_[ab])/kernel", (..., None, "features")),

@@ -1,4 +1,4 @@
-"""What a network is told beside its input: a noise level, classes, a text."""
+"""Conditioning of denoising networks on a noise level, a step size, labels and a text."""
 
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ from genai_jax.networks.layers.positions import sinusoidal
 
 
 class Condition(NamedTuple):
-    """What an example is to show; None where the network is not told.
+    """What an example shows; None for what the network is not conditioned on.
 
-    Nothing is said of an example by labels one past the last value, and an empty token mask.
+    The null condition of an example is a label one past the last value, and an empty token mask.
     """
 
     labels: jax.Array | None = None  # [batch, attributes] int32
@@ -24,7 +24,7 @@ class Condition(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """A condition as vectors."""
+    """An embedded condition."""
 
     vector: jax.Array  # [batch, dim]: noise level, classes and the mean of the text
     text: jax.Array | None  # [batch, caption_length, dim]
@@ -37,10 +37,10 @@ class ConditionEmbedding(nn.Module):
     Attributes:
       dim: width of the result.
       label_sizes: number of values of each attribute; empty if there are no labels.
-      vocab_size: of the text; 0 if there is none.
+      vocab_size: vocabulary size of the text; 0 if there is no text.
       text_layers: blocks of the text encoder.
-      text_heads: attention heads of the text encoder; they divide `dim`.
-      uses_step_size: whether the size of a solver's step is given as well.
+      text_heads: attention heads of the text encoder; must divide `dim`.
+      uses_step_size: whether the step size of a solver is an input as well.
     """
 
     dim: int
@@ -56,7 +56,13 @@ class ConditionEmbedding(nn.Module):
     def __call__(
         self, noise: jax.Array, condition: Condition, step_size: jax.Array | None
     ) -> Embedded:
-        """noise [batch], of the order of 1000; step_size [batch] in [0, 1]."""
+        """Embeds a condition.
+
+        Args:
+          noise: noise level [batch], of order 1000.
+          condition: labels and text.
+          step_size: [batch] in [0, 1]; 0 if None.
+        """
         vector = ScalarEmbedding(self.dim, self.dtype, name="noise")(noise)
         if self.uses_step_size:
             if step_size is None:
@@ -98,7 +104,7 @@ class ScalarEmbedding(nn.Module):
 class TextEncoder(nn.Module):
     """A small bidirectional transformer: states [batch, length, dim] and their mean [batch, dim].
 
-    Tokens outside the mask change nothing; where it is empty the mean is 0.
+    Tokens outside the mask have no effect; if the mask is empty, the mean is 0.
     """
 
     vocab_size: int
@@ -133,7 +139,7 @@ class TextEncoder(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Attention and MLP on a residual stream."""
+    """A transformer block of the text encoder: attention and MLP on a residual stream."""
 
     num_layers: int
     num_heads: int
@@ -161,7 +167,7 @@ MLP_RULES = (
     (r"mlp/down/bias", ("embed",)),
 )
 
-# Tables have a row or two more than there are values, so their rows are never split.
+# Label tables have a row more than there are values, so rows of embeddings are never split.
 PARTITION_RULES = (
     (r"label_\d+/embedding", (None, "embed")),
     (r"text/embed/embedding", (None, "embed")),

@@ -1,7 +1,7 @@
-"""U-Nets for signals, images and video, in the manner of DDPM++ (Song et al. 2021) and ADM.
+"""U-Nets for signals, images and video, similar to DDPM++ (Song et al. 2021) and ADM.
 
-The blocks of a level are equal: only the convolution between two levels changes the channels. So
-each level is one compiled block that is looped over, and compile time does not grow with depth.
+The blocks of a level are identical: only the convolutions between levels change the channels. So
+each level is a single compiled block in a loop, and compile time does not grow with depth.
 """
 
 import dataclasses
@@ -24,21 +24,26 @@ from genai_jax.networks.sequence.stack import REMAT
 class UnetConfig:
     """Shapes and choices of a U-Net."""
 
-    channels: int = field(64, "channels at full resolution", minimum=4)
-    channel_multipliers: str = field("1,2,2", "channels of each level, times `channels`")
-    blocks_per_level: int = field(2, "residual blocks of a level on the way down", minimum=1)
-    attention_resolutions: str = field("16,8", "largest sizes in space at which blocks attend")
-    head_dim: int = field(32, "width of an attention head", minimum=1)
-    embed_dim: int | None = field(
-        None, "width of the embedded condition; 4 channels if unset", minimum=4
+    channels: int = field(64, "Channels at full resolution", minimum=4)
+    channel_multipliers: str = field(
+        "1,2,2", "Channels of each level as multiples of `channels`, comma-separated"
     )
-    text_layers: int = field(2, "blocks of the text encoder", minimum=0)
-    dropout: float = field(0.0, "rate within residual blocks", minimum=0, maximum=1)
+    blocks_per_level: int = field(2, "Residual blocks per level of the encoder", minimum=1)
+    attention_resolutions: str = field(
+        "16,8", "Resolutions (largest spatial size) of blocks with attention, comma-separated"
+    )
+    head_dim: int = field(32, "Width of an attention head", minimum=1)
+    embed_dim: int | None = field(
+        None, "Width of the condition's embedding; 4 times `channels` if unset", minimum=4
+    )
+    text_layers: int = field(2, "Blocks of the text encoder", minimum=0)
+    dropout: float = field(0.0, "Dropout rate in residual blocks", minimum=0, maximum=1)
     scan_blocks: bool = field(
         True,
-        "one compiled block a level looped over; off unrolls it, which on a CPU is far faster",
+        "Compile one block per level and run it in a loop; turning it off unrolls the loop, which "
+        "is much faster on CPUs",
     )
-    remat: str = field("none", "what the backward pass recomputes", choices=tuple(REMAT))
+    remat: str = field("none", "What the backward pass recomputes", choices=tuple(REMAT))
 
     def __post_init__(self):
         self._numbers("channel_multipliers", float)
@@ -51,7 +56,7 @@ class UnetConfig:
         except ValueError:
             values = (-1,)
         if any(v <= 0 for v in values) or (name == "channel_multipliers" and not values):
-            raise ValueError(f"--unet.{name}={text} is not a list of positive numbers")
+            raise ValueError(f"{name}={text} is not a comma-separated list of positive numbers")
         return values
 
     @property
@@ -64,10 +69,10 @@ class UnetConfig:
 
 
 class Block(nn.Module):
-    """Two convolutions with adaptive group norm between them; attention behind, where asked for.
+    """Two convolutions with adaptive group norm in between, followed by attention if `attends`.
 
-    With three axes of space the first is time: convolutions act within frames, and where there is
-    attention there is attention over time as well.
+    With three spatial axes the first is time: convolutions act within frames, and blocks with
+    attention also attend over time.
     """
 
     config: UnetConfig
@@ -106,8 +111,8 @@ class Block(nn.Module):
         heads = max(1, channels // self.config.head_dim)
         if channels % heads:
             raise ValueError(
-                f"{channels} channels are not divisible into {heads} heads of "
-                f"--unet.head_dim={self.config.head_dim}"
+                f"{channels} channels cannot be divided into {heads} heads of about "
+                f"head_dim={self.config.head_dim}"
             )
         attend = lambda name: Attention(
             heads, channels // heads, out_scale=0.0, backend=self.backend, dtype=self.dtype,
@@ -134,7 +139,7 @@ class Block(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A block whose output is also its skip connection."""
+    """A block whose output also feeds a skip connection."""
 
     arguments: tuple
     block: type = Block
@@ -146,7 +151,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A block that also sees a skip connection."""
+    """A block whose input is concatenated with a skip connection."""
 
     arguments: tuple
     block: type = Block
@@ -158,7 +163,10 @@ class UpBlock(nn.Module):
 
 
 class Unet(nn.Module):
-    """See the module. A fresh network puts out exactly 0; attributes as those of `Dit`."""
+    """A U-Net; see the module. Its output is exactly 0 at initialization.
+
+    The attributes are those of `Dit`.
+    """
 
     config: UnetConfig
     channels_out: int
@@ -176,7 +184,7 @@ class Unet(nn.Module):
         condition: Condition = Condition(),  # noqa: B008 (a tuple)
         step_size: jax.Array | None = None,
     ) -> jax.Array:
-        """[batch, *space, channels] -> [batch, *space, channels_out], float32; as `Dit`."""
+        """[batch, *space, channels] -> [batch, *space, channels_out], float32; see `Dit`."""
         c = self.config
         space = x.shape[1:-1]
         steps = _strides(len(space))
@@ -184,7 +192,7 @@ class Unet(nn.Module):
         embed_dim = c.embed_dim or 4 * c.channels
         if self.vocab_size and embed_dim % c.head_dim:
             raise ValueError(
-                f"--unet.head_dim={c.head_dim} does not divide the embedding of {embed_dim}"
+                f"head_dim={c.head_dim} does not divide the width {embed_dim} of the embedding"
             )
         embedded = ConditionEmbedding(
             embed_dim, self.label_sizes, self.vocab_size, c.text_layers, embed_dim // c.head_dim,
@@ -224,24 +232,24 @@ class Unet(nn.Module):
         return nn.remat(Block, policy=REMAT[c.remat], prevent_cse=not c.scan_blocks)
 
     def _level(self, kind, name, h, channels, length):
-        """The blocks of one level, one compiled block in a loop."""
+        """The blocks of one level, as a loop over one compiled block."""
         size = max(h.shape[1:-1][1:] if h.ndim == 5 else h.shape[1:-1])
         arguments = (
             self.config, channels, size in self.config.attends_at, self.backend, self.dtype,
         )  # fmt: skip
-        over = (0,) if kind is UpBlock else ()
+        skip_axes = (0,) if kind is UpBlock else ()
         return nn.scan(
             kind,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(*over, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(*skip_axes, nn.broadcast, nn.broadcast, nn.broadcast),
             length=length,
-            unroll=1 if self.config.scan_blocks else length + 1,  # a loop of one is a loop
+            unroll=1 if self.config.scan_blocks else length + 1,  # + 1 so that length 1 unrolls too
         )(arguments, self._block(), name=name)
 
 
 def kernel_size(space: int) -> tuple[int, ...]:
-    """3 along every axis but time."""
+    """Kernel size 3 along every axis except time."""
     return (1, 3, 3) if space == 3 else (3,) * space
 
 
@@ -250,13 +258,13 @@ def _strides(space: int) -> tuple[int, ...]:
 
 
 def check_size(space: tuple[int, ...], levels: int):
-    """Raises `ValueError` if halving `levels` - 1 times leaves a remainder."""
+    """Raises ValueError if the spatial sizes cannot be halved `levels` - 1 times."""
     inner = space[1:] if len(space) == 3 else space
     multiple = 2 ** (levels - 1)
     if any(n % multiple for n in inner):
         raise ValueError(
-            f"size {'x'.join(map(str, inner))} is not a multiple of {multiple}, as "
-            f"{levels} levels of --unet.channel_multipliers need"
+            f"size {'x'.join(map(str, inner))} is not a multiple of {multiple}, as the {levels} "
+            "levels of `channel_multipliers` require"
         )
 
 
@@ -270,8 +278,8 @@ _BLOCK = (
 )
 _KERNELS = r"(conv_\w+|shortcut|down_\d+|up_\d+)/kernel"
 
-# Parameter path -> logical axes. The first pattern found in the path decides; kernels have as many
-# axes in front as there are of space, and of blocks.
+# Parameter path -> logical axes; the first pattern that matches applies. Kernels have leading axes
+# for space and, if stacked, for blocks.
 PARTITION_RULES = (
     *((f"condition/{path}", axes) for path, axes in conditioning.PARTITION_RULES),
     (f"(encoder|decoder)_.*{_KERNELS}", (..., None, "features")),

@@ -1,8 +1,9 @@
 """Glow (Kingma and Dhariwal 2018): an invertible network on images, with its log-determinant.
 
-Levels of steps of three invertible layers: a scale and bias of each channel, a mixing of the
-channels, and a coupling, in which half of the channels scales and moves the other half. Between
-levels half of the channels leaves. All of it is in float32: an inverse has no other precision.
+Each level is a sequence of steps of three invertible layers: a scale and bias per channel, a mixing
+of the channels, and a coupling, in which half of the channels determines the scale and shift of the
+other half. After each level but the last, half of the channels becomes latents. Everything is in
+float32, since the inverse needs that precision.
 """
 
 import dataclasses
@@ -21,16 +22,16 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclasses.dataclass(frozen=True)
 class GlowConfig:
-    levels: int = field(2, "at each the size halves", minimum=1)
-    steps_per_level: int = field(4, "of scaling, mixing and coupling", minimum=1)
-    hidden_channels: int = field(64, "inside a coupling", minimum=1)
+    levels: int = field(2, "Levels, each of which halves the size", minimum=1)
+    steps_per_level: int = field(4, "Steps of scaling, mixing and coupling per level", minimum=1)
+    hidden_channels: int = field(64, "Hidden channels of a coupling", minimum=1)
 
     def check_shape(self, shape: tuple[int, ...]):
-        """Raises `ValueError` if (height, width, channels) does not halve so often."""
+        """Raises ValueError if every level cannot halve images (height, width, channels)."""
         if len(shape) != 3 or any(n % 2**self.levels for n in shape[:2]):
             size = "x".join(map(str, shape[:-1]))
             raise ValueError(
-                f"--glow.levels={self.levels} needs images whose height and width are multiples of "
+                f"levels={self.levels} needs images whose height and width are multiples of "
                 f"{2**self.levels}, not {size}"
             )
 
@@ -50,7 +51,7 @@ def unsqueeze(x: jax.Array) -> jax.Array:
 
 
 class Actnorm(nn.Module):
-    """A scale and a bias of each channel; a fresh one makes what `init` is called with standard."""
+    """A scale and a bias per channel; `init` sets them to standardize the batch it is given."""
 
     @nn.compact
     def __call__(self, x: jax.Array, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -65,11 +66,11 @@ class Actnorm(nn.Module):
 
 
 class Mixing(nn.Module):
-    """An invertible 1x1 convolution, at first a random rotation."""
+    """An invertible 1x1 convolution, initialized to a random rotation."""
 
     @nn.compact
     def __call__(self, x: jax.Array, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """As `Actnorm`."""
+        """Returns what `Actnorm` does."""
         channels = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.orthogonal(), (channels, channels))
         log_det = x.shape[1] * x.shape[2] * jnp.linalg.slogdet(kernel)[1]
@@ -80,35 +81,38 @@ class Mixing(nn.Module):
 
 
 class Coupling(nn.Module):
-    """Half of the channels decides on scales and moves of the rest; a fresh one is the identity."""
+    """Half of the channels determines scale and shift of the rest; initially the identity."""
 
     hidden_channels: int
 
     @nn.compact
-    def __call__(self, x, told=None, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """As `Actnorm`, with a log-determinant of each example, [batch].
+    def __call__(self, x, condition=None, reverse: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Returns what `Actnorm` does, but a log-determinant per example, [batch].
 
         Args:
-          told: [batch, features] of a class, or None.
+          x: [batch, height, width, channels].
+          condition: [batch, features], such as one-hot labels, or None.
+          reverse: whether to apply the inverse.
         """
         kept = x.shape[-1] // 2
         a, b = x[..., :kept], x[..., kept:]
         h = Conv(self.hidden_channels, (3, 3), name="conv_in")(a)
-        if told is not None:
-            h = h + Dense((self.hidden_channels,), name="told")(told)[:, None, None, :]
+        if condition is not None:
+            update = Dense((self.hidden_channels,), name="told")(condition)
+            h = h + update[:, None, None, :]
         h = nn.relu(Conv(self.hidden_channels, (1, 1), name="conv_mid")(nn.relu(h)))
         h = Conv(2 * b.shape[-1], (3, 3), init_scale=0, name="conv_out")(h)
         shift, log_scale = jnp.split(h, 2, -1)
-        log_scale = 2 * jnp.tanh(log_scale / 2)  # bounded: an exponent may not run away
+        log_scale = 2 * jnp.tanh(log_scale / 2)  # bounded, so that scales cannot explode
         b = b * jnp.exp(-log_scale) - shift if reverse else (b + shift) * jnp.exp(log_scale)
         return jnp.concatenate([a, b], -1), jnp.sum(log_scale, (1, 2, 3))
 
 
 class Glow(nn.Module):
-    """Images [batch, height, width, channels] <-> normal latents, one array a level.
+    """Images [batch, height, width, channels] <-> Gaussian latents, one array per level.
 
     Attributes:
-      label_sizes: number of values of each attribute that couplings are told; empty: none.
+      label_sizes: number of values of each attribute to condition couplings on; empty for none.
     """
 
     config: GlowConfig
@@ -127,22 +131,22 @@ class Glow(nn.Module):
     ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """Images -> latents, log |det| of the Jacobian [batch], log-density of the latents [batch].
 
-        The log-density of x is the sum of the two. Latents are given in units of their prior, so
-        that all are normal; the last level's prior is the standard normal.
+        The log-density of x is the sum of the last two. Latents are standardized by their prior, so
+        that all are standard normal; the last level's prior is the standard normal itself.
         """
-        told, latents = self._told(labels), []
+        condition, latents = self._one_hot(labels), []
         log_det = log_prior = jnp.zeros(x.shape[0])
         for level in range(self.config.levels):
             x = squeeze(x)
             for step in self._steps(level):
-                x, of_norm = self.actnorm[step](x)
-                x, of_mixing = self.mixing[step](x)
-                x, of_coupling = self.coupling[step](x, told)
-                log_det += of_norm + of_mixing + of_coupling
+                x, log_det_actnorm = self.actnorm[step](x)
+                x, log_det_mixing = self.mixing[step](x)
+                x, log_det_coupling = self.coupling[step](x, condition)
+                log_det += log_det_actnorm + log_det_mixing + log_det_coupling
             if level < self.config.levels - 1:
-                x, leaves = jnp.split(x, 2, -1)
+                x, half = jnp.split(x, 2, -1)
                 mean, log_scale = self.prior[level](x)
-                z = (leaves - mean) * jnp.exp(-log_scale)
+                z = (half - mean) * jnp.exp(-log_scale)
                 log_prior -= jnp.sum(log_scale, (1, 2, 3))
             else:
                 z = x
@@ -151,8 +155,8 @@ class Glow(nn.Module):
         return latents, log_det, log_prior
 
     def inverse(self, latents: list[jax.Array], labels: jax.Array | None = None) -> jax.Array:
-        """Latents, in units of their prior -> images."""
-        told, x = self._told(labels), None
+        """Latents, standardized by their prior -> images."""
+        condition, x = self._one_hot(labels), None
         for level in reversed(range(self.config.levels)):
             z = latents[level]
             if x is None:
@@ -161,14 +165,14 @@ class Glow(nn.Module):
                 mean, log_scale = self.prior[level](x)
                 x = jnp.concatenate([x, mean + jnp.exp(log_scale) * z], -1)
             for step in reversed(self._steps(level)):
-                x, _ = self.coupling[step](x, told, reverse=True)
+                x, _ = self.coupling[step](x, condition, reverse=True)
                 x, _ = self.mixing[step](x, reverse=True)
                 x, _ = self.actnorm[step](x, reverse=True)
             x = unsqueeze(x)
         return x
 
     def latent_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """(height, width, channels) of an image -> those of the latents of each level."""
+        """(height, width, channels) of an image -> shape of the latents of each level."""
         height, width, channels = shape
         shapes = []
         for level in range(self.config.levels):
@@ -182,20 +186,21 @@ class Glow(nn.Module):
         count = self.config.steps_per_level
         return range(level * count, (level + 1) * count)
 
-    def _told(self, labels):
+    def _one_hot(self, labels):
+        """The labels as concatenated one-hot vectors, [batch, sum of sizes]; None without any."""
         if not self.label_sizes:
             return None
-        hot = [jax.nn.one_hot(labels[:, i], size) for i, size in enumerate(self.label_sizes)]
-        return jnp.concatenate(hot, -1)
+        vectors = [jax.nn.one_hot(labels[:, i], size) for i, size in enumerate(self.label_sizes)]
+        return jnp.concatenate(vectors, -1)
 
     def __call__(self, x: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """Log-density, [batch], nats; call `init` with it and with data."""
+        """Log-density, nats [batch]; used by `init`, which must be given a batch of data."""
         _, log_det, log_prior = self.forward(x, labels)
         return log_det + log_prior
 
 
 class PriorOfHalf(nn.Module):
-    """What the channels that stay say of those that leave: mean and log-scale; 0 at first."""
+    """Mean and log-scale of half of the channels given the other half; initially 0."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -204,7 +209,7 @@ class PriorOfHalf(nn.Module):
         return mean, 2 * jnp.tanh(log_scale / 2)
 
 
-# Parameter path -> logical axes. The first pattern found in the path decides.
+# Parameter path -> logical axes; the first pattern that matches applies.
 PARTITION_RULES = (
     (r"coupling_\d+/conv_(in|mid)/kernel", (..., None, "features")),
     (r"coupling_\d+/conv_out/kernel", (..., None, None)),

@@ -1,7 +1,8 @@
 """Convolutional autoencoders of signals, images and video (as in Rombach et al. 2022, appendix G).
 
-The size in space halves from level to level; time is never strided. The blocks of a level are
-equal, so that they can be looped over. What happens between the two halves is not decided here.
+The spatial size halves from level to level; time is never strided. The blocks of a level are
+identical, so they can run in a loop. What happens to the latents between encoder and decoder is up
+to the caller.
 """
 
 import dataclasses
@@ -24,29 +25,36 @@ class AutoencoderConfig:
 
     latent: str = field(
         "kl",
-        "Gaussian, or one codebook, or residual codebooks, or finite scalar quantization",
+        "Kind of latents: Gaussian (kl), one codebook (vq), residual codebooks (rvq), or finite "
+        "scalar quantization (fsq)",
         choices=LATENTS,
     )
-    latent_channels: int = field(4, "channels of the latents", minimum=1)
-    channels: int = field(32, "channels at full resolution", minimum=4)
-    channel_multipliers: str = field("1,2", "channels of each level, times `channels`")
-    blocks_per_level: int = field(1, "residual blocks of a level, each way", minimum=1)
-    attention: bool = field(False, "attend at the lowest level")
-    head_dim: int = field(32, "width of an attention head", minimum=1)
-    scan_blocks: bool = field(False, "one compiled block a level looped over: not for CPUs")
-    remat: bool = field(False, "recompute the blocks in the backward pass, to save memory")
+    latent_channels: int = field(4, "Channels of the latents", minimum=1)
+    channels: int = field(32, "Channels at full resolution", minimum=4)
+    channel_multipliers: str = field(
+        "1,2", "Channels of each level as multiples of `channels`, comma-separated"
+    )
+    blocks_per_level: int = field(
+        1, "Residual blocks per level, in the encoder and in the decoder", minimum=1
+    )
+    attention: bool = field(False, "Use attention at the lowest level")
+    head_dim: int = field(32, "Width of an attention head", minimum=1)
+    scan_blocks: bool = field(
+        False, "Compile one block per level and run it in a loop; slow on CPUs"
+    )
+    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory")
 
     def __post_init__(self):
         multipliers = self.channel_multipliers.split(",")
         if not all(m.strip().isdigit() and int(m) for m in multipliers):
             raise ValueError(
-                f"--autoencoder.channel_multipliers={self.channel_multipliers} is not a list of "
-                "whole numbers from 1 on"
+                f"channel_multipliers={self.channel_multipliers} is not a comma-separated list of "
+                "positive integers"
             )
         if self.attention and self.level_channels[-1] % self.head_dim:
             raise ValueError(
-                f"--autoencoder.head_dim={self.head_dim} does not divide the "
-                f"{self.level_channels[-1]} channels of the lowest level"
+                f"head_dim={self.head_dim} does not divide the {self.level_channels[-1]} channels "
+                "of the lowest level"
             )
 
     @property
@@ -54,15 +62,15 @@ class AutoencoderConfig:
         return tuple(self.channels * int(m) for m in self.channel_multipliers.split(","))
 
     def shrinkage(self, space: int) -> tuple[int, ...]:
-        """How many times smaller the latents are, along each of so many axes of space."""
+        """The factors by which the latents are smaller along each of `space` spatial axes."""
         factor = 2 ** (len(self.level_channels) - 1)
         return (1, factor, factor)[-space:]
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(*space, channels) of an image -> (*small, latent_channels).
+        """(*space, channels) of an image -> (*latent space, latent_channels).
 
         Raises:
-          ValueError: sizes that the strides do not divide.
+          ValueError: the strides do not divide a size.
         """
         *space, _ = shape
         factors = self.shrinkage(len(space))
@@ -70,13 +78,13 @@ class AutoencoderConfig:
             raise ValueError(
                 f"size {'x'.join(map(str, space))} is not a multiple of "
                 f"{'x'.join(map(str, factors))}, as the {len(self.level_channels)} levels of "
-                f"--autoencoder.channel_multipliers={self.channel_multipliers} need"
+                f"channel_multipliers={self.channel_multipliers} require"
             )
         return *(n // f for n, f in zip(space, factors, strict=True)), self.latent_channels
 
 
 class Block(nn.Module):
-    """Two convolutions on a residual stream; a fresh block is the identity."""
+    """A residual block of two convolutions, initially the identity."""
 
     dtype: jnp.dtype = jnp.float32
 
@@ -95,7 +103,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one level: parameters stacked on a leading axis [blocks, ...] if several."""
+    """The blocks of one level; if there are several, parameters are stacked as [blocks, ...]."""
 
     config: AutoencoderConfig
     dtype: jnp.dtype = jnp.float32
@@ -104,7 +112,7 @@ class Level(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
         length = self.config.blocks_per_level
-        if length == 1:  # XLA's convolutions on CPU are slow in a loop, even in one that runs once
+        if length == 1:  # XLA's CPU convolutions are slow in any loop, even one that runs once
             return block(self.dtype, name="block")(x)[0]
         blocks = nn.scan(
             block,
@@ -117,7 +125,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Attention among the points of an image, or of each frame of a video."""
+    """Attention between all positions of an image, or of each frame of a video."""
 
     head_dim: int
     backend: str = "auto"
@@ -136,7 +144,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[batch, *space, channels] -> [batch, *small, features], float32."""
+    """[batch, *space, channels] -> [batch, *latent space, features], float32."""
 
     config: AutoencoderConfig
     features: int
@@ -146,7 +154,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        c.latent_shape(x.shape[1:])  # raises if the size does not divide
+        c.latent_shape(x.shape[1:])  # raises ValueError if the strides do not divide the size
         kernel, strides = (3,) * (x.ndim - 2), (1, 2, 2)[2 - x.ndim :]
         conv = lambda features, name, **kw: Conv(
             features, kernel, dtype=self.dtype, name=name, **kw
@@ -163,7 +171,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[batch, *small, latent_channels] -> what the last layer sees, [batch, *space, channels]."""
+    """[batch, *latent space, latent_channels] -> features [batch, *space, channels]."""
 
     config: AutoencoderConfig
     backend: str = "auto"
@@ -185,11 +193,11 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, decoder, and the decoder's last layer on its own, as adaptive weights need it.
+    """An encoder and a decoder, whose last layer is separate for adaptive loss weights.
 
     Attributes:
-      space: axes of space of the data.
-      channels: of the data.
+      space: number of spatial axes of the data.
+      channels: channels of the data.
     """
 
     config: AutoencoderConfig
@@ -206,25 +214,25 @@ class Autoencoder(nn.Module):
         self.last = Conv(self.channels, (3,) * self.space, dtype=self.dtype)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """[batch, *space, channels] -> vectors [batch, *small, latent_channels], float32.
+        """[batch, *space, channels] -> latents [batch, *latent space, latent_channels], float32.
 
-        Of a Gaussian latent they are mean and log-variance, [batch, *small, 2 latent_channels].
+        For Gaussian latents, mean and log-variance: [batch, *latent space, 2 latent_channels].
 
         Raises:
-          ValueError: sizes that the strides do not divide.
+          ValueError: the strides do not divide a size.
         """
         return self.encoder(x)
 
     def hidden(self, z: jax.Array) -> jax.Array:
-        """[batch, *small, latent_channels] -> what the last layer sees."""
+        """[batch, *latent space, latent_channels] -> input of the last layer."""
         return self.decoder(z)
 
     def output(self, hidden: jax.Array) -> jax.Array:
-        """The last layer: -> [batch, *space, channels], float32."""
+        """Applies the last layer: -> [batch, *space, channels], float32."""
         return self.last(hidden).astype(jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """There and back with nothing in between; call `init` with it."""
+        """Encodes and decodes without sampling or quantization; used by `init`."""
         return self.output(self.hidden(self.encode(x)[..., : self.config.latent_channels]))
 
 
@@ -233,8 +241,8 @@ _BLOCK = (
     (r"norm\w*/(scale|bias)", ("embed",)),
 )
 
-# Parameter path -> logical axes. The first pattern found in the path decides; kernels have as many
-# axes in front as there are of space, and of blocks.
+# Parameter path -> logical axes; the first pattern that matches applies. Kernels have leading axes
+# for space and, if stacked, for blocks.
 PARTITION_RULES = (
     (r"level_\d+/.*kernel", (..., None, "features")),
     (r"level_\d+/blocks/.*(scale|bias)", ("blocks", "embed")),

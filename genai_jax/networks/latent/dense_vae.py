@@ -1,4 +1,4 @@
-"""A variational autoencoder of dense layers (Kingma and Welling 2014), linear without any."""
+"""A variational autoencoder of dense layers (Kingma and Welling 2014)."""
 
 import dataclasses
 import math
@@ -8,32 +8,33 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
-from genai_jax.networks.latent.latent_variables import Latents, draw_latents
+from genai_jax.networks.latent.latent_variables import Latents, sample_latents
 from genai_jax.networks.layers.dense import Dense
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseVaeConfig:
-    latent_dim: int = field(16, "latent variables", minimum=1)
-    hidden_dim: int = field(256, "width of the hidden layers", minimum=1)
-    num_layers: int = field(2, "hidden layers each way; 0: a linear model", minimum=0)
+    latent_dim: int = field(16, "Number of latent variables", minimum=1)
+    hidden_dim: int = field(256, "Width of the hidden layers", minimum=1)
+    num_layers: int = field(
+        2, "Hidden layers in the encoder and in the decoder; 0 for a linear model", minimum=0
+    )
 
     def __post_init__(self):
         if not self.num_layers and self.hidden_dim != type(self).hidden_dim:
             raise ValueError(
-                f"--dense_vae.hidden_dim={self.hidden_dim}: --dense_vae.num_layers=0 has no "
-                "hidden layer"
+                f"hidden_dim={self.hidden_dim} is set, but num_layers=0 has no hidden layer"
             )
 
 
 class DenseVae(nn.Module):
-    """Encoder and decoder; one stage of latents [batch, latent_dim], every one a group.
+    """Encoder and decoder with one stage of latents [batch, latent_dim]; each is its own group.
 
     Attributes:
       shape: (*space, channels) of an image.
-      outputs_per_value: numbers that the decoder gives for each value of it.
-      label_sizes: number of values of each attribute that the model is told; empty: none.
-      dtype: of the matmuls.
+      outputs_per_value: numbers that the decoder outputs for each value of an image.
+      label_sizes: number of values of each attribute to condition on; empty for none.
+      dtype: dtype of the matmuls.
     """
 
     config: DenseVaeConfig
@@ -70,21 +71,21 @@ class DenseVae(nn.Module):
         given: list[jax.Array] | None = None,
         temperature: float = 1.0,
     ) -> tuple[jax.Array, list[Latents]]:
-        """Draws latents, or takes their means if no rng named "latents" is given, and decodes them.
+        """Samples latents (or takes their means, without an rng named "latents") and decodes them.
 
         Args:
-          features: of `bottom_up`; None draws from the prior.
+          features: the output of `bottom_up`; None to sample from the prior.
           labels: [batch, attributes].
-          batch: how many.
-          given: latents of each stage, in the place of draws.
-          temperature: of the draws.
+          batch: batch size.
+          given: latents of each stage to use instead of sampling.
+          temperature: factor of the standard deviations.
 
         Returns:
-          [batch, *space, channels, outputs_per_value], float32; the latents of each stage.
+          Outputs [batch, *space, channels, outputs_per_value], float32; latents of each stage.
         """
         zeros = jnp.zeros((batch, self.config.latent_dim))
         rng = self.make_rng("latents") if self.has_rng("latents") else None
-        latents = draw_latents(features, (zeros, zeros), given and given[0], rng, temperature)
+        latents = sample_latents(features, (zeros, zeros), given and given[0], rng, temperature)
         hidden = self._with_labels(latents.z, labels)
         for layer in self.decoder:
             hidden = nn.gelu(layer(hidden))
@@ -94,16 +95,16 @@ class DenseVae(nn.Module):
     def _with_labels(self, x, labels):
         if not self.label_sizes:
             return x
-        hot = [jax.nn.one_hot(labels[:, i], n) for i, n in enumerate(self.label_sizes)]
-        return jnp.concatenate([x, *hot], -1)
+        one_hot = [jax.nn.one_hot(labels[:, i], n) for i, n in enumerate(self.label_sizes)]
+        return jnp.concatenate([x, *one_hot], -1)
 
     def __call__(self, x: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """There and back without noise; call `init` with it."""
+        """Encodes and decodes without noise; used by `init`."""
         features = self.bottom_up(x, labels)
         return self.top_down(features, labels, batch=x.shape[0])[0]
 
 
-# Parameter path -> logical axes. The first pattern found in the path decides.
+# Parameter path -> logical axes; the first pattern that matches applies.
 PARTITION_RULES = (
     (r"(encoder|decoder)_\d+/kernel", (None, "mlp")),
     (r"(encoder|decoder)_\d+/bias", ("mlp",)),

@@ -1,7 +1,8 @@
-"""A hierarchical variational autoencoder: latents at every size, from the top down (Child 2021).
+"""A hierarchical variational autoencoder with latents at every resolution (Child 2021).
 
-An encoder goes up once; a decoder comes down and at each block compares what it expects (the prior)
-with what it expects having seen the encoder's features of that size (the posterior).
+The encoder computes features bottom-up. The decoder runs top-down; each of its blocks has a prior,
+which depends on the latents above it, and a posterior, which also depends on the encoder's features
+at its resolution.
 """
 
 import dataclasses
@@ -13,32 +14,36 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
-from genai_jax.networks.latent.latent_variables import Latents, draw_latents
+from genai_jax.networks.latent.latent_variables import Latents, sample_latents
 from genai_jax.networks.layers.convolution import Conv, downsample, upsample
 from genai_jax.networks.layers.dense import Dense
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderVaeConfig:
-    stages: str = field("1x1,4x2,8x2", "height x blocks, from the top down to the image's height")
-    channels: int = field(32, "of the residual streams", minimum=1)
-    bottleneck: int = field(4, "times fewer channels inside a block", minimum=1)
-    latent_channels: int = field(8, "latent variables at each point of a block", minimum=1)
-    scan_blocks: bool = field(False, "one compiled block a stage looped over: not for CPUs")
-    remat: bool = field(False, "recompute the blocks in the backward pass, to save memory")
+    stages: str = field(
+        "1x1,4x2,8x2",
+        "Height x blocks of each stage, comma-separated, from the top down to the image's height",
+    )
+    channels: int = field(32, "Channels of the residual streams", minimum=1)
+    bottleneck: int = field(4, "Factor by which channels are reduced inside a block", minimum=1)
+    latent_channels: int = field(8, "Latent variables per position of a block", minimum=1)
+    scan_blocks: bool = field(
+        False, "Compile one block per stage and run it in a loop; slow on CPUs"
+    )
+    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory")
 
     def __post_init__(self):
-        text = f"--ladder_vae.stages={self.stages}"
+        setting = f"stages={self.stages}"
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", self.stages):
-            raise ValueError(f"{text} is not like 1x1,4x2,8x2: height x blocks, comma-separated")
+            raise ValueError(f"{setting} is not like 1x1,4x2,8x2: height x blocks, comma-separated")
         heights = [height for height, _ in self.sizes]
         grows = all(b > a and b % a == 0 for a, b in itertools.pairwise(heights))
         if not grows:
-            raise ValueError(f"{text}: each height is to be a multiple of the one before")
+            raise ValueError(f"{setting}: each height must be a larger multiple of the one before")
         if self.channels % self.bottleneck:
             raise ValueError(
-                f"--ladder_vae.bottleneck={self.bottleneck} does not divide "
-                f"--ladder_vae.channels={self.channels}"
+                f"bottleneck={self.bottleneck} does not divide channels={self.channels}"
             )
 
     @property
@@ -48,19 +53,19 @@ class LadderVaeConfig:
         return [(int(height), int(blocks)) for height, blocks in pairs]
 
     def check_shape(self, shape: tuple[int, ...]):
-        """Raises `ValueError` if the stages do not fit images (*space, channels)."""
+        """Raises ValueError if the stages do not fit images of shape (*space, channels)."""
         *space, _ = shape
         heights = [height for height, _ in self.sizes]
         if heights[-1] != space[0] or any(n % (space[0] // heights[0]) for n in space):
             size = "x".join(map(str, space))
             raise ValueError(
-                f"--ladder_vae.stages={self.stages} does not fit images of {size}: the last height"
-                " is theirs, and what divides it divides the other sizes"
+                f"stages={self.stages} does not fit images of {size}: the last height must be that "
+                "of the images, and the factor down to the first must divide all of their sizes"
             )
 
 
 class Bottleneck(nn.Module):
-    """1x1, two 3x3 and 1x1 convolutions after an activation each; 1x1 all of them at tiny sizes."""
+    """1x1, 3x3, 3x3 and 1x1 convolutions, each after an activation; at tiny sizes all are 1x1."""
 
     hidden: int
     features: int
@@ -97,7 +102,7 @@ class UpBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Prior, posterior, and what a draw of them adds to the decoder's stream."""
+    """Computes prior and posterior, samples latents, and adds them to the decoder's stream."""
 
     config: LadderVaeConfig
     init_scale: float
@@ -107,18 +112,18 @@ class DownBlock(nn.Module):
     def __call__(self, x, given, features, temperature) -> tuple[jax.Array, Latents]:
         c = self.config
         n, hidden, point = c.latent_channels, c.channels // c.bottleneck, (1,) * (x.ndim - 2)
-        # Zero at the start: the first prior is the standard normal.
-        told = Bottleneck(hidden, 2 * n + c.channels, 0.0, self.dtype, name="prior")(x)
-        prior = _parameters(told[..., : 2 * n])
+        # Initialized to zero, so that the first prior is the standard normal.
+        outputs = Bottleneck(hidden, 2 * n + c.channels, 0.0, self.dtype, name="prior")(x)
+        prior = _parameters(outputs[..., : 2 * n])
         posterior = None
         if features is not None:
-            seen = jnp.concatenate([x, features], -1)
+            both = jnp.concatenate([x, features], -1)
             posterior = _parameters(
-                Bottleneck(hidden, 2 * n, 1.0, self.dtype, name="posterior")(seen)
+                Bottleneck(hidden, 2 * n, 1.0, self.dtype, name="posterior")(both)
             )
         rng = self.make_rng("latents") if self.has_rng("latents") else None
-        latents = draw_latents(posterior, prior, given, rng, temperature)
-        x = x + told[..., 2 * n :]
+        latents = sample_latents(posterior, prior, given, rng, temperature)
+        x = x + outputs[..., 2 * n :]
         x = x + Conv(
             c.channels, point, init_scale=self.init_scale, dtype=self.dtype, name="latents"
         )(latents.z)
@@ -127,6 +132,7 @@ class DownBlock(nn.Module):
 
 
 def _parameters(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-scale, float32."""
     mean, log_scale = jnp.split(x.astype(jnp.float32), 2, -1)
     return mean, jnp.clip(log_scale, -15, 10)
 
@@ -136,16 +142,16 @@ def _constrained(x: jax.Array) -> jax.Array:
 
 
 class LadderVae(nn.Module):
-    """The interface of `dense_vae.DenseVae`; latents of a stage [batch, blocks, *size, channels].
+    """Has the interface of `DenseVae`; the latents of a stage are [batch, blocks, *size, channels].
 
     Attributes:
       shape: (*space, channels) of an image.
-      outputs_per_value: numbers that the decoder gives for each value of it.
-      label_sizes: number of values of each attribute that the model is told; empty: none.
-      dtype: of the convolutions.
+      outputs_per_value: numbers that the decoder outputs for each value of an image.
+      label_sizes: number of values of each attribute to condition on; empty for none.
+      dtype: dtype of the convolutions.
 
     Raises:
-      ValueError: stages that do not fit the shape.
+      ValueError: the stages do not fit the shape.
     """
 
     config: LadderVaeConfig
@@ -160,8 +166,8 @@ class LadderVae(nn.Module):
         self.conv_in = Conv(c.channels, (3,) * self._space, dtype=self.dtype)
         scale = 1 / sum(blocks for _, blocks in c.sizes)  # variance of all branches together is 1
         self.up = [self._stage(UpBlock, blocks, scale) for _, blocks in c.sizes]
-        told = (0, nn.broadcast, nn.broadcast)
-        self.down = [self._stage(DownBlock, blocks, scale, told) for _, blocks in c.sizes]
+        in_axes = (0, nn.broadcast, nn.broadcast)  # given, features, temperature
+        self.down = [self._stage(DownBlock, blocks, scale, in_axes) for _, blocks in c.sizes]
         self.start = [
             self.param(f"start_{i}", nn.initializers.zeros, (c.channels,), jnp.float32)
             for i in range(len(c.sizes))
@@ -186,13 +192,13 @@ class LadderVae(nn.Module):
         )(self.config, scale, dtype=self.dtype)
 
     def _size(self, stage: int) -> tuple[int, ...]:
-        """Size in space at a stage."""
+        """Spatial size at a stage."""
         factor = self.shape[0] // self.config.sizes[stage][0]
         return tuple(n // factor for n in self.shape[:-1])
 
     def bottom_up(self, x: jax.Array, labels: jax.Array | None) -> list[jax.Array]:
         """Images in [-1, 1] -> features of each stage, from the top down."""
-        x = self.conv_in(x) + self._told(labels)
+        x = self.conv_in(x) + self._label_embedding(labels)
         features = []
         for stage in reversed(range(len(self.up))):
             size = self._size(stage)
@@ -204,35 +210,37 @@ class LadderVae(nn.Module):
     def top_down(
         self, features, labels, *, batch: int, given=None, temperature: float = 1.0
     ) -> tuple[jax.Array, list[Latents]]:
-        """As `DenseVae.top_down`."""
-        c, told, found = self.config, self._told(labels), []
+        """See `DenseVae.top_down`."""
+        c, embedding, stages = self.config, self._label_embedding(labels), []
         x = jnp.zeros((batch, *self._size(0), c.channels), self.dtype)
         for stage, blocks in enumerate(self.down):
             size = self._size(stage)
             x = upsample(x, [n // m for n, m in zip(size, x.shape[1:-1], strict=True)])
-            x = x + self.start[stage].astype(self.dtype) + told
+            x = x + self.start[stage].astype(self.dtype) + embedding
             z = None if given is None else jnp.moveaxis(given[stage], 1, 0)
-            seen = None if features is None else features[stage]
-            x, latents = blocks(x, z, seen, temperature)
-            found.append(jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), latents))
+            stage_features = None if features is None else features[stage]
+            x, latents = blocks(x, z, stage_features, temperature)
+            stages.append(jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), latents))
         outputs = self.conv_out(nn.gelu(x)).astype(jnp.float32)
-        return outputs.reshape(batch, *self.shape, self.outputs_per_value), found
+        return outputs.reshape(batch, *self.shape, self.outputs_per_value), stages
 
-    def _told(self, labels):
-        """What the labels add to a stream, [batch, 1, ..., channels], or 0."""
-        told = jnp.zeros((), self.dtype)
+    def _label_embedding(self, labels):
+        """The sum of the labels' embeddings, [batch, 1, ..., channels]; 0 without labels."""
+        if not self.label_sizes:
+            return jnp.zeros((), self.dtype)
+        total = jnp.zeros((), self.dtype)
         for i, (size, layer) in enumerate(zip(self.label_sizes, self.labels, strict=True)):
-            told = told + layer(jax.nn.one_hot(labels[:, i], size))
-        return told.reshape(-1, *(1,) * self._space, told.shape[-1]) if self.label_sizes else told
+            total = total + layer(jax.nn.one_hot(labels[:, i], size))
+        return total.reshape(-1, *(1,) * self._space, total.shape[-1])
 
     def __call__(self, x: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-        """There and back without noise; call `init` with it."""
+        """Encodes and decodes without noise; used by `init`."""
         features = self.bottom_up(x, labels)
         return self.top_down(features, labels, batch=x.shape[0])[0]
 
 
-# Parameter path -> logical axes. The first pattern found in the path decides; kernels have as many
-# axes in front as there are of space, and of blocks.
+# Parameter path -> logical axes; the first pattern that matches applies. Kernels have leading axes
+# for space and for blocks.
 PARTITION_RULES = (
     (r"(up|down)_\d+/.*kernel", (..., None, "features")),
     (r"(up|down)_\d+/.*bias", ("blocks", None)),

@@ -1,4 +1,4 @@
-"""What an encoder and a prior say of latent variables, and a draw of them."""
+"""Gaussian latent variables: samples of them, their posterior and their prior."""
 
 from typing import NamedTuple
 
@@ -7,29 +7,30 @@ import jax.numpy as jnp
 
 
 class Latents(NamedTuple):
-    """Normal latents of one stage, each array [batch, groups, ...]."""
+    """Gaussian latents of one stage, each array [batch, groups, ...]."""
 
-    z: jax.Array  # drawn, or as given
-    mean: jax.Array  # of the posterior; the prior's where there is no image
-    log_scale: jax.Array
+    z: jax.Array  # sampled, or as given
+    mean: jax.Array  # of the posterior; the prior's if there is no image
+    log_scale: jax.Array  # likewise
     prior_mean: jax.Array
     prior_log_scale: jax.Array
 
 
-def draw_latents(
+def sample_latents(
     posterior: tuple | None,
     prior: tuple[jax.Array, jax.Array],
     given: jax.Array | None,
     rng: jax.Array | None,
     temperature: float = 1.0,
 ) -> Latents:
-    """Draws from the posterior (mean, log-scale) if there is one, else from the prior.
+    """Samples from the posterior if there is one, otherwise from the prior.
 
     Args:
-      posterior, prior: means and logarithms of standard deviations.
-      given: latents to take in the place of a draw.
-      rng: key; None takes the mean.
-      temperature: of the standard deviations.
+      posterior: (mean, log standard deviation), or None.
+      prior: (mean, log standard deviation).
+      given: latents to use instead of sampling.
+      rng: key; None to take the mean.
+      temperature: factor of the standard deviations.
     """
     mean, log_scale = prior if posterior is None else posterior
     z = mean if given is None else given

@@ -1,9 +1,9 @@
-"""Quantization of vectors: learned codebooks, residual stacks of them, and a fixed grid.
+"""Vector quantization: learned codebooks, residual stacks of them, and a fixed grid.
 
-A codebook is not trained by gradients: each code follows an exponential moving average of the
-vectors that were nearest to it (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019). It
-starts by k-means on the first batch, and a code that is hardly used starts anew at a vector of the
-batch (Zeghidour et al. 2021, section III-C). Sums go over the whole batch, however it is sharded.
+Codebooks are not trained by gradients: each code is an exponential moving average of the vectors
+assigned to it (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019). A codebook is
+initialized by k-means on the first batch, and rarely used codes restart at a vector of the batch
+(Zeghidour et al. 2021, section III-C). Sums are over the whole batch, however it is sharded.
 """
 
 import dataclasses
@@ -17,28 +17,41 @@ import jax.numpy as jnp
 from genai_jax.config import field
 
 KMEANS_ITERATIONS = 10
-EXACT = jax.lax.Precision.HIGHEST  # a rounded distance would choose another code
+EXACT = jax.lax.Precision.HIGHEST  # rounded distances could choose another code
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:
-    codes: int = field(512, "vectors in a codebook, of vq and rvq", minimum=2)
-    codebooks: int = field(4, "of rvq; each quantizes what the ones before left", minimum=1)
-    decay: float = field(0.99, "of the averages that the codes follow", minimum=0, maximum=1)
-    restart_below: float = field(
-        0.05,
-        "a code starts anew if used less than this, relative to even use; 0: never",
+    codes: int = field(512, "Codes per codebook, for vq and rvq", minimum=2)
+    codebooks: int = field(
+        4,
+        "Number of codebooks, for rvq; each quantizes the residual of the ones before it",
+        minimum=1,
+    )
+    decay: float = field(
+        0.99,
+        "Decay rate of the moving averages that the codes follow, for vq and rvq",
         minimum=0,
         maximum=1,
     )
-    levels: str = field("8,5,5,5", "values of each latent channel, of fsq")
+    restart_below: float = field(
+        0.05,
+        "Usage below which a code restarts, relative to uniform usage, for vq and rvq; 0 for never",
+        minimum=0,
+        maximum=1,
+    )
+    levels: str = field(
+        "8,5,5,5", "Number of values of each latent channel, comma-separated, for fsq"
+    )
 
     def __post_init__(self):
         levels = self.levels.split(",")
         if not all(n.strip().isdigit() and int(n) > 2 for n in levels):
-            raise ValueError(f"--quantizer.levels={self.levels} is not a list of numbers from 3 on")
+            raise ValueError(
+                f"levels={self.levels} is not a comma-separated list of integers of at least 3"
+            )
         if math.prod(self.level_counts) > 2**24:
-            raise ValueError(f"--quantizer.levels={self.levels} makes more than 2**24 codes")
+            raise ValueError(f"levels={self.levels} gives more than 2**24 codes")
 
     @property
     def level_counts(self) -> tuple[int, ...]:
@@ -46,12 +59,12 @@ class QuantizerConfig:
 
 
 class Codebooks(NamedTuple):
-    """What is learned of one or several codebooks, float32 but for `started`."""
+    """State of one or several codebooks, float32 except for `started`."""
 
     vectors: jax.Array  # [codebooks, codes, dim]
-    sums: jax.Array  # [codebooks, codes, dim], average of the sum of the vectors of each code
-    counts: jax.Array  # [codebooks, codes], average of their number
-    started: jax.Array  # [codebooks], bool
+    sums: jax.Array  # [codebooks, codes, dim], average of the sum of the vectors assigned to a code
+    counts: jax.Array  # [codebooks, codes], average of the number of vectors assigned to a code
+    started: jax.Array  # [codebooks], bool: whether the codes have been initialized
 
 
 class Quantized(NamedTuple):
@@ -63,7 +76,7 @@ class Quantized(NamedTuple):
 
 
 def init_codebooks(codebooks: int, codes: int, dim: int) -> Codebooks:
-    """Codebooks that start with the first batch they learn from."""
+    """Codebooks that the first call of `quantize_and_learn` initializes."""
     return Codebooks(
         jnp.zeros((codebooks, codes, dim)),
         jnp.zeros((codebooks, codes, dim)),
@@ -73,35 +86,35 @@ def init_codebooks(codebooks: int, codes: int, dim: int) -> Codebooks:
 
 
 def quantize(books: Codebooks, z: jax.Array) -> Quantized:
-    """Each vector of z [..., dim] by the nearest code; what is left, by the next codebook's."""
-    return _through(books, z, lambda book, x, index: book)[0]
+    """Replaces each vector of z [..., dim] by its nearest code; the next codebook, its residual."""
+    return _quantize_residually(books, z, lambda book, x, index: book)[0]
 
 
 def quantize_and_learn(
     books: Codebooks, z: jax.Array, rng: jax.Array, *, decay: float, restart_below: float
 ) -> tuple[Quantized, Codebooks]:
-    """As `quantize`; then the codes follow the vectors that they stand for.
+    """Quantizes like `quantize`, then moves the codes towards the vectors assigned to them.
 
     Args:
-      books: codebooks; those not started yet start here.
+      books: codebooks; those not initialized yet are initialized here.
       z: [..., dim].
-      rng: key of the vectors at which codes start.
-      decay: of the averages.
-      restart_below: a code used less than this share of even use starts anew; 0 for never.
+      rng: key that selects the vectors at which codes start.
+      decay: decay rate of the averages.
+      restart_below: usage below which a code restarts, relative to uniform usage; 0 for never.
 
     Raises:
-      ValueError: fewer vectors in z than a codebook has codes.
+      ValueError: z has fewer vectors than a codebook has codes.
     """
     codes, count = books.vectors.shape[1], math.prod(z.shape[:-1])
     if codes > count:
-        raise ValueError(f"a codebook of {codes} codes cannot start from {count} vectors")
+        raise ValueError(f"a codebook of {codes} codes cannot be initialized from {count} vectors")
 
     def begin(book, x, index):
-        fresh = lambda: _started(x, codes, jax.random.fold_in(rng, index))
-        return jax.lax.cond(book.started, lambda: book, fresh)
+        initialize = lambda: _initialized(x, codes, jax.random.fold_in(rng, index))
+        return jax.lax.cond(book.started, lambda: book, initialize)
 
-    def follow(book, x, chosen, index):
-        counts, sums = totals(x, chosen, codes)
+    def follow(book, x, assigned, index):
+        counts, sums = totals(x, assigned, codes)
         book = book._replace(
             counts=decay * book.counts + (1 - decay) * counts,
             sums=decay * book.sums + (1 - decay) * sums,
@@ -109,22 +122,27 @@ def quantize_and_learn(
         book = book._replace(vectors=_means(book.sums, book.counts, book.vectors))
         return restarted(book, x, jax.random.fold_in(rng, index + 2**16), restart_below)
 
-    return _through(books, z, begin, follow)
+    return _quantize_residually(books, z, begin, follow)
 
 
-def _through(books, z, begin, follow=lambda book, x, chosen, index: book):
-    """Codebook after codebook; `begin` sees one before it quantizes, `follow` after it."""
+def _quantize_residually(books, z, begin, follow=lambda book, x, assigned, index: book):
+    """Applies one codebook after another; `begin` updates each before it quantizes, `follow` after.
+
+    Returns:
+      What `quantize` returns, and the updated codebooks.
+    """
 
     def stage(carry, inputs):
-        left, total = carry
+        residual, total = carry
         book, index = inputs
-        x = jax.lax.stop_gradient(left).reshape(-1, z.shape[-1])
+        x = jax.lax.stop_gradient(residual).reshape(-1, z.shape[-1])
         book = begin(book, x, index)
-        chosen = nearest(x, book.vectors)
-        vectors = book.vectors[chosen].reshape(z.shape)
-        distance = jnp.mean(jnp.square(left - vectors), -1)
-        book = follow(book, x, chosen, index)
-        return (left - vectors, total + vectors), (book, chosen.reshape(z.shape[:-1]), distance)
+        assigned = nearest(x, book.vectors)
+        vectors = book.vectors[assigned].reshape(z.shape)
+        distance = jnp.mean(jnp.square(residual - vectors), -1)
+        book = follow(book, x, assigned, index)
+        carry = residual - vectors, total + vectors
+        return carry, (book, assigned.reshape(z.shape[:-1]), distance)
 
     books = jax.lax.stop_gradient(books)
     indices = jnp.arange(books.started.size)
@@ -142,18 +160,18 @@ def straight_through(z: jax.Array, quantized: jax.Array) -> jax.Array:
 def nearest(x: jax.Array, vectors: jax.Array) -> jax.Array:
     """The code nearest to each vector: [count, dim], [codes, dim] -> int32 [count]."""
     products = jnp.matmul(x, vectors.T, precision=EXACT)
-    distances = jnp.sum(jnp.square(vectors), -1) - 2 * products  # less |x|^2, equal for all codes
+    distances = jnp.sum(jnp.square(vectors), -1) - 2 * products  # |x|^2, equal for all, is left out
     return jnp.argmin(distances, -1).astype(jnp.int32)
 
 
-def totals(x: jax.Array, chosen: jax.Array, codes: int) -> tuple[jax.Array, jax.Array]:
-    """How many vectors chose each code [codes], and their sum [codes, dim]."""
-    one_hot = jax.nn.one_hot(chosen, codes, dtype=jnp.float32)
+def totals(x: jax.Array, assigned: jax.Array, codes: int) -> tuple[jax.Array, jax.Array]:
+    """Number [codes] and sum [codes, dim] of the vectors assigned to each code."""
+    one_hot = jax.nn.one_hot(assigned, codes, dtype=jnp.float32)
     return jnp.sum(one_hot, 0), jnp.matmul(one_hot.T, x, precision=EXACT)
 
 
 def k_means(x: jax.Array, codes: int, rng: jax.Array) -> jax.Array:
-    """Lloyd's algorithm from random vectors of x: [count, dim] -> [codes, dim]."""
+    """Lloyd's algorithm, starting from random vectors of x: [count, dim] -> [codes, dim]."""
 
     def body(vectors, _):
         counts, sums = totals(x, nearest(x, vectors), codes)
@@ -164,47 +182,48 @@ def k_means(x: jax.Array, codes: int, rng: jax.Array) -> jax.Array:
 
 
 def restarted(book: Codebooks, x: jax.Array, rng: jax.Array, below: float) -> Codebooks:
-    """Codes that are hardly used start anew at vectors of x, their averages as well.
+    """Restarts rarely used codes, and their averages, at random vectors of x.
 
-    Were the averages kept, the next update would put such a code back to where it was.
+    If the averages were kept, the next update would move such a code back to where it was.
     """
-    even = x.shape[0] / book.counts.shape[-1]
-    dead = book.counts < below * even
-    fresh = x[jax.random.randint(rng, dead.shape, 0, x.shape[0])]
+    uniform = x.shape[0] / book.counts.shape[-1]
+    dead = book.counts < below * uniform
+    replacements = x[jax.random.randint(rng, dead.shape, 0, x.shape[0])]
     wide = dead[:, None]
     return book._replace(
-        vectors=jnp.where(wide, fresh, book.vectors),
-        sums=jnp.where(wide, even * fresh, book.sums),
-        counts=jnp.where(dead, even, book.counts),
+        vectors=jnp.where(wide, replacements, book.vectors),
+        sums=jnp.where(wide, uniform * replacements, book.sums),
+        counts=jnp.where(dead, uniform, book.counts),
     )
 
 
-def _started(x, codes, rng) -> Codebooks:
+def _initialized(x, codes, rng) -> Codebooks:
+    """A codebook whose codes are the k-means of x."""
     vectors = k_means(x, codes, rng)
     counts, sums = totals(x, nearest(x, vectors), codes)
     return Codebooks(vectors, sums, counts, jnp.bool_(True))
 
 
-def _means(sums, counts, otherwise):
-    """sums / counts; of a code without any use, `otherwise`."""
+def _means(sums, counts, default):
+    """sums / counts; `default` for codes that are not used."""
     used = counts[:, None] > 1e-6
-    return jnp.where(used, sums / jnp.where(used, counts[:, None], 1), otherwise)
+    return jnp.where(used, sums / jnp.where(used, counts[:, None], 1), default)
 
 
 def finite_scalar(z: jax.Array, levels: Sequence[int]) -> Quantized:
-    """Finite scalar quantization (Mentzer et al. 2024, figure 2): each channel to its own grid.
+    """Finite scalar quantization (Mentzer et al. 2024, figure 2): rounds each channel to a grid.
 
     Args:
       z: [..., channels].
-      levels: how many values each channel has.
+      levels: number of values of each channel.
 
     Returns:
       Vectors on a grid within [-1, 1]; one code from 0 to prod(levels) - 1; a commitment of 0.
     """
     count = jnp.array(levels, jnp.float32)
-    reach = (count - 1) * (1 + 1e-3) / 2
+    bound = (count - 1) * (1 + 1e-3) / 2
     offset = jnp.where(count % 2 == 0, 0.5, 0.0)
-    bounded = jnp.tanh(z + jnp.arctanh(offset / reach)) * reach - offset
+    bounded = jnp.tanh(z + jnp.arctanh(offset / bound)) * bound - offset
     whole = straight_through(bounded, jnp.round(bounded))
     half = count // 2
     places = jnp.array([math.prod(levels[:i]) for i in range(len(levels))], jnp.int32)
@@ -213,7 +232,7 @@ def finite_scalar(z: jax.Array, levels: Sequence[int]) -> Quantized:
 
 
 def to_grid(z: jax.Array, levels: Sequence[int]) -> jax.Array:
-    """The nearest vectors that `finite_scalar` gives."""
+    """The vectors on the grid of `finite_scalar` nearest to z [..., channels]."""
     count = jnp.array(levels, jnp.float32)
     half = count // 2
     return jnp.clip(jnp.round(z * half), -half, count - 1 - half) / half
@@ -238,8 +257,8 @@ def code_counts(codes: jax.Array, size: int, weights: jax.Array | None = None) -
 
     Args:
       codes: int [batch, ..., codebooks].
-      size: codes in a codebook.
-      weights: [batch], what an occurrence counts; 1 if None.
+      size: number of codes in a codebook.
+      weights: [batch], weight of each example; 1 if None.
     """
     books = codes.shape[-1]
     weights = jnp.ones(codes.shape[0]) if weights is None else weights
@@ -249,10 +268,10 @@ def code_counts(codes: jax.Array, size: int, weights: jax.Array | None = None) -
 
 
 def usage(counts: jax.Array) -> dict[str, jax.Array]:
-    """Share of the codes in use, and perplexity exp(entropy) of them, means over codebooks.
+    """Fraction of the codes in use, and perplexity of the codes, as means over codebooks.
 
     Args:
-      counts: [codebooks, codes], how often each code occurred.
+      counts: [codebooks, codes], how often each code occurs.
     """
     share = counts / jnp.maximum(jnp.sum(counts, -1, keepdims=True), 1)
     entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-30)), -1)

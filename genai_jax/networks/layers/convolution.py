@@ -1,4 +1,4 @@
-"""Layers over space: arrays [batch, *space, channels] with one, two or three axes of space."""
+"""Spatial layers for arrays [batch, *space, channels] with one, two or three spatial axes."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from genai_jax.networks.layers.spectral import spectral_normalized
 
 
 class Conv(nn.Module):
-    """A convolution whose output has the size of its input divided by the strides, rounded up.
+    """A convolution whose output size is the input size divided by the strides, rounded up.
 
     Attributes:
       features: channels of the output.
-      kernel_size: one size for each axis of space.
-      strides: one for each axis of space; 1 if None.
-      init_scale: variance of the kernel, times fan-in; 0 initializes it to zero.
+      kernel_size: size along each spatial axis.
+      strides: stride along each spatial axis; 1 if None.
+      init_scale: initial variance of the kernel, times fan-in; 0 for zeros.
       spectral_norm: whether the kernel is divided by its largest singular value.
     """
 
@@ -47,7 +47,7 @@ class Conv(nn.Module):
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int] | None = None) -> jax.Array:
-    """[batch, *space, channels] by a kernel [*size, channels, features], padded to "SAME"."""
+    """Convolves [batch, *space, channels] with [*size, channels, features], with "SAME" padding."""
     space = x.ndim - 2
     strides = tuple(strides or (1,) * space)
     if math.prod(kernel.shape[:-2]) == 1 and math.prod(strides) == 1:
@@ -62,8 +62,9 @@ class GroupNorm(nn.Module):
     """Group normalization (Wu and He 2018) over space and the channels of a group, in float32.
 
     Attributes:
-      max_groups: upper bound of the number of groups, which is a divisor of the channels.
-      affine: whether each channel has a learned scale and bias.
+      max_groups: largest number of groups; fewer if they would not divide the channels, or would
+        have fewer than four channels.
+      affine: whether to learn a scale and a bias per channel.
     """
 
     max_groups: int = 32
@@ -74,7 +75,7 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        # Groups of at least four channels: a group of one, on a tiny network, erases its mean.
+        # At least four channels per group: in tiny networks, groups of one would lose their mean.
         groups = math.gcd(max(1, min(self.max_groups, channels // 4)), channels)
         grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
         mean = jnp.mean(grouped, (1, 3), keepdims=True)
@@ -87,7 +88,7 @@ class GroupNorm(nn.Module):
 
 
 def upsample(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """Repeats every element `factors` times along the axes of space."""
+    """Repeats every element `factors` times along the spatial axes."""
     for axis, factor in enumerate(factors, start=1):
         if factor > 1:
             x = jnp.repeat(x, factor, axis)
@@ -95,7 +96,7 @@ def upsample(x: jax.Array, factors: Sequence[int]) -> jax.Array:
 
 
 def downsample(x: jax.Array, factors: Sequence[int]) -> jax.Array:
-    """Means over blocks of `factors` elements; sizes are multiples of the factors."""
+    """Averages blocks of `factors` elements; the sizes must be multiples of the factors."""
     for axis, factor in enumerate(factors, start=1):
         shape = (*x.shape[:axis], x.shape[axis] // factor, factor, *x.shape[axis + 1 :])
         x = jnp.mean(x.reshape(shape), axis + 1)

@@ -1,4 +1,4 @@
-"""An embedding table that is looked up over a mesh by moving only its own parts."""
+"""Embedding lookup on a mesh that moves parts of the table instead of the batch's vectors."""
 
 import flax.linen as nn
 import jax
@@ -9,10 +9,10 @@ from genai_jax.networks.parallel.axes import split_over
 
 
 class Embed(nn.Module):
-    """Row i of `embedding` [num_rows, dim] for integer i.
+    """Looks up rows of the table `embedding` [num_rows, dim].
 
     Attributes:
-      num_rows: rows of the table.
+      num_rows: number of rows of the table.
       dim: width of a row.
       rows_axis: logical axis of the rows in the sharding table; None if they are never split.
       dtype: dtype of the result.
@@ -34,11 +34,11 @@ class Embed(nn.Module):
 
 
 def lookup(table: jax.Array, index: jax.Array, rows: tuple[str, ...] = ()) -> jax.Array:
-    """table[index], [batch, length, dim], batch and length split as the sharding table says.
+    """table[index], [batch, length, dim], with batch and length split as in the sharding table.
 
-    XLA's partitioner gathers the vectors of the whole batch where table and indices are both split
-    over an axis. Here the parts of a row are gathered first, and each device looks up its own
-    indices; the vectors are then summed over `rows`, the mesh axes that split the rows.
+    If the table and the indices are split over the same axis, XLA's partitioner gathers the vectors
+    of the whole batch. Here, devices first gather the parts of the rows, then look up their own
+    indices; the results are summed over `rows`, the mesh axes that split the rows.
 
     Args:
       table: [num_rows, dim].
@@ -57,9 +57,9 @@ def lookup(table: jax.Array, index: jax.Array, rows: tuple[str, ...] = ()) -> ja
         if not rows:
             return jnp.take(table, index, axis=0)
         index = index - jax.lax.axis_index(rows) * table.shape[0]
-        here = (index >= 0) & (index < table.shape[0])
-        vectors = jnp.take(table, jnp.where(here, index, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[..., None], vectors, 0), rows)
+        is_local = (index >= 0) & (index < table.shape[0])
+        vectors = jnp.take(table, jnp.where(is_local, index, 0), axis=0)
+        return jax.lax.psum(jnp.where(is_local[..., None], vectors, 0), rows)
 
     spec = PartitionSpec(batch or None, length or None)
     return jax.shard_map(

@@ -16,9 +16,9 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) -> Rotation:
-    """The rotary angles of positions [batch, length], computed once for all layers.
+    """The rotary angles of positions [batch, length]; compute them once for all layers.
 
-    Su et al. 2021, "RoFormer", equation 34, with channel i paired with i + head_dim / 2.
+    Su et al. 2021, "RoFormer", equation 34, with channel i paired with channel i + head_dim / 2.
 
     Args:
       positions: [batch, length] integers.
@@ -35,8 +35,8 @@ def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) ->
 def axial_rotation(shape: tuple[int, ...], head_dim: int, *, theta: float = 100.0) -> Rotation:
     """The rotary angles of the points of a grid, [1, points, 1, 2, head_dim / 2].
 
-    Each axis of the grid rotates an equal share of the pairs of channels; the remaining pairs are
-    not rotated.
+    Each axis of the grid rotates an equal share of the channel pairs; leftover pairs are not
+    rotated.
     """
     half = head_dim // 2
     share = half // len(shape)
@@ -51,8 +51,8 @@ def axial_rotation(shape: tuple[int, ...], head_dim: int, *, theta: float = 100.
 def axial_sinusoidal(shape: tuple[int, ...], dim: int) -> np.ndarray:
     """Sines and cosines of the coordinates of a grid, [points, dim]: an equal share for each axis.
 
-    The two-dimensional case is that of Dosovitskiy et al. 2021 in the fixed form of Peebles and Xie
-    2023.
+    The two-dimensional case is the position embedding of Dosovitskiy et al. 2021 in the fixed form
+    of Peebles and Xie 2023.
     """
     share = dim // len(shape) // 2
     frequencies = 10_000.0 ** (-np.arange(share, dtype=np.float32) / max(share, 1))
@@ -65,8 +65,8 @@ def axial_sinusoidal(shape: tuple[int, ...], dim: int) -> np.ndarray:
 def rotary(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates pairs of channels of queries or keys, [batch, length, heads, head_dim], in float32.
 
-    The partner of each channel is reached by reversing an axis of 2, which XLA fuses; concatenating
-    two rotated halves would write them twice.
+    Reversing an axis of size 2 swaps the two channels of a pair, which XLA fuses; concatenating two
+    rotated halves would write them twice.
     """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     rotated = pairs * by.cos + jnp.flip(pairs, -2) * by.sin
@@ -88,13 +88,13 @@ def sinusoidal(positions: jax.Array, dim: int) -> jax.Array:
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """One slope per head, [heads], float32: the geometric sequence of Press et al. 2022, section 3.
 
-    For a number of heads that is not a power of two, the sequence of the next smaller power is
+    If the number of heads is not a power of two, the sequence for the next smaller power is
     completed with every second slope of the next larger one, as in the authors' code.
     """
 
     def powers(count: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
 
-    whole = 2 ** math.floor(math.log2(num_heads))
-    extra = powers(2 * whole)[::2][: num_heads - whole]
-    return np.array(powers(whole) + extra, np.float32)
+    power = 2 ** math.floor(math.log2(num_heads))
+    extra = powers(2 * power)[::2][: num_heads - power]
+    return np.array(powers(power) + extra, np.float32)

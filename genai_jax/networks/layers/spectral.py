@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 
 def spectral_normalized(module: nn.Module, kernel: jax.Array) -> jax.Array:
-    """The kernel [..., features] over its norm as a matrix with `features` columns, float32.
+    """Divides a kernel [..., features] by its norm as a matrix with `features` columns, float32.
 
-    The norm is estimated by power iteration from a vector in the variable collection "spectral",
+    The norm is estimated by power iteration on a vector in the variable collection "spectral", with
     one iteration per call in which that collection is mutable. Call it once, in a compact method of
     `module`.
     """
@@ -22,7 +22,7 @@ def spectral_normalized(module: nn.Module, kernel: jax.Array) -> jax.Array:
 
 
 def _iterate(matrix: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One power iteration: unit vectors [rows], [columns]."""
+    """One power iteration; returns unit vectors [rows] and [columns]."""
     left = _unit(matrix @ right)
     return left, _unit(left @ matrix)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genai_jax.config import Config, ConfigError
+from genai_jax.config import Config, ConfigError, name_flags
 from genai_jax.networks.latent import quantization
 from genai_jax.networks.latent.autoencoder import Autoencoder
 
@@ -48,7 +48,8 @@ class Codec:
         try:
             self.latent_shape = self.config.latent_shape(self.shape)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            message = name_flags(str(error), "autoencoder", type(self.config))
+            raise ConfigError(message) from None
         self.network = Autoencoder(
             self.config, len(shape) - 1, shape[-1], config.run.attention,
             jnp.dtype(config.run.dtype),

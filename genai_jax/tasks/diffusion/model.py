@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from genai_jax.config import Config, ConfigError, field
+from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion import times, weighting
 from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert, input_scale
@@ -122,7 +122,8 @@ class DenoisingModel:
         try:
             jax.eval_shape(self._init_network, jax.random.key(0))
         except ValueError as error:  # sizes that the network cannot take
-            raise ConfigError(f"--data.dataset={config.data.dataset}: {error}") from None
+            message = name_flags(str(error), chosen.network, type(self.network_shape))
+            raise ConfigError(f"--data.dataset={config.data.dataset}: {message}") from None
 
     # Parameters.
 

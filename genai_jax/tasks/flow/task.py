@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax import media
-from genai_jax.config import Config, ConfigError, field
+from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
@@ -77,7 +77,7 @@ class NormalizingFlow(Task):
         try:
             config.glow.check_shape(self.data.shape)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(name_flags(str(error), "glow", type(config.glow))) from None
         self.model = Glow(config.glow, self.label_sizes)
         self.dimensions = math.prod(self.data.shape)
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from genai_jax.config import Config, ConfigError, field
+from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.adversarial import UNDECIDED
 from genai_jax.metrics.energy_distance import energy_distance
@@ -83,10 +83,12 @@ class Gan(Task):
             prepare=self._prepare, watch=self._watch,
         )  # fmt: skip
         self.game = Game(config.gan, players)
-        try:
-            jax.eval_shape(self.init, jax.random.key(0))
-        except ValueError as error:  # sizes that do not halve
-            raise ConfigError(str(error)) from None
+        for name in ("generator", "critic"):
+            component = getattr(config, name)
+            try:
+                component.check_shape(self.data.shape, bool(config.gan.grow_from))
+            except ValueError as error:
+                raise ConfigError(name_flags(str(error), name, type(component))) from None
 
     def _check(self):
         config, chosen = self.config, self.config.gan

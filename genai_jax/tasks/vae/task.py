@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.config import Config, ConfigError, field
+from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bits
 from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
@@ -106,7 +106,8 @@ class Vae(Task):
             try:
                 config.ladder_vae.check_shape(self.data.shape)
             except ValueError as error:
-                raise ConfigError(str(error)) from None
+                cls = type(config.ladder_vae)
+                raise ConfigError(name_flags(str(error), "ladder_vae", cls)) from None
 
     # Parameters and loss.
 

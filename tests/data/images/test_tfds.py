@@ -1,4 +1,4 @@
-"""TFDS image sets, written and read as ArrayRecord without TensorFlow."""
+"""TFDS image data sets, written and read as ArrayRecord without TensorFlow."""
 
 import io
 import sys
@@ -21,7 +21,7 @@ def picture(index: int) -> np.ndarray:
 
 
 def png(values: np.ndarray) -> bytes:
-    """Encoded here: TFDS encodes arrays by TensorFlow."""
+    """Encoded here, since TFDS would encode arrays with TensorFlow."""
     file = io.BytesIO()
     Image.fromarray(values).save(file, format="PNG")
     return file.getvalue()
@@ -63,13 +63,13 @@ def config(data_dir, **changes):
     return ImageDataConfig(dataset="tiny_pictures", data_dir=data_dir, batch_size=4, **changes)
 
 
-def test_images_labels_and_captions_come_back_as_written(data_dir):
+def test_images_labels_and_captions_round_trip(data_dir):
     source = open_images(config(data_dir, caption_key="text", captions=True), "train")
     assert source.shape == (12, 16, 3) and source.label_names == (("cat", "dog"),)
     assert len(source) == 20
-    found = {source[i]["caption"]: source[i] for i in range(20)}
+    by_caption = {source[i]["caption"]: source[i] for i in range(20)}
     for i in range(20):
-        example = found[f"train {i}"]
+        example = by_caption[f"train {i}"]
         np.testing.assert_array_equal(example["image"], picture(i))
         assert example["labels"].tolist() == [i % 2]
     held_out = open_images(config(data_dir), "validation")
@@ -87,21 +87,19 @@ def test_batches_and_mirror_images(data_dir):
     source = loader.open("train")
     plain = {source[i]["image"].tobytes() for i in range(20)}
     mirrored = {source[i]["image"][:, ::-1].tobytes() for i in range(20)}
-    kinds = [x.tobytes() in plain for x in batch["image"]]
     assert all(x.tobytes() in plain | mirrored for x in batch["image"])
-    several = [next_batch for next_batch in _first(loader, 5)]
-    kinds = [x.tobytes() in plain for b in several for x in b["image"]]
-    assert any(kinds) and not all(kinds)
+    is_plain = [x.tobytes() in plain for b in _first(loader, 5) for x in b["image"]]
+    assert any(is_plain) and not all(is_plain)
 
 
 def _first(loader, count):
     batches = loader.batches()
-    found = [next(batches) for _ in range(count)]
+    first_batches = [next(batches) for _ in range(count)]
     batches.close()
-    return found
+    return first_batches
 
 
-def test_the_centre_is_kept_and_resized():
+def test_resizing_keeps_the_center():
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, 2:6] = 200
     assert np.all(resized(image, (4, 4, 3)) == 200)
@@ -110,14 +108,14 @@ def test_the_centre_is_kept_and_resized():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"image_key": "x"}, "--data.image_key=x: tiny_pictures has image, label, text"),
-        ({"label_key": "text"}, "--data.label_key=text of tiny_pictures is no class"),
-        ({"image_key": "text"}, "of tiny_pictures is no image"),
+        ({"label_key": "text"}, "--data.label_key=text of tiny_pictures is not a class label"),
+        ({"image_key": "text"}, "of tiny_pictures is not an image"),
         ({"captions": True}, "--data.captions: tiny_pictures has no captions"),
     ],
 )
-def test_features_that_are_not_there(data_dir, changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_missing_features_are_errors(data_dir, changes, message):
+    with pytest.raises(ConfigError, match=message):
         open_images(config(data_dir, **changes), "train")

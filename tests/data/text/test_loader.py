@@ -70,14 +70,14 @@ def test_resumes_after_every_batch(config, prefetch):
     iterator.close()
 
 
-def test_order_depends_on_the_seed_alone(config):
+def test_order_depends_only_on_the_seed(config):
     a, b, c = (take(TextLoader(config, seed).batches(), 3) for seed in (1, 1, 2))
     for x, y in zip(a, b, strict=True):
         assert_equal(x, y)
     assert any((x["tokens"] != y["tokens"]).any() for x, y in zip(a, c, strict=True))
 
 
-def test_each_epoch_has_every_document_in_another_order(config):
+def test_each_epoch_has_every_document_in_a_different_order(config):
     config = changed(config, batch_size=1, sequence_length=64)
     loader = TextLoader(config, 0)
     iterator = loader.batches()
@@ -95,7 +95,7 @@ def test_each_epoch_has_every_document_in_another_order(config):
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_processes_share_the_global_batch(config, split):
     whole = TextLoader(config, 3).batches(split)
-    rows = (0, 3), (0, 1, 2)  # a row may be made by several
+    rows = (0, 3), (0, 1, 2)  # several processes may make the same row
     shares = [TextLoader(config, 3).batches(split, some) for some in rows]
     for _ in range(10):
         batch = next(whole)
@@ -111,20 +111,20 @@ def test_fewer_documents_than_rows(tmp_path):
     assert batch["tokens"].tolist() == [[0, *b"tiny", 0, *b"tiny", 0, ord("t")]] * 8
 
 
-def test_state_of_another_batch_size(config):
+def test_state_of_a_different_batch_size_is_an_error(config):
     state = TextLoader(config, 0).batches().get_state()
     with pytest.raises(ConfigError, match="same batch size"):
         TextLoader(changed(config, batch_size=2), 0).batches().set_state(state)
 
 
-def test_the_joined_state_of_shares_is_that_of_the_whole(config):
+def test_merged_states_of_processes_equal_the_global_state(config):
     whole = TextLoader(config, 3).batches()
     shares = [TextLoader(config, 3).batches("train", rows) for rows in ((0, 2), (1,), (2, 3))]
     for iterator in (whole, *shares):
         take(iterator, 3)
     state = joined_states([share.get_state() for share in shares])
     assert state == whole.get_state()
-    other = TextLoader(config, 3).batches("train", (1, 2, 3))  # another share goes on from it
+    other = TextLoader(config, 3).batches("train", (1, 2, 3))  # other rows continue from it
     other.set_state(json.loads(json.dumps(state)))
     assert_equal(next(other), {k: v[1:] for k, v in next(whole).items()})
 
@@ -144,18 +144,18 @@ def test_evaluation_covers_every_token_once(config, batch_size):
 
 def test_evaluation_stops_at_max_batches(config):
     loader = TextLoader(config, 0)
-    everything = list(loader.evaluation_batches())
-    assert len(everything) > 3
-    for limit in (0, 2, len(everything), 1000):
-        some = list(loader.evaluation_batches(limit))
-        assert len(some) == min(limit, len(everything))
-        for a, b in zip(some, everything, strict=False):
+    batches = list(loader.evaluation_batches())
+    assert len(batches) > 3
+    for limit in (0, 2, len(batches), 1000):
+        limited = list(loader.evaluation_batches(limit))
+        assert len(limited) == min(limit, len(batches))
+        for a, b in zip(limited, batches, strict=False):
             assert_equal(a, b)
 
 
 @pytest.mark.parametrize("limit", [-1, 2, 1000])
 @pytest.mark.parametrize("batch_size", [4, 32])
-def test_evaluation_is_as_long_on_every_process(config, batch_size, limit):
+def test_evaluation_has_equally_many_batches_on_every_process(config, batch_size, limit):
     config = changed(config, batch_size=batch_size)
     whole = list(TextLoader(config, 0).evaluation_batches(limit))
     share = batch_size // 4
@@ -170,7 +170,7 @@ def test_evaluation_is_as_long_on_every_process(config, batch_size, limit):
         assert_equal(shares[3][0], padding(8, 16))
 
 
-def test_close_ends_the_thread(config):
+def test_close_stops_the_thread(config):
     before = threading.active_count()
     iterator = TextLoader(config, 0).batches()
     next(iterator)
@@ -180,13 +180,13 @@ def test_close_ends_the_thread(config):
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="closed"):
         next(iterator)
-    forgotten = TextLoader(config, 0).batches()
-    next(forgotten)
-    del forgotten
+    unclosed = TextLoader(config, 0).batches()
+    next(unclosed)
+    del unclosed
     assert threading.active_count() == before
 
 
-def test_errors_in_the_thread_arrive(config, monkeypatch):
+def test_errors_in_the_thread_propagate(config, monkeypatch):
     loader = TextLoader(config, 0)
     monkeypatch.setattr(loader.tokenizer, "encode", lambda text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -215,7 +215,7 @@ def test_train_tokenizer_command(corpus, tmp_path, capsys, config):
     assert (batch["tokens"][:, 0] == loader.tokenizer.boundary_id).all()
 
 
-def test_train_tokenizer_help_and_mistakes(corpus, capsys):
+def test_train_tokenizer_help_and_errors(corpus, capsys):
     assert train_tokenizer.main(["--help"]) == 0
     assert "--vocab_size" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"does not end in \.json"):

@@ -8,7 +8,7 @@ from genai_jax.data.text.packing import Packer
 
 
 def make_documents(count, seed=0):
-    """Documents of 0 to 20 tokens, 1..99, all with boundary 0; tokens tell the document apart."""
+    """Documents of 0 to 20 tokens between boundaries 0, all the same token, which identifies it."""
     rng = np.random.default_rng(seed)
     return [np.pad(np.full(rng.integers(0, 20), i % 99 + 1), 1) for i in range(count)]
 
@@ -63,7 +63,7 @@ def test_a_segment_holds_one_document_and_positions_restart():
                 assert not np.any(tokens[1:] == 0)  # the boundary only ever starts an input
 
 
-def test_padding_is_zero_and_unmasked():
+def test_padding_is_zero_and_masked_out():
     documents = [np.array([0, 5, 6, 0]), np.array([0, 0])]
     (batch,) = all_batches(make_packer(documents, length=5))
     np.testing.assert_array_equal(batch["tokens"], [[0, 5, 6, 0, 0], [0] * 5, [0] * 5])
@@ -97,7 +97,7 @@ def test_resumes_after_every_batch():
         packer.next_batch()
 
 
-def test_a_state_without_these_rows_or_of_another_batch_size_is_an_error():
+def test_a_state_of_other_rows_or_a_different_batch_size_is_an_error():
     documents = make_documents(8)
     state = make_packer(documents, range(4), 4).get_state()
     with pytest.raises(ConfigError, match="rows 0 to 3, but this process fills rows 0 to 1 of 2"):

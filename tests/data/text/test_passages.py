@@ -1,4 +1,4 @@
-"""Documents cut into passages lose nothing."""
+"""Cutting documents into passages loses nothing."""
 
 import pytest
 
@@ -9,7 +9,7 @@ DOCUMENTS = ["one line\nand another line\n" * 9, "word " * 40, "x" * 100, "short
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 30, 1000])
-def test_passages_joined_are_the_documents(size):
+def test_concatenated_passages_are_the_documents(size):
     passages = Passages(MemorySource("test", DOCUMENTS), size)
     documents, current = [], ""
     for i in range(len(passages)):
@@ -22,7 +22,7 @@ def test_passages_joined_are_the_documents(size):
     assert documents == DOCUMENTS and current == ""
 
 
-def test_cuts_fall_behind_lines_or_words():
+def test_cuts_fall_after_lines_or_words():
     passages = Passages(MemorySource("test", DOCUMENTS[:2]), 40)
     texts = [passages[i] for i in range(len(passages))]
     assert len(texts) > 6

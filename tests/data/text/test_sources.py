@@ -16,7 +16,7 @@ def documents(config, split):
     return [source[i] for i in range(len(source))]
 
 
-def both(config):
+def both_splits(config):
     return documents(config, "train"), documents(config, "validation")
 
 
@@ -24,19 +24,19 @@ def text_config(path, **changes):
     return DataConfig(dataset=f"text:{path}", **changes)
 
 
-def test_importing_the_room_is_cheap():
+def test_importing_the_data_package_is_cheap():
     code = (
         "import sys, genai_jax.data, genai_jax.train_tokenizer\n"
         "heavy = 'jax grain tensorflow torch tensorflow_datasets tokenizers sentencepiece'\n"
         "sys.exit(', '.join(name for name in heavy.split() if name in sys.modules) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def test_python_docs():
     start = time.process_time()
-    train, validation = both(DataConfig())
+    train, validation = both_splits(DataConfig())
     assert time.process_time() - start < 10
     assert sum(map(len, train)) > 1_000_000 and sum(map(len, validation)) > 20_000
     assert not set(train) & set(validation)
@@ -47,18 +47,18 @@ def test_python_docs():
 
 
 def test_python_source():
-    train, validation = both(DataConfig(dataset="python_source"))
+    train, validation = both_splits(DataConfig(dataset="python_source"))
     assert sum(map(len, train)) > 3_000_000 and validation
     assert any("class JSONEncoder" in text for text in train + validation)
     assert not any("class TestJSONEncoder" in text for text in train + validation)
 
 
-def test_folder_is_one_document_a_file(tmp_path):
+def test_folder_has_one_document_per_file(tmp_path):
     (tmp_path / "sub" / ".hidden").mkdir(parents=True)
     for name in ("b.txt", "a.txt", "sub/c.txt", ".secret", "sub/.hidden/d.txt"):
         (tmp_path / name).write_text(f"file {name}")
     (tmp_path / "empty.txt").touch()
-    train, validation = both(text_config(tmp_path))
+    train, validation = both_splits(text_config(tmp_path))
     assert len(validation) == 1
     assert sorted(train + validation) == ["file a.txt", "file b.txt", "file sub/c.txt"]
     assert train == sorted(train)
@@ -67,7 +67,7 @@ def test_folder_is_one_document_a_file(tmp_path):
 def test_file_is_cut_at_form_feeds(tmp_path):
     path = tmp_path / "pages.txt"
     path.write_text("\f".join(["one\n\nstill one", "two", "three", "  "]))
-    train, validation = both(text_config(path))
+    train, validation = both_splits(text_config(path))
     assert sorted(train + validation) == ["one\n\nstill one", "three", "two"]
 
 
@@ -76,15 +76,15 @@ def test_file_is_cut_between_paragraphs(tmp_path, separator):
     path = tmp_path / "text.txt"
     text = separator.join(f"paragraph {i} " + "word " * 30 for i in range(600))
     path.write_bytes(text.encode())
-    train, validation = both(text_config(path))
+    train, validation = both_splits(text_config(path))
     assert len(train) > 5 and validation
     sizes = sorted(map(len, train + validation))
-    assert sizes[1] >= 2_000 and sizes[-1] < 9_000  # all but the last one, which is what is left
-    place = {document: text.index(document) for document in train + validation}
-    assert "".join(sorted(place, key=place.get)) == text
+    assert sizes[1] >= 2_000 and sizes[-1] < 9_000  # all but the last one, which is the rest
+    position = {document: text.index(document) for document in train + validation}
+    assert "".join(sorted(position, key=position.get)) == text
 
 
-def test_a_single_document_trains_but_has_no_validation(tmp_path):
+def test_a_single_document_can_be_trained_on_but_not_validated_on(tmp_path):
     path = tmp_path / "tiny.txt"
     path.write_text("only this")
     assert documents(text_config(path), "train") == ["only this"]
@@ -92,10 +92,10 @@ def test_a_single_document_trains_but_has_no_validation(tmp_path):
         open_source(text_config(path), "validation")
 
 
-def test_copies_fall_on_one_side(tmp_path):
+def test_copies_fall_into_the_same_split(tmp_path):
     for i in range(60):
         (tmp_path / f"{i:02}.txt").write_text(f"content {i % 20}")
-    train, validation = both(text_config(tmp_path, validation_percent=50))
+    train, validation = both_splits(text_config(tmp_path, validation_percent=50))
     assert len(train) == len(validation) == 30
     assert not set(train) & set(validation)
 
@@ -138,7 +138,7 @@ def test_not_utf8(tmp_path):
     raw = b"caf\xe9 au lait\fsecond\fthird"
     path = tmp_path / "latin.txt"
     path.write_bytes(raw)
-    read = [encode_document(d) for split in both(text_config(path)) for d in split]
+    read = [encode_document(d) for split in both_splits(text_config(path)) for d in split]
     assert sorted(read) == sorted(raw.split(b"\f"))
     with pytest.raises(ConfigError, match=r"latin\.txt is not UTF-8 .*offset 3") as error:
         open_source(text_config(path, tokenizer="tok.json"), "train")

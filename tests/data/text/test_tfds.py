@@ -30,26 +30,26 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
 
-class RoomPlain(_Builder, skip_registration=True):
+class TinyPlain(_Builder, skip_registration=True):
     SIZES = {"train": 40}  # noqa: RUF012
 
 
-class RoomSplit(_Builder, skip_registration=True):
+class TinySplit(_Builder, skip_registration=True):
     SIZES = {"train": 20, "validation": 5, "test": 4}  # noqa: RUF012
 
 
-class RoomTest(_Builder, skip_registration=True):
+class TinyTest(_Builder, skip_registration=True):
     SIZES = {"train": 20, "test": 4}  # noqa: RUF012
 
 
-class RoomOdd(_Builder, skip_registration=True):
+class TinyOdd(_Builder, skip_registration=True):
     SIZES = {"everything": 3}  # noqa: RUF012
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("tfds"))
-    for builder in (RoomPlain, RoomSplit, RoomTest, RoomOdd):
+    for builder in (TinyPlain, TinySplit, TinyTest, TinyOdd):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
@@ -60,47 +60,47 @@ def open_split(data_dir, name, split="train", **changes):
 
 
 def test_own_splits(data_dir):
-    train, texts = open_split(data_dir, "room_split")
+    train, texts = open_split(data_dir, "tiny_split")
     assert sorted(texts) == sorted(f"train example {i}: é" for i in range(20))
-    validation, texts = open_split(data_dir, "room_split", "validation")
+    validation, texts = open_split(data_dir, "tiny_split", "validation")
     assert sorted(texts) == [f"validation example {i}: é" for i in range(5)]
     assert (train.name, validation.name) == (
-        "room_split/1.0.0[train]",
-        "room_split/1.0.0[validation]",
+        "tiny_split/1.0.0[train]",
+        "tiny_split/1.0.0[validation]",
     )
     assert train.fingerprint() != validation.fingerprint()
     assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 
 
 def test_version_in_the_name(data_dir):
-    assert open_split(data_dir, "room_split:1.0.0")[0].name == "room_split/1.0.0[train]"
+    assert open_split(data_dir, "tiny_split:1.0.0")[0].name == "tiny_split/1.0.0[train]"
 
 
 def test_test_split_serves_as_validation(data_dir):
-    source, texts = open_split(data_dir, "room_test", "validation")
-    assert source.name == "room_test/1.0.0[test]" and len(texts) == 4
-    assert len(open_split(data_dir, "room_test")[1]) == 20
+    source, texts = open_split(data_dir, "tiny_test", "validation")
+    assert source.name == "tiny_test/1.0.0[test]" and len(texts) == 4
+    assert len(open_split(data_dir, "tiny_test")[1]) == 20
 
 
 def test_held_out_documents(data_dir):
-    train, train_texts = open_split(data_dir, "room_plain", validation_percent=20)
-    validation, texts = open_split(data_dir, "room_plain", "validation", validation_percent=20)
-    assert validation.name == "room_plain/1.0.0[train]/validation"
+    train, train_texts = open_split(data_dir, "tiny_plain", validation_percent=20)
+    validation, texts = open_split(data_dir, "tiny_plain", "validation", validation_percent=20)
+    assert validation.name == "tiny_plain/1.0.0[train]/validation"
     assert len(texts) == 8 and len(train_texts) == 32
     assert len(set(texts) | set(train_texts)) == 40
-    assert train.fingerprint() != open_split(data_dir, "room_plain")[0].fingerprint()
+    assert train.fingerprint() != open_split(data_dir, "tiny_plain")[0].fingerprint()
 
 
-def test_another_key_and_a_wrong_one(data_dir):
-    _, texts = open_split(data_dir, "room_split", "validation", text_key="id")
+def test_text_key(data_dir):
+    _, texts = open_split(data_dir, "tiny_split", "validation", text_key="id")
     assert sorted(texts) == list("01234")
-    with pytest.raises(ConfigError, match=r"text_key=body: room_split has .*id.*text"):
-        open_split(data_dir, "room_split", text_key="body")
+    with pytest.raises(ConfigError, match=r"text_key=body: tiny_split has .*id.*text"):
+        open_split(data_dir, "tiny_split", text_key="body")
 
 
 def test_no_train_split(data_dir):
-    with pytest.raises(ConfigError, match="room_odd has no train split, only everything"):
-        open_split(data_dir, "room_odd")
+    with pytest.raises(ConfigError, match="tiny_odd has no train split, only everything"):
+        open_split(data_dir, "tiny_odd")
 
 
 @pytest.mark.parametrize("name", ["python_dogs", "lm1bb", "nothing_like_it", "not a name", ""])
@@ -116,28 +116,28 @@ def test_unknown_name(data_dir, name):
 
 
 def test_data_in_another_format(data_dir, tmp_path):
-    shutil.copytree(f"{data_dir}/room_split", tmp_path / "room_split")
-    info = tmp_path / "room_split" / "1.0.0" / "dataset_info.json"
+    shutil.copytree(f"{data_dir}/tiny_split", tmp_path / "tiny_split")
+    info = tmp_path / "tiny_split" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ConfigError, match="room_split") as error:
-        open_split(str(tmp_path), "room_split")
+    with pytest.raises(ConfigError, match="tiny_split") as error:
+        open_split(str(tmp_path), "tiny_split")
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_prepared(tmp_path, monkeypatch):
+def test_data_that_cannot_be_prepared(tmp_path, monkeypatch):
     def fail(self, **kwargs):
         raise OSError("no network\nfor you")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(
-        ConfigError, match=r"lm1b is not prepared in .*: no network for you"
+        ConfigError, match=r"lm1b is not prepared in .*, and preparing it failed: no network for"
     ) as error:
         open_split(str(tmp_path), "lm1b")
     assert str(tmp_path) in str(error.value)
 
 
 def test_loader_reads_tfds(data_dir):
-    config = DataConfig(dataset="room_split", data_dir=data_dir, batch_size=2, sequence_length=32)
+    config = DataConfig(dataset="tiny_split", data_dir=data_dir, batch_size=2, sequence_length=32)
     loader = TextLoader(config, seed=0)
     iterator = loader.batches()
     assert "train example" in loader.tokenizer.decode(next(iterator)["tokens"][0])

@@ -66,7 +66,7 @@ def test_round_trip(tokenizer):
     assert tokenizer.decode([tokenizer.boundary_id, *ids, tokenizer.boundary_id]) == TEXT
 
 
-def test_nothing_is_no_tokens(tokenizer):
+def test_empty_text_has_no_tokens(tokenizer):
     assert tokenizer.encode("").shape == (0,) and tokenizer.encode("").dtype == np.int32
     assert tokenizer.decode([]) == ""
 
@@ -78,14 +78,14 @@ def test_token_bytes_add_up(tokenizer):
     assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode())
 
 
-def test_fingerprint_is_of_the_content(tokenizer, bpe, sentencepiece_model):
+def test_fingerprint_depends_on_the_content(tokenizer, bpe, sentencepiece_model):
     specs = ["bytes", bpe, sentencepiece_model]
     assert len({load_tokenizer(spec).fingerprint() for spec in specs}) == 3
     assert tokenizer.fingerprint() == load_tokenizer(tokenizer.spec).fingerprint()
     assert len(tokenizer.fingerprint()) == 64
 
 
-def test_bytes_keep_what_is_not_utf8_and_drop_nul():
+def test_bytes_keep_invalid_utf8_and_drop_nul():
     tokenizer = load_tokenizer("bytes")
     raw = b"caf\xe9 \xff\x80"
     ids = tokenizer.encode(raw.decode("utf-8", "surrogateescape"))
@@ -100,7 +100,7 @@ def test_bpe_compresses(bpe):
 
 @pytest.mark.parametrize("spec", ["words", "tok.txt", ""])
 def test_unknown_kind(spec):
-    with pytest.raises(ConfigError, match=r"is none of: bytes, numbers:N, a tokenizers .json"):
+    with pytest.raises(ConfigError, match=r"unknown tokenizer .*: use bytes, numbers:N, a tok"):
         load_tokenizer(spec)
 
 

@@ -1,4 +1,4 @@
-"""Generators and critics: shapes, modulation, fading, projection, spectral norms."""
+"""Generators and critics: shapes, modulation, fading, projection, spectral normalization."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ import pytest
 from genai_jax.networks.adversarial import critic, generator
 from genai_jax.networks.adversarial.critic import Critic, CriticConfig
 from genai_jax.networks.adversarial.generator import Generator, GeneratorConfig, ModulatedConv
-from genai_jax.networks.adversarial.growth import heights_of
 from genai_jax.networks.layers.convolution import Conv, convolve, downsample, upsample
 from genai_jax.networks.layers.dense import Dense
 from genai_jax.training.sharding import logical_axes
@@ -22,7 +21,7 @@ def random(shapes, scale=0.3):
     return jax.tree.map(lambda x: scale * rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
-def generated(kind: str, grows: bool):
+def random_generator(kind: str, grows: bool):
     """A generator with random parameters, and latents."""
     config = GeneratorConfig(network=kind, latent_dim=5, base_height=2, channels=4)
     network = Generator(config, SHAPE, (3,), grows)
@@ -32,28 +31,28 @@ def generated(kind: str, grows: bool):
 
 
 @pytest.mark.parametrize("kind", generator.NETWORKS)
-def test_a_generator_draws_what_it_is_told_and_fades_its_last_block_in(kind):
-    network, params, z = generated(kind, grows=True)
+def test_a_generator_uses_its_labels_and_fades_in_its_last_block(kind):
+    network, params, z = random_generator(kind, grows=True)
 
     @jax.jit
-    def draw(params, z, labels, fade, key):
+    def generate(params, z, labels, fade, key):
         styles = network.apply({"params": params}, z, labels, method="styles")
         rngs = {"noise": key}
         return network.apply({"params": params}, styles, fade, method="synthesize", rngs=rngs)
 
     key = jax.random.key(0)
-    images = draw(params, z, LABELS, 1.0, key)
+    images = generate(params, z, LABELS, 1.0, key)
     assert images.shape == (3, *SHAPE) and images.dtype == jnp.float32
-    assert np.abs(images[1] - draw(params, z, LABELS * 0, 1.0, key)[1]).max() > 1e-4
-    noisy = np.abs(images - draw(params, z, LABELS, 1.0, jax.random.key(1))).max()
-    assert (noisy > 1e-4) == (kind == "style")
-    small = draw(params, z, LABELS, 0.0, key)  # the output of the block before, enlarged
+    assert np.abs(images[1] - generate(params, z, LABELS * 0, 1.0, key)[1]).max() > 1e-4
+    noise_effect = np.abs(images - generate(params, z, LABELS, 1.0, jax.random.key(1))).max()
+    assert (noise_effect > 1e-4) == (kind == "style")
+    small = generate(params, z, LABELS, 0.0, key)  # the output of the previous block, upsampled
     np.testing.assert_allclose(small, upsample(downsample(small, (2, 2)), (2, 2)), atol=1e-5)
     assert np.abs(images - small).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", generator.NETWORKS)
-def test_a_generator_of_smaller_images_has_the_layers_of_the_first_blocks(kind):
+def test_a_generator_of_small_images_has_the_first_layers_of_a_larger_one(kind):
     small = GeneratorConfig(network=kind, latent_dim=5, base_height=2, channels=8)
     large = GeneratorConfig(network=kind, latent_dim=5, base_height=2, channels=4)
     shapes = [
@@ -65,7 +64,7 @@ def test_a_generator_of_smaller_images_has_the_layers_of_the_first_blocks(kind):
     assert before.items() <= after.items() and len(before) < len(after)
 
 
-def test_a_modulated_convolution_is_one_with_a_kernel_for_each_example():
+def test_a_modulated_convolution_is_a_convolution_with_a_kernel_per_example():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4, 4, 5)).astype(np.float32)
     style = rng.normal(size=(3, 6)).astype(np.float32)
@@ -80,7 +79,7 @@ def test_a_modulated_convolution_is_one_with_a_kernel_for_each_example():
 
 
 @pytest.mark.parametrize("kind", critic.NETWORKS)
-def test_a_critic_judges_by_label_and_fades_its_first_block_in(kind):
+def test_a_critic_uses_its_labels_and_fades_in_its_first_block(kind):
     config = CriticConfig(kind, base_height=2, channels=4, spectral_norm=True, minibatch_std=True)
     network = Critic(config, SHAPE, (3,), grows=True)
     x = np.random.default_rng(1).normal(size=(3, *SHAPE)).astype(np.float32)
@@ -90,7 +89,7 @@ def test_a_critic_judges_by_label_and_fades_its_first_block_in(kind):
     verdicts = judge(variables, x, LABELS, 1.0)
     assert verdicts.shape == (3,) and verdicts.dtype == jnp.float32
     other = judge(variables, x, LABELS * 0, 1.0)
-    assert float(verdicts[0]) == float(other[0])  # the label that stayed
+    assert float(verdicts[0]) == float(other[0])  # its label is 0 in both
     assert abs(float(verdicts[1] - other[1])) > 1e-6
     coarse = upsample(downsample(x, (2, 2)), (2, 2))
     faded, of_coarse = (judge(variables, image, LABELS, 0.0) for image in (x, coarse))
@@ -119,7 +118,7 @@ def test_spectral_normalization_is_by_the_largest_singular_value(layer):
     if layer == "conv":
         expected = expected + variables["params"]["bias"]
     np.testing.assert_allclose(y, expected / norm, atol=1e-4)
-    # The gradient sees the division: along the kernel itself nothing changes.
+    # Gradients include the division: scaling the kernel changes nothing.
 
     def loss(kernel):
         params = {**variables["params"], "kernel": kernel}
@@ -129,11 +128,11 @@ def test_spectral_normalization_is_by_the_largest_singular_value(layer):
 
 
 @pytest.mark.parametrize(("shape", "base"), [((10, 10, 1), 4), ((8, 6, 3), 2), ((4, 4, 1), 8)])
-def test_sizes_that_do_not_halve_are_refused(shape, base):
-    with pytest.raises(ValueError, match=f"--x={base}: doubling it does not lead to images of"):
-        heights_of(shape, base, "--x")
+def test_sizes_that_do_not_halve_are_errors(shape, base):
+    with pytest.raises(ValueError, match=rf"^base_height={base}: doubling it does not lead to"):
+        GeneratorConfig(base_height=base).check_shape(shape)
 
 
-def test_a_network_that_grows_needs_a_height_to_have_grown_from():
-    with pytest.raises(ValueError, match="--x=8 must be below 8, the height grown to"):
-        heights_of((8, 8, 1), 8, "--x", grows=True)
+def test_a_network_that_grows_must_start_below_its_full_height():
+    with pytest.raises(ValueError, match=r"^base_height=8 must be below 8, the height that the"):
+        CriticConfig(base_height=8).check_shape((8, 8, 1), grows=True)

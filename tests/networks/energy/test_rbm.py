@@ -1,4 +1,4 @@
-"""The Boltzmann machine's functions against sums over all its states."""
+"""The functions of the restricted Boltzmann machine against sums over all its states."""
 
 import itertools
 
@@ -11,9 +11,8 @@ from genai_jax.networks.energy import rbm
 
 def machine(visible: int, hidden: int) -> dict:
     rng = np.random.default_rng(3)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    names = ("weights", "visible_bias", "hidden_bias")
-    return dict(zip(names, (draw(visible, hidden), draw(visible), draw(hidden)), strict=True))
+    shapes = {"weights": (visible, hidden), "visible_bias": (visible,), "hidden_bias": (hidden,)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def states(count: int) -> np.ndarray:
@@ -22,7 +21,7 @@ def states(count: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def small():
-    """A machine of 4 x 3 units, and minus the energy of every pair of states, [16, 8], nats."""
+    """A machine with 4 x 3 units, and the negative energy of all pairs of states, [16, 8], nats."""
     params, v, h = machine(4, 3), states(4), states(3)
     couplings = v @ params["weights"] @ h.T
     return params, couplings + (v @ params["visible_bias"])[:, None] + h @ params["hidden_bias"]
@@ -34,7 +33,7 @@ def test_the_free_energy_sums_over_the_hidden_states(small):
     np.testing.assert_allclose(rbm.free_energy(params, states(4)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_conditionals_are_those_of_the_joint_distribution(small):
+def test_the_conditionals_match_the_joint_distribution(small):
     params, scores = small
     joint = np.exp(scores - scores.max())
     given_v = joint @ states(3) / joint.sum(1, keepdims=True)
@@ -45,16 +44,16 @@ def test_the_conditionals_are_those_of_the_joint_distribution(small):
     np.testing.assert_allclose(visible, given_h, atol=1e-6)
 
 
-def test_gibbs_is_so_many_sweeps_one_after_another():
+def test_gibbs_repeats_sweeps():
     params, v, key = machine(4, 3), states(4), jax.random.key(0)
-    drawn, white = jax.jit(rbm.gibbs, static_argnums=3)(params, v, key, 3)
+    samples, probabilities = jax.jit(rbm.gibbs, static_argnums=3)(params, v, key, 3)
     for rng in jax.random.split(key, 3):
         v, expected = rbm.sweep(params, v, rng)
-    np.testing.assert_array_equal(drawn, v)
-    np.testing.assert_allclose(white, expected, atol=1e-6)
+    np.testing.assert_array_equal(samples, v)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
-def test_annealing_from_any_base_agrees_with_enumeration_within_its_own_error():
+def test_annealing_from_any_base_agrees_with_enumeration_within_its_error_estimate():
     params = machine(10, 6)
     exact = rbm.exact_log_z(params)
 

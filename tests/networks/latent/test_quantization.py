@@ -1,10 +1,11 @@
-"""Codebooks that follow averages, residual stacks of them, and the fixed grid."""
+"""Codebooks trained by moving averages, residual stacks of them, and the fixed grid."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from genai_jax.config import ConfigError, parse
 from genai_jax.networks.latent.quantization import (
     Codebooks,
     QuantizerConfig,
@@ -24,7 +25,7 @@ LEARN = jax.jit(quantize_and_learn)
 
 
 def learned(books, z, steps, decay=0.8, restart_below=0.05):
-    """Codebooks after so many batches that are all `z`."""
+    """Codebooks after `steps` updates on the same batch `z`."""
     for i in range(steps):
         quantized, books = LEARN(
             books, z, jax.random.key(i), decay=decay, restart_below=restart_below
@@ -37,7 +38,7 @@ def book_of(vectors) -> Codebooks:
     return Codebooks(vectors, vectors, jnp.ones(vectors.shape[:2]), jnp.array([True]))
 
 
-def test_the_gradient_passes_straight_through_and_the_value_is_the_code_exactly():
+def test_gradients_pass_straight_through_and_values_are_exactly_the_codes():
     books = book_of([[0.1, 0.7], [0.9, -0.3]])
     z = jax.random.normal(jax.random.key(0), (5, 3, 2))
     weights = jax.random.normal(jax.random.key(1), z.shape)
@@ -49,7 +50,7 @@ def test_the_gradient_passes_straight_through_and_the_value_is_the_code_exactly(
     np.testing.assert_array_equal(direct, weights)
 
 
-def test_the_commitment_pulls_the_input_to_its_code_and_leaves_the_codes_alone():
+def test_the_commitment_has_a_gradient_for_the_input_and_none_for_the_codes():
     books = book_of([[0.0, 0.0], [2.0, 2.0]])
     z = jnp.array([[0.5, 0.1], [1.5, 1.8]])
     commitment = lambda books, z: jnp.sum(quantize(books, z).commitment)
@@ -59,15 +60,15 @@ def test_the_commitment_pulls_the_input_to_its_code_and_leaves_the_codes_alone()
     assert not np.any(to_books.vectors)
 
 
-def test_the_nearest_code_is_that_of_all_distances_written_out():
+def test_the_nearest_code_has_the_smallest_distance():
     x = jax.random.normal(jax.random.key(0), (50, 3))
     vectors = jax.random.normal(jax.random.key(1), (7, 3))
     distances = np.linalg.norm(np.asarray(x)[:, None] - np.asarray(vectors)[None], axis=-1)
     np.testing.assert_array_equal(nearest(x, vectors), distances.argmin(1))
 
 
-def test_averages_follow_the_closed_form():
-    """A code's average of counts and sums, and their ratio (van den Oord et al. 2017, A.1)."""
+def test_averages_match_the_closed_form():
+    """The averages of a code's counts and sums, and their ratio (van den Oord et al. 2017, A.1)."""
     books = book_of([[0.0, 0.0], [4.0, 4.0]])
     z = jnp.array([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0], [0.0, 0.0]])
     _, after = learned(books, z, 1, decay=0.9, restart_below=0.0)
@@ -90,23 +91,23 @@ def test_the_error_does_not_grow_with_more_codebooks():
 def clusters() -> np.ndarray:
     """Sixteen tight clusters of very different sizes, [vectors, 2]."""
     rng = np.random.default_rng(0)
-    middles = rng.uniform(-10, 10, (16, 2))
+    centers = rng.uniform(-10, 10, (16, 2))
     sizes = 4 + 8 * np.arange(16)
     return np.concatenate(
-        [m + 0.01 * rng.normal(size=(n, 2)) for m, n in zip(middles, sizes, strict=True)]
+        [c + 0.01 * rng.normal(size=(n, 2)) for c, n in zip(centers, sizes, strict=True)]
     ).astype(np.float32)
 
 
 def test_no_code_is_dead_after_restarts_on_clustered_data():
     z = jnp.asarray(clusters())
-    lost = book_of(np.full((16, 2), 100.0) + np.arange(16)[:, None])  # one of them takes all
-    quantized, _ = learned(lost, z, 40, restart_below=0.0)
+    far = book_of(np.full((16, 2), 100.0) + np.arange(16)[:, None])  # all vectors have one code
+    quantized, _ = learned(far, z, 40, restart_below=0.0)
     assert float(usage(code_counts(quantized.codes, 16))["usage"]) < 0.5
-    quantized, _ = learned(lost, z, 40)
+    quantized, _ = learned(far, z, 40)
     assert float(usage(code_counts(quantized.codes, 16))["usage"]) == 1.0
 
 
-def test_codebooks_start_by_k_means_on_the_first_batch():
+def test_codebooks_are_initialized_by_k_means_on_the_first_batch():
     z = jnp.asarray(clusters())
     quantized, books = learned(init_codebooks(1, 16, 2), z, 1)
     assert bool(books.started.all())
@@ -123,16 +124,16 @@ def test_a_restart_resets_the_averages_too():
     np.testing.assert_array_equal(after.sums[0], book.sums[0])
     assert np.any(np.all(np.asarray(x) == np.asarray(after.vectors[1]), -1))
     np.testing.assert_allclose(after.sums[1] / after.counts[1], after.vectors[1], rtol=1e-6)
-    assert float(after.counts[1]) == 6 / 2  # as if it had been used evenly
+    assert float(after.counts[1]) == 6 / 2  # as with uniform usage
 
 
-def test_a_codebook_larger_than_its_first_batch_is_refused():
-    with pytest.raises(ValueError, match="9 codes cannot start from 8 vectors"):
+def test_a_codebook_larger_than_its_first_batch_is_an_error():
+    with pytest.raises(ValueError, match="9 codes cannot be initialized from 8 vectors"):
         learned(init_codebooks(1, 9, 2), jnp.zeros((2, 4, 2)), 1)
 
 
 @pytest.mark.parametrize("levels", [(3,), (4,), (5,), (8,)], ids=str)
-def test_the_grid_of_a_channel_has_all_its_values_in_closed_form(levels):
+def test_the_grid_of_a_channel_matches_its_closed_form(levels):
     (count,) = levels
     quantized = finite_scalar(jnp.linspace(-4, 4, 801)[:, None], levels)
     half = count // 2
@@ -142,7 +143,7 @@ def test_the_grid_of_a_channel_has_all_its_values_in_closed_form(levels):
     assert float(finite_scalar(jnp.zeros((1, 1)), levels).vectors[0, 0]) == 0
 
 
-def test_codes_of_a_grid_count_its_points_and_its_gradient_is_that_of_the_bound():
+def test_grid_codes_enumerate_the_points_and_gradients_are_those_of_the_bounded_values():
     levels = (8, 5)
     z = 2 * jax.random.normal(jax.random.key(0), (500, 2))
     quantized = finite_scalar(z, levels)
@@ -165,6 +166,6 @@ def test_usage_and_perplexity_of_known_counts():
 
 
 @pytest.mark.parametrize("levels", ["8,x", "2,5", "", "64,64,64,65"])
-def test_a_grid_that_is_none_is_refused(levels):
-    with pytest.raises(ValueError, match=f"--quantizer.levels={levels} "):
-        QuantizerConfig(levels=levels)
+def test_invalid_grid_levels_are_errors(levels):
+    with pytest.raises(ConfigError, match=f"^--quantizer.levels={levels} "):
+        parse([f"--quantizer.levels={levels}"], {"quantizer": QuantizerConfig})
