@@ -1,7 +1,7 @@
 """The flags that every run has, and how a command line becomes the configuration of one task."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from genai_jax.config import (
@@ -13,6 +13,7 @@ from genai_jax.config import (
     last_value,
     parse,
 )
+from genai_jax.networks.sequence.mixers import outside_mixers
 from genai_jax.requests import EvaluateRequest, SampleRequest
 from genai_jax.tasks.registry import TASKS, is_outside, task_class, task_name
 from genai_jax.training.checkpoint import CheckpointConfig
@@ -121,7 +122,8 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
     workdir = last_value(argv, "workdir")
     if not workdir:
         raise ConfigError("--workdir is not set: say which run")
-    config = read_config(workdir, allowed=last_value(argv, "task"))
+    allowed = [last_value(argv, "task"), *(last_value(argv, "mixers") or "").split(",")]
+    config = read_config(workdir, allowed=allowed)
     task = config.run.task
     components = {"run": request_class(task_class(task), kind), "distributed": DistributedConfig}
     return parse(argv, components, user=f"a run of --task={task}")[0], config
@@ -156,7 +158,9 @@ def recorded_task(workdir: str, flag: str = "--workdir") -> str:
     return last_value(lines, "task") or DEFAULT_TASK
 
 
-def read_config(workdir: str, flag: str = "--workdir", allowed: str | None = None) -> Config:
+def read_config(
+    workdir: str, flag: str = "--workdir", allowed: Collection[str | None] = ()
+) -> Config:
     """The configuration of the run in `workdir`, which `flag` named, to be read on this machine.
 
     Attention is chosen again: the run's own backend may not exist here, or not decode.
@@ -164,22 +168,28 @@ def read_config(workdir: str, flag: str = "--workdir", allowed: str | None = Non
     Args:
       workdir: of the run.
       flag: that named it.
-      allowed: the task that the command line names. Code from outside of this project is imported
-        only if it does: a workdir alone never decides what is executed.
+      allowed: tasks and mixers that the command line names. Code from outside of this project is
+        imported only if it is among them: a workdir never decides what is executed.
 
     Raises:
-      ConfigError: no run, or one of an outside task that is not `allowed`.
+      ConfigError: no run, or one whose code from outside is not `allowed`.
     """
     task = recorded_task(workdir, flag)
-    if is_outside(task) and task != allowed:
+    if is_outside(task) and task not in allowed:
         raise ConfigError(
             f"{flag}={workdir} is a run of --task={task}, code outside of genai_jax: it is opened "
             "only if the command line names that task too"
         )
-    if allowed and allowed != task:
-        raise ConfigError(f"{flag}={workdir} is a run of --task={task}, not {allowed}")
     flagfile = f"--flagfile={flags_path(workdir, flag)}"
-    return parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
+    config = parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
+    for component in config.components.values():
+        for mixer in outside_mixers(getattr(component, "pattern", None)):
+            if mixer not in allowed:
+                raise ConfigError(
+                    f"{flag}={workdir} uses the mixer {mixer}, code outside of genai_jax: it is "
+                    f"opened only if the command line names it too, with --mixers={mixer}"
+                )
+    return config
 
 
 def open_run(cls: type, workdir: str, flag: str) -> Config:
@@ -196,4 +206,4 @@ def open_run(cls: type, workdir: str, flag: str) -> Config:
     expected, task = task_name(cls), recorded_task(workdir, flag)
     if task != expected:
         raise ConfigError(f"{flag}={workdir} is a run of --task={task}, not {expected}")
-    return read_config(workdir, flag, allowed=task)
+    return read_config(workdir, flag, allowed=[task])

@@ -175,7 +175,8 @@ def help_text(usage: str, components: Mapping[str, type]) -> str:
             if f.metadata["maximum"] is not None:
                 notes.append(f"at most {f.metadata['maximum']}")
             name = _flag_name(component, f.name)
-            lines.append(f"  --{name}\n      {f.metadata['help']} ({'; '.join(notes)})")
+            sentence = f.metadata["help"].removesuffix(".")
+            lines.append(f"  --{name}\n      {sentence} ({'; '.join(notes)})")
         lines.append("")
     lines.append("  --flagfile\n      a file of flags, one a line; # starts a comment; may nest")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the commands ask of a trained run, and what a draw from it is.
+"""What the commands ask of a trained run, and what sampling returns.
 
 A task adds flags of its own by a subclass, which its class names (`sample_request`,
 `evaluate_request`).
@@ -13,38 +13,49 @@ from genai_jax.config import field
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleRequest:
-    workdir: str = field("", "folder of the run")
-    checkpoint_step: int | None = field(None, "step to draw from; the newest if unset", minimum=0)
-    ema: str | None = field(
-        None, "average to draw from: one that the run kept, width:W, or none; --ema.use if unset"
+class RunRequest:
+    """Which model to use; the base of all requests."""
+
+    workdir: str = field("", "Folder of the run.")
+    task: str | None = field(
+        None, "Task of the run; needed only for one whose code lives outside of genai_jax."
     )
-    member: int = field(0, "of a population, which run to draw from", minimum=0)
-    seed: int = field(0, "of the draws", minimum=0)
-    output: str = field("", "file to write")
+    mixers: str | None = field(
+        None,
+        "Mixers of the run's pattern whose code lives outside of genai_jax, comma-separated.",
+    )
+    checkpoint_step: int | None = field(
+        None, "Step of the checkpoint; the newest if unset.", minimum=0
+    )
+    ema: str | None = field(
+        None,
+        "Average of the parameters: one that the run kept, width:W, or none; --ema.use of the run "
+        "if unset.",
+    )
+    member: int = field(0, "Number of the run within a population.", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateRequest:
-    workdir: str = field("", "folder of the run")
-    checkpoint_step: int | None = field(None, "step to score; the newest if unset", minimum=0)
-    ema: str | None = field(
-        None, "average to score: one that the run kept, width:W, or none; --ema.use if unset"
-    )
-    member: int = field(0, "of a population, which run to score", minimum=0)
-    seed: int = field(0, "of what is random in the scores", minimum=0)
-    batches: int = field(-1, "held-out batches; -1: all", minimum=-1)
+class SampleRequest(RunRequest):
+    seed: int = field(0, "Random seed for sampling.", minimum=0)
+    output: str = field("", "File to write.")
 
 
-class Drawn(Protocol):
-    """The result of `Task.sample`."""
+@dataclasses.dataclass(frozen=True)
+class EvaluateRequest(RunRequest):
+    seed: int = field(0, "Random seed of what is random in the metrics.", minimum=0)
+    batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
+
+
+class Sampled(Protocol):
+    """The result of `Samples.sample`."""
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes to `output`, or where none is given, by default; returns lines to print."""
+        """Writes to `output`, or else to its default place; returns lines to print."""
 
 
 class Texts(NamedTuple):
-    """Drawn texts."""
+    """Sampled texts."""
 
     texts: list[str]
 
@@ -61,7 +72,7 @@ class Texts(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Drawn pictures, each kind with the function that writes it."""
+    """Sampled pictures, each kind with the function that writes it."""
 
     name: str  # of the default file, without suffix
     writers: Mapping[str, Callable[[pathlib.Path], None]]  # ".png", "_strip.png" -> writer

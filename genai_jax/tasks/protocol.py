@@ -81,6 +81,11 @@ class ArraySpec(NamedTuple):
     axes: tuple[str | None, ...]  # logical axes, as the sharding table names them
 
 
+def batch_rows(spec: Mapping[str, ArraySpec]) -> int:
+    """Rows of the global batch."""
+    return next(iter(spec.values())).shape[0]
+
+
 class Transfer(NamedTuple):
     """Parameters (or mutables) that begin as another run trained them.
 

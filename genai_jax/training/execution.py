@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task, step_spec
+from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task, batch_rows, step_spec
 from genai_jax.training import compiler
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.flops import flops_per_step
@@ -119,7 +119,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh)
         phases = phases_of(task, config)(shapes.params)
-        check_rows(config.data.batch_size, phases, accumulate, batch_shards(mesh))
+        check_rows(batch_rows(step_spec(task)), phases, accumulate, batch_shards(mesh))
         batch_in = batch_shardings(step_spec(task), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         split = jax.tree.leaves(shardings), list(batch_in.values())
@@ -175,7 +175,7 @@ class SingleRun:
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.task, self._config = task, config
         self.compiled = build(task, config, mesh)
-        self.examples = config.data.batch_size
+        self.examples = batch_rows(task.data.batch_spec)
         self.tokens = task.tokens_per_step()
         shapes = self.compiled.shapes
         self.flops = flops_per_step(task, self.compiled.phases, shapes.params, shapes.mutables)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError, field
-from genai_jax.tasks.protocol import ArraySpec, PyTree, Task
+from genai_jax.tasks.protocol import ArraySpec, PyTree, Task, batch_rows
 from genai_jax.training.ema import Average
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.execution import Compiled, check_rows, jitted, phases_of, with_part
@@ -107,7 +107,7 @@ class Population:
         one = self.shapes_of_one(self.compiled.shapes)
         flops = flops_per_step(first, self.compiled.phases, one.params, one.mutables)
         self.flops = flops | {"flops_per_step": flops["flops_per_step"] * self.size}
-        self.examples = config.data.batch_size * self.size
+        self.examples = batch_rows(first.data.batch_spec) * self.size
         tokens = first.tokens_per_step()
         self.tokens = None if tokens is None else tokens * self.size
         self._evaluator = Evaluator(first)
@@ -137,7 +137,7 @@ class Population:
         with mesh_context(mesh):
             shapes = stacked_shapes(first, self.configs[0], self.size, mesh)
             phases = phases_of(first, self.configs[0])(self.shapes_of_one(shapes.params))
-            check_rows(config.data.batch_size, phases, accumulate, 1)
+            check_rows(batch_rows(first.data.batch_spec), phases, accumulate, 1)
             spec = PartitionSpec() if self.shared_batch else PartitionSpec(AXIS)
             batch_in = {name: NamedSharding(mesh, spec) for name in first.data.batch_spec}
             fresh = lambda key: init_state(first, key, averages, phases_of(first, self.configs[0]))

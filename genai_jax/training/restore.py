@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import Params, PyTree, Task
+from genai_jax.tasks.protocol import Params, PyTree, Task, batch_rows
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
 from genai_jax.training.execution import phases_of, state_shapes
@@ -29,15 +29,15 @@ class Restored(NamedTuple):
     ema: str | None  # the average that `params` is, None for the parameters themselves
 
 
-def _mesh_here(config: Config) -> Mesh:
+def _mesh_here(config: Config, rows: int) -> Mesh:
     """The run's own mesh; where that does not fit, the devices that share the batch evenly."""
     try:
         mesh = make_mesh(config.mesh)
-        if config.data.batch_size % batch_shards(mesh) == 0:
+        if rows % batch_shards(mesh) == 0:
             return mesh
     except ConfigError:
         pass
-    count = math.gcd(len(jax.devices()), config.data.batch_size)
+    count = math.gcd(len(jax.devices()), rows)
     return make_mesh(MeshConfig(), jax.devices()[:count])
 
 
@@ -70,7 +70,7 @@ def restore_model(
         raise ConfigError(
             f"--ema={ema} is not an average of this run; it kept: {', '.join(kept) or 'none'}"
         )
-    mesh = _mesh_here(member_config(config, member))
+    mesh = _mesh_here(member_config(config, member), batch_rows(task.data.batch_spec))
     if config.population.size > 1:
         with mesh_context(mesh):
             size, first = config.population.size, member_config(config, 0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import Task
+from genai_jax.tasks.protocol import Task, batch_rows
 from genai_jax.training.flops import flops_of
 from genai_jax.training.parameter_counts import parameter_counts
 
@@ -136,7 +136,7 @@ def counts_of(task: Task, config: Config) -> Counts:
         parameters=sizes["total"],
         embedding_parameters=sizes["embedding"],
         active=sizes["active"],
-        tokens_per_step=task.tokens_per_step() or config.data.batch_size,
+        tokens_per_step=task.tokens_per_step() or batch_rows(task.data.batch_spec),
         flops_per_step=flops["flops_per_step"],
         convention=flops["convention"],
         loss_unit=task.loss_unit,
