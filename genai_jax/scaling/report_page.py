@@ -10,10 +10,10 @@ from html import escape
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from genai_jax.scaling.report_types import Cell, Record, Section, Table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from genai_jax.scaling.report import Cell, Record, Section, Table
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1c1e21; --soft: #667079;

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.scaling.fits.__main__ import main
+from genai_jax.fit import main
 from genai_jax.scaling.fits.analysis import scaling_law
 from genai_jax.scaling.fits.points import Columns, Points, make_points, read_csv
 from tests.scaling.test_fits import ladder, loss_of

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from genai_jax.scaling.report import Section, Table, read_numbers, write_report
+from genai_jax.scaling.report import read_numbers, write_report
 from genai_jax.scaling.report_page import shown
+from genai_jax.scaling.report_types import Section, Table
 
 # Elements without an end.
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -13,7 +13,7 @@ from genai_jax.scaling.fits.bootstrap import RESAMPLES
 from genai_jax.scaling.fits.isoflop import budgets as groups_of
 from genai_jax.scaling.fits.optimum import Optimum, check_budget, check_optimum, optimum
 from genai_jax.scaling.fits.points import Curve, Points
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 
 
 def scaling_law(

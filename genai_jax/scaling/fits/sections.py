@@ -12,7 +12,7 @@ from genai_jax.scaling.fits.isoflop import SAME_BUDGET, IsoFlop
 from genai_jax.scaling.fits.optimum import Estimate, Optimum
 from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.fits.power_law import KAPLAN, PowerLaw
-from genai_jax.scaling.report import Section, Table
+from genai_jax.scaling.report_types import Section, Table
 
 LOOSE = 30  # high end of an interval over its low end, from which a coefficient is not fixed
 INTERVAL = ("value", "95 % low", "95 % high")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, transfer
 from genai_jax.scaling.study.comparability import ComparisonConfig
 from genai_jax.scaling.study.folder import Run

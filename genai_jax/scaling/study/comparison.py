@@ -9,7 +9,7 @@ other rates, only the runs with the selection seed are needed.
 from collections.abc import Mapping, Sequence
 
 from genai_jax.config import ConfigError
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study.comparability import ComparisonConfig, check
 from genai_jax.scaling.study.comparison_sections import (
     main_section,

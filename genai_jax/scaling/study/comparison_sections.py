@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from genai_jax.scaling.report import Section, Table
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.comparability import ComparisonConfig, matched
 from genai_jax.scaling.study.curves import legend
 from genai_jax.scaling.study.groups import label_of, learning_rate, seed

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.report import Section, Table, file_name
+from genai_jax.scaling.report import file_name
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
     flag_value,

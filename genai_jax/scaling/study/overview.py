@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from genai_jax.scaling.report import Section, Table
 from genai_jax.scaling.report_page import shown
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run, by_number
 from genai_jax.scaling.study.groups import learning_rate, seed
 from genai_jax.scaling.study.results import Result, read_fate

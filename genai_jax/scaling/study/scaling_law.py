@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import Model, models_of, run_of, unit_of
 from genai_jax.scaling.study.results import Result
