@@ -1,4 +1,4 @@
-"""The parts of a report: sections with text, tables, figures and numbers."""
+"""The parts of a report: an analysis returns sections of text, tables, figures and numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Table(NamedTuple):
     """A table of the report.
 
     Attributes:
-      name: the file name of its CSV, without ".csv".
-      columns: headings, with units.
-      rows: a tuple of cells each, numbers or text, as many as there are columns.
+      name: file name of its CSV file, without ".csv".
+      columns: column headers, with units.
+      rows: tuples of numbers or text, one cell per column.
     """
 
     name: str
@@ -26,34 +26,34 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report, under a heading of its own.
+    """A section of the report.
 
     Attributes:
       title: its heading.
       paragraphs: plain text.
-      tables: shown in the page and written as CSV.
-      figures: file name without ".png" -> `matplotlib.figure.Figure`; not made by pyplot, which
-        would keep it.
-      numbers: flat name -> value: what ``results.json`` holds and ``expected.json`` is checked
-        against.
+      tables: shown on the page and written as CSV files.
+      figures: file name without ".png" -> `matplotlib.figure.Figure`, created without pyplot,
+        which would keep it alive.
+      numbers: flat name -> value, as written to ``results.json`` and checked against
+        ``expected.json``.
     """
 
     title: str
-    paragraphs: list[str] = []  # noqa: RUF012, nobody appends to it
+    paragraphs: list[str] = []  # noqa: RUF012, never modified
     tables: list[Table] = []  # noqa: RUF012
     figures: dict[str, Figure] = {}  # noqa: RUF012
     numbers: dict[str, float] = {}  # noqa: RUF012
 
 
 class Record(TypedDict):
-    """How the report came about: what another lab needs to make it again.
+    """Everything another lab needs to reproduce the report.
 
     Attributes:
-      question: what was asked, plain text, shown under the title.
-      warnings: what the reader should know before anything else, a line each.
-      commands: lines of a shell that make the report.
+      question: the question of the study in plain text, shown under the title.
+      warnings: lines that the reader should see first.
+      commands: shell commands that reproduce the report.
       environment: versions, devices, data; may be nested.
-      flags: run -> the text of a flagfile that reproduces it.
+      flags: run -> text of a flagfile that reproduces it.
     """
 
     question: NotRequired[str]

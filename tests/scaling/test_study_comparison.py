@@ -14,9 +14,9 @@ from genai_jax.scaling.study.results import Result
 from tests.scaling.study_results import COUNTS, make_result, make_run
 
 SEEDS = (1, 2, 3)
-NOISE = {0: -0.7, 1: 0.3, 2: -0.1, 3: 0.05}  # of a seed, the same for all: pairing removes it
+NOISE = {0: -0.7, 1: 0.3, 2: -0.1, 3: 0.05}  # effect of a seed on all: pairing removes it
 EFFECT = {"plain": 0.0, "better": -0.2, "same": 0.001}
-JITTER = {1: 0.010, 2: -0.012, 3: 0.004}  # what pairing leaves
+JITTER = {1: 0.010, 2: -0.012, 3: 0.004}  # what remains after pairing
 
 
 def compared(rates=(1e-3, 3e-3)) -> list[Run]:
@@ -29,7 +29,7 @@ def compared(rates=(1e-3, 3e-3)) -> list[Run]:
 
 
 def score(run: Run) -> Result:
-    """The second rate is better; with the selection seed by a lucky margin."""
+    """The second learning rate is better, and the selection seed is especially lucky."""
     name, seed = run.name.split(".")[0], run.config.run.seed
     loss = 3 + EFFECT[name] + NOISE[seed]
     loss += 0.5 if run.config.optimizer.learning_rate == 1e-3 else 0.0
@@ -67,7 +67,7 @@ def test_differences_are_paired_and_the_choice_is_not_scored(runs):
         assert numbers[f"{name}/difference"] == pytest.approx(values.mean(), abs=1e-12)
         assert numbers[f"{name}/difference_low"] == pytest.approx(interval.low, abs=1e-12)
         assert numbers[f"{name}/difference_high"] == pytest.approx(interval.high, abs=1e-12)
-        # Of the scored seeds alone, whose noise is not that of the selection seed.
+        # The mean over the scored seeds only, without the noise of the selection seed.
         mean = 3 + values.mean() + np.mean([NOISE[seed] for seed in SEEDS])
         assert numbers[f"{name}/eval/loss"] == pytest.approx(mean, abs=1e-12)
         assert numbers[f"{name}/learning_rate"] == 3e-3
@@ -89,11 +89,11 @@ def test_bootstrap_intervals_hold_the_mean(runs):
     assert min(values) - 1e-12 <= low < mean < high <= max(values) + 1e-12
 
 
-def test_what_is_missing_is_named(runs):
+def test_missing_runs_are_named(runs):
     scored = [score(r) for r in runs if r.config.run.seed in SEEDS]
     with pytest.raises(ConfigError, match=r"plain has no finished run with --study.selection"):
         comparison.analyze(scored, settings())
-    with pytest.raises(ConfigError, match=r"no run of --study.baseline=plain is finished"):
+    with pytest.raises(ConfigError, match=r"no run of --study.baseline=plain has finished"):
         comparison.analyze([r for r in scored if not r.name.startswith("plain")], settings())
     fewer = [r for r in map(score, compared(rates=(3e-3,))) if r.config.run.seed != 2]
     with pytest.raises(ConfigError, match=r"better and plain have 3 .*seeds=4 are needed"):
@@ -109,7 +109,7 @@ def test_an_architecture_whose_runs_failed_is_left_out(runs):
     assert {row[0] for row in matching.tables[0].rows} == {"plain", "better"}
 
 
-def test_a_diverged_seed_is_no_crash():
+def test_a_diverged_seed_does_not_crash():
     one_rate = compared(rates=(3e-3,))
     scored = [score(r) for r in one_rate if r.config.run.seed]
     scored = [r._replace(diverged=r.name.startswith("same") or r.diverged) for r in scored]
@@ -121,37 +121,41 @@ def test_a_diverged_seed_is_no_crash():
 @pytest.mark.parametrize(
     ("changes", "counts", "words"),
     [
-        ({"baseline": "gone"}, COUNTS, "baseline=gone is no architecture .* plain, better, same"),
+        (
+            {"baseline": "gone"},
+            COUNTS,
+            "baseline=gone is not an architecture .* plain, better, same",
+        ),
         ({"seeds": 4}, COUNTS, r"plain has 3 scored seed\(s\) .*seeds=4 are needed"),
         ({"selection_seed": 9}, COUNTS, "no run with learning rate 0.001 and .*selection_seed=9"),
-        ({}, COUNTS._replace(flops_per_step=1.2e6), r"not matched: 9.6e\+06 flops against .* \+20"),
+        ({}, COUNTS._replace(flops_per_step=1.2e6), r"has 9.6e\+06 flops, \+20.0% relative to the"),
         (
             {"match": "parameters"},
             COUNTS._replace(parameters=900),
-            "not matched: 900 parameters against 1000",
+            "has 900 parameters, -10.0% relative to the 1000 of",
         ),
-        ({}, COUNTS._replace(tokens_per_step=128), "sees other tokens .*: 1024 and 2048"),
-        ({"notes": "x: y"}, COUNTS, "--study.notes: x is no architecture"),
+        ({}, COUNTS._replace(tokens_per_step=128), "differ in tokens .*: 1024 and 2048"),
+        ({"notes": "x: y"}, COUNTS, "--study.notes: x is not an architecture"),
     ],
 )
-def test_studies_that_cannot_compare_are_refused(runs, changes, counts, words):
+def test_incomparable_studies_are_refused(runs, changes, counts, words):
     changed = [r._replace(counts=counts) if r.name.startswith("same") else r for r in runs]
     with pytest.raises(ConfigError, match=words):
         comparison.needed(changed, {}, settings(**changes))
 
 
-def test_other_data_is_refused_and_how_it_is_read_is_not(runs):
+def test_different_data_is_refused_but_not_different_loading(runs):
     changed = lambda **flags: [
         r._replace(config=r.config.replace("data", **flags)) if r.name.startswith("same") else r
         for r in runs
     ]
-    with pytest.raises(ConfigError, match=r"sees other --data.validation_percent .*: 20 and 5"):
+    with pytest.raises(ConfigError, match=r"differ in --data.validation_percent: 20 and 5"):
         comparison.needed(changed(validation_percent=20), {}, settings())
     assert comparison.needed(changed(validation_percent=20), {}, settings(same_data=False))
     assert comparison.needed(changed(prefetch=7), {}, settings())
 
 
-def test_within_the_tolerance_is_matched(runs):
+def test_small_differences_are_tolerated(runs):
     counts = COUNTS._replace(flops_per_step=1.04e6)
     changed = [r._replace(counts=counts) if r.name.startswith("same") else r for r in runs]
     assert comparison.needed(changed, {}, settings())

@@ -14,8 +14,8 @@ from tests.scaling.study_results import make_run
 
 
 def grokked() -> list[Result]:
-    """Training accuracy arrives at step 20, that of held-out problems at step 40."""
-    found = []
+    """Training accuracy reaches 1 at step 20, held-out accuracy at step 40 with weight decay."""
+    results = []
     for decay in (0.0, 1.0):
         run = make_run(f"grok.{decay}", optimizer__weight_decay=decay)
         rows = [
@@ -27,17 +27,17 @@ def grokked() -> list[Result]:
             }
             for step in range(10, 60, 10)
         ]
-        found.append(Result(run.name, run.config, run.counts, rows, False))
-    return found
+        results.append(Result(run.name, run.config, run.counts, rows, False))
+    return results
 
 
-def test_curves_say_when_a_metric_is_reached():
+def test_curves_report_when_a_metric_reaches_the_threshold():
     config = CurvesConfig(
         "curves", metrics="train/accuracy,eval/accuracy,eval/loss", reach=0.95,
         against="optimizer.weight_decay",
     )  # fmt: skip
-    drawn, values, against = curves.analyze(grokked(), config)
-    assert set(drawn.figures) == {"train_accuracy", "eval_accuracy", "eval_loss"}
+    curve_section, values, against = curves.analyze(grokked(), config)
+    assert set(curve_section.figures) == {"train_accuracy", "eval_accuracy", "eval_loss"}
     numbers = values.numbers
     assert numbers["grok.1.0/train/accuracy/reached"] == 20
     assert numbers["grok.1.0/eval/accuracy/reached"] == 40
@@ -52,7 +52,7 @@ def test_curves_say_when_a_metric_is_reached():
     assert set(by_run[0].figures) == {"grok.0.0", "grok.1.0"}
 
 
-def test_members_that_differ_in_the_seed_alone_make_one_line():
+def test_members_that_differ_only_in_their_seed_share_a_line():
     one = grokked()[0]
     rows = [{"step": s, "eval/loss": s / 10} for s in (10, 20)]
     seeds = [
@@ -60,22 +60,26 @@ def test_members_that_differ_in_the_seed_alone_make_one_line():
         for k, r in enumerate((rows, [{"step": 10, "eval/loss": 3.0}, {"step": 20}]))
     ]  # the second diverged after step 10
     config = CurvesConfig("curves", metrics="eval/loss", against="parameters")
-    drawn, values, against = curves.analyze(seeds, config)
+    curve_section, values, against = curves.analyze(seeds, config)
     assert values.tables[0].rows == [("grok.1.0", "eval/loss", 2.0, 2.0, 10)]
     assert against.tables[0].rows == [("eval/loss", "grok", one.counts.parameters, 2.0, 2)]
-    assert len(drawn.figures["eval_loss"].axes[0].lines) == 3  # the mean and each seed
+    assert len(curve_section.figures["eval_loss"].axes[0].lines) == 3  # the mean and each seed
     rates = [s._replace(config=s.config.replace("optimizer", learning_rate=10.0**-k))
              for k, s in enumerate(seeds)]  # fmt: skip
     assert [line.name for line in curves.lines_of(rates)] == ["grok.1.0/0", "grok.1.0/1"]
 
 
-def test_a_metric_or_flag_that_is_not_there_is_named():
-    with pytest.raises(ConfigError, match="no run has eval/x; there are eval/accuracy"):
+def test_an_unknown_metric_or_flag_is_named():
+    with pytest.raises(ConfigError, match="no run has eval/x; the metrics are eval/accuracy"):
         curves.analyze(grokked(), CurvesConfig("curves", metrics="eval/x"))
     runs = [make_run("one")]
     for analysis, given, says in (
-        ("curves", CurvesConfig("curves", against="nope"), "is no flag of run one.*none of param"),
-        ("transfer", TransferConfig("transfer", width="nope"), "study.width=nope is no flag"),
+        (
+            "curves",
+            CurvesConfig("curves", against="nope"),
+            "neither a flag of run one.*nor one of param",
+        ),
+        ("transfer", TransferConfig("transfer", width="nope"), "study.width=nope is not a flag"),
     ):  # before anything is trained
         with pytest.raises(ConfigError, match=says):
             ANALYSES[analysis].needed(runs, {}, given)

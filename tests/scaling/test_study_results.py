@@ -1,4 +1,4 @@
-"""What a study reads from its runs, checks, predicts and displays."""
+"""Reading the results of a study's runs, checking them, estimating times, displaying progress."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.scaling.study_results import COUNTS, STEPS, make_run
 
 
-def test_a_process_that_ends_well_and_leaves_its_run_unfinished_is_not_started_for_ever(
+def test_a_process_that_succeeds_without_finishing_its_run_is_not_restarted_forever(
     monkeypatch, tmp_path
 ):
     run = make_run("a", tmp_path)
@@ -30,15 +30,15 @@ def test_a_process_that_ends_well_and_leaves_its_run_unfinished_is_not_started_f
     monkeypatch.setattr(session, "execute", lambda *_, **__: Outcome({}, 0))
     monkeypatch.setattr(session, "make_display", lambda *_: None)
     outcome = session.train_missing(None, CurvesConfig("curves"), ["a"], 1, None)
-    assert outcome.failed == {"a": "its process ended well, and yet the run is not finished"}
+    assert outcome.failed == {"a": "its process exited without an error, but the run is incomplete"}
 
 
-def test_a_system_that_does_not_tell_its_cores_leaves_them_to_it(monkeypatch):
+def test_affinity_is_left_alone_where_the_system_does_not_report_its_cores(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert core_shares(3) == [frozenset()] * 3
 
 
-def test_members_of_a_population_are_models_of_their_own(tmp_path):
+def test_members_of_a_population_are_separate_models(tmp_path):
     run = make_run(
         "both", tmp_path, population__size=3, population__learning_rates="1e-3,2e-3,4e-3"
     )
@@ -58,7 +58,7 @@ def test_members_of_a_population_are_models_of_their_own(tmp_path):
     assert first.flops == COUNTS.flops_per_step * STEPS and run.flops == 3 * first.flops
 
 
-def test_a_divergence_is_a_result_where_it_may_be(tmp_path):
+def test_a_divergence_can_count_as_a_result(tmp_path):
     run = make_run("hot", tmp_path)
     rows = [{"step": 2, "train/loss": 5.0}]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
@@ -72,30 +72,30 @@ def test_a_divergence_is_a_result_where_it_may_be(tmp_path):
 
 def test_expected_numbers(tmp_path):
     write = lambda text: (tmp_path / "expected.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"expected.json is not there"):
+    with pytest.raises(ConfigError, match=r"expected.json does not exist"):
         read_expected(tmp_path)
     write('{"a": {"value": 2, "tolerance": 0.5}, "b": {"value": -10, "tolerance": "10%"}}')
     expected = read_expected(tmp_path)
     assert expected == {"a": (2, 0.5), "b": (-10, 1)}
     assert off({"a": 2.5, "b": -9.0}, expected) == []
-    wrong = off({"a": math.nan, "b": -8.9}, expected)
-    assert len(wrong) == 2 and wrong[1] == "b is -8.9; expected is -10 within 1"
+    deviations = off({"a": math.nan, "b": -8.9}, expected)
+    assert len(deviations) == 2 and deviations[1] == "b is -8.9; expected -10 within 1"
     for text in ('{"a": 3}', '{"a": {"value": 1, "tolerance": "x%"}}', '{"a": {"value": 1}}'):
         write(text)
-        with pytest.raises(ConfigError, match=r"a is .*; allowed is"):
+        with pytest.raises(ConfigError, match=r"a is .*; write {"):
             read_expected(tmp_path)
     write("{")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         read_expected(tmp_path)
 
 
 def test_times_are_overhead_and_rate(tmp_path):
-    found = [Measured(f, 0.01 + f / 2e9, 20.0) for f in (1e7, 1e8, 4e8)]
-    speed = _fitted(found, "x")
+    times = [Measured(f, 0.01 + f / 2e9, 20.0) for f in (1e7, 1e8, 4e8)]
+    speed = _fitted(times, "x")
     assert speed[:3] == pytest.approx((20.0, 0.01, 2e9), rel=1e-6)
     run = make_run("a", tmp_path)
     assert speed.seconds(run) == pytest.approx(20 + STEPS * (0.01 + 1e6 / 2e9))
-    assert _fitted(found[:1], "x") == Speed(20.0, 0.0, pytest.approx(1e7 / 0.015), "x")
+    assert _fitted(times[:1], "x") == Speed(20.0, 0.0, pytest.approx(1e7 / 0.015), "x")
     assert makespan([5, 4, 3, 3], 2) == 8 and makespan([5, 4, 3, 3], 1) == 15
 
 

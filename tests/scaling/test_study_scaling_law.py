@@ -18,7 +18,7 @@ LAW = ScalingLawConfig(
 
 def grid() -> list[tuple[Run, float]]:
     """Runs and their losses, 1.5 + 20 / N^0.4 + 60 / D^0.4."""
-    found = []
+    pairs = []
     for n in (1e3, 3e3, 1e4, 3e4):
         for per_step in (64, 256, 1024, 4096):
             counts = COUNTS._replace(
@@ -26,8 +26,8 @@ def grid() -> list[tuple[Run, float]]:
                 tokens_per_step=per_step, flops_per_step=6 * n * per_step,
             )  # fmt: skip
             loss = 1.5 + 20 / n**0.4 + 60 / (per_step * STEPS) ** 0.4
-            found.append((make_run(f"n{n:g}_d{per_step}", counts=counts), loss))
-    return found
+            pairs.append((make_run(f"n{n:g}_d{per_step}", counts=counts), loss))
+    return pairs
 
 
 def test_a_scaling_law_gets_the_points_of_the_runs():
@@ -39,8 +39,8 @@ def test_a_scaling_law_gets_the_points_of_the_runs():
     assert numbers["held_out/parametric/max_relative_error"] < 1e-3
 
 
-def test_a_diverged_run_and_one_without_a_curve_do_not_stop_the_others(monkeypatch):
-    """And a held-out population hides all of its members."""
+def test_runs_that_diverged_or_have_no_curve_do_not_affect_the_others(monkeypatch):
+    """Also: holding out a population holds out all of its members."""
     seen = {}
 
     def fits(points, *, held_out, curves, **_):
@@ -54,18 +54,18 @@ def test_a_diverged_run_and_one_without_a_curve_do_not_stop_the_others(monkeypat
     results[-1] = make_result(runs[-1], math.inf)
     config = ScalingLawConfig("scaling_law", held_out="big")
     (section,) = scaling_law.analyze(results, config)
-    assert section.paragraphs == ["Left out, their loss is not finite: bad.", "as fitted"]
+    assert section.paragraphs == ["Left out because the loss is not finite: bad.", "as fitted"]
     assert seen["held_out"].tolist() == [False, False, True, True]
     assert [len(curve.loss) for curve in seen["curves"]] == [3]
     with pytest.raises(ConfigError, match="every run diverged: bad"):
         scaling_law.analyze(results[-1:], ScalingLawConfig("scaling_law"))
 
 
-def test_what_no_law_could_be_fitted_to_is_said_before_anything_is_trained():
+def test_studies_that_cannot_be_fitted_are_refused_before_training():
     runs = [run for run, _ in grid()]
     for kept, changes, words in (
-        (runs, {"held_out": "c"}, r"--study.held_out=c is no run of the study; .* n1000_d64, n1"),
-        (runs, {"held_out": "*"}, "leaves no run to fit"),
+        (runs, {"held_out": "c"}, r"--study.held_out=c matches no run .* are n1000_d64, n1"),
+        (runs, {"held_out": "*"}, "leaves no runs to fit"),
         (runs[:6], {}, r"the parametric law has 5 coefficients; 4 points"),
         (runs[:10], {"held_out": "n10000*"}, "at least 3 different parameters; there are 2"),
         (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside of .*extrapolate=1.7"),
