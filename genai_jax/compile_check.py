@@ -1,4 +1,4 @@
-"""Compiles a run's training step for absent devices: does it fit, and how fast should it be?
+"""Compiles a run's training step for devices that need not be present: does it fit, how fast is it?
 
 python -m genai_jax.compile_check --flagfile=F --topology=v5p:8x8x8 [--flag=value ...]
 """

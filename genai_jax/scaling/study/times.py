@@ -109,7 +109,7 @@ def _calibrate(run: Run) -> Measured:
         raise ConfigError(
             f"{run.flagfile}: {lines[-1] if lines else f'exit code {result.returncode}'}"
         )
-    # The first step includes compilation, the second the remains of it.
+    # The first step includes compilation, and the second still some of it.
     step = float(np.median([row["perf/step_time_s"] for row in rows][2:]))
     return Measured(run.flops / run.steps, step, max(seconds - CALIBRATION_STEPS * step, 0.0))
 
