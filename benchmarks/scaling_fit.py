@@ -6,7 +6,7 @@ The data are runs that follow the law of Hoffmann et al. (2022) with its publish
 log-uniform sizes and tokens.
 
 - Accuracy: 200 runs without noise, from the full grid of starting points.
-- Coverage: 200 runs with 1 % noise, repeated: how often the 95 % intervals contain each
+- Coverage: 200 runs with 1% noise, repeated: how often the 95% intervals contain each
   coefficient, and all five at once (which they do not claim to). It uses every ninth starting
   point, of which about one in six leads to the best fit.
 - Time: 240 runs from the full grid of 4,500 starting points, compared with

@@ -13,7 +13,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
-from genai_jax.scaling.compile_text import as_text, beside
+from genai_jax.scaling.compile_text import as_text, side_by_side
 from genai_jax.tasks import TASKS
 from genai_jax.training.sharding import placements
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if request.compare:
         print()
         second, other = _check(request, topology, runs[1], configs[1], ".2")
-        print(f"\n{beside(report, other)}")
+        print(f"\n{side_by_side(report, other)}")
         code = max(code, second)
     return code
 

@@ -7,11 +7,10 @@ import dataclasses
 import os
 
 from genai_jax import config as config_lib
+from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
-
-USAGE = "python -m genai_jax.train_tokenizer --data.dataset=... --output=tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ COMPONENTS = {"run": TrainTokenizerConfig, "data": DataConfig}
 def main(argv: list[str]) -> int:
     """Trains the tokenizer, writes it, and prints how well it compresses the validation split."""
     if "--help" in argv:
-        print(config_lib.help_text(USAGE, COMPONENTS))
+        print(config_lib.help_text(__doc__, COMPONENTS))
         return 0
     config, _ = config_lib.parse(argv, COMPONENTS)
     output = config.run.output
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 def train_bpe(source: Source, vocab_size: int, output: str) -> None:
     """Writes a `tokenizers` JSON file whose token `BOUNDARIES[0]` separates documents."""
-    try:
+    try:  # an optional package
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise config_lib.ConfigError(
@@ -78,6 +77,4 @@ def compression(tokenizer, source: Source) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    from genai_jax.command import run
-
     run(main)

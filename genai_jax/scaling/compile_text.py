@@ -86,7 +86,7 @@ def _verdict(report: dict) -> str:
     )
 
 
-def beside(one: dict, other: dict) -> str:
+def side_by_side(one: dict, other: dict) -> str:
     """Two reports side by side, with the ratio of the second to the first."""
     rows = [f"{'':24} {'first':>12} {'second':>12} {'ratio':>8}"]
     firsts, seconds = _numbers(one), _numbers(other)

@@ -10,7 +10,7 @@ import pytest
 from genai_jax.compile_check import CheckRequest, _split
 from genai_jax.config import ConfigError
 from genai_jax.scaling.chips import CHIPS, Topology
-from genai_jax.scaling.compile_text import beside
+from genai_jax.scaling.compile_text import side_by_side
 from tests.commands import environment
 from tests.conftest import ROOT
 
@@ -100,7 +100,7 @@ def test_a_number_that_only_one_of_two_runs_has():
         "memory": {"total": 2**30}, "program_flops": 1, "hbm_bytes": 1,
         "collectives": [{"kind": "all-to-all", "bytes_sent": 3}],
     }  # fmt: skip
-    lines = beside(one, {**one, **more, "batch_size": 4}).splitlines()
+    lines = side_by_side(one, {**one, **more, "batch_size": 4}).splitlines()
     assert lines[2].split() == ["batch_size", "2", "4", "2.000"]
     assert lines[-1].split() == ["sent", "by", "all-to-all", "-", "3"]
 
@@ -155,7 +155,7 @@ def test_a_missing_compiler_is_an_error(tmp_path):
         command, env=environment_, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     if "libtpu" not in result.stderr and result.returncode == 0:
-        pytest.skip("libtpu is installed beside jax")
+        pytest.skip("libtpu is installed next to jax")
     assert result.returncode == 2
     assert "needs libtpu, which is not installed: run `make targets`" in result.stderr
     assert os.linesep not in result.stderr.strip()

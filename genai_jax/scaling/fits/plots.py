@@ -230,7 +230,7 @@ def held_out(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
         axes.scatter(runs.loss, predicted, s=18, color=color, label=label, zorder=3)
     ends = np.array([min(points.loss.min(), hidden.loss.min()), points.loss.max()])
     axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, ends * 0.98, ends * 1.02, color="black", alpha=0.08, label="±2 %")
+    axes.fill_between(ends, ends * 0.98, ends * 1.02, color="black", alpha=0.08, label="±2%")
     axes.set(xlabel=f"measured loss ({unit})", ylabel=f"predicted loss ({unit})")
     axes.legend()
     return figure

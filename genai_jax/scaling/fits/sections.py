@@ -35,14 +35,14 @@ def joint(fits: Fits, hidden: Points, unit: str) -> Section:
             f"{parametric.law.title}: {_law_text(parametric.values)}. The sum of the Huber losses "
             f"of log-loss residuals over {len(fits.points.loss)} runs is "
             f"{parametric.objective:.4g}; {parametric.starts[1]} of {parametric.starts[0]} "
-            "starting points ended within 0.1 % of it. The root-mean-square relative error is "
-            f"{100 * rms['parametric']:.3g} %. " + _trust(parametric),
+            "starting points ended within 0.1% of it. The root-mean-square relative error is "
+            f"{100 * rms['parametric']:.3g}%. " + _trust(parametric),
             "For comparison, the table gives the same law fitted by variable projection, which "
             "minimizes the squares of relative errors (root mean square "
-            f"{100 * projected.error:.3g} %). Intervals are bootstrap percentiles over "
+            f"{100 * projected.error:.3g}%). Intervals are bootstrap percentiles over "
             f"{len(parametric.samples)} resamples of the runs, fitted from the best fit.",
             f"{joint.law.title}: the root-mean-square relative error is "
-            f"{100 * rms['joint']:.3g} %. This law has no irreducible loss. " + _trust(joint),
+            f"{100 * rms['joint']:.3g}%. This law has no irreducible loss. " + _trust(joint),
         ],
         [
             Table("parametric_law", ("coefficient", *INTERVAL, "variable projection",
@@ -212,7 +212,7 @@ def optimum(
         "Compute-optimal runs",
         [
             f"The cost fitted to these runs is C = {fits.cost.factor:.4g} N^"
-            f"{fits.cost.power:.4g} D FLOPs, within {100 * fits.cost.error:.2g} % of each run. "
+            f"{fits.cost.power:.4g} D FLOPs, within {100 * fits.cost.error:.2g}% of each run. "
             "With this cost, the parametric law has its compute-optimal size at N proportional to "
             f"C^{exponent:.4g}.",
             *(
@@ -284,7 +284,7 @@ def held_out(fits: Fits, hidden: Points, unit: str) -> Section:
         [
             f"{len(hidden.loss)} runs were held out from all fits, with up to {beyond:.3g} times "
             "the FLOPs of the largest fitted run. The parametric law predicts their losses to "
-            f"within {100 * worst:.3g} %. Its intervals reflect the uncertainty of the law, not "
+            f"within {100 * worst:.3g}%. Its intervals reflect the uncertainty of the law, not "
             "the scatter of single runs; kaplan_C applies to runs on the frontier.",
         ],
         [Table("held_out", heads, rows)],

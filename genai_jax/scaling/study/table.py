@@ -8,6 +8,10 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import STOPPED, Fate
 
@@ -72,9 +76,6 @@ class LiveTable:
     """A table of all runs, refreshed every half second."""
 
     def __init__(self, runs: Sequence[Run], finished: Sequence[Run], metric: str, console=None):
-        from rich.console import Console  # here, so that commands start without rich
-        from rich.live import Live
-
         self._runs, self._metric, self._notice = runs, metric, ""
         self._states = {run.name: "waiting" for run in runs} | {r.name: "done" for r in finished}
         self._began: dict[str, float] = {}
@@ -105,10 +106,8 @@ class LiveTable:
     def refresh(self):
         pass  # rich refreshes the table
 
-    def table(self):
+    def table(self) -> Table:
         """The current table as a rich renderable."""
-        from rich.table import Table
-
         table = Table(box=None, pad_edge=False, caption=self._notice, caption_justify="left")
         table.add_column("run", no_wrap=True)
         for name in ("step", self._metric, "tokens/s", "time"):
