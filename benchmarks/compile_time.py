@@ -1,9 +1,9 @@
-"""Compile time of the step at 4 and at 48 layers, scanned and unrolled, in one run.
+"""Compile time of the training step with 4 and 48 layers, scanned and unrolled.
 
     python -m benchmarks.compile_time
 
-Each round compiles 4 and 48 layers one after the other; the figure is the median of the ratios.
-The unrolled program is the baseline, compiled once at each depth.
+Each round compiles 4 and then 48 layers; the reported ratio is the median over rounds. The baseline
+is the unrolled program, compiled once at each depth.
 """
 
 import json
@@ -26,7 +26,7 @@ FLAGS = (
 
 
 def compile_seconds(layers: int, scan: bool) -> float:
-    """Tracing, lowering and compiling, without the persistent cache."""
+    """Seconds for tracing, lowering and compiling, without the persistent cache."""
     jax.clear_caches()
     config = parse_run(
         [*FLAGS, f"--transformer.num_layers={layers}", f"--transformer.scan_layers={scan}"]

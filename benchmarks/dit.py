@@ -1,9 +1,10 @@
-"""DiT-B/2 on 32x32x4 latents: memory of a train step with remat, and compile time against depth.
+"""DiT-B/2 on 32x32x4 latents: memory of a training step with remat, and compile time by depth.
 
     python -m benchmarks.dit
 
-Programs are compiled, not run. Memory is the compiler's count of temporary bytes, beside the step
-without remat; compile time is that of 24 blocks over that of 6, the layers scanned.
+The programs are compiled but not run. Memory is the compiler's count of temporary bytes, compared
+with the step without remat. The ratio of compile times is that of 24 blocks to 6, with scanned
+layers.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def temporary_mib(remat: str) -> float:
 
 
 def compile_seconds(layers: int) -> float:
-    """Tracing, lowering and compiling, without the persistent cache."""
+    """Seconds for tracing, lowering and compiling, without the persistent cache."""
     jax.clear_caches()
     start = time.perf_counter()
     lowered(dataclasses.replace(B2, num_layers=layers, remat="full")).compile()

@@ -1,9 +1,9 @@
-"""Temporary memory of the compiled step, chunked loss against all logits at once.
+"""Temporary memory of the compiled step with a chunked loss, compared with all logits at once.
 
     python -m benchmarks.loss_memory
 
-Batch 8, length 1024, vocabulary 32,768, a small body so that the loss decides. Nothing runs: the
-figures are the compiler's own (`memory_analysis`).
+Batch 8, length 1024, vocabulary 32,768, and a network small enough for the loss to dominate. The
+programs are not run: the numbers are the compiler's own (`memory_analysis`).
 """
 
 import json
@@ -28,7 +28,7 @@ FLAGS = (
 
 
 class WideModel(LanguageModel):
-    """A language model of `VOCABULARY` tokens, without data to make them from."""
+    """A language model with `VOCABULARY` tokens, whose tokenizer is only that number."""
 
     class tokenizer:
         vocab_size = VOCABULARY

@@ -1,9 +1,10 @@
-"""A population of 8 against 8 runs one after another: tokens a second of all together.
+"""Throughput of a population of 8 compared with 8 runs one after another.
 
     python -m benchmarks.population [--members=8 --embed_dim=64 --steps=200]
 
-Both train the same small transformer. "steps" times the compiled steps alone, in turns, in one
-process; "commands" times whole train commands, start and compilation included. Prints JSON.
+Both train the same small transformer. "steps_alone" times only the compiled steps, alternating in
+one process; "whole_commands" times whole train commands, including start-up and compilation. Prints
+JSON.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def flags(arguments: argparse.Namespace) -> list[str]:
 
 
 class Stepper:
-    """A run, or a population, with its compiled step and its batches."""
+    """A run or a population with its compiled step and its batches."""
 
     def __init__(self, arguments: list[str]):
         config = parse_run(arguments)
@@ -92,11 +93,11 @@ def compare_commands(base: list[str], members: int) -> dict:
             return time.perf_counter() - start
 
         population = seconds("all", f"--population.size={members}")
-        alone = sum(seconds(str(k), f"--seed={k}") for k in range(members))
+        separate = sum(seconds(str(k), f"--seed={k}") for k in range(members))
     return {
-        "one_after_another_s": round(alone, 1),
+        "one_after_another_s": round(separate, 1),
         "population_s": round(population, 1),
-        "ratio": round(alone / population, 2),
+        "ratio": round(separate / population, 2),
     }
 
 

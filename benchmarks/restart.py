@@ -1,10 +1,12 @@
-"""How long a run of two processes takes from the death of one to its next step.
+"""Time that a run of two processes takes from the death of one process to its next new step.
 
-Starts two processes of a small transformer on this machine, kills one (SIGKILL) some steps after a
-checkpoint, waits until the other has left by itself, starts the same two commands again, and waits
-for the first row of metrics behind the checkpoint. Prints a JSON object; times are wall-clock
-seconds of this process, read from the files and the exits of the others (every 10 ms). Most of it
-is imports and compilation, which on CPU finds nothing in the persistent cache.
+    python -m benchmarks.restart
+
+Trains a small transformer in two processes on this machine, kills one of them (SIGKILL) some steps
+after a checkpoint, waits until the other one exits by itself, starts the same two commands again,
+and waits for the first row of metrics after the checkpoint. Prints a JSON object. Times are
+wall-clock seconds, measured by polling files and processes every 10 ms. Most of the time goes into
+imports and compilation, for which the persistent cache does not help on CPUs.
 """
 
 import json
@@ -31,11 +33,11 @@ FLAGS = (
     "--checkpoint.every=5",
     "--optimizer.schedule=rsqrt",
 )
-DEVICES = 4  # simulated ones, of each process
+DEVICES = 4  # simulated devices per process
 
 
 def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
-    """Two processes of one run."""
+    """Starts two processes of one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,25 +60,25 @@ def start(workdir: pathlib.Path) -> list[subprocess.Popen]:
 
 
 def last_step(workdir: pathlib.Path) -> int:
-    """Of the last whole row of the metrics."""
+    """The step of the last complete row of metrics."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 def saved(workdir: pathlib.Path) -> int:
-    """The newest checkpoint that is whole."""
+    """The step of the newest complete checkpoint."""
     folder = workdir / "checkpoints"
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen]) -> float:
-    """The time at which a condition came true."""
+    """Waits for a condition and returns the time at which it became true."""
     while not condition():
         for process in processes:
             if process.poll() is not None:
-                raise SystemExit(f"a process ended too early: {process.communicate()[1]}")
+                raise SystemExit(f"a process exited too early: {process.communicate()[1]}")
         time.sleep(0.01)
     return time.perf_counter()
 
@@ -95,7 +97,7 @@ def main():
         first[1].communicate()
         step, reached = saved(workdir), last_step(workdir)
         second = start(workdir)
-        # The file is cut back to the checkpoint before the first new row is written.
+        # The file is truncated to the checkpoint before the first new row is written.
         wait_until(lambda: last_step(workdir) <= step, second)
         resumed = wait_until(lambda: last_step(workdir) > step, second)
         for process in second:

@@ -1,13 +1,16 @@
-"""How exact and how fast the parametric fit of a scaling law is.
+"""Accuracy and speed of the parametric scaling-law fit.
 
     python -m benchmarks.scaling_fit [--repeats=100]
 
-Runs are drawn from the law of Hoffmann et al. (2022) with its published coefficients, sizes and
-tokens being log-uniform. Exactness: 200 runs without noise, from the full grid of starts. Coverage:
-200 runs with 1 % noise, repeated; how often the 95 % intervals hold each coefficient, and all five
-at once (for which they are not made). Every ninth start is used there, of which about one in six
-leads to the best fit. Time: 240 runs from the full grid of 4,500 starts, of which the same number
-is done by `scipy.optimize.minimize` one after the other, on a sample of them.
+The data are runs that follow the law of Hoffmann et al. (2022) with its published coefficients, at
+log-uniform sizes and tokens.
+
+- Accuracy: 200 runs without noise, from the full grid of starting points.
+- Coverage: 200 runs with 1% noise, repeated: how often the 95% intervals contain each
+  coefficient, and all five at once (which they do not claim to). It uses every ninth starting
+  point, of which about one in six leads to the best fit.
+- Time: 240 runs from the full grid of 4,500 starting points, compared with
+  `scipy.optimize.minimize` called one by one, timed on a sample of these and scaled up.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from genai_jax.scaling.fits.points import Points, make_points
 LAW = Parametric()
 VALUES = np.array([1.69, 406.4, 410.7, 0.34, 0.28])  # E, A, B, alpha, beta
 NOISE = 0.01  # standard deviation of log loss
-SAMPLE = 40  # starts that scipy is timed on
+SAMPLE = 40  # number of starting points that SciPy is timed on
 
 
 def runs(count: int, noise: float, seed: int) -> Points:
@@ -37,8 +40,8 @@ def runs(count: int, noise: float, seed: int) -> Points:
 
 
 def exactness() -> dict:
-    found = fit(LAW, runs(200, 0.0, 0))
-    errors = np.abs(np.array(list(found.values.values())) / VALUES - 1)
+    fitted = fit(LAW, runs(200, 0.0, 0))
+    errors = np.abs(np.array(list(fitted.values.values())) / VALUES - 1)
     return dict(zip(LAW.coefficients, errors.tolist(), strict=True))
 
 
@@ -46,8 +49,8 @@ def coverage(repeats: int) -> dict:
     hits = []
     for seed in range(repeats):
         points = runs(200, NOISE, 1000 + seed)
-        found = fit(LAW, points, starts=LAW.starts()[::9], resamples=200, seed=seed)
-        low, high = np.array(list(found.intervals().values())).T
+        fitted = fit(LAW, points, starts=LAW.starts()[::9], resamples=200, seed=seed)
+        low, high = np.array(list(fitted.intervals().values())).T
         hits.append((low <= VALUES) & (high >= VALUES))
     each = np.sum(hits, 0).tolist()
     return {
@@ -60,7 +63,7 @@ def coverage(repeats: int) -> dict:
 def speed() -> dict:
     points = runs(240, NOISE, 1)
     wall, cpu = time.perf_counter(), time.process_time()
-    found = fit(LAW, points)
+    fitted = fit(LAW, points)
     ours = time.perf_counter() - wall, time.process_time() - cpu
     starts = LAW.starts()
     chosen = starts[np.random.default_rng(0).choice(len(starts), SAMPLE, replace=False)]
@@ -71,14 +74,14 @@ def speed() -> dict:
         "seconds": ours[0],
         "cpu_seconds": ours[1],
         "scipy_cpu_seconds": scipy,
-        "objective": found.objective,
+        "objective": fitted.objective,
         "scipy_objective": best,
-        "starts_that_lead_there": found.starts[1],
+        "starts_that_lead_there": fitted.starts[1],
     }
 
 
 def by_scipy(points: Points, start: np.ndarray) -> float:
-    """The objective where L-BFGS-B ends with its default tolerances, in the paper's variables."""
+    """The objective that SciPy's L-BFGS-B reaches with default tolerances."""
     logs = np.log(points.parameters), np.log(points.tokens), np.log(points.loss)
 
     def objective(x):

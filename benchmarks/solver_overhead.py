@@ -1,9 +1,9 @@
-"""What a solver adds to the time of its network evaluations.
+"""Overhead of diffusion solvers over their network evaluations.
 
     python -m benchmarks.solver_overhead
 
-Each round times a solver and, beside it, a bare loop of as many evaluations of the same U-Net on
-the same batch; the figure is the median of the ratios, less 1.
+Each round times a solver, and then a bare loop with the same number of evaluations of the same
+U-Net on the same batch. The overhead is the median ratio minus 1.
 """
 
 import json

@@ -1,8 +1,10 @@
-"""What it costs a step that two processes agree on whether to stop.
+"""Cost per step of two processes agreeing on whether to stop.
 
-Two processes of one device each on this machine run the same steps (some matmuls, and a norm summed
-over both), with and without the question behind each, in turns of 20 steps. Prints a JSON object:
-medians over the turns of milliseconds a step.
+    python -m benchmarks.stop_agreement
+
+Two processes with one device each on this machine run the same steps (some matmuls, and a norm
+summed over both), alternating 20 steps with and 20 without the agreement after each step. Prints a
+JSON object with the median milliseconds per step.
 """
 
 import json
@@ -16,7 +18,7 @@ STEPS, TURNS = 20, 15
 
 
 def measure(index: int, port: int) -> dict:
-    """Times of process `index`."""
+    """Runs process `index` and returns its times."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -37,21 +39,21 @@ def measure(index: int, port: int) -> dict:
         blocks = np.ones((2, 512, 512), np.float32)
         x = jax.make_array_from_callback(blocks.shape, split, lambda i: blocks[i])
         step = jax.jit(step, out_shardings=(split, whole), donate_argnums=0)
-        found = {"without": [], "with": []}
+        times = {"without": [], "with": []}
         for turn in range(2 * TURNS + 2):
             asks, metric, began = turn % 2, None, time.perf_counter()
             for _ in range(STEPS):
                 before = metric
                 x, metric = step(x)
-                if before is not None:  # as the loop does: of one step while the next one runs
+                if before is not None:  # as the training loop: read while the next step runs
                     float(before)
                 if asks:
                     stop.ask()
             x.block_until_ready()
-            if turn > 1:  # the first ones compile
+            if turn > 1:  # the first turns compile
                 took = 1e3 * (time.perf_counter() - began) / STEPS
-                found["with" if asks else "without"].append(took)
-        return {f"{name}_ms": round(float(np.median(ms)), 3) for name, ms in found.items()}
+                times["with" if asks else "without"].append(took)
+        return {f"{name}_ms": round(float(np.median(ms)), 3) for name, ms in times.items()}
 
 
 def main():

@@ -1,10 +1,10 @@
-"""The training step against the matmul rate of the same machine, in one run.
+"""Speed of the training step relative to the matmul rate of the same machine.
 
     python -m benchmarks.train_step
 
 Model FLOPs are 6 x parameters x tokens + 6 x layers x width x length x tokens (causal attention,
-halved). Every round times the matmul, our step, and a plain Flax decoder with the same shapes
-(`flax.linen.Dense` and `flax.linen.dot_product_attention`), one after another; the figures are
+halved). Every round times a matmul, our step, and a plain Flax decoder with the same shapes
+(`flax.linen.Dense` and `flax.linen.dot_product_attention`), one after another. Reported are the
 medians of the per-round ratios to the matmul.
 """
 
@@ -43,7 +43,7 @@ def model_flops(parameters: int) -> float:
 
 
 def our_step(batch: dict, flags: tuple[str, ...]):
-    """(run one step, number of parameters)."""
+    """(function that runs one step, number of parameters)."""
     config = parse_run([*FLAGS, *flags])
     task = LanguageModel(config)
     mesh = make_mesh(config.mesh)
@@ -78,7 +78,7 @@ class PlainDecoder(nn.Module):
 
 
 def plain_step(batch: dict):
-    """(run one step, number of parameters) of `PlainDecoder`."""
+    """(function that runs one step, number of parameters) of `PlainDecoder`."""
     model, optimizer = PlainDecoder(), optax.adamw(1e-3)
     params = model.init(jax.random.key(0), batch["tokens"])
     opt_state = optimizer.init(params)

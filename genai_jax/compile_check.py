@@ -1,4 +1,4 @@
-"""Compiles a run's step for a slice that is not here, and says whether it fits and how fast it is.
+"""Compiles a run's training step for devices that need not be present: does it fit, how fast is it?
 
 python -m genai_jax.compile_check --flagfile=F --topology=v5p:8x8x8 [--flag=value ...]
 """
@@ -11,17 +11,29 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
+from genai_jax.scaling.chips import EXAMPLES, Topology
+from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
+from genai_jax.scaling.compile_text import as_text, side_by_side
+from genai_jax.training.sharding import placements
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckRequest:
-    topology: str = field("", "slice, as chip:shape (v5p:8x8x8, h200:1x32x8), or cpu:N")
-    slices: int = field(1, "slices of that shape, linked by the data-center network", minimum=1)
-    compare: str = field("", "flagfile of a second run, shown beside the first")
-    output: str = field("", "file for the numbers, as JSON")
-    program: str = field("", "file for the compiled program's text")
-    dump_shardings: str = field("", "file for the placement of every parameter; - prints it")
-    compiles: bool = field(True, "off: only what is known without compiling")
+    topology: str = field(
+        "", "devices to compile for, as chip:shape (v5p:8x8x8, h200:1x32x8), or cpu:N"
+    )
+    slices: int = field(
+        1, "number of slices of that shape, linked by the data-center network", minimum=1
+    )
+    compare: str = field("", "flagfile of a second run to compile and compare with the first")
+    output: str = field("", "file for the report, as JSON")
+    program: str = field("", "file for the text of the compiled program")
+    dump_shardings: str = field(
+        "", "file for a list of all parameters with their shardings; - prints it"
+    )
+    compiles: bool = field(
+        True, "whether to compile; if false, only what is known without compiling is reported"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,30 +41,26 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(__doc__, {"run": CheckRequest}) + "\n\nand every flag of the train command")
         return 0
     request, rest = _split(argv)
-    from genai_jax.scaling.chips import EXAMPLES, Topology
-
     if not request.topology:
-        raise ConfigError(f"--topology is not set: say which slice, e.g. {EXAMPLES}")
+        raise ConfigError(f"--topology is not set; examples are {EXAMPLES}")
     topology = Topology(request.topology, request.slices)
     topology.prepare()
     runs = [rest]
     if request.compare:
         flags = [a for a in rest if not a.startswith("--flagfile=")]
         runs.append([f"--flagfile={request.compare}", *flags])
-    configs = [parse_run(argv) for argv in runs]  # a mistake is found before anything is compiled
+    configs = [parse_run(argv) for argv in runs]  # reports mistakes before anything is compiled
     code, report = _check(request, topology, runs[0], configs[0], "")
     if request.compare:
-        from genai_jax.scaling.compile_text import beside
-
         print()
         second, other = _check(request, topology, runs[1], configs[1], ".2")
-        print(f"\n{beside(report, other)}")
+        print(f"\n{side_by_side(report, other)}")
         code = max(code, second)
     return code
 
 
 def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
-    """This command's flags, and those of the run, each in one piece."""
+    """The flags of this command, and those of the run, each as one --name=value argument."""
     argv = list(argv)
     for i in range(len(argv) - 1, 0, -1):
         if argv[i - 1] in ("--flagfile", "-flagfile"):
@@ -63,26 +71,22 @@ def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
     for argument in own:
         if "=" not in argument and given[argument].removeprefix("no") != "compiles":
             raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
-    found, _ = parse(own, {"run": CheckRequest})
-    if not found.run.compiles and (found.run.output or found.run.program):
-        raise ConfigError("--output and --program need the compiled step, without --compiles=false")
-    return found.run, [a for a in argv if a not in own]
+    request = parse(own, {"run": CheckRequest})[0].run
+    if not request.compiles and (request.output or request.program):
+        raise ConfigError("--output and --program need the compiled step: drop --compiles=false")
+    return request, [a for a in argv if a not in own]
 
 
 def _check(
     request: CheckRequest, topology, argv: Sequence[str], config: Config, suffix: str
 ) -> tuple[int, dict]:
-    """Compiles one run and prints what came out; (1 if it does not fit, the numbers)."""
-    from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
-    from genai_jax.scaling.compile_text import as_text
-    from genai_jax.training.sharding import placements
-
-    named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "the flags given")
+    """Compiles one run and prints the report; returns (1 if it does not fit, the report)."""
+    named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "command-line flags")
     built = prepared(make_task(config), config, topology)
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
-        placed = placements(params, rules, built.compiled.mesh)
-        _write(request.dump_shardings, suffix, placed)
+        shardings = placements(params, rules, built.compiled.mesh)
+        _write(request.dump_shardings, suffix, shardings)
     if not request.compiles:
         report = facts(config, topology, built)
         print(as_text(named, report))

@@ -2,17 +2,20 @@
 
 python -m genai_jax.ladder --flagfile=BASE --budgets=1e12,3e12 --widths=64,96,128 --output=DIR
 
-Every further flag of a run (--data.dataset=... --data.batch_size=...) goes into every file. N, D
-and C stand above the flags of each, counted from the network's own shapes.
+Any other flags of a run (--data.dataset=... --data.batch_size=...) are added to every file. A
+comment at the top of each file gives N, D and C, counted from the shapes of the network.
 """
 
 import pathlib
 from collections.abc import Sequence
 
+import jax
+
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, flag_names, help_text, parse
 from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
+from genai_jax.scaling.study.folder import counts_of, flagfiles
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,10 +23,7 @@ def main(argv: Sequence[str]) -> int:
         print(help_text(__doc__, {"run": LadderRequest}))
         return 0
     request, base, more = _split(argv)
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    from genai_jax.scaling.study.folder import counts_of, flagfiles
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed
 
     def count(flags: Sequence[str]):
         config = parse_run([f"--flagfile={base}", *more, *flags, "--attention=auto"])
@@ -36,18 +36,18 @@ def main(argv: Sequence[str]) -> int:
         print(line)
     for path in flagfiles(pathlib.Path(request.output)):
         if path not in paths:
-            print(f"{path} was there before, and is no run of this ladder")
+            print(f"{path} is left from before and does not belong to this ladder")
     for path, rung in zip(paths, rungs, strict=True):
         print(
             f"{path}: N {rung.counts.non_embedding:.3e}, D {rung.tokens:.3e}, "
             f"C {rung.flops:.3e}, D/N {rung.ratio:.3g}, {rung.layers} layer(s), {rung.steps} steps"
         )
-    print(f"C counts {rungs[0].counts.convention}")
+    print(f"FLOPs: {rungs[0].counts.convention}")
     return 0
 
 
 def _split(argv: Sequence[str]) -> tuple[LadderRequest, str, list[str]]:
-    """The ladder's flags, the base's flagfile, and the flags that go into every file."""
+    """The flags of the ladder, the base flagfile, and the flags to add to every file."""
     names = flag_names({"run": LadderRequest})
     name_of = lambda argument: argument.lstrip("-").split("=")[0]
     for argument in argv:
@@ -56,30 +56,30 @@ def _split(argv: Sequence[str]) -> tuple[LadderRequest, str, list[str]]:
     bases = [a.split("=", 1)[1] for a in argv if name_of(a) == "flagfile"]
     if len(bases) != 1:
         raise ConfigError(
-            f"--flagfile is needed once, for the base; it is there {len(bases)} times"
+            f"--flagfile, the base of the ladder, must be given once, not {len(bases)} times"
         )
     own = [a for a in argv if name_of(a) in names]
     request = parse(own, {"run": LadderRequest})[0].run
     if not request.output:
-        raise ConfigError("--output is not set: say where the flagfiles go")
+        raise ConfigError("--output is not set: name a folder for the flagfiles")
     more = [a for a in argv if a not in own and name_of(a) != "flagfile"]
     return request, bases[0], more
 
 
 def _refuse_what_is_set(request: LadderRequest, flags: Sequence[str]):
-    """Raises `ConfigError` if the base sets what is to follow from the width."""
+    """Raises `ConfigError` if the base sets a size that has to follow from the width."""
     config = parse_run(flags)
     if request.component not in config.components:
         raise ConfigError(
-            f"--component={request.component} is none of --task={config.run.task}, whose "
+            f"--component={request.component} is not a component of --task={config.run.task}; its "
             f"components are {', '.join(config.components)}"
         )
     part = config.components[request.component]
     for name in ("mlp_dim", "head_dim", "num_kv_heads"):
         if getattr(part, name, None) is not None:
             raise ConfigError(
-                f"--{request.component}.{name}={getattr(part, name)} is set; on a ladder it has to "
-                "follow from the width: leave it unset"
+                f"--{request.component}.{name}={getattr(part, name)} is set, but on a ladder it "
+                "has to follow from the width: leave it unset"
             )
 
 

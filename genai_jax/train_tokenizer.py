@@ -7,34 +7,33 @@ import dataclasses
 import os
 
 from genai_jax import config as config_lib
+from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
-
-USAGE = "python -m genai_jax.train_tokenizer --data.dataset=... --output=tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokenizerConfig:
     vocab_size: int = config_lib.field(
-        4096, "tokens, the 256 bytes and the boundary included", minimum=257
+        4096, "vocabulary size, including the 256 bytes and the boundary token", minimum=257
     )
-    output: str = config_lib.field("tokenizer.json", "the file to write; must end in .json")
+    output: str = config_lib.field("tokenizer.json", "file to write; must end in .json")
 
 
 COMPONENTS = {"run": TrainTokenizerConfig, "data": DataConfig}
 
 
 def main(argv: list[str]) -> int:
-    """Trains, writes the file, and prints how well it compresses the validation split."""
+    """Trains the tokenizer, writes it, and prints how well it compresses the validation split."""
     if "--help" in argv:
-        print(config_lib.help_text(USAGE, COMPONENTS))
+        print(config_lib.help_text(__doc__, COMPONENTS))
         return 0
     config, _ = config_lib.parse(argv, COMPONENTS)
     output = config.run.output
     if not output.endswith(".json"):
         raise config_lib.ConfigError(f"--output={output} does not end in .json")
-    # Reads as the new tokenizer will: it cannot stand for bytes that are not UTF-8.
+    # Reads the text as for the new tokenizer, which cannot represent bytes that are not UTF-8.
     data = dataclasses.replace(config.data, tokenizer=output)
     train, validation = open_source(data, "train"), open_source(data, "validation")
     train_bpe(train, config.run.vocab_size, output)
@@ -48,12 +47,12 @@ def main(argv: list[str]) -> int:
 
 
 def train_bpe(source: Source, vocab_size: int, output: str) -> None:
-    """Writes a tokenizers JSON file whose `BOUNDARIES[0]` starts and ends a document."""
-    try:
+    """Writes a `tokenizers` JSON file whose token `BOUNDARIES[0]` separates documents."""
+    try:  # an optional package
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise config_lib.ConfigError(
-            "training a tokenizer needs the library tokenizers: pip install genai_jax[text]"
+            "training a tokenizer needs the tokenizers package: pip install genai_jax[text]"
         ) from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,13 +70,11 @@ def train_bpe(source: Source, vocab_size: int, output: str) -> None:
 
 
 def compression(tokenizer, source: Source) -> tuple[int, int]:
-    """UTF-8 bytes of all documents, and tokens they become."""
+    """(bytes of all documents in UTF-8, number of tokens they are encoded as)."""
     documents = [source[i] for i in range(len(source))]
     size = sum(len(document.encode()) for document in documents)
     return size, sum(len(tokenizer.encode(document)) for document in documents)
 
 
 if __name__ == "__main__":
-    from genai_jax.command import run
-
     run(main)

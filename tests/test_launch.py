@@ -1,4 +1,4 @@
-"""The scripts of experiments/pods/launch: the commands they print, and what can be run here."""
+"""The scripts in experiments/pods/launch: the commands they print, and the parts that run here."""
 
 import os
 import shlex
@@ -18,11 +18,11 @@ TPU = ("--name=pod", "--zone=us-east5-a")
 
 
 def launch(script: str, *arguments: str, code: int = 0, path: str = "") -> tuple[str, str]:
-    """Runs a script to its end, checks its exit code, returns (stdout, stderr)."""
-    found = os.environ["PATH"]
+    """Runs a script, checks its exit code, returns (stdout, stderr)."""
+    system_path = os.environ["PATH"]
     done = subprocess.run(
         [str(LAUNCH / script), *arguments],
-        env=os.environ | {"PATH": f"{path}{os.pathsep}{found}" if path else found},
+        env=os.environ | {"PATH": f"{path}{os.pathsep}{system_path}" if path else system_path},
         capture_output=True,
         text=True,
     )
@@ -31,13 +31,13 @@ def launch(script: str, *arguments: str, code: int = 0, path: str = "") -> tuple
 
 
 def commands(script: str, *arguments: str) -> list[list[str]]:
-    """The commands that a dry run prints, as words."""
+    """The commands that a dry run prints, split into words."""
     out, _ = launch(script, "--dry_run", *arguments)
     return [shlex.split(line) for line in out.splitlines()]
 
 
 def parsed(words: list[str]):
-    """The configuration that a training command has, its flagfile found from here."""
+    """The configuration of a training command, with its flagfile relative to the repository."""
     where = words.index("genai_jax.train") if "genai_jax.train" in words else words.index("train")
     path = f"--flagfile={ROOT}/"
     return parse_run([w.replace("--flagfile=", path) for w in words[where + 1 :]])
@@ -50,7 +50,7 @@ def check(config):
 
 
 def remote(command: list[str]) -> list[str]:
-    """What a gcloud command lets all workers do, without what collects their exit codes."""
+    """The command that gcloud runs on all workers, without the part that reports exit codes."""
     assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert {"--zone=us-east5-a", "--worker=all"} <= set(command)
     (text,) = [w.removeprefix("--command=") for w in command if w.startswith("--command=")]
@@ -81,7 +81,7 @@ def test_tpu_vm_clones_a_revision():
 
 
 @pytest.mark.parametrize(("answers", "code"), [("0 0 0", 0), ("0 3 143", 143), ("", 1)])
-def test_tpu_vm_ends_with_the_largest_code_of_the_workers(answers, code, tmp_path):
+def test_tpu_vm_exits_with_the_largest_code_of_the_workers(answers, code, tmp_path):
     gcloud = tmp_path / "gcloud"
     lines = "".join(f"echo 'host-{i}: exit code {c}'\n" for i, c in enumerate(answers.split()))
     gcloud.write_text(f"#!/bin/sh\necho training\n{lines}exit {int(code != 0)}\n")
@@ -96,7 +96,7 @@ def test_tpu_vm_ends_with_the_largest_code_of_the_workers(answers, code, tmp_pat
 
 @pytest.fixture
 def worker(tmp_path):
-    """(Starts worker.sh, folder of a repository whose Python is a shell script)."""
+    """(function that starts worker.sh, folder of a repository whose Python is a shell script)."""
     folder = tmp_path / "experiments" / "pods" / "launch"
     folder.mkdir(parents=True)
     shutil.copy(LAUNCH / "worker.sh", folder)
@@ -115,7 +115,7 @@ def worker(tmp_path):
     return start, tmp_path
 
 
-def test_a_worker_ends_with_the_code_of_training(worker):
+def test_a_worker_exits_with_the_code_of_training(worker):
     start, _ = worker
     process = start("train", "--a=two words", "7")
     out, _ = process.communicate(timeout=30)
@@ -132,7 +132,7 @@ def test_training_outlives_the_connection_and_is_stopped_by_a_signal(worker):
         time.sleep(0.05)
     lost.kill()
     lost.communicate()
-    assert start("train", "--a=b", "0").wait() == 2  # one goes on already
+    assert start("train", "--a=b", "0").wait() == 2  # one is already running
     follower = start("follow")
     assert start("stop").wait() == 0
     out, _ = follower.communicate(timeout=30)
@@ -140,7 +140,7 @@ def test_training_outlives_the_connection_and_is_stopped_by_a_signal(worker):
     assert out.splitlines()[-1] == "saved"
 
 
-def test_gke_creates_a_workload_for_the_flagfiles_slice():
+def test_gke_creates_a_workload_for_the_slice_of_the_flagfile():
     image = ("--cluster=c", "--image=registry/genai:1", "--num_slices=2", "--zone=z")
     (create,) = commands("gke.sh", *image, *RUN, "--", *FLAGS)
     assert create[:3] == ["xpk", "workload", "create"]
@@ -160,7 +160,7 @@ def test_gke_creates_a_workload_for_the_flagfiles_slice():
 
 
 @pytest.mark.parametrize(("processes", "tasks"), [("gpu", 4), ("node", 1)])
-def test_slurm_submits_one_process_a_gpu_or_a_node(processes, tasks):
+def test_slurm_submits_one_process_per_gpu_or_node(processes, tasks):
     where = ("--nodes=3", "--gpus_per_node=4", f"--processes={processes}", "--partition=h200")
     (submit,) = commands("slurm.sh", *where, *RUN, "--", *FLAGS)
     assert submit[0] == "sbatch"
@@ -171,7 +171,7 @@ def test_slurm_submits_one_process_a_gpu_or_a_node(processes, tasks):
 
 
 @pytest.mark.parametrize(("ended", "requeued"), [(0, False), (1, False), (143, True)])
-def test_a_slurm_job_that_was_told_to_stop_is_queued_again(ended, requeued, tmp_path):
+def test_a_slurm_job_stopped_by_sigterm_is_requeued(ended, requeued, tmp_path):
     for name, body in (("srun", f"exit {ended}"), ("scontrol", 'echo "scontrol $*"')):
         (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*"\n{body}\n')
         (tmp_path / name).chmod(0o755)
@@ -187,18 +187,18 @@ def test_a_slurm_job_that_was_told_to_stop_is_queued_again(ended, requeued, tmp_
     ("script", "arguments", "said"),
     [
         ("tpu_vm.sh", ("--zone=z",), "--name is not set"),
-        ("tpu_vm.sh", (*TPU, "--action=go"), "--action=go is none of all, copy"),
+        ("tpu_vm.sh", (*TPU, "--action=go"), "--action=go is not one of all, copy"),
         ("tpu_vm.sh", (*TPU, "--revision=a"), "--revision=a needs --repository"),
-        ("gke.sh", ("--clusters=c",), "--clusters is unknown; known: cluster, image"),
+        ("gke.sh", ("--clusters=c",), "--clusters is unknown; the options are cluster, image"),
         ("gke.sh", ("--cluster=c", "--image=i", "--num_slices=0"), "--num_slices=0 is not a whole"),
         ("gke.sh", ("--cluster=c", "--image=i", "--flagfile=no.flags", "--workdir=w"), "no such"),
         ("slurm.sh", ("--nodes=1", "--flagfile=/etc/hostname", "--workdir=w"), "no such"),
         ("slurm.sh", ("--nodes=1", "--flagfile=experiments/../../x", "--workdir=w"), "no such"),
-        ("slurm.sh", ("--nodes=1", RUN[0], "--workdir=gs://b/x"), "URLs are not read"),
+        ("slurm.sh", ("--nodes=1", RUN[0], "--workdir=gs://b/x"), "URLs are not supp"),
         ("gke.sh", ("--cluster=c", "--image=i", RUN[0], "--workdir=runs/x"), "is relative"),
         ("tpu_vm.sh", (*TPU, RUN[0], "--workdir=runs/x"), "is relative"),
-        ("slurm.sh", ("--nodes=1", "x"), "x is no option"),
-        ("slurm.sh", ("--nodes=1", *RUN, "--processes=core"), "none of gpu, node"),
+        ("slurm.sh", ("--nodes=1", "x"), "x is not an option"),
+        ("slurm.sh", ("--nodes=1", *RUN, "--processes=core"), "not one of gpu, node"),
     ],
 )
 def test_a_mistake_is_one_line(script, arguments, said):

@@ -110,7 +110,7 @@ def test_names_and_classes_belong_together():
 def test_a_mixer_from_outside_is_named_too(tmp_path):
     config = parse_run(["--transformer.pattern=no_such_package.module:Mixer"])
     (tmp_path / "flags.txt").write_text(config.to_flags())
-    with pytest.raises(ConfigError, match="--mixers=no_such_package.module:Mixer"):
+    with pytest.raises(ConfigError, match=r"--mixers=no_such_package\.module:Mixer"):
         read_config(str(tmp_path))
     allowed = read_config(str(tmp_path), allowed=["no_such_package.module:Mixer"])
     assert allowed.transformer == config.transformer

@@ -41,7 +41,7 @@ def test_a_slice_that_the_compiler_does_not_know():
     done = check("--topology=v5e:3x5")
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(message) == 1 and "--topology=v5e:3x5" in message[0] and "known are" in message[0]
+    assert len(message) == 1 and "--topology=v5e:3x5" in message[0] and "examples are" in message[0]
 
 
 def test_an_axis_spans_the_slices():

@@ -1,9 +1,9 @@
-"""Compiles every experiment of this folder for its slice and writes the table of README.md.
+"""Compiles the experiments in this folder for their slices and writes the table in README.md.
 
-    python experiments/pods/check.py [NAME ...]   # those flagfiles; all of them without a name
-    python experiments/pods/check.py --table      # the table alone, from the numbers that are here
+    python experiments/pods/check.py [NAME ...]   # these flagfiles, or all if none is named
+    python experiments/pods/check.py --table      # only rewrites the table from existing numbers
 
-Beside each flagfile lie what compile_check printed (NAME.txt) and its numbers (NAME.json).
+The output of compile_check is stored next to each flagfile as text (NAME.txt) and JSON (NAME.json).
 """
 
 import json
@@ -16,14 +16,14 @@ import sys
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 GIB = 2**30
-# Model FLOPs utilization that the leading public JAX trainer, MaxText, reports for size and chip
-# (docs/reference/models/tiering.md, read in 2026).
+# Model FLOPs utilization that MaxText, the leading public JAX trainer, reports for the same model
+# and chip (docs/reference/models/tiering.md, as of 2026).
 PUBLISHED = {"llama3_8b_v6e_256": 0.455, "llama3_70b_v6e_256": 0.503, "llama2_70b_v5p_512": 0.654}
 COLUMNS = (
     "experiment",
     "slice",
     "mesh",
-    "tokens a chip",
+    "tokens per chip",
     "memory GiB",
     "step s",
     "MFU",
@@ -50,13 +50,13 @@ def experiments() -> list[pathlib.Path]:
 
 
 def topology_of(flagfile: pathlib.Path) -> str:
-    """What the comment ``# topology:`` of a flagfile says, empty if there is none."""
-    found = re.search(r"^# topology: *(\S+)", flagfile.read_text(), re.MULTILINE)
-    return found[1] if found else ""
+    """The topology in the comment ``# topology:`` of a flagfile; empty if there is none."""
+    comment = re.search(r"^# topology: *(\S+)", flagfile.read_text(), re.MULTILINE)
+    return comment[1] if comment else ""
 
 
 def check(flagfile: pathlib.Path) -> bool:
-    """Compiles one; whether it compiled, be it fitting or not."""
+    """Compiles one experiment; returns whether that worked, even if the program does not fit."""
     print(f"{flagfile.stem} for {topology_of(flagfile)} ...", flush=True)
     done = compile_check(
         f"--flagfile={flagfile.relative_to(ROOT)}",
@@ -72,7 +72,7 @@ def check(flagfile: pathlib.Path) -> bool:
 
 
 def compile_check(*flags: str) -> subprocess.CompletedProcess:
-    """Runs the command where it finds the compilers of `make targets`."""
+    """Runs the command with the compilers of `make targets` on its path."""
     compilers = pathlib.Path(sys.prefix) / "targets"
     path = os.pathsep.join((str(compilers), os.environ.get("PYTHONPATH", "")))
     command = (sys.executable, "-m", "genai_jax.compile_check", *flags)
@@ -82,7 +82,7 @@ def compile_check(*flags: str) -> subprocess.CompletedProcess:
 
 
 def table() -> str:
-    """Of all experiments, from the numbers beside them."""
+    """The table of all experiments, from their JSON files."""
     rows = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for flagfile in experiments():
         numbers = flagfile.with_suffix(".json")
@@ -98,9 +98,9 @@ def table() -> str:
 def row(name: str, report: dict) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     tokens = report["tokens_per_step"]
-    each = tokens / report["devices"] if tokens else report["batch_size"] / report["devices"]
+    per_chip = (tokens or report["batch_size"]) / report["devices"]
     what = "" if tokens else " images"
-    cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{each:,.0f}{what}"]
+    cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{per_chip:,.0f}{what}"]
     published = f"{PUBLISHED[name]:.1%}" if name in PUBLISHED else ""
     if not report["fits"]:
         return [*cells, f"does not fit: {report['largest'][0]}", "", "", published]
@@ -116,7 +116,7 @@ def row(name: str, report: dict) -> list[str]:
 
 
 def write_between(path: pathlib.Path, name: str, text: str):
-    """Replaces what stands between ``<!-- name -->`` and ``<!-- end of name -->``."""
+    """Replaces the text between ``<!-- name -->`` and ``<!-- end of name -->``."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, rest = path.read_text().split(begin)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

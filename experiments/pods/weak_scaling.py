@@ -1,10 +1,10 @@
-"""Communication of one step against the number of chips, on paper: from compiled programs.
+"""Communication per step against the number of chips, predicted from compiled programs.
 
     python experiments/pods/weak_scaling.py   # writes weak_scaling.json, .png and README.md's table
 
-The decoder of 8B parameters, 8,192 tokens a chip, for 16 to 4,096 H200s, eight a host: FSDP over
-all chips, and FSDP x 4-way tensor parallelism. What is sent hardly depends on the kind of chip, and
-the compiler for GPUs takes seconds.
+The model is the 8B decoder with 8,192 tokens per chip, on 16 to 4,096 H200s, eight per host, with
+FSDP over all chips, or FSDP x 4-way tensor parallelism. The bytes sent hardly depend on the kind of
+chip, and the GPU compiler takes only seconds.
 """
 
 import json
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def compiled(chips: int, tensor: int) -> dict:
-    """What one device sends in a step, by kind of collective, and the predicted MFU."""
+    """Bytes that a device sends per step, by kind of collective, and the predicted time and MFU."""
     output = HERE / "weak_scaling.tmp.json"
     done = compile_check(
         "--flagfile=experiments/pods/shapes/llama3_8b.flags", f"--topology=h200:1x{chips // 8}x8",
@@ -63,7 +63,7 @@ def compiled(chips: int, tensor: int) -> dict:
 
 def table(results: dict) -> str:
     rows = [
-        "| mesh | chips | sent GB | on the links s | step s | MFU |",
+        "| mesh | chips | sent (GB) | time on links (s) | step (s) | MFU |",
         "|---|---|---|---|---|---|",
     ]
     for key, r in results.items():
@@ -81,7 +81,7 @@ def plot(results: dict):
         chips = [c for c in CHIPS if f"{name}/{c}" in results]
         sent = [sum(results[f"{name}/{c}"]["sent"].values()) / 1e9 for c in chips]
         axes.plot(chips, sent, marker="o", label=name)
-    axes.set(xscale="log", xlabel="chips (H200)", ylabel="sent by a chip in a step (GB)")
+    axes.set(xscale="log", xlabel="chips (H200)", ylabel="sent per chip and step (GB)")
     axes.set_xticks(list(CHIPS), [f"{c:,}" for c in CHIPS])
     axes.set_ylim(bottom=0)
     axes.legend()

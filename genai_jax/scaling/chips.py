@@ -1,4 +1,4 @@
-"""Chips and slices that a program can be compiled for, present or not, and what bounds it."""
+"""Chips and topologies that a program can be compiled for without owning them, and their peaks."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Published peaks of one jax device (a v4 or v5p chip is one, a 7x chip two)."""
+    """Published peaks of one jax device (a v4 or v5p chip is one device, a 7x chip two)."""
 
     name: str
-    flops: float  # dense bfloat16, a second
-    hbm: float  # bytes a second
-    memory: float  # bytes that a program may use
-    clock: float  # Hz; 0: the compiler's cycles are not used
-    link: float  # bytes a second of one link to a neighbour, in one direction
-    ring: int  # a dimension of a multiple of this size closes to a ring
-    network: float  # bytes a second of one device to what no link reaches
-    switched: int = 0  # devices of a host that reach each other at `link`; 0: links make a torus
+    flops: float  # dense bfloat16 FLOP/s
+    hbm: float  # memory bandwidth, bytes/s
+    memory: float  # bytes available to a program
+    clock: float  # Hz; 0: the compiler's cycle estimates are not used
+    link: float  # bytes/s over one link to a neighbor, in one direction
+    ring: int  # a dimension whose size is a multiple of this wraps around to a ring
+    network: float  # bytes/s of one device to devices that no link reaches
+    switched: int = 0  # devices per host that a switch connects at `link`; 0: links form a torus
 
 
-# Links: "bidirectional inter-chip interconnect bandwidth per chip" of the system architecture pages
-# in Google Cloud's TPU documentation, over the ports of a chip (4 or 6) and both directions: 600
-# (v4), 400 (v5e), 1200 (v5p), 800 (v6e), 1200 GB/s (7x, a chip's links shared by its two devices).
-# Network: DCN bandwidth, same pages: 50 Gbit/s a chip (v5p, and taken for v4), 6.4 and 25.6 Tbit/s
-# a pod of 256 (v5e, v6e), 100 Gbit/s (7x). H200: NVLink 900 GB/s and 400 Gbit/s InfiniBand a GPU,
-# from NVIDIA's data sheets of H200 and DGX H200. Memory: what the compiler reports as available
-# (libtpu 0.0.42); of the H200's 141 GB the three quarters that jax takes by default.
+# Links: "bidirectional inter-chip interconnect bandwidth per chip" from the system architecture
+# pages of Google Cloud's TPU documentation, divided by the ports of a chip (4 or 6) and by both
+# directions: 600 (v4), 400 (v5e), 1200 (v5p), 800 (v6e), 1200 GB/s (7x, whose two devices share the
+# links of a chip). Network: DCN bandwidth, same pages: 50 Gbit/s per chip (v5p; assumed for v4),
+# 6.4 and 25.6 Tbit/s per pod of 256 (v5e, v6e), 100 Gbit/s (7x). H200: NVLink 900 GB/s and 400
+# Gbit/s InfiniBand per GPU, from NVIDIA's data sheets of H200 and DGX H200. Memory: what the
+# compiler reports as available (libtpu 0.0.42); for the H200, the three quarters of its 141 GB that
+# jax preallocates by default.
 _MORE = {
     "v4": (30.75 * GIB, 50e9, 4, 6.25e9),
     "v5e": (15.75 * GIB, 50e9, 16, 3.125e9),
@@ -56,18 +57,20 @@ EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, 7x:4x4x4, h200:1x32x8, cp
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices described by ``chip:shape``, e.g. ``v5p:8x8x8``; of a GPU slices x hosts x GPUs."""
+    """Devices as ``chip:shape``, e.g. ``v5p:8x8x8``; GPUs as slices x hosts x GPUs per host."""
 
     text: str
     slices: int = 1
 
     def __post_init__(self):
         if not re.fullmatch(r"\w+:\d+(x\d+){0,2}", self.text) or self.kind not in (*CHIPS, "cpu"):
-            raise ConfigError(f"--topology={self.text} is unknown; known are, e.g., {EXAMPLES}")
+            raise ConfigError(f"--topology={self.text} is unknown; examples are {EXAMPLES}")
         if 0 in self.shape or (self.kind == "cpu" and len(self.shape) > 1):
-            raise ConfigError(f"--topology={self.text}: sizes are at least 1, and of a cpu one")
+            raise ConfigError(
+                f"--topology={self.text}: sizes must be at least 1, and cpu takes a single size"
+            )
         if self.slices > 1 and self.kind in ("cpu", "h200"):
-            raise ConfigError(f"--slices={self.slices} is for TPUs, not for {self.text}")
+            raise ConfigError(f"--slices={self.slices} works for TPUs only, not for {self.text}")
 
     @property
     def kind(self) -> str:
@@ -79,11 +82,11 @@ class Topology:
 
     @property
     def chip(self) -> Chip | None:
-        """None for simulated devices of a CPU."""
+        """None for simulated CPU devices."""
         return CHIPS.get(self.kind)
 
     def prepare(self):
-        """Sets the process up to describe these devices; before jax is used.
+        """Prepares this process for describing the devices; call it before jax is used.
 
         Raises:
           ConfigError: the compiler is not installed.
@@ -98,15 +101,15 @@ class Topology:
             __import__(needed)
         except ImportError:
             raise ConfigError(
-                f"--topology={self.text} needs {needed}, which is not installed: `make targets`, "
-                "then run with PYTHONPATH=.venv/targets"
+                f"--topology={self.text} needs {needed}, which is not installed: run `make "
+                "targets` and set PYTHONPATH=.venv/targets"
             ) from None
 
     def devices(self) -> list:
         """The described devices.
 
         Raises:
-          ConfigError: the compiler knows no such slice.
+          ConfigError: the compiler does not support this topology.
         """
         if self.kind == "cpu":
             return jax.devices()
@@ -124,17 +127,17 @@ class Topology:
             if self.shape in ((1, 1), (1, 1, 1), (1,)):
                 options["chips_per_host_bounds"] = [1, 1, 1]
         try:
-            found = topologies.get_topology_desc(
+            topology = topologies.get_topology_desc(
                 platform=arguments[0], topology_name=arguments[1], **options
             )
-        except Exception as error:  # the plug-ins raise several types
+        except Exception as error:  # the plug-ins raise different types
             reason = str(error).strip().splitlines()[0][:200]
             raise ConfigError(
-                f"--topology={self.text}: {reason}; known are, e.g., {EXAMPLES}"
+                f"--topology={self.text}: {reason}; examples are {EXAMPLES}"
             ) from None
-        return list(found.devices)
+        return list(topology.devices)
 
 
 def machine_memory() -> float:
-    """Bytes of this machine's memory, which its simulated devices share."""
+    """This machine's memory in bytes, which its simulated devices share."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

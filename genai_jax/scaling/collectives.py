@@ -14,7 +14,7 @@ from genai_jax.scaling.program import Instruction, Program, executed
 
 GATHER = "all-gather"
 KINDS = (GATHER, "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# In a TPU's program a reduce-scatter is a fusion of an all-reduce with a slice of its result.
+# In TPU programs, a reduce-scatter is a fusion of an all-reduce with a slice of its result.
 FUSED_SCATTER = "all-reduce-scatter"
 
 
@@ -22,26 +22,26 @@ class Collective(NamedTuple):
     """One collective instruction."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, along which its devices differ
-    size: int  # devices that take part with each other
-    bytes: float  # of the whole array: what a gather makes, what a reduction or exchange takes
-    times: int  # a step
-    hidden: bool  # runs beside computation
-    loop: str  # body of the innermost loop, empty outside
-    seconds: float = 0.0  # of all times, on the links alone
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
+    size: int  # devices per group
+    bytes: float  # of the whole array: the output of a gather, the input of all others
+    times: int  # executions per step
+    hidden: bool  # asynchronous: runs in parallel with computation
+    loop: str  # body of the innermost loop, empty outside of loops
+    seconds: float = 0.0  # on the links, all executions together
     name: str = ""
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a step, all times, as in a ring."""
+        """Bytes that a device sends per step with ring algorithms, all executions together."""
         share = (self.size - 1) / max(self.size, 1)
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.times * self.bytes * factor
 
 
 def collectives(program: Program, mesh: Mesh, chip: Chip | None) -> list[Collective]:
-    """All of a program compiled for `mesh`; without a chip their times are 0."""
-    found = []
+    """All collectives of a program compiled for `mesh`; without a chip, `seconds` are 0."""
+    result = []
     for run in executed(program, into_fusions=True):
         instruction = run.instruction
         kind = instruction.opcode.removesuffix("-start")
@@ -63,17 +63,17 @@ def collectives(program: Program, mesh: Mesh, chip: Chip | None) -> list[Collect
             loop=run.loop,
             name=instruction.name,
         )
-        found.append(item._replace(seconds=_seconds(item, group, mesh, chip)))
-    return found
+        result.append(item._replace(seconds=_seconds(item, group, mesh, chip)))
+    return result
 
 
 def _group(instruction: Instruction, count: int) -> np.ndarray:
-    """Numbers of the first devices that take part with each other, in the program's numbering."""
+    """The first group of devices, by their numbers in the program."""
     text = instruction.attributes
     if instruction.opcode.startswith("collective-permute"):
-        moved = re.findall(r"\{(\d+),(\d+)\}", text.split("source_target_pairs=", 1)[1])
-        far = [(int(a), int(b)) for a, b in moved if a != b]
-        return np.array(far[0] if far else (0,))
+        pairs = re.findall(r"\{(\d+),(\d+)\}", text.split("source_target_pairs=", 1)[1])
+        moves = [(int(a), int(b)) for a, b in pairs if a != b]
+        return np.array(moves[0] if moves else (0,))
     listed = re.search(r"replica_groups=\{(\{[\d,]*\})", text)
     if listed:
         return np.array([int(n) for n in re.findall(r"\d+", listed[1])])
@@ -89,7 +89,7 @@ def _group(instruction: Instruction, count: int) -> np.ndarray:
 
 
 def _named_group(sizes: str, order: str, axes: str) -> np.ndarray:
-    """Of ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}``, the ids optional."""
+    """Parses ``mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}``, where the ids are optional."""
     names = re.findall(r"'([^']+)'=(\d+)", sizes)
     shape = [int(size) for _, size in names]
     numbers = np.arange(math.prod(shape))
@@ -99,7 +99,7 @@ def _named_group(sizes: str, order: str, axes: str) -> np.ndarray:
     elif re.search(r"\d+,\d+", order):
         numbers = np.array(_numbers(re.search(r"[\d,]+", order)[0]))
     numbers = numbers.reshape(shape)
-    # A part of an axis is written 'a':(outer)size: split the axis there.
+    # A part of an axis is written 'a':(outer)size.
     taken = []
     for name, outer, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         at = [n for n, _ in names].index(name)
@@ -122,11 +122,11 @@ def _axes(group: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 
 
 def _seconds(item: Collective, group: np.ndarray, mesh: Mesh, chip: Chip | None) -> float:
-    """Time on the links: bytes over what the links of the spanned dimensions carry.
+    """Time on the links: bytes divided by the bandwidth of the links that the group spans.
 
-    A ring sends both ways at once, and the dimensions of a torus at the same time; an exchange of
-    all with all loads each link with a quarter of the longest ring. What crosses slices, or hosts
-    of GPUs, shares the network of all members there.
+    A ring sends in both directions at once, and all dimensions of a torus work in parallel. In an
+    all-to-all, each link carries the traffic of a quarter of the longest ring. Traffic between
+    slices, or between hosts of GPUs, uses the network bandwidth of all group members there.
     """
     if chip is None:
         return 0.0
@@ -140,11 +140,11 @@ def _seconds(item: Collective, group: np.ndarray, mesh: Mesh, chip: Chip | None)
 
 
 def _bandwidth(devices: list, mesh: Mesh, chip: Chip) -> tuple[float, int]:
-    """(bytes a second that a device sends within this group, longest dimension of the torus)."""
+    """(bytes/s that a device can send within this group, longest dimension of the torus)."""
     slices = {getattr(d, "slice_index", None) or 0 for d in devices}
     parts = {d.process_index for d in devices} if chip.switched else slices
     if len(parts) > 1 or chip.switched:
-        # What comes from outside is shared among the members of a part.
+        # The members of a slice or host share the traffic that comes from outside.
         members = len(devices) / len(parts)
         across = chip.network * members if len(parts) > 1 else math.inf
         return min(across, chip.link * (1 if chip.switched else 2)), 0
@@ -157,5 +157,5 @@ def _bandwidth(devices: list, mesh: Mesh, chip: Chip) -> tuple[float, int]:
             closed = count == size and size % chip.ring == 0
             total += chip.link * (2 if closed else 1)
             longest = max(longest, count if closed else 2 * count)
-    # Two devices of one chip: on-chip links, as fast as all of its others together.
+    # Two devices of one chip: on-chip links, as fast as all other links of the chip together.
     return (total or 6 * chip.link), longest

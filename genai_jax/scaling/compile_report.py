@@ -1,4 +1,4 @@
-"""Compiles the step of a run for devices that may not be here, and says what came out."""
+"""Compiles the training step of a run for devices that may be absent, and reports on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from genai_jax.training.sharding import make_mesh, mesh_context
 
 
 class DoesNotFit(Exception):
-    """The step needs more memory than a device has; the report names the largest buffers."""
+    """The step needs more memory than a device has; `report` names the largest buffers."""
 
     def __init__(self, report: dict, needed: list[str]):
         super().__init__(needed[0])
@@ -29,7 +29,7 @@ class DoesNotFit(Exception):
 
 
 class Built(NamedTuple):
-    """A step, its inputs, and what is known of them before anything is compiled."""
+    """A step, ready to compile, with the shapes of its inputs."""
 
     task: Any
     compiled: Compiled
@@ -37,10 +37,10 @@ class Built(NamedTuple):
 
 
 def prepared(task: Any, config: Config, topology: Topology) -> Built:
-    """The step of `task`, a `genai_jax.tasks.protocol.Task`; nothing is compiled yet.
+    """The training step of `task`, a `genai_jax.tasks.protocol.Task`; nothing is compiled yet.
 
     Raises:
-      ConfigError: a mesh that does not fit, an axis that does not divide.
+      ConfigError: the mesh does not fit the devices, or an axis does not divide a dimension.
     """
     mesh = make_mesh(config.mesh, topology.devices())
     compiled = build(task, config, mesh)
@@ -52,7 +52,7 @@ def prepared(task: Any, config: Config, topology: Topology) -> Built:
 
 
 def check(config: Config, topology: Topology, built: Built) -> tuple[dict, str]:
-    """(report as a JSON-able dictionary, text of the compiled program).
+    """Compiles; returns (report as a dictionary for JSON, text of the compiled program).
 
     Raises:
       DoesNotFit: the step needs more memory than a device has.
@@ -67,7 +67,7 @@ def check(config: Config, topology: Topology, built: Built) -> tuple[dict, str]:
             buffers = refused(str(error))
             if buffers is None:
                 raise
-            if len(buffers) == 1:  # it named none
+            if len(buffers) == 1:  # the compiler named none
                 buffers += largest(built.compiled.shapes)
             raise DoesNotFit(report, buffers) from None
     report["compile_seconds"] = round(time.perf_counter() - start, 1)
@@ -90,7 +90,7 @@ def check(config: Config, topology: Topology, built: Built) -> tuple[dict, str]:
 
 
 def facts(config: Config, topology: Topology, built: Built) -> dict:
-    """What is known before compiling."""
+    """The part of the report that is known before compiling."""
     mesh, state = built.compiled.mesh, built.compiled.shapes
     packages = ["jax", "libtpu"] if topology.kind not in ("cpu", "h200") else ["jax"]
     versions = {}
@@ -113,17 +113,17 @@ def facts(config: Config, topology: Topology, built: Built) -> dict:
     }
 
 
-def _predicted(found: Estimate, report: dict, topology: Topology) -> dict:
-    """Counts of the program and, for a known chip, time and MFU."""
+def _predicted(estimated: Estimate, report: dict, topology: Topology) -> dict:
+    """Counts of the program and, for a known chip, predicted step time and MFU."""
     table: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for c in found.collectives:
+    for c in estimated.collectives:
         row = table[c.kind, "+".join(c.axes), "hidden" if c.hidden else "exposed"]
         row[0] += c.times
         row[1] += c.sent
         row[2] += c.seconds
     counted = {
-        "program_flops": found.flops,
-        "hbm_bytes": found.hbm_bytes,
+        "program_flops": estimated.flops,
+        "hbm_bytes": estimated.hbm_bytes,
         "collectives": [
             dict(kind=k, axes=a, overlap=o, times=n, bytes_sent=round(b), seconds=s)
             for (k, a, o), (n, b, s) in sorted(table.items(), key=lambda item: -item[1][1])
@@ -134,39 +134,41 @@ def _predicted(found: Estimate, report: dict, topology: Topology) -> dict:
         return counted
     model = report["flops_per_step"] / report["devices"]
     bounds = {
-        "matrix units": found.flops / chip.flops,
-        "memory": found.hbm_bytes / chip.hbm,
-        "links": sum(c.seconds for c in found.collectives),
+        "matrix units": estimated.flops / chip.flops,
+        "memory": estimated.hbm_bytes / chip.hbm,
+        "links": sum(c.seconds for c in estimated.collectives),
     }
     return counted | {
         "predicted": {
             "bounds_seconds": bounds,
-            "compute_seconds": found.compute_seconds,
-            "exposed_seconds": found.exposed_seconds,
-            "step_seconds": found.seconds,
-            "mfu": model / chip.flops / found.seconds,
+            "compute_seconds": estimated.compute_seconds,
+            "exposed_seconds": estimated.exposed_seconds,
+            "step_seconds": estimated.seconds,
+            "mfu": model / chip.flops / estimated.seconds,
             "roofline_mfu": model / chip.flops / max(bounds.values()),
         },
-        "assumptions": assumptions(topology, found.silent_kernels),
+        "assumptions": assumptions(topology, estimated.silent_kernels),
     }
 
 
 def assumptions(topology: Topology, silent_kernels: tuple[str, ...]) -> list[str]:
-    """What the prediction takes for granted."""
+    """The assumptions behind the prediction."""
     chip = topology.chip
     cycles = (
-        f"cycles that the compiler writes beside its fusions, at {chip.clock / 1e9:.2f} GHz"
+        f"the compiler's cycle estimates for its fusions, at {chip.clock / 1e9:.2f} GHz"
         if chip.clock and not chip.switched
-        else "the longer of FLOPs at the peak and bytes at the memory's bandwidth"
+        else "the longer of FLOPs at peak rate and bytes at memory bandwidth"
     )
-    silent = [f"no time at all for {name}, which does not say its FLOPs" for name in silent_kernels]
+    silent = [f"{name} takes no time, as it does not declare its FLOPs" for name in silent_kernels]
     return [
         f"peak {chip.flops / 1e12:.0f} TFLOP/s, memory {chip.hbm / 1e9:.0f} GB/s, "
-        f"{chip.link / 1e9:.0f} GB/s a link and direction, network {chip.network / 1e9:.1f} GB/s",
+        f"{chip.link / 1e9:.0f} GB/s per link and direction, network {chip.network / 1e9:.1f} GB/s",
         f"time of an instruction: {cycles}",
-        f"kernels at the share of the peak in kernels_pallas/tuning.csv, else {KERNEL_SHARE:.0%}",
-        "collectives add up unless asynchronous, those are hidden behind what their loop computes",
+        "kernels run at the share of peak given in kernels_pallas/tuning.csv, or else at "
+        f"{KERNEL_SHARE:.0%}",
+        "synchronous collectives add to the time; asynchronous ones overlap with the computation "
+        "of their loop",
         *silent,
         "a grouped matmul computes every row of its buffer, filled or not",
-        "no time for the host, the data, latencies and stragglers; nothing was measured",
+        "host, data loading, latencies and stragglers take no time; nothing was measured",
     ]

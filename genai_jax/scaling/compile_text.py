@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 def as_text(name: str, report: dict) -> str:
-    """A page for the terminal and for the file beside a flagfile."""
+    """The report as text for the terminal, or for a file next to the flagfile."""
     parts = [_head(name, report)]
     if "memory" in report:
         parts += [_memory(report), _work(report), _collectives(report)]
@@ -26,13 +26,13 @@ def _head(name: str, report: dict) -> str:
     return (
         f"{name}\n"
         f"{report['topology']}{slices}: {report['devices']:,} devices as {mesh} ({versions})\n"
-        f"{report['parameters']:,} parameters, {batch} a step"
+        f"{report['parameters']:,} parameters, {batch} per step"
     )
 
 
 def _memory(report: dict) -> str:
     memory, capacity = report["memory"], report["capacity"]
-    rows = [f"memory of a device, GiB (of {capacity / GIB:.2f})"]
+    rows = [f"memory per device in GiB (of {capacity / GIB:.2f})"]
     rows += [f"  {name:12} {size / GIB:8.2f}" for name, size in memory.items() if size]
     return "\n".join(rows)
 
@@ -41,18 +41,18 @@ def _work(report: dict) -> str:
     devices = report["devices"]
     rows = [
         ("model FLOPs", f"{report['flops_per_step'] / devices:.4g}", report["convention"]),
-        ("program FLOPs", f"{report['program_flops']:.4g}", "as compiled, loops multiplied out"),
+        ("program FLOPs", f"{report['program_flops']:.4g}", "as compiled, all loop iterations"),
     ]
     if report["compiler_flops"]:
-        note = "the compiler's own count, a loop's body once"
+        note = "the compiler's own count, loop bodies counted once"
         rows.append(("compiler FLOPs", f"{report['compiler_flops']:.4g}", note))
     rows.append(("HBM bytes", f"{report['hbm_bytes']:.4g}", "read and written"))
-    return "work of a device, a step\n" + "\n".join(f"  {n:14} {v:>10}  {c}" for n, v, c in rows)
+    return "work per device and step\n" + "\n".join(f"  {n:14} {v:>10}  {c}" for n, v, c in rows)
 
 
 def _collectives(report: dict) -> str:
     lines = [
-        "collectives of a device, a step",
+        "collectives per device and step",
         f"  {'kind':18} {'axes':12} {'':8} times       sent  on the links",
     ]
     for c in report["collectives"]:
@@ -67,10 +67,10 @@ def _predicted(report: dict) -> str:
     p = report["predicted"]
     bounds = ", ".join(f"{name} {s:.3f} s" for name, s in p["bounds_seconds"].items())
     return (
-        f"predicted step {p['step_seconds']:.3f} s (computing {p['compute_seconds']:.3f}, waiting "
-        f"for links {p['exposed_seconds']:.3f}), MFU {p['mfu']:.1%}\n"
-        f"bounds: {bounds}; at the largest MFU would be {p['roofline_mfu']:.1%}\nassuming\n"
-        + "\n".join(f"  - {line}" for line in report["assumptions"])
+        f"predicted step time {p['step_seconds']:.3f} s (compute {p['compute_seconds']:.3f}, "
+        f"exposed communication {p['exposed_seconds']:.3f}), MFU {p['mfu']:.1%}\n"
+        f"lower bounds: {bounds}; the largest allows an MFU of {p['roofline_mfu']:.1%}\n"
+        "assumptions\n" + "\n".join(f"  - {line}" for line in report["assumptions"])
     )
 
 
@@ -86,8 +86,8 @@ def _verdict(report: dict) -> str:
     )
 
 
-def beside(one: dict, other: dict) -> str:
-    """Two reports as columns, and the second over the first."""
+def side_by_side(one: dict, other: dict) -> str:
+    """Two reports side by side, with the ratio of the second to the first."""
     rows = [f"{'':24} {'first':>12} {'second':>12} {'ratio':>8}"]
     firsts, seconds = _numbers(one), _numbers(other)
     for name in firsts | seconds:
@@ -99,17 +99,17 @@ def beside(one: dict, other: dict) -> str:
 
 
 def _numbers(report: dict) -> dict[str, float]:
-    """What two runs can be compared by."""
-    found = {"parameters": report["parameters"], "batch_size": report["batch_size"]}
-    found["model FLOPs a device"] = report["flops_per_step"] / report["devices"]
+    """The numbers by which two runs are compared."""
+    numbers = {"parameters": report["parameters"], "batch_size": report["batch_size"]}
+    numbers["model FLOPs per device"] = report["flops_per_step"] / report["devices"]
     if "memory" in report:
-        found["memory GiB"] = report["memory"]["total"] / GIB
-        found["program FLOPs"] = report["program_flops"]
-        found["HBM bytes"] = report["hbm_bytes"]
+        numbers["memory GiB"] = report["memory"]["total"] / GIB
+        numbers["program FLOPs"] = report["program_flops"]
+        numbers["HBM bytes"] = report["hbm_bytes"]
         for c in report["collectives"]:
             name = f"sent by {c['kind']}"
-            found[name] = found.get(name, 0) + c["bytes_sent"]
+            numbers[name] = numbers.get(name, 0) + c["bytes_sent"]
     if "predicted" in report:
-        found["step s"] = report["predicted"]["step_seconds"]
-        found["MFU"] = report["predicted"]["mfu"]
-    return found
+        numbers["step s"] = report["predicted"]["step_seconds"]
+        numbers["MFU"] = report["predicted"]["mfu"]
+    return numbers

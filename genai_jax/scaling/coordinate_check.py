@@ -1,101 +1,78 @@
-"""How far activations move in the first steps of training, width by width, both parametrizations.
+"""The coordinate check of Yang et al. 2022 ("Tensor Programs V", appendix D.1).
 
-python -m genai_jax.scaling.coordinate_check --flagfile=F --output=DIR [--widths=64,128,256,512]
-
-The coordinate check of Yang et al. 2022 ("Tensor Programs V", appendix D.1): where the change of
-every activation is of one size at all widths, a learning rate means the same at all of them. In the
-standard parametrization changes grow with the width. The run's widths stay in proportion: heads are
-added, or wider where --transformer.base_head_dim is set. The learning rate is held at its peak from
-the first step on. Logits come to it last: a random head answers changes below it by what falls as
-1 / sqrt(width), and what is learned has to outgrow that.
+Trains the same language model at several widths, in both parametrizations, and measures how far
+its activations move from their initial values.
 """
 
 import csv
-import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from genai_jax.command import run
-from genai_jax.components import make_task, parse_run
-from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from genai_jax.config import Config, ConfigError
 from genai_jax.networks.sequence.config import PARAMETRIZATIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class CoordinateRequest:
-    output: str = field("", "folder for the plot and the table")
-    widths: str = field("64,128,256,512", "embed_dim of the models, comma-separated")
-    steps: int = field(5, "steps of training", minimum=1)
-    seeds: int = field(1, "runs of each model, whose changes are averaged", minimum=1)
+from genai_jax.training.step import init_state, make_step
 
 
 class Change(NamedTuple):
-    """How an activation of one model differs from what it was before training, on one batch."""
+    """How far an activation of one model has moved from its initial value, on one batch."""
 
     parametrization: str
     width: int
     step: int
-    activation: str  # path of the module that makes it, or "logits"; blocks are averaged
+    activation: str  # path of the module whose output it is, or "logits"; all blocks averaged
     mean_absolute_change: float
     mean_absolute_size: float
 
 
-def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h"} & set(argv):
-        print(help_text(__doc__, {"run": CoordinateRequest}))
-        print("\nand every flag of the train command")
-        return 0
-    names = flag_names({"run": CoordinateRequest})
-    own = [a for a in argv if a.lstrip("-").split("=")[0] in names]
-    request = parse(own, {"run": CoordinateRequest})[0].run
-    if not request.output:
-        raise ConfigError("--output is not set: say where the plot and the table go")
-    config = parse_run([a for a in argv if a not in own])
-    changes = check(config, _widths(request.widths), request.steps, request.seeds)
-    write(changes, pathlib.Path(request.output))
-    for (parametrization, activation), slope in slopes(changes).items():
-        print(f"{parametrization:15} {activation:35} width^{slope:+.2f}")
-    return 0
+def check(
+    config: Config,
+    widths: Sequence[int],
+    steps: int,
+    make_task: Callable[[Config], Any],
+    seeds: int = 1,
+) -> list[Change]:
+    """The changes of all activations, at all widths and steps, averaged over seeds.
 
-
-def _widths(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--widths={text} is not a list of widths such as 64,128,256")
-    widths = sorted({int(part) for part in parts})
-    if len(widths) < 2:
-        raise ConfigError(f"--widths={text}: a slope needs at least two widths")
-    return widths
-
-
-def check(config: Config, widths: Sequence[int], steps: int, seeds: int = 1) -> list[Change]:
-    """The changes of all activations, models and steps, averaged over seeds.
-
-    The base width is that of `config`, or else the smallest one.
+    Args:
+      config: a run of the language model; its base width, or else the smallest of `widths`, is
+        the base width of the maximal-update models.
+      widths: increasing.
+      steps: training steps.
+      make_task: configuration -> language-model task.
+      seeds: number of seeds, counted up from that of `config`.
 
     Raises:
-      ConfigError: no language model; a width that does not keep the proportions of `config`.
+      ConfigError: another task than the language model; a width at which the model cannot keep the
+        proportions of `config`.
     """
     if config.run.task != "language_model":
-        raise ConfigError(f"--task={config.run.task}: the check is of --task=language_model")
+        raise ConfigError(
+            f"--task={config.run.task}: the coordinate check works for --task=language_model only"
+        )
     base = config.transformer.base_width or widths[0]
-    found = []
+    changes = []
     for parametrization in PARAMETRIZATIONS:
         for width in widths:
             model = at_width(config, width, parametrization, base)
             by_seed = [
-                list(changes_of(model.replace("run", seed=config.run.seed + i), steps))
+                list(changes_of(model.replace("run", seed=config.run.seed + i), steps, make_task))
                 for i in range(seeds)
             ]
             for same in zip(*by_seed, strict=True):
                 change, size = (sum(c[i] for c in same) / seeds for i in (2, 3))
-                found.append(Change(parametrization, width, *same[0][:2], change, size))
-    return found
+                changes.append(Change(parametrization, width, *same[0][:2], change, size))
+    return changes
 
 
 def at_width(config: Config, width: int, parametrization: str, base: int) -> Config:
-    """The run with its model made `width` wide, its learning rate constant."""
+    """The run with its model scaled to `width` and a constant learning rate."""
     shape, ratio = config.transformer, width / config.transformer.embed_dim
     wider_heads = shape.base_head_dim is not None
 
@@ -129,16 +106,13 @@ def at_width(config: Config, width: int, parametrization: str, base: int) -> Con
     return config.replace("optimizer", schedule="constant", warmup_steps=0)
 
 
-def changes_of(config: Config, steps: int) -> Iterator[tuple[int, str, float, float]]:
-    """(step, activation, mean absolute change, mean absolute size) while one model is trained.
+def changes_of(
+    config: Config, steps: int, make_task: Callable[[Config], Any]
+) -> Iterator[tuple[int, str, float, float]]:
+    """Trains one model; yields (step, activation, mean absolute change, mean absolute size).
 
-    Activations are those of the first batch.
+    The activations are always those on the first batch.
     """
-    import jax
-    import numpy as np
-
-    from genai_jax.training.step import init_state, make_step
-
     task = make_task(config)
     batches = task.data.train()
     try:
@@ -148,43 +122,41 @@ def changes_of(config: Config, steps: int) -> Iterator[tuple[int, str, float, fl
     state = jax.jit(lambda rng: init_state(task, rng, {}))(jax.random.key(config.run.seed))
     step = jax.jit(make_step(task.phases(state.params)))
 
-    look = jax.jit(lambda p: activations(task.model, p["model"], data[0]["tokens"]))
+    observe = jax.jit(lambda p: activations(task.model, p["model"], data[0]["tokens"]))
     size = lambda x: float(np.mean(np.abs(x)))
-    first = jax.device_get(look(state.params))
+    initial = jax.device_get(observe(state.params))
     for number, batch in enumerate(data, 1):
         state, _ = step(state, batch)
-        for name, now in jax.device_get(look(state.params)).items():
-            yield number, name, size(now - first[name]), size(now)
+        for name, now in jax.device_get(observe(state.params)).items():
+            yield number, name, size(now - initial[name]), size(now)
 
 
 def activations(model, params, tokens) -> dict:
-    """Path of a module -> what it makes of tokens [batch, length]; of all blocks in one array.
+    """Module path -> its output in float32 for tokens [batch, length]; all blocks in one array.
 
-    Float32. What attention and MLP make is what their last dense layer does, and not there twice.
+    Attention and MLP as a whole are left out: their outputs are those of their last dense layers.
     """
-    import jax
-    import jax.numpy as jnp
-
     logits, written = model.apply(
         {"params": params}, tokens, method="init_all",
         capture_intermediates=True, mutable=["intermediates"],
     )  # fmt: skip
-    found = {}
+    outputs = {}
     for path, value in jax.tree_util.tree_flatten_with_path(written["intermediates"])[0]:
         *names, last = (part.key for part in path if hasattr(part, "key"))
-        # A module may return several things; the first one is its activation. The head gives out
-        # its kernel.
+        # A module may return several things, of which the first is its activation. The head
+        # returns its kernel.
         if last == "__call__" and names and names[0] != "head":
-            found.setdefault("/".join(names), value)
-    found["logits"] = logits
-    twice = ("dropout", "layers/Dropout_0", "layers/attention", "layers/mlp")
-    return {name: x.astype(jnp.float32) for name, x in found.items() if name not in twice}
+            outputs.setdefault("/".join(names), value)
+    outputs["logits"] = logits
+    duplicates = ("dropout", "layers/Dropout_0", "layers/attention", "layers/mlp")
+    return {name: x.astype(jnp.float32) for name, x in outputs.items() if name not in duplicates}
 
 
 def slopes(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
-    """(parametrization, activation) -> power of the width that its change at the last step is."""
-    import numpy as np
+    """(parametrization, activation) -> the power of the width with which it changes.
 
+    The power is fitted to the changes after the last step.
+    """
     last = max(change.step for change in changes)
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for c in changes:
@@ -195,7 +167,7 @@ def slopes(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
 
 
 def write(changes: Sequence[Change], folder: pathlib.Path):
-    """``coordinate_check.csv`` and ``.png``, and ``slopes.csv``."""
+    """Writes ``coordinate_check.csv`` and ``.png``, and ``slopes.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "coordinate_check.csv", "w", newline="") as file:
         csv.writer(file).writerows([Change._fields, *changes])
@@ -205,15 +177,12 @@ def write(changes: Sequence[Change], folder: pathlib.Path):
     figure(changes).savefig(folder / "coordinate_check.png", dpi=150)
 
 
-def figure(changes: Sequence[Change]):
-    """Change at the last step against width: a panel each parametrization, a line an activation."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+def figure(changes: Sequence[Change]) -> Figure:
+    """Change after the last step against width: panels are parametrizations, lines activations."""
     last = max(change.step for change in changes)
     kinds = list(dict.fromkeys(change.activation for change in changes))
-    drawn = Figure(figsize=(11, 5), layout="constrained")
-    panels = drawn.subplots(1, len(PARAMETRIZATIONS), sharey=True)
+    fig = Figure(figsize=(11, 5), layout="constrained")
+    panels = fig.subplots(1, len(PARAMETRIZATIONS), sharey=True)
     for axes, parametrization in zip(panels, PARAMETRIZATIONS, strict=True):
         for i, kind in enumerate(kinds):
             points = [
@@ -231,10 +200,6 @@ def figure(changes: Sequence[Change]):
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.set(xlabel="width (embed_dim)", title=parametrization.replace("_", " "))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"mean absolute change of the activation after {last} step(s)")
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
-    return drawn
-
-
-if __name__ == "__main__":
-    run(main)
+    panels[0].set_ylabel(f"mean absolute change of activations after {last} step(s)")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
+    return fig

@@ -1,10 +1,10 @@
-"""Predicts the time of a compiled step on chips that are not here.
+"""Predicts the time of a compiled step on absent chips.
 
-For a TPU the compiler writes the cycles that it expects beside every fusion; a kernel, into which
-it does not look, runs at the share of the peak that `kernels_pallas/tuning.csv` predicts for it.
-Elsewhere an instruction takes the longer of its FLOPs at the peak and its bytes at the memory's
-bandwidth. A collective adds its time on the links, unless it is asynchronous: then it is hidden
-behind what its loop computes, as far as that lasts.
+For a TPU, the compiler annotates every fusion with its estimate in cycles; a custom kernel, which
+is opaque to the compiler, runs at the share of peak that `kernels_pallas/tuning.csv` predicts.
+Elsewhere an instruction takes the longer of its FLOPs at peak rate and its bytes at memory
+bandwidth. A synchronous collective adds its time on the links; an asynchronous one overlaps with
+the computation of its loop, and only the excess adds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from genai_jax.scaling.collectives import KINDS, Collective, collectives
 from genai_jax.scaling.program import Computation, Instruction, Program, executed, flops_of
 from kernels_pallas import tuning
 
-KERNEL_SHARE = 0.5  # of the peak, taken for a kernel of which the table says nothing
+KERNEL_SHARE = 0.5  # of peak, assumed for a kernel that the table does not cover
 KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")  # targets of custom calls
-# Move or make nothing of their own.
+# Instructions that neither compute nor move data.
 FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier", "async-done",
@@ -32,14 +32,14 @@ SLICES = ("dynamic-slice", "gather", "slice")
 
 
 class Estimate(NamedTuple):
-    """Of one step, one device."""
+    """Counts and times of one step on one device."""
 
-    flops: float  # of matmuls and kernels, recomputation included
+    flops: float  # of matmuls and kernels, including rematerialization
     hbm_bytes: float  # read and written
     compute_seconds: float
-    exposed_seconds: float  # of collectives that nothing hides
+    exposed_seconds: float  # of collectives that do not overlap with computation
     collectives: list[Collective]
-    silent_kernels: tuple[str, ...]  # that do not say what they cost, and count nothing here
+    silent_kernels: tuple[str, ...]  # kernels that declare no FLOPs, counted as 0
 
     @property
     def seconds(self) -> float:
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(program: Program, mesh: Mesh, chip: Chip | None) -> Estimate:
-    """Counts and, where the chip is known, times of a program compiled for `mesh`."""
+    """Counts and, if the chip is known, times of a program compiled for `mesh`."""
     flops = bytes_moved = 0.0
     silent = set()
     computing: dict[str, float] = defaultdict(float)  # body of the innermost loop -> seconds
@@ -74,7 +74,7 @@ def estimate(program: Program, mesh: Mesh, chip: Chip | None) -> Estimate:
 
 
 def _flops(instruction: Instruction, computation: Computation, program: Program) -> float:
-    """With those of what a fusion consists of."""
+    """FLOPs of an instruction, including the instructions inside of a fusion."""
     total = flops_of(instruction, computation)
     if instruction.opcode == "fusion":
         for name in instruction.called("calls"):
@@ -90,14 +90,14 @@ def _seconds(instruction, computation, flops, moved, chip: Chip, device_kind: st
     if instruction.opcode == "custom-call" and flops:
         share = _kernel_share(instruction, computation, device_kind)
         return flops / (chip.flops * share)
-    collective = instruction.opcode in KINDS  # its time is that on the links
+    collective = instruction.opcode in KINDS  # only its time on the links counts
     if collective or instruction.opcode in FREE or instruction.opcode.endswith(("-start", "-done")):
         return 0.0
     return max(flops / chip.flops, moved / chip.hbm)
 
 
 def _kernel_share(instruction: Instruction, computation: Computation, device_kind: str) -> float:
-    """Share of the peak that the tuning table predicts for a kernel, by its name and operands."""
+    """Share of peak that the tuning table predicts for a kernel with this name and operands."""
     queries = [
         a for name in instruction.operands for a in computation[name].arrays if len(a.shape) == 4
     ]
@@ -110,14 +110,15 @@ def _kernel_share(instruction: Instruction, computation: Computation, device_kin
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """As the kernel's author called it."""
+    """The name that the author of the kernel gave it, without XLA's numbering."""
     return re.match(r"[a-z_]+", instruction.name)[0].rstrip("_")
 
 
 def traffic(instruction: Instruction, computation: Computation, program: Program) -> float:
-    """Bytes that an instruction reads from and writes to the main memory.
+    """Bytes that an instruction reads from and writes to main memory.
 
-    Of what is only sliced the slice counts, of what is updated in place the update.
+    A slice of an array counts with the size of the slice, an in-place update with that of the
+    update.
     """
     opcode = instruction.opcode
     if opcode in FREE:
@@ -136,7 +137,7 @@ def traffic(instruction: Instruction, computation: Computation, program: Program
 
 
 def _start_traffic(start: Instruction, operands: list[Instruction]) -> float:
-    """Of an asynchronous copy, slice or collective, whose result repeats its operands."""
+    """Traffic of an asynchronous copy, slice or collective, whose result repeats its operands."""
     results = [a for a in start.arrays if a.shape]
     for array in (a for operand in operands for a in operand.arrays):
         if array in results:
@@ -171,7 +172,7 @@ def _fusion_traffic(fusion: Instruction, operands: list[Instruction], program: P
 
 
 def _read(value: Instruction, user: Instruction, users: dict) -> float:
-    """Bytes of `value` that one of its users needs."""
+    """Bytes of `value` that one of its users reads."""
     if user.opcode == "bitcast":
         return sum(_read(user, other, users) for other in users[user.name]) or value.bytes
     if user.opcode in SLICES and user.operands[0] == value.name:

@@ -1,8 +1,8 @@
-"""isoFLOP ladders: flagfiles of networks of several sizes, each trained on the same budgets.
+"""isoFLOP ladders: flagfiles for networks of several sizes, each trained on the same budgets.
 
-A budget C is spent on every width; depth follows from the width by a rule, and the number of steps
-from the exact FLOPs of a step, so that C is met to half a step. Knows no task: whoever calls says
-how a command line becomes `Counts`.
+A budget C is spent on every width. The depth follows from the width by a rule, and the number of
+steps from the exact FLOPs per step, so that C is met to within half a step. This module does not
+depend on a task: the caller provides the function from flags to `Counts`.
 """
 
 import dataclasses
@@ -20,26 +20,38 @@ from genai_jax.scaling.study.settings import numbers
 @dataclasses.dataclass(frozen=True)
 class LadderRequest:
     output: str = field("", "folder for the flagfiles")
-    budgets: str = field("", "training compute of the runs in FLOPs, comma-separated: 1e12,3e12")
-    widths: str = field("", "widths of the networks, comma-separated: 64,96,128")
+    budgets: str = field("", "training budgets in FLOPs, comma-separated: 1e12,3e12")
+    widths: str = field("", "network widths, comma-separated: 64,96,128")
     component: str = field(
         "transformer",
-        "whose embed_dim, num_layers and num_heads are set",
+        "network component whose embed_dim, num_layers and num_heads the ladder sets",
         choices=("transformer", "dit"),
     )
-    aspect_ratio: float = field(32, "width over depth; depth is rounded, and at least", minimum=1)
-    least_layers: int = field(2, "this many layers", minimum=1)
-    head_dim: int = field(32, "width of a head; every width is a multiple of it", minimum=1)
-    least_tokens: float = field(
-        0, "tokens, or examples, per non-embedding parameter: no run with fewer", minimum=0
+    aspect_ratio: float = field(
+        32, "width divided by depth; the resulting depth is rounded", minimum=1
     )
-    most_tokens: float = field(math.inf, "nor with more", minimum=0)
-    least_steps: int = field(50, "steps of a run: none with fewer", minimum=1)
+    least_layers: int = field(2, "smallest number of layers", minimum=1)
+    head_dim: int = field(
+        32, "width of an attention head; every network width must be a multiple of it", minimum=1
+    )
+    least_tokens: float = field(
+        0, "smallest number of tokens, or examples, per non-embedding parameter; runs with fewer "
+        "are left out", minimum=0,
+    )  # fmt: skip
+    most_tokens: float = field(
+        math.inf, "largest number of tokens, or examples, per non-embedding parameter; runs with "
+        "more are left out", minimum=0,
+    )  # fmt: skip
+    least_steps: int = field(
+        50, "smallest number of training steps; runs with fewer are left out", minimum=1
+    )
     warmup: float | None = field(
-        None, "share of the steps that warms up; the base's warmup_steps if unset", minimum=0,
+        None, "fraction of the steps used for warm-up; the base's warmup_steps if unset", minimum=0,
         maximum=1,
     )  # fmt: skip
-    evaluations: int = field(0, "evaluations while training; 0: the last step alone", minimum=0)
+    evaluations: int = field(
+        0, "number of evaluations during training; 0 evaluates after the last step only", minimum=0
+    )
 
 
 class Rung(NamedTuple):
@@ -73,21 +85,21 @@ class Rung(NamedTuple):
 def ladder(
     request: LadderRequest, count: Callable[[Sequence[str]], Counts]
 ) -> tuple[list[Rung], list[str]]:
-    """The runs of all budgets and widths, and a line for each that is left out and why.
+    """The runs of all budgets and widths, and a line for each one left out that says why.
 
     Args:
       request: the flags of the ladder.
-      count: flags that are added to the base's -> counts of that network.
+      count: flags to add to those of the base -> counts of that network.
 
     Raises:
-      ConfigError: budgets or widths that are not numbers, a width without whole heads, a budget
-        that no width can use.
+      ConfigError: budgets or widths that are not numbers, a width that is not a whole number of
+        heads, a budget that suits no width.
     """
     budgets = numbers("budgets", request.budgets)
     widths = numbers("widths", request.widths)
     for name, values in (("budgets", budgets), ("widths", widths)):
         if not values:
-            raise ConfigError(f"--{name} is not set: say which, comma-separated")
+            raise ConfigError(f"--{name} is not set: give a comma-separated list")
     sizes = {}
     for width in widths:
         if width % request.head_dim:
@@ -97,13 +109,13 @@ def ladder(
         sizes[int(width)] = count(_size_flags(request, int(width)))
     rungs, left_out = [], []
     for budget in budgets:
-        made = [_rung(request, budget, width, counts) for width, counts in sizes.items()]
-        good = [rung for rung in made if not _why_not(request, rung)]
-        left_out += [f"{r.name} is left out: {why}" for r in made if (why := _why_not(request, r))]
+        every = [_rung(request, budget, width, counts) for width, counts in sizes.items()]
+        good = [rung for rung in every if not _why_not(request, rung)]
+        left_out += [f"{r.name} is left out: {why}" for r in every if (why := _why_not(request, r))]
         if not good:
             raise ConfigError(
                 f"--budgets: {budget:g} FLOPs suit no width; "
-                f"{'; '.join(f'{r.name}: {_why_not(request, r)}' for r in made)}"
+                f"{'; '.join(f'{r.name}: {_why_not(request, r)}' for r in every)}"
             )
         rungs += good
     return rungs, left_out
@@ -128,25 +140,25 @@ def _size_flags(request: LadderRequest, width: int) -> list[str]:
 
 
 def _why_not(request: LadderRequest, rung: Rung) -> str:
-    """Why a run is left out, empty if it is not."""
+    """Why a run is left out; empty if it is not."""
     if rung.steps < request.least_steps:
         return f"{rung.steps} step(s), --least_steps={request.least_steps}"
     if rung.ratio < request.least_tokens:
-        return f"{rung.ratio:.3g} tokens a parameter, --least_tokens={request.least_tokens:g}"
+        return f"{rung.ratio:.3g} tokens per parameter, --least_tokens={request.least_tokens:g}"
     if rung.ratio > request.most_tokens:
-        return f"{rung.ratio:.3g} tokens a parameter, --most_tokens={request.most_tokens:g}"
+        return f"{rung.ratio:.3g} tokens per parameter, --most_tokens={request.most_tokens:g}"
     return ""
 
 
 def write_ladder(
     request: LadderRequest, base: str, more: Sequence[str], rungs: Sequence[Rung]
 ) -> list[pathlib.Path]:
-    """Writes a flagfile for each run, named by budget and width; they include the base.
+    """Writes one flagfile per run, named by budget and width, which includes the base.
 
     Args:
       request: the flags of the ladder.
-      base: the base's flagfile.
-      more: further flags, written into every file.
+      base: path of the base flagfile.
+      more: other flags to write into every file.
       rungs: the runs.
 
     Raises:
@@ -182,6 +194,6 @@ def _flagfile(request: LadderRequest, included: str, more: Sequence[str], rung: 
 
 
 def _short(budget: float) -> str:
-    """As "3e12" or "2.5e13"."""
+    """A budget as "3e12" or "2.5e13"."""
     mantissa, exponent = f"{budget:.3e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -13,37 +13,37 @@ from genai_jax.training.trees import path_name
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of one device's part of `jax.ShapeDtypeStruct`s that know their sharding."""
+    """Bytes per device of a tree of `jax.ShapeDtypeStruct`s with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def breakdown(compiled, program: Program, state: Any, batch: Any) -> dict[str, int]:
-    """Bytes by purpose; "total" is what the device must have at once.
+    """Bytes by purpose; "total" is what the step needs in device memory.
 
-    "activations" and "gradients" are the arrays that loops over layers fill row by row, those in
-    the shape of a parameter being gradients; "temporary" is the rest of what the step needs beside
-    its arguments. "host" is kept in the host's memory.
+    "activations" and "gradients" are the arrays that loops over layers fill one row at a time;
+    those with the shape of a parameter are gradients. "temporary" is everything else that the step
+    needs besides its arguments. "host" is in host memory.
     """
     stats = compiled.memory_analysis()
     params = {
         x.sharding.shard_shape(x.shape)
         for x in jax.tree.leaves(state.params)
     }  # fmt: skip
-    stacked = stacked_buffers(program)
-    kept = sum(bytes_ for shape, space, bytes_ in stacked if shape not in params and space == 0)
-    gradients = sum(bytes_ for shape, space, bytes_ in stacked if shape in params and space == 0)
-    kept = min(kept, stats.temp_size_in_bytes)
-    gradients = min(gradients, stats.temp_size_in_bytes - kept)
+    stacked = [(shape, size) for shape, space, size in stacked_buffers(program) if space == 0]
+    activations = sum(size for shape, size in stacked if shape not in params)
+    gradients = sum(size for shape, size in stacked if shape in params)
+    activations = min(activations, stats.temp_size_in_bytes)
+    gradients = min(gradients, stats.temp_size_in_bytes - activations)
     return {
         "parameters": local_bytes(state.params),
         "optimizer": local_bytes(state.opt_state),
         "averages": local_bytes((state.ema, state.mutables)),
         "batch": local_bytes(batch),
-        "activations": kept,
+        "activations": activations,
         "gradients": gradients,
-        "temporary": max(0, stats.temp_size_in_bytes - kept - gradients),
+        "temporary": max(0, stats.temp_size_in_bytes - activations - gradients),
         "program": stats.generated_code_size_in_bytes,
         "total": stats.argument_size_in_bytes
         + stats.output_size_in_bytes
@@ -55,24 +55,24 @@ def breakdown(compiled, program: Program, state: Any, batch: Any) -> dict[str, i
 
 
 def stacked_buffers(program: Program) -> list[tuple[tuple[int, ...], int, int]]:
-    """(shape, memory space, bytes) of each array that a loop fills a row at a time."""
+    """(shape, memory space, bytes) of each array that a loop fills one row at a time."""
     trips = {
         run.instruction.called("body")[0]: trip_count(program, run.instruction)
         for run in executed(program)
         if run.instruction.opcode == "while"
     }
-    found = []
+    buffers = []
     for run in executed(program, into_fusions=True):
         if run.instruction.opcode != "dynamic-update-slice" or run.loop not in trips:
             continue
         (array,) = run.instruction.arrays
         if array.shape[:1] == (trips[run.loop],):
-            found.append((array.shape, array.space, array.bytes))
-    return found
+            buffers.append((array.shape, array.space, array.bytes))
+    return buffers
 
 
 def largest(state: Any, count: int = 5) -> list[str]:
-    """The largest arrays of the state, one device's part of each."""
+    """The largest arrays of the state, by their size on one device."""
     parts = [
         (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize, path_name(path), x)
         for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
@@ -84,7 +84,7 @@ def largest(state: Any, count: int = 5) -> list[str]:
 
 
 def refused(message: str) -> list[str] | None:
-    """What a compiler that ran out of memory says of the largest buffers; None for other errors."""
+    """The out-of-memory message of a compiler and its largest buffers; None for other errors."""
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     needed = re.search(

@@ -1,8 +1,8 @@
-"""Reads a compiled program: what runs, how often, and what each instruction works on.
+"""Reads a compiled program: which instructions run, how often, and on which arrays.
 
-The text is XLA's (`jax.stages.Compiled.as_text`), after partitioning, so all shapes are those of
-one device. A loop's body counts as often as the loop runs (once, where data decide); of the
-branches of a conditional the one that computes most counts, as devices wait for each other.
+The text is XLA's (`jax.stages.Compiled.as_text`) after partitioning, so all shapes are per device.
+The body of a loop counts once per iteration (once in all if the trip count depends on data). Of
+the branches of a conditional, the most expensive one counts, because devices wait for each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from genai_jax.networks.flops import mean_taps
 
-ITEM_BITS = {"pred": 8, "c64": 64, "c128": 128}  # others say it: s32, bf16, f8e4m3fn
+ITEM_BITS = {"pred": 8, "c64": 64, "c128": 128}  # other names hold the bits: s32, bf16, f8e4m3fn
 
 
 class Array(NamedTuple):
@@ -22,12 +22,12 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-    space: int = 0  # of memory: 0 is HBM, 5 the host's, others are on the chip
+    space: int = 0  # memory space: 0 is HBM, 5 host memory, others are on the chip
 
     @property
     def bytes(self) -> int:
-        said = re.match(r"[a-z]+(\d+)", self.dtype)  # tokens have no size
-        bits = ITEM_BITS.get(self.dtype, int(said[1]) if said else 0)
+        digits = re.match(r"[a-z]+(\d+)", self.dtype)  # the type `token` has no size
+        bits = ITEM_BITS.get(self.dtype, int(digits[1]) if digits else 0)
         return math.prod(self.shape) * bits // 8
 
 
@@ -35,7 +35,7 @@ class Instruction(NamedTuple):
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    operands: tuple[str, ...]  # names, in the same computation; of a constant its value
+    operands: tuple[str, ...]  # names in the same computation; for a constant, its value
     attributes: str  # the rest of the line
     is_root: bool
 
@@ -45,8 +45,8 @@ class Instruction(NamedTuple):
 
     def called(self, attribute: str) -> list[str]:
         """Names of the computations that an attribute (calls, body, ...) lists."""
-        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-        return re.findall(r"[\w.\-]+", found[1]) if found else []
+        listed = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return re.findall(r"[\w.\-]+", listed[1]) if listed else []
 
 
 Computation = dict[str, Instruction]
@@ -71,15 +71,15 @@ def parse(text: str) -> Program:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
             continue
-        found = _LINE.match(line)
-        if found:
-            instruction = _instruction(found[2], line[found.end() :], bool(found[1]))
+        start = _LINE.match(line)
+        if start:
+            instruction = _instruction(start[2], line[start.end() :], bool(start[1]))
             current[instruction.name] = instruction
     return Program(computations, entry)
 
 
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    """`rest`: what stands behind the equals sign: type opcode(operands), attributes."""
+    """Parses `rest`, which follows the equals sign: type opcode(operands), attributes."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode = rest[end:].split("(", 1)[0].strip()
     start = rest.index("(", end)
@@ -95,7 +95,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.finditer(r"[()]", text[start:]):
         depth += 1 if match[0] == "(" else -1
@@ -105,23 +105,23 @@ def _closing(text: str, start: int) -> int:
 
 
 def _space(array: str) -> int:
-    found = re.search(r"S\((\d+)\)", array)
-    return int(found[1]) if found else 0
+    space = re.search(r"S\((\d+)\)", array)
+    return int(space[1]) if space else 0
 
 
 class Executed(NamedTuple):
     """An instruction that runs."""
 
-    times: int  # a step
+    times: int  # per step
     instruction: Instruction
-    where: str  # the computation that it is in
-    loop: str  # the innermost loop's body, empty outside of loops
+    where: str  # computation that contains it
+    loop: str  # body of the innermost loop, empty outside of loops
 
 
 def executed(program: Program, *, into_fusions: bool = False) -> Iterator[Executed]:
-    """Every instruction that runs, from the entry on.
+    """Every instruction that runs, starting at the entry.
 
-    into_fusions: also what fusions and asynchronous starts consist of.
+    into_fusions: whether to include the instructions inside of fusions and asynchronous starts.
     """
     yield from _walk(program, program.entry, 1, "", into_fusions)
 
@@ -138,8 +138,8 @@ def _walk(program, where, times, loop, into_fusions) -> Iterator[Executed]:
             branches = instruction.called("branch_computations") or (
                 instruction.called("true_computation") + instruction.called("false_computation")
             )
-            dearest = max(branches, key=lambda b: work(program, b))
-            yield from _walk(program, dearest, times, loop, into_fusions)
+            costliest = max(branches, key=lambda b: work(program, b))
+            yield from _walk(program, costliest, times, loop, into_fusions)
         elif opcode == "call":
             yield from _walk(program, *instruction.called("to_apply"), times, loop, into_fusions)
         elif into_fusions and (opcode == "fusion" or opcode.endswith("-start")):
@@ -148,7 +148,7 @@ def _walk(program, where, times, loop, into_fusions) -> Iterator[Executed]:
 
 
 def trip_count(program: Program, loop: Instruction) -> int:
-    """How often the body of a while instruction runs; 1 if that depends on data."""
+    """How often the body of a while instruction runs; 1 if this depends on data."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -158,29 +158,29 @@ def trip_count(program: Program, loop: Instruction) -> int:
 
 
 def _constants(program: Program, name: str) -> set[int]:
-    """The scalar integers that a loop's condition, and what it is fused from, compare with."""
-    found = set()
+    """The scalar integer constants in the condition of a loop, including its fusions."""
+    constants = set()
     for instruction in program.computations[name].values():
         if instruction.opcode == "constant" and instruction.arrays[0].dtype in (
             "s32",
             "u32",
             "s64",
         ):
-            found.add(int(instruction.operands[0]))
+            constants.add(int(instruction.operands[0]))
         for inner in instruction.called("calls"):
-            found |= _constants(program, inner)
-    return found
+            constants |= _constants(program, inner)
+    return constants
 
 
 def work(program: Program, name: str) -> float:
-    """FLOPs of a computation, or the bytes it makes where it has none, to tell branches apart."""
-    found = list(_walk(program, name, 1, "", True))
-    flops = sum(e.times * flops_of(e.instruction, program.computations[e.where]) for e in found)
-    return flops or 1e-6 * sum(e.times * e.instruction.bytes for e in found)
+    """A cost to compare branches by: the FLOPs, or if there are none, a little for each byte."""
+    runs = list(_walk(program, name, 1, "", True))
+    flops = sum(e.times * flops_of(e.instruction, program.computations[e.where]) for e in runs)
+    return flops or 1e-6 * sum(e.times * e.instruction.bytes for e in runs)
 
 
 def flops_of(instruction: Instruction, computation: Computation) -> float:
-    """FLOPs of a dot or a convolution, 2 a multiply-add, or of a kernel that says so; else 0."""
+    """FLOPs of a dot or convolution, 2 per multiply-add, or those a kernel declares; else 0."""
     if instruction.opcode == "dot":
         left = computation[instruction.operands[0]].arrays[0].shape
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
@@ -189,13 +189,16 @@ def flops_of(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
     if instruction.opcode == "custom-call":
-        said = re.search(r'cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
-        return float(said[1]) if said else 0.0
+        declared = re.search(r'cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+        return float(declared[1]) if declared else 0.0
     return 0.0
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """The TPU compiler writes matmuls as convolutions, batch dimensions as dilated windows."""
+    """FLOPs of a convolution.
+
+    The TPU compiler writes matmuls as convolutions, with batch dimensions as dilated windows.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     left, kernel = (computation[name].arrays[0].shape for name in instruction.operands[:2])
     out = instruction.arrays[0].shape

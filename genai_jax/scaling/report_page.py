@@ -1,4 +1,4 @@
-"""The HTML page of a report: no script, nothing loaded, light or dark as the reader likes it."""
+"""The HTML page of a report: no scripts, no external resources, light and dark color schemes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from html import escape
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from genai_jax.scaling.report_types import Cell, Record, Section, Table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from genai_jax.scaling.report import Cell, Record, Section, Table
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1c1e21; --soft: #667079;
@@ -67,7 +67,7 @@ def page(title: str, sections: Sequence[Section], record: Record) -> str:
     """The whole page."""
     last = {
         "Environment": _environment(record.get("environment", {})),
-        "How to make it again": _commands(record.get("commands", ())),
+        "Reproducing this report": _commands(record.get("commands", ())),
         "Flags of the runs": _flags(record.get("flags", {})),
     }
     parts = {s.title: _section(s) for s in sections} | {name: t for name, t in last.items() if t}
@@ -110,16 +110,16 @@ def _figure(name: str, figure: Figure) -> str:
 
 
 def _svg(name: str, figure: Figure) -> str:
-    """The figure as SVG within the page, in the page's own colours of ink and paper."""
-    import matplotlib
+    """The figure as inline SVG, with black and white replaced by the colors of the page."""
+    import matplotlib  # here, so that commands start without it
 
     stream = io.StringIO()
-    # Identifiers are made from the salt: figures of one page may not share those of clip paths.
+    # Identifiers are derived from the salt: clip paths of two figures must not share one.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in every figure, and nobody asks
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # unused, and the same in every figure
     text = text.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
     start = f'<svg role="img" aria-label="{escape(name)}" fill="currentColor" '
     style = 'stroke-linejoin="round" stroke-linecap="butt" '
@@ -148,7 +148,7 @@ def _row(row: Iterable[Cell], classes: Sequence[str]) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A cell as a reader wants it: five significant digits, whole numbers in full."""
+    """A cell as displayed: five significant digits, whole numbers in full."""
     if cell is None:
         return ""
     if isinstance(cell, str | bool):

@@ -1,4 +1,4 @@
-"""The command, on simulated devices: what it counts, what it refuses."""
+"""The compile_check command on simulated devices: what it counts, what it refuses."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from genai_jax.compile_check import CheckRequest, _split
 from genai_jax.config import ConfigError
 from genai_jax.scaling.chips import CHIPS, Topology
-from genai_jax.scaling.compile_text import beside
+from genai_jax.scaling.compile_text import side_by_side
 from tests.commands import environment
 from tests.conftest import ROOT
 
@@ -45,14 +45,14 @@ def by_kind(report: dict) -> dict[str, float]:
 def test_data_parallelism_adds_only_the_all_reduce_of_the_gradients(tmp_path):
     report, text = report_of(tmp_path, "--mesh.data=8")
     assert set(by_kind(report)) == {"all-reduce"}
-    # A ring sends 2 (n - 1) / n of an array.
+    # In a ring, an all-reduce sends 2 (n - 1) / n of an array.
     reduced = by_kind(report)["all-reduce"] / (2 * 7 / 8)
     assert reduced == pytest.approx(4 * report["parameters"], rel=0.01)
     assert report["devices"] == 8 and report["mesh"] == {"data": 8}
     assert report["memory"]["parameters"] == 4 * report["parameters"]
     assert report["memory"]["optimizer"] == pytest.approx(8 * report["parameters"], rel=0.01)
-    # Without rematerialization the program computes what the model's count says, but for the
-    # causal half of attention, which a CPU computes too.
+    # Without rematerialization the program computes the FLOPs of the model, except that on a CPU
+    # it also computes the masked half of causal attention.
     assert report["program_flops"] * 8 == pytest.approx(report["flops_per_step"], rel=0.1)
     assert "fits" in text and "all-reduce" in text
 
@@ -67,8 +67,8 @@ def test_sharded_parameters_are_gathered_a_layer_at_a_time(tmp_path):
     line = next(x for x in placements.read_text().splitlines() if "mlp/up/kernel" in x)
     assert line == "model/layers/mlp/up/kernel 2x64x160 [-, fsdp, -] 2x8x160"
     gathers = [c for c in report["collectives"] if c["kind"] == "all-gather"]
-    # Each pass gathers each parameter once; the backward pass may gather them again. A gather of
-    # the stacked layers in every iteration would send a multiple of it.
+    # The forward pass gathers each parameter once, and the backward pass may do so again. Gathering
+    # the stacked layers in every iteration would send a multiple of that.
     sent = sum(c["bytes_sent"] for c in gathers)
     assert sent <= 2.1 * 4 * report["parameters"] * 7 / 8
     from genai_jax.scaling.program import executed, parse
@@ -81,7 +81,7 @@ def test_sharded_parameters_are_gathered_a_layer_at_a_time(tmp_path):
     assert largest <= 4 * 320 * 64  # an embedding; the stacked layers are larger
 
 
-def test_two_runs_beside_each_other(tmp_path):
+def test_two_runs_are_compared(tmp_path):
     flagfile = tmp_path / "other.flags"
     flagfile.write_text("\n".join((*TINY, "--mesh.data=1", "--mesh.tensor=4")) + "\n")
     result = check(
@@ -94,38 +94,38 @@ def test_two_runs_beside_each_other(tmp_path):
     assert first == second and ratio == "1.000"
 
 
-def test_what_one_of_two_runs_has_is_shown_beside_nothing():
+def test_a_number_that_only_one_of_two_runs_has():
     one = {"parameters": 4, "batch_size": 2, "flops_per_step": 8, "devices": 2}
     more = {
         "memory": {"total": 2**30}, "program_flops": 1, "hbm_bytes": 1,
         "collectives": [{"kind": "all-to-all", "bytes_sent": 3}],
     }  # fmt: skip
-    lines = beside(one, {**one, **more, "batch_size": 4}).splitlines()
+    lines = side_by_side(one, {**one, **more, "batch_size": 4}).splitlines()
     assert lines[2].split() == ["batch_size", "2", "4", "2.000"]
     assert lines[-1].split() == ["sent", "by", "all-to-all", "-", "3"]
 
 
-def test_flags_are_told_apart():
+def test_flags_of_the_command_and_of_the_run_are_separated():
     assert _split(["--flagfile", "a b", "--topology=cpu:2"])[1] == ["--flagfile=a b"]
     request, rest = _split(["--topology=cpu:2", "--nocompiles", "--mesh.data=2"])
     assert request == CheckRequest(topology="cpu:2", compiles=False) and rest == ["--mesh.data=2"]
 
 
-def test_flags_that_would_be_ignored_are_refused():
+def test_ignored_flags_and_bad_topologies_are_refused():
     with pytest.raises(ConfigError, match="--topology needs a value: write --topology=VALUE"):
         _split(["--topology", "cpu:2"])
     with pytest.raises(ConfigError, match="--output and --program need the compiled step"):
         _split(["--topology=cpu:2", "--nocompiles", "--output=x.json"])
     for text, slices in (("cpu:0", 1), ("cpu:2x4", 1), ("v5e:0x4", 1)):
-        with pytest.raises(ConfigError, match="sizes are at least 1, and of a cpu one"):
+        with pytest.raises(ConfigError, match="sizes must be at least 1, and cpu takes"):
             Topology(text, slices)
-    with pytest.raises(ConfigError, match="--slices=2 is for TPUs, not for h200:1x1x8"):
+    with pytest.raises(ConfigError, match="--slices=2 works for TPUs only, not for h200"):
         Topology("h200:1x1x8", 2)
 
 
-def test_an_unknown_topology_lists_the_known():
+def test_an_unknown_topology_lists_examples():
     for text in ("v9:2x2", "v5p", "v5p:", "cpu:2x", "h200"):
-        with pytest.raises(ConfigError, match=r"--topology=.* is unknown; known are, e.g., v4:"):
+        with pytest.raises(ConfigError, match=r"--topology=.* is unknown; examples are v4:"):
             Topology(text)
     assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e", "7x", "h200"}
 
@@ -148,14 +148,14 @@ def test_mistakes_are_one_line(flags, message):
     assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_a_missing_compiler_is_said(tmp_path):
+def test_a_missing_compiler_is_an_error(tmp_path):
     environment_ = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
     command = [sys.executable, "-m", "genai_jax.compile_check", "--topology=v5e:2x2", *TINY]
     result = subprocess.run(
         command, env=environment_, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     if "libtpu" not in result.stderr and result.returncode == 0:
-        pytest.skip("libtpu is installed beside jax")
+        pytest.skip("libtpu is installed next to jax")
     assert result.returncode == 2
-    assert "needs libtpu, which is not installed: `make targets`" in result.stderr
+    assert "needs libtpu, which is not installed: run `make targets`" in result.stderr
     assert os.linesep not in result.stderr.strip()

@@ -1,12 +1,12 @@
-"""The coordinate check itself: activations of one size at all widths, or of sizes that grow."""
+"""The coordinate check: activations change by the same amount at all widths, or grow with them."""
 
 import csv
 
 import pytest
 
+from genai_jax import coordinate_check
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.scaling import coordinate_check
 from genai_jax.scaling.coordinate_check import at_width, check, slopes
 
 FLAGS = (
@@ -24,11 +24,11 @@ FLAGS = (
 
 
 def test_activations_of_the_maximal_update_do_not_grow_with_the_width(tmp_path, monkeypatch):
-    found = []
-    keep = lambda *request: found.extend(check(*request)) or found
-    monkeypatch.setattr(coordinate_check, "check", keep)
+    changes = []
+    keep = lambda *request: changes.extend(check(*request)) or changes
+    monkeypatch.setattr("genai_jax.scaling.coordinate_check.check", keep)
     coordinate_check.main([*FLAGS, "--widths=32,256", "--steps=2", f"--output={tmp_path}"])
-    powers = slopes(found)
+    powers = slopes(changes)
     hidden = [f"layers/attention/{name}" for name in ("query", "key", "value", "out")]
     hidden += [f"layers/mlp/{name}" for name in ("up", "gate", "down")]
     for name in hidden:
@@ -37,14 +37,14 @@ def test_activations_of_the_maximal_update_do_not_grow_with_the_width(tmp_path, 
     for name in ("layers", "layers/mlp/up", "layers/mlp/down", "logits"):
         assert powers["standard", name] > 0.3, name
     assert powers["maximal_update", "logits"] < 0.1
-    # At the base width they are the same model.
-    at_base = [c for c in found if c.width == 32]
+    # At the base width both parametrizations are the same model.
+    at_base = [c for c in changes if c.width == 32]
     half = len(at_base) // 2
     assert [c[1:] for c in at_base[:half]] == [c[1:] for c in at_base[half:]]
     with open(tmp_path / "coordinate_check.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(found) and rows[-1]["activation"] == "logits"
-    assert float(rows[-1]["mean_absolute_change"]) == found[-1].mean_absolute_change
+    assert len(rows) == len(changes) and rows[-1]["activation"] == "logits"
+    assert float(rows[-1]["mean_absolute_change"]) == changes[-1].mean_absolute_change
     assert (tmp_path / "coordinate_check.png").stat().st_size > 10_000
 
 
@@ -66,12 +66,12 @@ def test_widths_keep_the_proportions_of_the_run():
         at_width(config, 64, "maximal_update", 24)
 
 
-def test_requests_that_say_nothing(tmp_path):
+def test_incomplete_or_unsupported_requests_are_refused(tmp_path):
     run = lambda *flags: coordinate_check.main([*FLAGS, *flags])
     with pytest.raises(ConfigError, match="--output is not set"):
         run()
     for widths in ("64", "64,x", "", "0,64"):
         with pytest.raises(ConfigError, match=f"--widths={widths}"):
             run(f"--output={tmp_path}", f"--widths={widths}")
-    with pytest.raises(ConfigError, match="--task=rbm: the check is of"):
+    with pytest.raises(ConfigError, match="--task=rbm: the coordinate check works for"):
         coordinate_check.main(["--task=rbm", f"--output={tmp_path}"])

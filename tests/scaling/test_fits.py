@@ -1,4 +1,4 @@
-"""Fits of scaling laws against coefficients that are known."""
+"""Fits of scaling laws to data with known coefficients."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from genai_jax.scaling.fits.variable_projection import fit_projected, nonnegativ
 LAW = Parametric()
 VALUES = np.array([1.69, 406.4, 410.7, 0.34, 0.28])  # E, A, B, alpha, beta of Hoffmann et al. 2022
 E, A, B, ALPHA, BETA = VALUES
-START = np.array([[5.0, 5.0, 0.5, 0.5, 0.5]])  # one of the paper's grid
+START = np.array([[5.0, 5.0, 0.5, 0.5, 0.5]])  # a point of the paper's grid
 
 
 def loss_of(parameters, tokens):
@@ -46,7 +46,7 @@ def best_size(budget):
 
 
 def ladder(budgets, sizes=7, spread=3.0) -> Points:
-    """Runs of each budget, from `spread` times too small to as much too large."""
+    """Runs of each budget, from `spread` times too small to `spread` times too large."""
     pairs = [
         (best_size(c) * f, c / 6 / best_size(c) / f)
         for c in budgets
@@ -56,18 +56,18 @@ def ladder(budgets, sizes=7, spread=3.0) -> Points:
     return make_points(parameters, tokens, loss_of(parameters, tokens))
 
 
-def errors(found) -> np.ndarray:
-    return np.abs(np.array(list(found.values.values())) / VALUES - 1)
+def errors(fitted) -> np.ndarray:
+    return np.abs(np.array(list(fitted.values.values())) / VALUES - 1)
 
 
 @pytest.mark.smoke
-def test_known_coefficients_come_back_from_the_full_grid_of_starts():
-    found = fit(LAW, runs(200))
-    assert found.starts[0] == 4500 and found.starts[1] > 100 and found.converged
-    assert errors(found).max() < 1e-6
+def test_known_coefficients_are_recovered_from_the_full_grid_of_starts():
+    fitted = fit(LAW, runs(200))
+    assert fitted.starts[0] == 4500 and fitted.starts[1] > 100 and fitted.converged
+    assert errors(fitted).max() < 1e-6
 
 
-def test_a_mean_with_default_tolerances_stops_far_away_and_ours_does_not():
+def test_a_mean_with_default_tolerances_stops_far_from_the_minimum_but_ours_does_not():
     points = runs(200)
     logs = np.log(points.parameters), np.log(points.tokens), np.log(points.loss)
 
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_objective(law):
 
 
 @pytest.mark.parametrize("law", [Parametric(), KaplanJoint()])
-def test_a_law_stays_the_same_when_its_reference_moves(law):
+def test_moving_the_reference_leaves_a_law_unchanged(law):
     x = np.array([[4.0, 3.0, -0.3, 0.2, 0.4][: len(law.coefficients)]])
     log_n, log_d = np.array([18.0, 20, 23]), np.array([24.0, 21, 22])
     here = law.predict(x, log_n, log_d)[0]
@@ -104,33 +104,33 @@ def test_a_law_stays_the_same_when_its_reference_moves(law):
     np.testing.assert_allclose(law.moved(law.moved(x, 20, 21), -20, -21), x, rtol=1e-12)
 
 
-def test_a_batch_of_minimizations_ends_where_each_alone_does():
+def test_a_batch_of_minimizations_converges():
     def rosenbrock(x, rows):
         a, b = x.T
         value = (1 - a) ** 2 + 100 * (b - a**2) ** 2
         slope = np.stack([-2 * (1 - a) - 400 * a * (b - a**2), 200 * (b - a**2)], -1)
-        outside = np.abs(x).max(1) > 50  # a step there is taken back
+        outside = np.abs(x).max(1) > 50  # steps there are rejected
         return np.where(outside, np.nan, value), slope
 
     starts = np.random.default_rng(0).uniform(-2, 2, (20, 2))
-    found = minimize(rosenbrock, starts, tolerance=1e-12)
-    assert found.converged.all() and found.evaluations.max() < 200
-    np.testing.assert_allclose(found.x, 1, atol=1e-5)
+    minima = minimize(rosenbrock, starts, tolerance=1e-12)
+    assert minima.converged.all() and minima.evaluations.max() < 200
+    np.testing.assert_allclose(minima.x, 1, atol=1e-5)
     cut = minimize(rosenbrock, starts, max_evaluations=3)
     assert not cut.converged.any() and (cut.evaluations == 3).all()
 
 
-def test_intervals_hold_the_truth_and_a_seed_repeats_them():
+def test_intervals_cover_the_truth_and_are_reproducible():
     hits, starts = [], LAW.starts()[::73]
     for seed in range(8):
-        found = fit(LAW, runs(200, 0.01, seed), starts=starts, resamples=60, seed=seed)
-        low, high = np.array(list(found.intervals().values())).T
+        fitted = fit(LAW, runs(200, 0.01, seed), starts=starts, resamples=60, seed=seed)
+        low, high = np.array(list(fitted.intervals().values())).T
         hits.append((low <= VALUES) & (high >= VALUES))
     assert np.sum(hits, 0).min() >= 7
     again = fit(LAW, runs(200, 0.01, 7), starts=starts, resamples=60, seed=7)
-    assert again.intervals() == found.intervals()
+    assert again.intervals() == fitted.intervals()
     other = fit(LAW, runs(200, 0.01, 7), starts=starts, resamples=60, seed=8)
-    assert other.intervals() != found.intervals()
+    assert other.intervals() != fitted.intervals()
 
 
 def test_resamples_keep_enough_points_and_intervals_are_percentiles():
@@ -145,18 +145,18 @@ def test_resamples_keep_enough_points_and_intervals_are_percentiles():
     assert np.isnan(interval(np.empty((0, 2)))).all()
 
 
-def test_the_joint_law_of_kaplan_comes_back():
-    truth = np.array([8.8e13, 5.4e13, 0.076, 0.095])  # of the paper
+def test_the_joint_law_of_kaplan_is_recovered():
+    truth = np.array([8.8e13, 5.4e13, 0.076, 0.095])  # from the paper
     rng = np.random.default_rng(0)
     parameters = np.exp(rng.uniform(*np.log([1e6, 1e9]), 60))
     tokens = np.exp(rng.uniform(*np.log([1e7, 2e10]), 60))
     loss = ((truth[0] / parameters) ** (truth[2] / truth[3]) + truth[1] / tokens) ** truth[3]
-    found = fit(KaplanJoint(), make_points(parameters, tokens, loss), resamples=20)
-    np.testing.assert_allclose(list(found.values.values()), truth, rtol=1e-3)
-    np.testing.assert_allclose(found.loss(parameters, tokens), loss, rtol=1e-6)
+    fitted = fit(KaplanJoint(), make_points(parameters, tokens, loss), resamples=20)
+    np.testing.assert_allclose(list(fitted.values.values()), truth, rtol=1e-3)
+    np.testing.assert_allclose(fitted.loss(parameters, tokens), loss, rtol=1e-6)
 
 
-def test_laws_of_one_variable_go_through_the_frontier():
+def test_laws_of_one_variable_are_fitted_to_the_frontier():
     x = np.array([1.0, 1, 2, 3, 4])
     assert frontier(x, np.array([5.0, 4, 4.5, 3, 2])).tolist() == [1, 3, 4]
     size = np.geomspace(1e6, 1e9, 12)
@@ -164,18 +164,18 @@ def test_laws_of_one_variable_go_through_the_frontier():
     points = make_points(
         np.repeat(size, 2), 1e10 * np.ones(24), np.repeat(loss, 2) * np.tile([1, 1.2], 12)
     )
-    found = fit_kaplan(points, "N")
-    assert found.alpha == pytest.approx(0.076) and found.critical == pytest.approx(8.8e13, rel=1e-6)
-    assert found.alpha_interval() == pytest.approx((0.076, 0.076))
+    law = fit_kaplan(points, "N")
+    assert law.alpha == pytest.approx(0.076) and law.critical == pytest.approx(8.8e13, rel=1e-6)
+    assert law.alpha_interval() == pytest.approx((0.076, 0.076))
     noisy = loss * np.exp(0.01 * np.random.default_rng(0).standard_normal(12))
     low, high = fit_power_law(size, noisy, 500, 0).power_interval()
     assert low < -0.076 < high and high - low < 0.01
 
 
 def test_variable_projection_agrees_and_its_linear_part_is_never_negative():
-    found = fit_projected(runs(100), resamples=10)
-    np.testing.assert_allclose(found.values, VALUES, rtol=1e-5)
-    np.testing.assert_allclose(found.samples, np.tile(VALUES, (10, 1)), rtol=1e-3)
+    fitted = fit_projected(runs(100), resamples=10)
+    np.testing.assert_allclose(fitted.values, VALUES, rtol=1e-5)
+    np.testing.assert_allclose(fitted.samples, np.tile(VALUES, (10, 1)), rtol=1e-3)
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(50, 8, 3)) + 0.3
     weights = rng.integers(0, 3, (50, 8)) + 0.5
@@ -186,94 +186,94 @@ def test_variable_projection_agrees_and_its_linear_part_is_never_negative():
     assert (ours == 0).any() and (ours > 0).any()
 
 
-def test_parabolas_find_the_best_sizes_of_their_budgets():
+def test_parabolas_have_their_minima_at_the_best_sizes():
     budgets = np.geomspace(1e18, 1e21, 5)
     points = ladder(budgets)
-    # A budget whose smallest run is best has no minimum between its runs, and says so.
+    # A budget whose smallest run is best has no minimum between its runs.
     c = 4e21
     sizes = best_size(c) * np.array([2.0, 4, 8])
     edge = make_points(sizes, c / 6 / sizes, loss_of(sizes, c / 6 / sizes))
     both = Points(*(np.concatenate(pair) for pair in zip(points, edge, strict=True)))
-    found = fit_isoflop(both, resamples=50)
-    assert [v.inside for v in found.valleys] == [True] * 5 + [False]
-    for valley, budget in zip(found.valleys, budgets, strict=False):
+    fitted = fit_isoflop(both, resamples=50)
+    assert [v.inside for v in fitted.valleys] == [True] * 5 + [False]
+    for valley, budget in zip(fitted.valleys, budgets, strict=False):
         assert valley.budget == pytest.approx(budget)
         assert valley.parameters == pytest.approx(best_size(budget), rel=0.05)
         assert 6 * valley.parameters * valley.tokens == pytest.approx(budget, rel=1e-6)
     exponent = BETA / (ALPHA + BETA)
-    assert found.parameters.power == pytest.approx(exponent, abs=0.01)
-    assert found.tokens.power == pytest.approx(1 - exponent, abs=0.01)
-    low, high = found.parameters.power_interval()
+    assert fitted.parameters.power == pytest.approx(exponent, abs=0.01)
+    assert fitted.tokens.power == pytest.approx(1 - exponent, abs=0.01)
+    low, high = fitted.parameters.power_interval()
     assert low < exponent < high
     with pytest.raises(ConfigError, match=r"2 budgets .* there are 1 \(of 1"):
         fit_isoflop(ladder([1e18]))
 
 
-def test_the_envelope_of_curves_finds_the_same_exponent():
+def test_the_envelope_of_curves_has_the_same_exponent():
     curves = []
     for size in np.geomspace(5e7, 1e10, 12):
         tokens = np.geomspace(1e8, 2e11 * (size / 5e8) ** 0.3, 60)
         curves.append(Curve(size, tokens, 6 * size * tokens, loss_of(size, tokens)))
-    found = fit_envelope(curves, resamples=20)
-    assert found.parameters_law.power == pytest.approx(BETA / (ALPHA + BETA), abs=0.02)
-    np.testing.assert_allclose(6 * found.parameters * found.tokens, found.budget, rtol=0.02)
-    assert found.parameters.min() > 5e7 and found.parameters.max() < 1e10  # neither end counts
+    fitted = fit_envelope(curves, resamples=20)
+    assert fitted.parameters_law.power == pytest.approx(BETA / (ALPHA + BETA), abs=0.02)
+    np.testing.assert_allclose(6 * fitted.parameters * fitted.tokens, fitted.budget, rtol=0.02)
+    assert fitted.parameters.min() > 5e7 and fitted.parameters.max() < 1e10  # without the ends
     with pytest.raises(ConfigError, match="envelope of 2 training curves"):
         fit_envelope(curves[:2])
 
 
-def test_the_best_size_of_a_budget_is_where_no_other_is_better():
+def test_the_optimum_of_a_budget_has_the_smallest_loss():
     points = ladder(np.geomspace(1e18, 1e21, 4), sizes=6)
-    found = fit(LAW, points, starts=START, resamples=30)
-    plain = optimum(found, fit_cost(points), 1e20)
+    fitted = fit(LAW, points, starts=START, resamples=30)
+    plain = optimum(fitted, fit_cost(points), 1e20)
     assert plain.parameters.value == pytest.approx(best_size(1e20), rel=1e-4)
     assert plain.parameters.low <= plain.parameters.value * 1.0001
-    dear = Cost(factor=40.0, power=0.9, error=0.0)  # small models cost more than 6 N D
-    best = optimum(found, dear, 1e20)
+    cost = Cost(factor=40.0, power=0.9, error=0.0)  # small models cost more than 6 N D
+    best = optimum(fitted, cost, 1e20)
     sizes = best.parameters.value * np.array([0.9, 1.0, 1.1])
-    tokens = 1e20 / (dear.factor * sizes**dear.power)
+    tokens = 1e20 / (cost.factor * sizes**cost.power)
     assert tokens[1] == pytest.approx(best.tokens.value)
-    losses = found.loss(sizes, tokens)
+    losses = fitted.loss(sizes, tokens)
     assert losses[1] == pytest.approx(best.loss.value) and losses.argmin() == 1
 
 
-def test_the_cost_of_a_run_is_learnt_from_the_runs():
+def test_the_cost_is_fitted_to_the_runs():
     size, tokens = np.geomspace(1e6, 1e8, 5), np.full(5, 1e9)
     points = make_points(size, tokens, np.ones(5), 40 * size**0.9 * tokens)
     assert fit_cost(points) == pytest.approx((40, 0.9, 0), abs=1e-9)
 
 
-def test_what_the_runs_cannot_say_is_an_error():
+def test_extrapolating_too_far_is_an_error():
     points = ladder([1e18, 1e19, 1e20])
     with pytest.raises(
         ConfigError, match=r"budget=1e\+22 .* 1e\+18 to 1e\+20 FLOPs; --extrapolate=100"
     ):
         check_budget(1e22, points, 2)
     check_budget(1e22, points, 100)
-    found = fit(LAW, points, starts=START)
-    # Inside the budgets, and yet of a size that no run had.
+    fitted = fit(LAW, points, starts=START)
+    # Within the range of budgets, but outside the range of sizes.
     few = points.where(points.parameters < 1.5e8)
     with pytest.raises(ConfigError, match=r"whose best run has 6\.45e\+08 parameters .* fitted"):
-        check_optimum(optimum(found, fit_cost(points), 1e20), few, 1.5)
-    flat = found._replace(x=found.x * [1, 1, 1, -1, 1])
+        check_optimum(optimum(fitted, fit_cost(points), 1e20), few, 1.5)
+    flat = fitted._replace(x=fitted.x * [1, 1, 1, -1, 1])
     with pytest.raises(ConfigError, match=r"no compute-optimal size: alpha is -0\.34"):
         optimum(flat, fit_cost(points), 1e19)
 
 
 def test_too_few_points_or_sizes_are_an_error():
     points = runs(20)
-    with pytest.raises(ConfigError, match="has 5 coefficients; 4 points cannot fix them"):
+    with pytest.raises(ConfigError, match="has 5 coefficients, but there are only 4 points"):
         fit(LAW, points.where(np.arange(4)))
-    with pytest.raises(ConfigError, match="has 4 coefficients; 3 points"):
+    with pytest.raises(ConfigError, match="has 4 coefficients, but there are only 3 points"):
         fit(KaplanJoint(), points.where(np.arange(3)))
-    with pytest.raises(ConfigError, match="has 5 coefficients; 4 points"):
+    with pytest.raises(ConfigError, match="has 5 coefficients, but there are only 4 points"):
         fit_projected(points.where(np.arange(4)))
     same = points._replace(parameters=np.full(20, 1e8))
-    with pytest.raises(ConfigError, match="3 different parameters; there are 1"):
+    with pytest.raises(ConfigError, match="3 different parameters, but there are 1"):
         fit(LAW, same)
-    with pytest.raises(ConfigError, match="two different values; all 3 are 5"):
+    with pytest.raises(ConfigError, match="two different values, but all 3 are 5"):
         fit_power_law(np.full(3, 5.0), np.ones(3), 10, 0)
     with pytest.raises(ConfigError, match="point 1: loss is -1; it must be a positive number"):
         make_points([1, 2], [1, 2], [3, -1])
-    with pytest.raises(ConfigError, match=r"of one length, not parameters \(2,\)"):
+    with pytest.raises(ConfigError, match=r"of the same length, not parameters \(2,\)"):
         make_points([1, 2], [1, 2], [3])

@@ -1,4 +1,4 @@
-"""The command that fits the runs in a CSV."""
+"""The fit command, and the CSV files that it reads."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.scaling.fits.__main__ import main
+from genai_jax.fit import main
 from genai_jax.scaling.fits.analysis import scaling_law
 from genai_jax.scaling.fits.points import Columns, Points, make_points, read_csv
 from tests.scaling.test_fits import ladder, loss_of
@@ -32,7 +32,7 @@ def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "21 runs, FLOPs: 6 N D" in printed
     assert "L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28" in printed
-    assert "1 runs that no law was fitted to" in printed
+    assert "1 runs were held out from all fits" in printed
     numbers = json.loads((out / "results.json").read_text())["numbers"]
     assert numbers["parametric/alpha"] == pytest.approx(0.34, rel=1e-3)
     assert numbers["parametric/alpha/low"] <= numbers["parametric/alpha/high"]
@@ -41,38 +41,38 @@ def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
     for name in ("law", "residuals", "one_variable", "isoflop", "optimum", "held_out"):
         assert (out / f"{name}.png").stat().st_size > 10_000, name
     assert "Compute-optimal runs" in (out / "index.html").read_text()
-    with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of what was fitted"):
+    with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of the fitted range"):
         main([*flags, "--budget=1e25"])
 
 
-def test_a_frontier_of_one_run_is_said_and_the_rest_is_fitted():
-    """One run that beats all larger ones leaves no line through the frontier."""
+def test_a_frontier_of_one_run_is_reported_and_the_rest_is_fitted():
+    """No line can be fitted to the frontier if one run beats all larger ones."""
     points = ladder(np.geomspace(1e18, 1e20, 4), sizes=5)
     loss = points.loss.copy()
     loss[np.argmin(points.flops)] = 1.5
     hidden = np.arange(len(loss)) == np.argmax(points.flops)
     sections = scaling_law(points._replace(loss=loss), held_out=hidden, resamples=0)
-    (single,) = (s for s in sections if s.title == "Loss by one of size, tokens and compute")
+    (single,) = (s for s in sections if s.title.endswith("size, tokens or compute alone"))
     assert any("Not fitted" in text for text in single.paragraphs)
     assert "held_out/parametric/max_relative_error" in sections[-1].numbers
 
 
-def test_power_laws_are_not_asked_beyond_their_minima():
-    """Neither by a budget that is asked for nor by one of the runs."""
+def test_power_laws_are_not_used_beyond_their_minima():
+    """Neither for a requested budget nor for one of the runs."""
     points = ladder(np.geomspace(1e18, 1e20, 3))
     sizes = points.parameters.max() * np.array([1.0, 2, 4])  # too large for their budget
     loss = loss_of(sizes, 1e21 / 6 / sizes)
     more = make_points(sizes, 1e21 / 6 / sizes, loss)
     both = Points(*(np.concatenate(pair) for pair in zip(points, more, strict=True)))
-    asked = lambda **options: scaling_law(both, resamples=0, **options)[-1].tables[0].rows
+    optima = lambda **options: scaling_law(both, resamples=0, **options)[-1].tables[0].rows
     by = lambda rows, name: [row[0] for row in rows if row[1] == name]
-    rows = asked(budgets=[3e19, 8e20])
+    rows = optima(budgets=[3e19, 8e20])
     assert by(rows, "parametric") == [3e19, 8e20] and by(rows, "isoFLOP") == [3e19]
-    assert by(asked(budgets=[3e19, 8e20], extrapolate=10), "isoFLOP") == [3e19, 8e20]
-    assert {row[1] for row in asked(budgets=[8e20])} == {"parametric"}  # and it is drawn
+    assert by(optima(budgets=[3e19, 8e20], extrapolate=10), "isoFLOP") == [3e19, 8e20]
+    assert {row[1] for row in optima(budgets=[8e20])} == {"parametric"}  # and can be plotted
 
 
-def test_rows_of_one_run_are_its_curve(tmp_path):
+def test_the_rows_of_a_run_are_its_curve(tmp_path):
     rows = [f"r{i},{10**i},{d},{9 - d - i}\n" for i in (1, 2) for d in (1, 2, 3)]
     data = read_csv(
         write(tmp_path / "c.csv", HEADING + "".join(rows)), COLUMNS._replace(run="name")
@@ -84,7 +84,7 @@ def test_rows_of_one_run_are_its_curve(tmp_path):
     hidden = read_csv(write(tmp_path / "c.csv", HEADING + "".join(rows)), columns, "N>50")
     assert hidden.held_out.tolist() == [False, True]
     assert [curve.parameters for curve in hidden.curves] == [10]
-    with pytest.raises(ConfigError, match="names 0 of 2 runs, by their last rows"):
+    with pytest.raises(ConfigError, match=r"matches 0 of 2 runs \(judged by their last rows"):
         read_csv(tmp_path / "c.csv", columns, "D<2")
 
 
@@ -93,9 +93,9 @@ def test_a_condition_holds_rows_out(tmp_path):
     assert read_csv(csv, COLUMNS, "flops>20").held_out.tolist() == [False, True, True]
     assert read_csv(csv, COLUMNS, "N = 2").held_out.tolist() == [False, True, False]
     for condition, message in (
-        ("N>5", "names 0 of 3 rows"),
+        ("N>5", "matches 0 of 3 rows"),
         ("N", "write a column"),
-        ("tokens>1", "no column 'tokens'; it has name, N, D, L"),
+        ("tokens>1", "no column 'tokens'; its columns are name, N, D, L"),
         ("name=1", "line 2: name is 'a', not a number"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -107,7 +107,7 @@ def test_a_condition_holds_rows_out(tmp_path):
     [
         ("", "no rows"),
         (HEADING, "no rows"),
-        ("name,N,L\na,1,2\n", "no column 'D'; it has name, N, L"),
+        ("name,N,L\na,1,2\n", "no column 'D'; its columns are name, N, L"),
         (HEADING + "a,1,2,3\nb,,2,3\n", "line 3: N is '', not a number"),
         (HEADING + "a,1,2,3\nb,1,2\n", "line 3: L is '', not a number"),
         (HEADING + "a,1,2,x\n", "line 2: L is 'x', not a number"),
@@ -129,7 +129,7 @@ def test_bad_flags_are_one_line(tmp_path):
         (["--budget=many"], "--budget=many: write positive FLOPs"),
         (["--extrapolate=0.5"], "extrapolate"),
         (["--flops=C"], "no column 'C'"),
-        ([], "5 coefficients; 4 points"),
+        ([], "5 coefficients, but there are only 4 points"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([*flags, *more])

@@ -56,31 +56,33 @@ def test_every_run_spends_its_budget(base, capsys):
         )
         params = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))[0]
         assert total == sum(x.size for x in jax.tree.leaves(params))
-        assert n == total - task.vocab_size * width  # the head is no embedding
+        assert n == total - task.vocab_size * width  # the head is not an embedding
         assert d == config.train.steps * 8 * 64
         assert ratio == pytest.approx(d / n, rel=1e-3)
         assert c == pytest.approx(config.train.steps * per_step, rel=1e-4)
-    assert "C counts 6 x matmul parameters" in capsys.readouterr().out
+    assert "FLOPs: 6 x matmul parameters" in capsys.readouterr().out
 
 
-def test_what_is_out_of_bounds_is_left_out_and_said(base, capsys):
+def test_rungs_out_of_bounds_are_left_out_and_listed(base, capsys):
     ladder.main(flags(base, least_tokens=1, most_tokens=20))
     out = capsys.readouterr().out
     kept = {p.stem for p in (base.parent / "study").glob("*.flags")}
     assert kept and len(kept) < 6
     for line in out.splitlines():
         if "is left out" in line:
-            assert re.match(r"c\S+_w\d+ is left out: \S+ tokens a parameter, --(least|most)", line)
+            assert re.match(
+                r"c\S+_w\d+ is left out: \S+ tokens per parameter, --(least|most)", line
+            )
             assert line.split()[0] not in kept
 
 
-def test_files_of_an_earlier_ladder_are_named(base, capsys):
+def test_files_left_from_an_earlier_ladder_are_named(base, capsys):
     ladder.main(flags(base))
     capsys.readouterr()
     ladder.main(flags(base, widths="32"))
     out = capsys.readouterr().out
-    assert "c1e11_w64.flags was there before, and is no run of this ladder" in out
-    assert "c1e11_w32.flags was there" not in out
+    assert "c1e11_w64.flags is left from before and does not belong to this ladder" in out
+    assert "c1e11_w32.flags is left" not in out
 
 
 @pytest.mark.parametrize(
@@ -88,13 +90,13 @@ def test_files_of_an_earlier_ladder_are_named(base, capsys):
     [
         ({"widths": "40"}, (), "--widths: 40 is not a multiple of --head_dim=16"),
         ({"widths": "32,x"}, (), "--widths=32,x is not a list of numbers"),
-        ({"budgets": "-1"}, (), "--budgets=-1: allowed are positive numbers"),
+        ({"budgets": "-1"}, (), "--budgets=-1: the numbers must be positive"),
         ({"budgets": "1e6"}, (), "--budgets: 1e.06 FLOPs suit no width; c1e6_w32: 0 step"),
         ({"budgets": ""}, (), "--budgets is not set"),
         ({"output": ""}, (), "--output is not set"),
-        ({"component": "dit"}, (), "--component=dit is none of --task=language_model"),
-        ({}, ("--transformer.mlp_dim=64",), "mlp_dim=64 is set; on a ladder"),
-        ({}, ("--flagfile=x",), "--flagfile is needed once"),
+        ({"component": "dit"}, (), "--component=dit is not a component of --task=language_model"),
+        ({}, ("--transformer.mlp_dim=64",), "mlp_dim=64 is set, but on a ladder"),
+        ({}, ("--flagfile=x",), "--flagfile, the base of the ladder, must be given once"),
         ({}, ("--dit.patch=2",), "dit.patch"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A compiled program is read as it runs: loops, matmuls, collectives, bytes."""
+"""Reading compiled programs: loops, matmuls, collectives, bytes."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ ENTRY %main (w: f32[4,64,128], g: f32[64,128]) -> f32[16,128] {
 
 
 class Device:
-    """Stands for one of a slice."""
+    """Stands for a device of a slice."""
 
     platform = device_kind = "TPU v5p"
 
@@ -60,7 +60,7 @@ class Device:
 
 
 def mesh_of(*sizes: int) -> Mesh:
-    """2 x 4 devices of a torus, or as `sizes` say, with axes "a" and "b"."""
+    """A mesh of a 2 x 4 torus, or one of `sizes`, with axes "a" and "b"."""
     sizes = sizes or (2, 4)
     devices = np.empty(sizes, object)
     for at in np.ndindex(*sizes):
@@ -71,10 +71,10 @@ def mesh_of(*sizes: int) -> Mesh:
 
 
 class FakeMesh:
-    """What the counting needs of a mesh."""
+    """The attributes of a mesh that counting collectives needs."""
 
 
-def test_loops_are_multiplied_out():
+def test_loop_bodies_count_once_per_iteration():
     program = parse(TEXT)
     loop = program.computations["main"]["loop"]
     assert trip_count(program, loop) == 4
@@ -108,7 +108,7 @@ def test_collectives_have_kind_axes_and_bytes():
         ("replica_groups=mesh['a'=8] {'a':(1)2}", [0, 4]),
     ],
 )
-def test_the_groups_of_every_notation(text, group):
+def test_all_notations_of_device_groups(text, group):
     line = f"  %r = f32[8] all-reduce(%x), {text}, to_apply=%add"
     instruction = parse("ENTRY %e (x: f32[8]) -> f32[8] {\n" + line + "\n}").computations["e"]["r"]
     assert _group(instruction, 8).tolist() == group
@@ -119,12 +119,12 @@ def test_a_permute_goes_along_its_axis():
         "  %r = f32[8] collective-permute-start(%x), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}"
     )
     head = "ENTRY %e (x: f32[8]) -> f32[8] {\n  %x = f32[8] parameter(0)\n"
-    (found,) = collectives(parse(head + line + "\n}"), mesh_of(), None)
-    assert (found.kind, found.axes, found.bytes) == ("collective-permute", ("a",), 32)
-    assert found.hidden
+    (permute,) = collectives(parse(head + line + "\n}"), mesh_of(), None)
+    assert (permute.kind, permute.axes, permute.bytes) == ("collective-permute", ("a",), 32)
+    assert permute.hidden
 
 
-def test_matmuls_of_a_compiled_loop_are_those_of_its_jaxpr():
+def test_matmul_flops_of_a_compiled_loop_match_its_jaxpr():
     def f(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
 
@@ -141,7 +141,7 @@ def test_matmuls_of_a_compiled_loop_are_those_of_its_jaxpr():
 def test_a_matmul_written_as_a_convolution():
     head = "ENTRY %e (x: f32[8]) -> f32[8] {\n"
     operands = "  %a = bf16[4,32,16] parameter(0)\n  %b = bf16[4,16,8] parameter(1)\n"
-    # A batch of four matmuls: each output meets one of the four elements of its window.
+    # A batch of four matmuls: only one element of each window of four falls on an input.
     line = (
         "  %r = bf16[4,32,8] convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, "
         "dim_labels=0bf_0io->0bf\n}"
@@ -150,7 +150,7 @@ def test_a_matmul_written_as_a_convolution():
     assert flops_of(computation["r"], computation) == 2 * 4 * 32 * 16 * 8
 
 
-def test_bytes_of_slices_and_updates_in_place():
+def test_bytes_of_slices_and_in_place_updates():
     program = parse(TEXT)
     body = program.computations["body"]
     assert traffic(body["update"], body, program) == 2 * 64 * 128 * 4
@@ -163,7 +163,7 @@ def test_time_on_the_links_of_a_torus():
     mesh = mesh_of(8, 4)
     whole_ring = list(mesh.devices[:, 0])
     assert _bandwidth(whole_ring, mesh, chip) == (2 * chip.link, 8)
-    half = whole_ring[:4]  # open: every link carries everything
+    half = whole_ring[:4]  # not a closed ring: every link carries all of the traffic
     assert _bandwidth(half, mesh, chip) == (chip.link, 8)
     both = list(mesh.devices.flat)
     assert _bandwidth(both, mesh, chip) == (4 * chip.link, 8)
@@ -193,7 +193,7 @@ def test_bytes_of_asynchronous_copies():
     assert traffic(body["all"], body, program) == 8 * 128 * 4 + 32 * 128 * 4
 
 
-def test_asynchronous_collectives_hide_behind_computation():
+def test_asynchronous_collectives_overlap_with_computation():
     chip, mesh = CHIPS["v5p"], mesh_of()
     exposed = estimate(parse(TEXT), mesh, chip)
     hidden = estimate(parse(TEXT.replace("all-gather(", "all-gather-start(")), mesh, chip)
@@ -203,7 +203,7 @@ def test_asynchronous_collectives_hide_behind_computation():
     assert hidden.exposed_seconds < exposed.exposed_seconds
 
 
-def test_what_a_compiler_without_room_says():
+def test_the_message_of_a_compiler_that_runs_out_of_memory():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.1G of 15.75G hbm. "
         "Exceeded hbm capacity by 4.35G.\n  Largest program allocations in hbm:\n\n"

@@ -1,4 +1,4 @@
-"""A report's files: a page that needs nothing else, and the same content as CSV, PNG and JSON."""
+"""The files of a report: a self-contained page, and the same content as CSV, PNG and JSON."""
 
 import csv
 import json
@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from genai_jax.scaling.report import Section, Table, read_numbers, write_report
+from genai_jax.scaling.report import read_numbers, write_report
 from genai_jax.scaling.report_page import shown
+from genai_jax.scaling.report_types import Section, Table
 
-# Elements without an end.
+# Elements without an end tag.
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements, identifiers, addresses, text; checks the nesting."""
+    """Elements, identifiers, links and text of a page; checks the nesting."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -86,14 +87,14 @@ def test_the_page_is_self_contained(written):
     assert "@media print" in text
 
 
-def test_identifiers_of_two_figures_do_not_meet(written):
+def test_figures_do_not_share_identifiers(written):
     page = Page((written / "index.html").read_text())
     glyph = lambda name: name.startswith("DejaVu")  # the same in both figures
     clips = [name for name in page.ids if not glyph(name)]
     assert len(clips) == len(set(clips)) >= 2
 
 
-def test_the_page_says_everything(written):
+def test_the_page_has_all_of_the_content(written):
     text = Page((written / "index.html").read_text()).text
     for words in (
         "A title & more",
@@ -108,7 +109,7 @@ def test_the_page_says_everything(written):
         assert words in text
 
 
-def test_figures_take_the_colours_of_the_page(written):
+def test_figures_use_the_colors_of_the_page(written):
     text = (written / "index.html").read_text()
     assert "currentColor" in text and "#000000" not in text and "var(--paper)" in text
 
@@ -132,15 +133,15 @@ def test_csv_png_and_json(written):
     [
         ([Section("a"), Section("a")], "two sections of the report are named 'a'"),
         ([Section("a", numbers={"x": 1}), Section("b", numbers={"x": 1})], "two numbers .* 'x'"),
-        ([Section("a", tables=[Table("t", ("c",), [(1, 2)])])], "'t' has 1 columns"),
+        ([Section("a", tables=[Table("t", ("c",), [(1, 2)])])], "'t' has 1 columns, but a row"),
     ],
 )
-def test_what_contradicts_itself_is_refused(sections, words, tmp_path):
+def test_inconsistent_sections_are_refused(sections, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         write_report(tmp_path, "t", sections, record={})
 
 
-def test_cells_as_a_reader_wants_them():
+def test_how_cells_are_displayed():
     cells = [None, "x", 12, 1234567, 10**13, 0.5, 3.0, 2.345678, 123456.7, 1e-9, math.nan]
     words = ["", "x", "12", "1,234,567", "1e+13", "0.5", "3", "2.3457", "123,457", "1e-09", "nan"]
     assert [shown(cell) for cell in cells] == words

@@ -1,4 +1,4 @@
-"""A study as a user runs it: interrupted, resumed, with a run that fails, checked and launched."""
+"""A study as a user runs it: interrupted and resumed, with a failing run, checked and launched."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def wait_for(what):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, text_folder):
-    """(study, workdir): a run of a second or more, and one whose data is not there."""
+    """(study, workdir): a run of a second or more, and one whose data does not exist."""
     base = (
         *TINY, f"--data.dataset=text:{text_folder}", "--optimizer.schedule=rsqrt",
         "--transformer.dropout=0.1", "--ema.decay=0.9", "--train.log_every=10",
@@ -53,12 +53,12 @@ def folders(tmp_path_factory, text_folder):
 
 @pytest.fixture(scope="module")
 def done(folders):
-    """The study twice, two runs at a time: the first time interrupted, then to its end."""
+    """The study run twice, two runs at a time: first interrupted, then to completion."""
     folder, workdir = folders
     flags = (f"--study={folder}", f"--workdir={workdir}", "--jobs=2")
     process = start("study", *flags, "--only=sound")
     wait_for((workdir / "runs" / "sound").exists)
-    with pytest.raises(ConfigError, match="is in use: a study runs there"):
+    with pytest.raises(ConfigError, match="is in use by another study"):
         study.main(flags)
     wait_for(lambda: rows(workdir / "runs" / "sound"))
     process.send_signal(signal.SIGINT)
@@ -69,28 +69,26 @@ def done(folders):
     return code, first, stopped_at, out, second
 
 
-def test_ctrl_c_is_passed_on_and_says_how_to_go_on(done, folders):
+def test_ctrl_c_is_passed_on_and_the_command_to_resume_is_printed(done, folders):
     code, said, stopped_at, *_ = done
     assert code == 130 and stopped_at < STEPS
-    assert "run(s) save a checkpoint and leave; a second signal ends them" in said
-    assert "sound: stopped, saved" in said
-    assert f"this goes on: python -m genai_jax.study --study={folders[0]}" in said
+    assert "run(s) save a checkpoint and exit; a second signal ends them immediately" in said
+    assert "sound: stopped, checkpoint saved" in said
+    assert f"to resume: python -m genai_jax.study --study={folders[0]}" in said
     log = (folders[1] / "runs" / "sound" / "train.log").read_text()
     assert "stopped by signal 2 at step" in log
 
 
-def test_the_same_command_goes_on(done, folders):
+def test_the_same_command_resumes(done, folders):
     *_, said = done
     sound = folders[1] / "runs" / "sound"
-    assert (
-        "sound: started again, from step" in said
-        and "resuming" in (sound / "train.log").read_text()
-    )
+    assert "sound: resumed at step" in said
+    assert "resuming" in (sound / "train.log").read_text()
     assert [row["step"] for row in rows(sound)] == list(range(10, STEPS + 1, 10))
     assert "eval/loss" in rows(sound)[-1]
 
 
-def test_a_failed_run_is_reported_and_the_rest_goes_on(done, folders):
+def test_a_failed_run_is_reported_and_does_not_affect_the_rest(done, folders):
     *_, out, said = done
     assert "broken failed: text:/nowhere: no such file or folder" in said
     assert f"report: {folders[1] / 'report' / 'index.html'}" in out
@@ -104,7 +102,7 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(done, folders):
     assert "--seed=1\n" in results["record"]["flags"]["sound"]
 
 
-def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
+def test_finished_runs_are_not_touched_and_can_be_checked(done, folders, capsys):
     folder, workdir = folders
     before = {
         p: p.stat().st_mtime_ns for p in (workdir / "runs").rglob("*") if "broken" not in str(p)
@@ -114,7 +112,7 @@ def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
     expected = {"sound/eval/loss": {"value": loss * 1.01, "tolerance": "2%"}}
     (folder / "expected.json").write_text(json.dumps(expected))
     assert study.main(flags) == 0
-    assert "every number is as expected.json says" in capsys.readouterr().out
+    assert "every number agrees with expected.json" in capsys.readouterr().out
     expected["sound/eval/loss"]["tolerance"] = 0.005 * loss
     expected["sound/accuracy"] = {"value": 1, "tolerance": 0}
     (folder / "expected.json").write_text(json.dumps(expected))
@@ -124,7 +122,7 @@ def test_what_is_finished_is_left_alone_and_checked(done, folders, capsys):
     assert all(p.stat().st_mtime_ns == mtime for p, mtime in before.items())
 
 
-def test_a_dry_run_says_sizes_and_time(done, folders, capsys):
+def test_a_dry_run_prints_sizes_and_times(done, folders, capsys):
     folder, workdir = folders
     assert study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"]) == 0
     out = capsys.readouterr().out
@@ -134,10 +132,10 @@ def test_a_dry_run_says_sizes_and_time(done, folders, capsys):
     assert f"{record['flops_per_step'] * STEPS:.3e}" in lines["sound"]
     assert lines["sound"].endswith("finished") and not lines["broken"].endswith("finished")
     assert f"{STEPS * 8 * 32:,}" in lines["sound"]  # tokens
-    assert "expected from 1 finished run(s) of the study" in out
+    assert "estimated from 1 finished run(s) of the study" in out
 
 
-def test_commands_for_elsewhere(done, folders, capsys):
+def test_commands_for_other_machines(done, folders, capsys):
     folder, workdir = folders
     study.main([f"--study={folder}", f"--workdir={workdir}", "--launcher=print"])
     command = (
@@ -145,7 +143,7 @@ def test_commands_for_elsewhere(done, folders, capsys):
         f"--workdir={workdir}/runs/broken\n"
     )
     assert capsys.readouterr().out == command
-    with pytest.raises(ConfigError, match="jobs of --launcher=slurm read flagfiles from there"):
+    with pytest.raises(ConfigError, match="where jobs of --launcher=slurm read their flagf"):
         study.main([f"--study={folder}", f"--workdir={workdir}", "--launcher=slurm"])
 
 
@@ -160,7 +158,7 @@ def test_changed_flags_of_a_finished_run_are_refused(done, folders, tmp_path):
             (f"train.steps={steps + 1}", f"steps={steps} -> {steps + 1}"),  # another schedule
         ):
             path.write_text(f"{before}--{flag}\n")
-            with pytest.raises(ConfigError, match=f"other flags than .*{says}"):
+            with pytest.raises(ConfigError, match=f"flags different from .*{says}"):
                 study.main([f"--study={folder}", f"--workdir={workdir}", "--dry_run"])
     finally:
         path.write_text(before)
@@ -172,21 +170,21 @@ BASE = (*TINY, "--train.steps=4")
 @pytest.mark.parametrize(
     ("runs", "settings", "flags", "words"),
     [
-        ({}, (), (), "holds no run: every flagfile there but base.flags and study.flags is one"),
+        ({}, (), (), "has no runs: it needs flagfiles besides base.flags and study.flags"),
         ({"a": ("--workdir=x",)}, (), (), "a.flags: sets --workdir=x"),
         ({"a": (), "A": ("--seed=2",)}, (), (), "write to the same workdir"),
         ({"a": (), "b": ()}, (), (), "a.flags and .*b.flags are the same run"),
         ({"a": ("--transformer.num_heads=3",)}, (), (), "a.flags: .*embed_dim=16 is not divisible"),
         ({"a": ("--gan.loss=x",)}, (), (), "a.flags: "),
-        ({"a": ()}, (), ("--only=b*",), r"--only=b\* is no run of the study; there are a"),
-        ({"a": ()}, ("--study.baseline=a",), (), "--study.baseline is not used by --study"),
-        ({"a": ()}, ("--study.analysis=magic",), (), "magic is none of scaling_law, comparison"),
-        ({"a": ()}, ("--study.analysis=scaling_law", "--study.held_out=z"), (), "held_out=z is no"),
-        ({"a": ()}, (), ("--check",), "expected.json is not there"),
+        ({"a": ()}, (), ("--only=b*",), r"--only=b\* matches no run of the study; runs are a"),
+        ({"a": ()}, ("--study.baseline=a",), (), "--study.baseline is not a flag of --study"),
+        ({"a": ()}, ("--study.analysis=magic",), (), "magic is not one of scaling_law, compar"),
+        ({"a": ()}, ("--study.analysis=scaling_law", "--study.held_out=z"), (), "held_out=z matc"),
+        ({"a": ()}, (), ("--check",), "expected.json does not exist"),
         ({"a": ()}, (), ("--launcher_options=--nodes=2", "--launcher=print"), "only with --launch"),
-        ({"a": ()}, (), ("--check", "--dry_run"), "--check is used only without --launcher and"),
-        ({"a": ()}, (), ("--jobs=2", "--launcher=print"), "--jobs is used only without --launcher"),
-        ({"a": ()}, (), ("--flops_per_second=1e9",), "--flops_per_second is used only with --dry"),
+        ({"a": ()}, (), ("--check", "--dry_run"), "--check has an effect only without --launcher"),
+        ({"a": ()}, (), ("--jobs=2", "--launcher=print"), "--jobs has an effect only without"),
+        ({"a": ()}, (), ("--flops_per_second=1e9",), "--flops_per_second has an effect only with"),
     ],
 )  # fmt: skip
 def test_bad_studies_are_one_line(runs, settings, flags, words, tmp_path):
@@ -198,10 +196,10 @@ def test_bad_studies_are_one_line(runs, settings, flags, words, tmp_path):
     assert not (tmp_path / "work" / "runs").exists()
 
 
-def test_what_is_no_folder_of_a_study(tmp_path):
+def test_missing_and_incomplete_folders(tmp_path):
     with pytest.raises(ConfigError, match="--study is not set"):
         study.main([f"--workdir={tmp_path}"])
     with pytest.raises(ConfigError, match="no such folder"):
         study.main([f"--study={tmp_path / 'x'}", f"--workdir={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"has no README.md, which holds the question"):
+    with pytest.raises(ConfigError, match=r"has no README.md, which must hold the question"):
         study.main([f"--study={tmp_path}", f"--workdir={tmp_path}"])

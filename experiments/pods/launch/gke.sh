@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, as a workload of xpk (pip install xpk).
+# Trains on TPU slices of a GKE cluster, as an xpk workload (pip install xpk).
 #
 #   gke.sh --cluster=NAME --image=IMAGE --flagfile=FILE --workdir=FOLDER [options] [-- FLAGS...]
 #
-#   --cluster          made by "xpk cluster create"; --zone and --project if they are not gcloud's
-#   --image            a container of this repository: see the Dockerfile beside this script
-#   --flagfile         in this repository; its line "# topology:" says which slice
-#   --workdir          a folder that all workers see: a volume of "xpk storage attach"
-#   --workload=NAME    of the job; made of the flagfile's name and the date if unset
-#   --tpu_type=TYPE    as xpk calls the slice, e.g. v6e-256; from the flagfile if unset
-#   --num_slices=1     linked by the data-center network; see --mesh.across_slices
-#   --max_restarts=10  after a failure or a preemption
-#   --grace=300        seconds to save a checkpoint when preempted
-#   --dry_run          prints the command
-#   -- FLAGS           further flags of genai_jax.train
+#   --cluster          cluster created by "xpk cluster create"
+#   --zone, --project  of the cluster; gcloud's defaults if unset
+#   --image            container image of this repository: see the Dockerfile in this folder
+#   --flagfile         flagfile in this repository; its line "# topology:" names the slice
+#   --workdir          folder that all workers can access: a volume from "xpk storage attach"
+#   --workload=NAME    name of the job; flagfile name and date if unset
+#   --tpu_type=TYPE    xpk's name of the slice, e.g. v6e-256; taken from the flagfile if unset
+#   --num_slices=1     number of slices, linked by the data-center network; see --mesh.across_slices
+#   --max_restarts=10  maximum number of restarts after failures or preemptions
+#   --grace=300        seconds for saving a checkpoint when preempted
+#   --dry_run          print the command without running it
+#   -- FLAGS           additional flags of genai_jax.train
 
 set -euo pipefail
 # shellcheck source=common.sh
@@ -24,7 +25,7 @@ num_slices=1 max_restarts=10 grace=300
 options='cluster image flagfile workdir workload tpu_type num_slices max_restarts grace zone project'
 parse "$@"
 
-# The name of the slice that a flagfile was made for; of v4 and v5p it counts cores, two a chip.
+# type_of FLAGFILE: xpk's name of the flagfile's slice; for v4 and v5p it counts cores, two per chip.
 type_of() {
   local topology chip shape count=1 size
   topology=$(sed -n 's/^# topology: *//p' "$ROOT/$1")
@@ -35,7 +36,7 @@ type_of() {
     v5e) echo "v5litepod-$count" ;;
     v6e) echo "v6e-$count" ;;
     v4 | v5p) echo "$chip-$((2 * count))" ;;
-    *) fail "xpk's name of $topology is not known here: set --tpu_type" ;;
+    *) fail "xpk's name for $topology is not known: set --tpu_type" ;;
   esac
 }
 
@@ -47,7 +48,7 @@ number grace
 training_command python
 shared workdir
 [[ -n "$tpu_type" ]] || tpu_type=$(type_of "$flagfile")
-if [[ -z "$workload" ]]; then # small letters, digits and dashes, at most 40
+if [[ -z "$workload" ]]; then # at most 40 lowercase letters, digits and dashes
   workload=$(basename "$flagfile" .flags | tr 'A-Z_.' 'a-z--')
   workload=${workload:0:24}-$(date +%m%d-%H%M%S)
 fi

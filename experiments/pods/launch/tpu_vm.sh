@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Trains on all workers of a TPU VM slice that exists, by gcloud's ssh.
+# Trains on all workers of an existing TPU VM slice, through gcloud's ssh.
 #
 #   tpu_vm.sh --name=TPU --zone=ZONE --flagfile=FILE --workdir=FOLDER [options] [-- FLAGS...]
 #
-#   --action=all       copy, setup, train; or one of copy, setup, train, follow, stop
-#   --name, --zone     of the slice; --project if it is not gcloud's own
-#   --flagfile         in this repository
-#   --workdir          a folder that all workers see: a Filestore or a bucket mounted everywhere
-#   --repository=URL   the workers clone this; without it they get the files that git knows here
-#   --revision=NAME    of the repository: branch, tag or commit
-#   --dry_run          prints the commands
-#   -- FLAGS           further flags of genai_jax.train, the same on every worker
+#   --action=all       all (copy, setup, train), or one of copy, setup, train, follow, stop
+#   --name, --zone     of the slice; --project if it differs from gcloud's default
+#   --flagfile         flagfile in this repository
+#   --workdir          folder that all workers can access: Filestore or a bucket mounted on all
+#   --repository=URL   repository for the workers to clone; if unset, they get the tracked files here
+#   --revision=NAME    branch, tag or commit of the repository
+#   --dry_run          print the commands without running them
+#   -- FLAGS           additional flags of genai_jax.train, the same on every worker
 #
-# The exit codes of all workers are printed, and the largest is this script's. The connection may be
-# lost: training goes on, --action=follow shows it again, --action=stop saves a checkpoint and ends
-# it. The same command goes on from the last checkpoint. A slice is made, e.g., by
+# The script prints the exit codes of all workers and exits with the largest. If the connection is
+# lost, training continues: --action=follow shows its output again, and --action=stop makes it save a
+# checkpoint and exit. Running the same command again resumes from the last checkpoint. To create a
+# slice, for example:
 #   gcloud compute tpus queued-resources create NAME --node-id=TPU --zone=ZONE \
 #     --accelerator-type=v6e-256 --runtime-version=v2-alpha-tpuv6e
 
@@ -28,14 +29,14 @@ THERE=genai_jax # the repository's folder on a worker
 WORKER=$THERE/experiments/pods/launch/worker.sh
 parse "$@"
 
-# on_all WORD...: the same command on every worker, and their exit codes.
+# on_all WORD...: runs a command on every worker and prints their exit codes.
 on_all() {
   local remote log codes
   remote="$(quoted "$@"); code=\$?; echo \"\$(hostname): exit code \$code\"; exit \$code"
   local ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$remote")
   if ((dry_run)); then quoted "${ssh[@]}"; return; fi
   log=$(mktemp)
-  "${ssh[@]}" 2>&1 | tee "$log" || true # the codes below say more
+  "${ssh[@]}" 2>&1 | tee "$log" || true # the codes below are more precise
   codes=$(sed -n 's/.*: exit code \([0-9][0-9]*\)\r\{0,1\}$/\1/p' "$log" | sort -n)
   rm -f "$log"
   [[ -n "$codes" ]] || { echo "error: no worker answered: $1" >&2; exit 1; }
@@ -79,5 +80,5 @@ case "$action" in
   copy) copy ;;
   train) train_on_all ;;
   setup | follow | stop) on_all bash "$WORKER" "$action" ;;
-  *) fail "--action=$action is none of all, copy, setup, train, follow, stop" ;;
+  *) fail "--action=$action is not one of all, copy, setup, train, follow, stop" ;;
 esac

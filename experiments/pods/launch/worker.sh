@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh runs on every worker of a slice, in the copy of the repository there:
+# Run by tpu_vm.sh on every worker of a slice, in the worker's copy of the repository:
 #
-#   worker.sh setup            makes .venv with the packages for TPU
-#   worker.sh train FLAGS...   starts training, or goes on; follows it; exits with its code
-#   worker.sh follow           follows a training that goes on
-#   worker.sh stop             asks training to save and to leave
+#   worker.sh setup            creates .venv with the packages for TPUs
+#   worker.sh train FLAGS...   starts or resumes training, shows its output, exits with its exit code
+#   worker.sh follow           shows the output of training that is already running
+#   worker.sh stop             makes training save a checkpoint and exit
 #
-# Training outlives a lost connection; its output is in train.log.
+# Training continues if the connection is lost; its output is in train.log.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
@@ -16,7 +16,7 @@ running() {
 }
 
 setup() {
-  # The system's Python may be older than 3.11; uv brings its own.
+  # The system's Python may be older than 3.11; uv installs its own.
   python3 -m pip install --quiet --user --upgrade uv
   [[ -x .venv/bin/python ]] || python3 -m uv venv --quiet --python 3.12 .venv
   python3 -m uv pip install --quiet --python .venv/bin/python --editable ".[tpu,text]"
@@ -24,11 +24,11 @@ setup() {
 
 train() {
   if running; then
-    echo "error: training goes on as process $(cat train.pid): follow it, or stop it" >&2
+    echo "error: training is already running as process $(cat train.pid): follow or stop it" >&2
     exit 2
   fi
   rm -f train.code train.pid
-  # A session of its own, which the end of this one does not end.
+  # In a new session, which outlives this one.
   # shellcheck disable=SC2016
   setsid bash -c '
     "$@" & echo $! >train.pid

@@ -1,4 +1,4 @@
-"""All laws of one set of runs."""
+"""Fits all laws to one set of runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genai_jax.scaling.fits.variable_projection import Projected, fit_projected
 
 
 class Fits(NamedTuple):
-    """All laws, of the same runs; an approach that these runs do not allow is the reason why."""
+    """All laws, fitted to the same runs; a string says why the runs do not allow that fit."""
 
     points: Points
     parametric: Fit
@@ -29,7 +29,7 @@ class Fits(NamedTuple):
 
 
 def fit_all(points: Points, curves: list[Curve] | None, seed: int, resamples: int) -> Fits:
-    """Raises `ConfigError` where the laws of N and D together, which the rest needs, have none."""
+    """Raises `ConfigError` if the laws of both N and D, which the rest needs, cannot be fitted."""
     options = dict(resamples=resamples, seed=seed)
     return Fits(
         points=points,

@@ -1,4 +1,4 @@
-"""Everything that the fits say about a set of runs, as sections of a report."""
+"""Fits all scaling laws to a set of runs and returns the sections of a report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genai_jax.scaling.fits.bootstrap import RESAMPLES
 from genai_jax.scaling.fits.isoflop import budgets as groups_of
 from genai_jax.scaling.fits.optimum import Optimum, check_budget, check_optimum, optimum
 from genai_jax.scaling.fits.points import Curve, Points
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 
 
 def scaling_law(
@@ -31,17 +31,17 @@ def scaling_law(
 
     Args:
       points: all runs.
-      held_out: [points] bool, runs that are predicted and not fitted.
-      curves: of the runs that are not held out, for the envelope.
-      budgets: FLOPs to find the best size and tokens for; those of the runs if not given.
-      seed: of the resamples.
-      resamples: of the bootstrap; 0 leaves intervals out.
-      extrapolate: how far beyond the fitted runs, as a factor, a budget and its best size and
-        tokens may be.
-      loss_unit: of the loss, for headings.
+      held_out: [points] bool, runs to predict instead of fitting.
+      curves: training curves of the runs that are not held out, for the envelope.
+      budgets: FLOPs to find the optimal size and tokens for; those of the runs if not given.
+      seed: random seed for the bootstrap.
+      resamples: number of bootstrap resamples; 0 omits the intervals.
+      extrapolate: largest factor by which a budget, and its optimal size and tokens, may lie
+        outside the range of the fitted runs.
+      loss_unit: unit of the loss, for axis labels and table headers.
 
     Raises:
-      ConfigError: fewer runs than coefficients, or a budget outside of what the runs allow.
+      ConfigError: fewer runs than coefficients, or a budget too far outside of the runs' range.
     """
     held_out = np.zeros(len(points.loss), bool) if held_out is None else np.asarray(held_out, bool)
     fitted = points.where(~held_out)
@@ -49,13 +49,13 @@ def scaling_law(
         check_budget(budget, fitted, extrapolate)
     fits = fit_all(fitted, curves, seed, resamples)
     hidden = points.where(held_out)
-    found, left_out = _optima(fits, budgets, extrapolate)
+    optima, left_out = _optima(fits, budgets, extrapolate)
     parts = [
         sections.joint(fits, hidden, loss_unit),
         sections.single(fits, loss_unit),
         sections.isoflop(fits, loss_unit),
         sections.envelope(fits, curves, loss_unit),
-        sections.optimum(fits, found, left_out, extrapolate),
+        sections.optimum(fits, optima, left_out, extrapolate),
     ]
     return parts + ([sections.held_out(fits, hidden, loss_unit)] if held_out.any() else [])
 
@@ -63,8 +63,8 @@ def scaling_law(
 def _optima(
     fits: Fits, budgets: Sequence[float] | None, extrapolate: float
 ) -> tuple[list[Optimum], list[float]]:
-    """By the parametric law, and those of the runs' own budgets that it cannot judge."""
-    found, left_out = [], []
+    """(optima by the parametric law, budgets of the runs whose optimum lies out of range)."""
+    optima, left_out = [], []
     for budget in _own_budgets(fits.points) if budgets is None else budgets:
         try:
             best = optimum(fits.parametric, fits.cost, budget)
@@ -74,12 +74,12 @@ def _optima(
                 raise
             left_out.append(float(budget))
         else:
-            found.append(best)
-    return found, left_out
+            optima.append(best)
+    return optima, left_out
 
 
 def _own_budgets(points: Points) -> np.ndarray:
-    """Means of groups of runs, or five in the range of runs that are no groups."""
+    """The mean of each group of runs, or five budgets in the range of runs without groups."""
     groups = [group for group in groups_of(points.flops) if len(group) >= 3]
     if len(groups) >= 2:
         return np.array([np.exp(np.mean(np.log(points.flops[group]))) for group in groups])

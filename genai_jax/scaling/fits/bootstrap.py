@@ -1,4 +1,4 @@
-"""Percentile bootstrap (Efron 1979): the spread of an estimate over resampled runs."""
+"""Percentile bootstrap (Efron 1979): intervals from the spread over resampled runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ LEVEL = 0.95
 def resampled(
     points: int, resamples: int, seed: int, distinct: int, kinds: np.ndarray | None = None
 ) -> np.ndarray:
-    """How often each point is drawn, [resamples, points], in as many draws as there are points.
+    """How often each resample contains each point, [resamples, points].
 
-    A draw with fewer than `distinct` different points, which fix no fit, is drawn again; points of
-    the same one of `kinds` [points] are not different.
+    Points are sampled with replacement, as many as there are. A resample with fewer than `distinct`
+    different points, too few for a fit, is replaced by another; points with equal `kinds` [points]
+    do not count as different.
     """
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(points, np.full(points, 1 / points), resamples)
@@ -26,13 +27,13 @@ def resampled(
 
 
 def interval(samples: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles of [resamples, ...] that hold `level` of it, (low [...], high [...]).
+    """(low [...], high [...]): percentiles of `samples` [resamples, ...] that enclose `level`.
 
-    What is nan, of a resample that fixed no fit, is left out; all of it gives nan.
+    Resamples that allowed no fit are NaN and left out; the interval is NaN if all of them are.
     """
     tail = (1 - level) / 2
     if not np.isfinite(samples).any():
         return np.full((2, *samples.shape[1:]), np.nan)
-    # Nearest: what was sampled may be infinite, and is then not to be interpolated.
+    # Nearest, because samples may be infinite and must then not be interpolated.
     low, high = np.nanquantile(samples, [tail, 1 - tail], axis=0, method="nearest")
     return low, high

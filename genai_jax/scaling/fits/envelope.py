@@ -1,4 +1,4 @@
-"""Approach 1 of Hoffmann et al. (2022): which run is best at each FLOP count along the way."""
+"""Approach 1 of Hoffmann et al. (2022): the best run at each FLOP count during training."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from genai_jax.scaling.fits.bootstrap import RESAMPLES, resampled
 from genai_jax.scaling.fits.points import Curve
 from genai_jax.scaling.fits.power_law import PowerLaw, fit_line
 
-BUDGETS = 1500  # FLOP counts at which runs are compared, as in the paper
+BUDGETS = 1500  # number of FLOP counts at which runs are compared, as in the paper
 
 
 class Envelope(NamedTuple):
-    """The best run at each budget, and power laws of the budget through them.
+    """The best run at each budget, and power laws in the budget fitted to them.
 
-    A run in the middle of its learning-rate schedule is worse than one that ends there, so that
-    this approach favours small models where all runs have one schedule.
+    A run in the middle of its learning-rate schedule is worse than one whose schedule ends there,
+    so if all runs have the same schedule, this approach favors small models.
     """
 
-    budget: np.ndarray  # [budgets] at which the best run is neither the smallest nor the largest
-    parameters: np.ndarray  # [budgets] of the best run
-    tokens: np.ndarray  # [budgets] it has seen
-    loss: np.ndarray  # [budgets] it has there
+    budget: np.ndarray  # [budgets] where the best run is neither the smallest nor the largest
+    parameters: np.ndarray  # [budgets] size of the best run
+    tokens: np.ndarray  # [budgets] tokens that the best run has seen
+    loss: np.ndarray  # [budgets] loss of the best run
     parameters_law: PowerLaw
     tokens_law: PowerLaw
 
@@ -32,12 +32,11 @@ class Envelope(NamedTuple):
 def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int = 0) -> Envelope:
     """Compares runs at `BUDGETS` counts between the smallest and largest FLOPs of all curves.
 
-    Where the best run is the smallest or the largest of those that reach a count, nothing says
-    that a yet smaller or larger one would not be better: such counts are left out. Resamples are
-    of runs.
+    A count at which the best run is the smallest or the largest of those that reach it is left out,
+    because an even smaller or larger one might be better. The bootstrap resamples runs.
 
     Raises:
-      ConfigError: the best run is of one size only.
+      ConfigError: the best run has the same size everywhere.
     """
     curves = sorted(curves, key=lambda curve: curve.parameters)
     sizes = np.array([curve.parameters for curve in curves])
@@ -49,28 +48,28 @@ def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int =
     if len(np.unique(sizes[best[inside]])) < 2:
         raise ConfigError(
             f"the envelope of {len(curves)} training curves needs at least 2 sizes that are best "
-            f"somewhere, and neither the smallest nor the largest there; there are "
+            "at some FLOP count without being the smallest or largest there, but there are "
             f"{len(np.unique(sizes[best[inside]]))}"
         )
     at = np.flatnonzero(inside)
-    found = sizes[best[at]], tokens[best[at], at], loss[best[at], at]
-    drawn = _resampled_lines(budget, loss, tokens, sizes, resamples, seed)
+    best_runs = sizes[best[at]], tokens[best[at], at], loss[best[at], at]
+    lines = _resampled_lines(budget, loss, tokens, sizes, resamples, seed)
     span = budget[at[0]], budget[at[-1]]
     laws = [
         PowerLaw(*map(float, fit_line(budget[at], y)), samples, span)
-        for y, samples in zip(found[:2], drawn, strict=True)
+        for y, samples in zip(best_runs[:2], lines, strict=True)
     ]
-    return Envelope(budget[at], *found, *laws)
+    return Envelope(budget[at], *best_runs, *laws)
 
 
 def _along(budget: np.ndarray, curve: Curve, values: np.ndarray) -> np.ndarray:
-    """Values [steps] of a curve at these FLOPs, nan where it has none."""
+    """`values` [steps] of a curve, interpolated at FLOPs [budgets]; NaN outside of the curve."""
     logs = np.interp(np.log(budget), np.log(curve.flops), np.log(values), left=np.nan, right=np.nan)
     return np.exp(logs)
 
 
 def _best(loss: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """([budgets] the best run, [budgets] whether its size is inside), runs by increasing size."""
+    """([budgets] best run, [budgets] whether others are smaller and larger); sizes increase."""
     there = np.isfinite(loss)
     best = np.argmin(np.where(there, loss, np.inf), 0)
     smallest = np.min(np.where(there, sizes[:, None], np.inf), 0)
@@ -79,7 +78,7 @@ def _best(loss: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resampled_lines(budget, loss, tokens, sizes, resamples: int, seed: int) -> np.ndarray:
-    """[2, resamples, 2]: lines of parameters and of tokens; nan where a resample fixes none."""
+    """[2, resamples, 2]: lines of parameters and tokens; NaN for a resample without a line."""
     lines = np.full((2, resamples, 2), np.nan)
     for i, counts in enumerate(resampled(len(sizes), resamples, seed, min(4, len(sizes)))):
         runs = np.flatnonzero(counts)

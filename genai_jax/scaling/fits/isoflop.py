@@ -1,4 +1,4 @@
-"""Approach 2 of Hoffmann et al. (2022): at each budget, the best size is a parabola's minimum."""
+"""Approach 2 of Hoffmann et al. (2022): the best size for a budget is the minimum of a parabola."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from genai_jax.scaling.fits.bootstrap import RESAMPLES, resampled
 from genai_jax.scaling.fits.points import Points
 from genai_jax.scaling.fits.power_law import PowerLaw, fit_line
 
-SAME_BUDGET = 1.1  # runs whose FLOPs differ by no more than this factor have one budget
+SAME_BUDGET = 1.1  # runs whose FLOPs differ by at most this factor share a budget
 
 
 class Valley(NamedTuple):
-    """The runs of one budget and the parabola loss = c0 + c1 x + c2 x^2 of x = log N through them.
+    """The runs of one budget and a parabola loss = c0 + c1 x + c2 x^2, x = log N, fitted to them.
 
     Attributes:
       budget: geometric mean of the runs' FLOPs.
-      runs: their indices.
+      runs: indices of the runs.
       parabola: [3] (c0, c1, c2).
-      parameters, tokens, loss: at the minimum.
-      inside: whether the parabola has a minimum, and at a size between those of the runs.
+      parameters, tokens, loss: values at the minimum.
+      inside: whether the parabola has a minimum that lies between the sizes of the runs.
     """
 
     budget: float
@@ -35,7 +35,7 @@ class Valley(NamedTuple):
 
 
 class IsoFlop(NamedTuple):
-    """Best sizes, and power laws of the budget through those minima that are inside."""
+    """Best sizes, and power laws in the budget fitted to the minima that are inside."""
 
     valleys: list[Valley]
     parameters: PowerLaw
@@ -44,7 +44,7 @@ class IsoFlop(NamedTuple):
 
 
 def budgets(flops: np.ndarray) -> list[np.ndarray]:
-    """Indices of the runs of each budget, by increasing budget."""
+    """Indices of the runs of each budget, in order of increasing budget."""
     groups: list[list[int]] = []
     for index in np.argsort(flops):
         if groups and flops[index] <= SAME_BUDGET * flops[groups[-1][0]]:
@@ -55,29 +55,29 @@ def budgets(flops: np.ndarray) -> list[np.ndarray]:
 
 
 def fit_isoflop(points: Points, *, resamples: int = RESAMPLES, seed: int = 0) -> IsoFlop:
-    """Parabolas, their minima, and power laws through them.
+    """Fits parabolas, and power laws to their minima.
 
-    Resamples are drawn within each budget, of at least four different sizes where there are four:
-    three would put the parabola through them whatever they are.
+    The bootstrap resamples within each budget, keeping at least four different sizes if there are
+    that many: a parabola goes through any three.
 
     Raises:
-      ConfigError: fewer than two budgets of three sizes whose minimum is inside.
+      ConfigError: fewer than two budgets with three sizes and a minimum that is inside.
     """
     groups = [g for g in budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
     valleys = [_valley(points, group) for group in groups]
     inside = [valley for valley in valleys if valley.inside]
     if len(inside) < 2:
         raise ConfigError(
-            "an isoFLOP fit needs 2 budgets with 3 sizes each and a minimum between them; there "
-            f"are {len(inside)} (of {len(groups)} budgets with 3 sizes)"
+            "an isoFLOP fit needs 2 budgets with 3 sizes each and a minimum between them, but "
+            f"there are {len(inside)} (of {len(groups)} budgets with 3 sizes)"
         )
-    drawn = [
+    resampled_minima = [
         _resampled_minima(points, valley, resamples, seed + i) for i, valley in enumerate(inside)
     ]
-    samples = np.stack(drawn, -1)  # [3, resamples, budgets]
-    found = np.array([(v.parameters, v.tokens, v.loss) for v in inside]).T
+    samples = np.stack(resampled_minima, -1)  # [3, resamples, budgets]
+    minima = np.array([(v.parameters, v.tokens, v.loss) for v in inside]).T
     budget = np.array([valley.budget for valley in inside])
-    laws = [_law(budget, *pair) for pair in zip(found, samples, strict=True)]
+    laws = [_law(budget, *pair) for pair in zip(minima, samples, strict=True)]
     return IsoFlop(valleys, *laws)
 
 
@@ -88,14 +88,14 @@ def _valley(points: Points, runs: np.ndarray) -> Valley:
     minimum = _minima(here, weights, parabola, center)[:, 0]
     x = np.log(here.parameters)
     inside = bool(parabola[0, 2] > 0 and x.min() < np.log(minimum[0]) < x.max())
-    c0, c1, c2 = parabola[0]  # of x - center
+    c0, c1, c2 = parabola[0]  # in x - center
     plain = np.array([c0 - c1 * center + c2 * center**2, c1 - 2 * c2 * center, c2])
     budget = float(np.exp(np.mean(np.log(here.flops))))
     return Valley(budget, runs, plain, *map(float, minimum), inside)
 
 
 def _resampled_minima(points: Points, valley: Valley, resamples: int, seed: int) -> np.ndarray:
-    """[3, resamples]: parameters, tokens and loss; nan where no minimum is near the runs."""
+    """[3, resamples]: parameters, tokens and loss; NaN if the minimum is not among the runs."""
     here = points.where(valley.runs)
     sizes = here.parameters
     counts = resampled(len(sizes), resamples, seed, min(4, len(np.unique(sizes))), sizes)
@@ -107,16 +107,17 @@ def _resampled_minima(points: Points, valley: Valley, resamples: int, seed: int)
 
 
 def _parabolas(here: Points, weights) -> tuple[np.ndarray, float]:
-    """([resamples, 3] by weighted least squares of loss on x - center, center), x = log N."""
+    """([resamples, 3], center): weighted least squares of loss on x - center, where x = log N."""
     x = np.log(here.parameters)
     center = float(np.mean(x))
     return _weighted_polynomials(x - center, here.loss, weights, 2), center
 
 
 def _minima(here: Points, weights, parabola, center: float) -> np.ndarray:
-    """[3, resamples]: parameters, tokens and loss where the parabolas are level.
+    """[3, resamples]: parameters, tokens and loss at the extrema of the parabolas.
 
-    Tokens come from a line through log D over log N: at one budget a larger model sees fewer.
+    The tokens come from a line fitted to log D over log N: within a budget, larger models see
+    fewer tokens.
     """
     c0, c1, c2 = parabola.T
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -127,9 +128,9 @@ def _minima(here: Points, weights, parabola, center: float) -> np.ndarray:
 
 
 def _weighted_polynomials(x, y, weights, degree: int) -> np.ndarray:
-    """[resamples, degree + 1], constant first.
+    """Coefficients [resamples, degree + 1] of least-squares polynomials, constant term first.
 
-    x and y are [points], weights [resamples, points].
+    x and y are [points], weights are [resamples, points].
     """
     root = np.sqrt(weights)[..., None]
     powers = x[:, None] ** np.arange(degree + 1)
@@ -137,7 +138,7 @@ def _weighted_polynomials(x, y, weights, degree: int) -> np.ndarray:
 
 
 def _law(budget: np.ndarray, y: np.ndarray, samples: np.ndarray) -> PowerLaw:
-    """The line through y [budgets]; samples [resamples, budgets] may be nan and then weigh 0."""
+    """The power law fitted to y [budgets]; NaNs in samples [resamples, budgets] get weight 0."""
     log_scale, power = fit_line(budget, y)
     usable = np.isfinite(samples)
     filled = np.where(usable, samples, 1.0)

@@ -1,8 +1,8 @@
-"""The laws of loss that are fitted: functions of log N and log D, with their gradients.
+"""The laws of the loss that are fitted: functions of log N and log D, with their gradients.
 
-A law's variables are chosen so that the fit is well scaled: logarithms throughout, and sizes
-relative to a reference in the middle of the data. At N = D = 1, far from any run, a little more
-alpha is almost the same as a little more A.
+The variables of a law are chosen to make the fit well conditioned: they are logarithms, relative to
+a reference size in the middle of the data. Relative to N = D = 1, far from any run, a small change
+of alpha would be almost indistinguishable from one of A.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-# Gradient with respect to log loss [batch, points] -> to the law's variables [batch, variables].
+# Gradient w.r.t. log loss [batch, points] -> gradient w.r.t. variables [batch, variables].
 Pullback = Callable[[np.ndarray], np.ndarray]
 
 
@@ -20,8 +20,8 @@ class Law(Protocol):
     """A function (log N, log D) -> log loss.
 
     Attributes:
-      title: who wrote it, and the formula.
-      coefficients: their names, as published.
+      title: its paper and formula.
+      coefficients: names of its coefficients, as in the paper.
     """
 
     title: str
@@ -30,16 +30,16 @@ class Law(Protocol):
     def predict(
         self, x: np.ndarray, log_n: np.ndarray, log_d: np.ndarray
     ) -> tuple[np.ndarray, Pullback]:
-        """Log loss [batch, points] for variables [batch, variables] and sizes [points]."""
+        """Log loss [batch, points] for variables [batch, variables] and log sizes [points]."""
 
     def moved(self, x: np.ndarray, by_n: float, by_d: float) -> np.ndarray:
-        """Variables [..., variables] of the same law, log N and log D less `by_n` and `by_d`."""
+        """Variables [..., variables] of the same law in terms of log N - by_n, log D - by_d."""
 
     def values(self, x: np.ndarray) -> np.ndarray:
-        """Coefficients [..., variables] of variables relative to N = D = 1."""
+        """Coefficients [..., variables] for variables relative to N = D = 1."""
 
     def starts(self) -> np.ndarray:
-        """Where fits begin, [starts, variables] relative to N = D = 1."""
+        """Starting points of a fit, [starts, variables] relative to N = D = 1."""
 
 
 class Parametric:
@@ -53,8 +53,8 @@ class Parametric:
 
     def predict(self, x, log_n, log_d):
         a, b, e, alpha, beta = (x[:, i, None] for i in range(5))
-        # Not shifted by the largest, as log-sum-exp is: of all passes over [batch, points] these
-        # are few, and what overflows is a step that the line search takes back.
+        # Without log-sum-exp's shift by the largest term, to save passes over [batch, points]: only
+        # a step that is too long overflows, and the line search rejects it.
         size, data, rest = np.exp(a - alpha * log_n), np.exp(b - beta * log_d), np.exp(e)
         total = size + data + rest
 
@@ -75,7 +75,7 @@ class Parametric:
 
     def values(self, x):
         a, b, e, alpha, beta = np.moveaxis(x, -1, 0)
-        with np.errstate(over="ignore"):  # A where loss hardly depends on N
+        with np.errstate(over="ignore"):  # A, if the loss hardly depends on N
             return np.stack([np.exp(e), np.exp(a), np.exp(b), alpha, beta], -1)
 
     def variables(self, values: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ class Parametric:
         return np.stack([np.log(a), np.log(b), np.log(e), alpha, beta], -1)
 
     def starts(self):
-        """The 4,500 of Hoffmann et al. 2022, appendix D.2."""
+        """The 4,500 starting points of Hoffmann et al. 2022, appendix D.2."""
         logs, powers = np.arange(0, 30, 5.0), np.arange(0, 2.5, 0.5)
         return _grid(logs, logs, np.arange(-1, 1.5, 0.5), powers, powers)
 
@@ -92,8 +92,8 @@ class Parametric:
 class KaplanJoint:
     """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D (Kaplan et al. 2020, equation 1.5).
 
-    Variables: alpha_N log N_c, alpha_D log D_c, log alpha_N, log alpha_D. So written, L is the
-    norm, of index 1 / alpha_D, of (N_c / N)^alpha_N and (D_c / D)^alpha_D.
+    Variables: alpha_N log N_c, alpha_D log D_c, log alpha_N, log alpha_D. L is the p-norm, with
+    p = 1 / alpha_D, of (N_c / N)^alpha_N and (D_c / D)^alpha_D.
     """
 
     title: ClassVar = "Kaplan et al. 2020, L = ((N_c/N)^(alpha_N/alpha_D) + D_c/D)^alpha_D"
@@ -104,12 +104,12 @@ class KaplanJoint:
         alpha_n, alpha_d = np.exp(x[:, 2, None]), np.exp(x[:, 3, None])
         size, data = a - alpha_n * log_n, b - alpha_d * log_d
         log_loss = alpha_d * np.logaddexp(size / alpha_d, data / alpha_d)
-        share = np.exp((size - log_loss) / alpha_d)  # of the term in N, the two summing to 1
+        share = np.exp((size - log_loss) / alpha_d)  # of the N term; both shares sum to 1
 
         def pullback(gradient):
             of_size, of_data = gradient * share, gradient * (1 - share)
             mixed = share * size + (1 - share) * data
-            of_index = np.sum(gradient * (log_loss - mixed), 1)  # alpha_D as the norm's index
+            of_index = np.sum(gradient * (log_loss - mixed), 1)  # alpha_D as 1 / p of the norm
             return np.stack(
                 [
                     of_size.sum(1),
@@ -129,7 +129,7 @@ class KaplanJoint:
 
     def values(self, x):
         a, b, log_alpha_n, log_alpha_d = np.moveaxis(x, -1, 0)
-        with np.errstate(over="ignore"):  # N_c where loss hardly falls with N
+        with np.errstate(over="ignore"):  # N_c, if the loss hardly falls with N
             alpha_n, alpha_d = np.exp(log_alpha_n), np.exp(log_alpha_d)
             return np.stack([np.exp(a / alpha_n), np.exp(b / alpha_d), alpha_n, alpha_d], -1)
 
@@ -139,5 +139,5 @@ class KaplanJoint:
 
 
 def _grid(*axes) -> np.ndarray:
-    """[points, axes]: every combination."""
+    """[points, axes]: all combinations of the values on the axes."""
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))

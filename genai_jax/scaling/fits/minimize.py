@@ -1,8 +1,8 @@
-"""L-BFGS (Nocedal 1980) on many problems at once: the same function from thousands of starts.
+"""Batched L-BFGS (Nocedal 1980): minimizes the same function from thousands of starting points.
 
-One fit of a scaling law is so small that calling it takes longer than computing it: run through
-`scipy.optimize.minimize` one after the other, the 4,500 starts of Hoffmann et al. (2022) take 50
-times as long as here, where every operation is on an array [starts, ...].
+The fit of a scaling law is so small that call overhead dominates: one after another, with
+`scipy.optimize.minimize`, the 4,500 starting points of Hoffmann et al. (2022) take 50 times as long
+as here, where every operation works on an array [starts, ...].
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-# (x [rows, variables], rows [rows]: numbers of the problems) -> (value [rows], gradient like x)
+# (x [rows, variables], indices of the problems [rows]) -> (value [rows], gradient like x)
 Objective = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-MEMORY = 10  # steps that L-BFGS remembers
-DECREASE, CURVATURE = 1e-4, 0.9  # of the weak Wolfe conditions
+MEMORY = 10  # number of steps that L-BFGS remembers
+DECREASE, CURVATURE = 1e-4, 0.9  # constants of the weak Wolfe conditions
 
 
 class Minima(NamedTuple):
@@ -34,54 +34,54 @@ def minimize(
     tolerance: float = 1e-10,
     max_evaluations: int = 2000,
 ) -> Minima:
-    """Minimizes each row of a batch on its own.
+    """Minimizes each row of a batch independently.
 
-    A row ends when two steps in a row improved its value by less than `tolerance` of the value
-    itself, when its gradient vanishes, or when no step along the descent direction improves it. The
-    tolerance is relative without a floor: sums of Huber losses are small numbers.
+    A row stops when two consecutive steps improve its value by less than `tolerance` times the
+    value, when its gradient vanishes, or when no step along the descent direction improves it. The
+    tolerance is relative, without a floor, because sums of Huber losses are small numbers.
 
     Args:
-      objective: may return what is not finite; such a step is shortened.
+      objective: may return values that are not finite; such a step is shortened.
       starts: [batch, variables].
       tolerance: see above.
-      max_evaluations: of a row.
+      max_evaluations: limit per row.
     """
     starts = np.asarray(starts, np.float64)
     batch = len(starts)
-    found = Minima(starts.copy(), np.empty(batch), np.ones(batch, bool), np.ones(batch, int))
+    minima = Minima(starts.copy(), np.empty(batch), np.ones(batch, bool), np.ones(batch, int))
     value, gradient = objective(starts, np.arange(batch))
-    found.value[:] = np.where(np.isfinite(value), value, np.inf)
-    searches = _Searches.begin(starts, found.value, gradient)
+    minima.value[:] = np.where(np.isfinite(value), value, np.inf)
+    searches = _Searches.begin(starts, minima.value, gradient)
     while len(searches.row):
         x, value, gradient = searches.evaluate(objective)
-        found.evaluations[searches.row] += 1
+        minima.evaluations[searches.row] += 1
         accepted = searches.search_line(value, gradient)
         searches.accept(accepted, x, value, gradient, tolerance)
-        found.x[searches.row], found.value[searches.row] = searches.x, searches.value
-        spent = found.evaluations[searches.row] >= max_evaluations
-        found.converged[searches.row[spent & ~searches.done]] = False
+        minima.x[searches.row], minima.value[searches.row] = searches.x, searches.value
+        spent = minima.evaluations[searches.row] >= max_evaluations
+        minima.converged[searches.row[spent & ~searches.done]] = False
         searches.keep(~(searches.done | spent))
-    return found
+    return minima
 
 
 @dataclasses.dataclass
 class _Searches:
-    """The rows that are not done: arrays [rows, ...]."""
+    """The searches that have not stopped: arrays [rows, ...]."""
 
-    row: np.ndarray  # their numbers in the batch
+    row: np.ndarray  # indices in the batch
     x: np.ndarray
     value: np.ndarray
     gradient: np.ndarray
     direction: np.ndarray
     slope: np.ndarray  # of the value along the direction, negative
-    step: np.ndarray  # the length to try next, between `low` and `high`
+    step: np.ndarray  # step length to try next, between `low` and `high`
     low: np.ndarray
     high: np.ndarray
-    quiet: np.ndarray  # steps in a row that hardly improved the value
+    quiet: np.ndarray  # number of consecutive steps that hardly improved the value
     done: np.ndarray
-    moves: np.ndarray  # [rows, MEMORY, variables] steps, the newest first
-    bends: np.ndarray  # [rows, MEMORY, variables] the gradient's changes over them
-    weights: np.ndarray  # [rows, MEMORY] 1 / (move . bend); 0 where there is none of use
+    moves: np.ndarray  # [rows, MEMORY, variables] steps, newest first
+    bends: np.ndarray  # [rows, MEMORY, variables] changes of the gradient over these steps
+    weights: np.ndarray  # [rows, MEMORY] 1 / (move . bend); 0 for steps that are not used
 
     @classmethod
     def begin(cls, x, value, gradient) -> _Searches:
@@ -104,16 +104,16 @@ class _Searches:
                 setattr(self, f.name, getattr(self, f.name)[which])
 
     def evaluate(self, objective: Objective):
-        """(x, value, gradient) one step along the direction."""
+        """(x, value, gradient) after a step along the direction."""
         x = self.x + self.step[:, None] * self.direction
         value, gradient = objective(x, self.row)
         usable = np.isfinite(value) & np.isfinite(gradient).all(1)
         return x, np.where(usable, value, np.inf), np.where(usable[:, None], gradient, 0.0)
 
     def search_line(self, value, gradient) -> np.ndarray:
-        """Which steps meet the weak Wolfe conditions; the others are bisected or doubled.
+        """Indices of the steps that meet the weak Wolfe conditions; bisects or doubles the others.
 
-        Bisection on the weak conditions also suits kinks (Lewis and Overton 2013), which Huber
+        Bisection with the weak conditions also handles kinks (Lewis and Overton 2013), which Huber
         losses with a small delta nearly have.
         """
         too_long = value > self.value + DECREASE * self.step * self.slope
@@ -128,7 +128,7 @@ class _Searches:
         return np.flatnonzero(~rejected)
 
     def accept(self, rows, x, value, gradient, tolerance: float):
-        """Takes the step of some rows and begins a new line from where it led."""
+        """Takes the steps of some rows and starts new line searches there."""
         if not len(rows):
             return
         move, bend = x[rows] - self.x[rows], gradient[rows] - self.gradient[rows]
@@ -150,7 +150,7 @@ class _Searches:
             memory[rows, 0] = new
 
     def _aim(self, rows):
-        """The direction by the two-loop recursion; straight down where that leads up."""
+        """Sets the direction by the two-loop recursion, or to steepest descent if that ascends."""
         moves, bends, weights = self.moves[rows], self.bends[rows], self.weights[rows]
         direction = -self.gradient[rows]
         shares = np.zeros((len(rows), MEMORY))
@@ -172,5 +172,5 @@ class _Searches:
 
 
 def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[rows, variables] twice -> [rows]."""
+    """Row-wise dot product: [rows, variables] x [rows, variables] -> [rows]."""
     return np.einsum("rv,rv->r", x, y)

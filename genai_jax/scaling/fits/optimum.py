@@ -1,4 +1,4 @@
-"""The best size and number of tokens for a budget, by a fitted law."""
+"""The compute-optimal size and number of tokens for a budget, by a fitted law."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from genai_jax.scaling.fits.points import Points
 
 
 class Cost(NamedTuple):
-    """FLOPs of a training run: C = factor N^power D; 6 and 1 for C = 6 N D."""
+    """FLOPs of a training run, C = factor N^power D; factor 6 and power 1 give C = 6 N D."""
 
     factor: float
     power: float
-    error: float  # largest relative deviation of a run from it
+    error: float  # largest relative deviation of a run
 
 
 def fit_cost(points: Points) -> Cost:
-    """What training costs, as the runs say.
+    """Fits the training cost of the runs.
 
-    Heads and attention make small models dearer than 6 N D.
+    Output heads and attention make small models more expensive than 6 N D.
 
     Raises:
-      ConfigError: all runs have one size.
+      ConfigError: all runs have the same size.
     """
     x, y = np.log(points.parameters), np.log(points.flops / points.tokens)
     if np.ptp(x) == 0:
-        raise ConfigError(f"all runs have {points.parameters[0]:g} parameters")
+        raise ConfigError(
+            f"the cost of a run needs at least 2 different sizes, but all runs have "
+            f"{points.parameters[0]:g} parameters"
+        )
     power, log_factor = np.polyfit(x - x.mean(), y, 1)
     error = np.max(np.abs(np.expm1(y - log_factor - power * (x - x.mean()))))
     return Cost(float(np.exp(log_factor - power * x.mean())), float(power), float(error))
@@ -45,7 +48,7 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, value, samples: np.ndarray) -> Estimate:
-        """Of a value and its resamples [resamples]; those that are nan are left out."""
+        """From a value and its resamples [resamples]; NaNs are left out."""
         usable = samples[np.isfinite(samples)]
         if not len(usable):
             return cls(float(value), float("nan"), float("nan"))
@@ -53,7 +56,7 @@ class Estimate(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """The compute-optimal run of a budget."""
+    """The compute-optimal run for a budget."""
 
     budget: float  # FLOPs
     parameters: Estimate
@@ -62,28 +65,31 @@ class Optimum(NamedTuple):
 
 
 def optimum(fit: Fit, cost: Cost, budget: float) -> Optimum:
-    """The least loss of the parametric law that a budget buys, in closed form.
+    """Minimizes the loss of the parametric law for a budget, in closed form.
 
-    With C = k N^g D, A / N^alpha + B / D^beta is least at N^(alpha + g beta) =
+    With C = k N^g D, A / N^alpha + B / D^beta is smallest at N^(alpha + g beta) =
     alpha A / (g beta B) (C / k)^beta; k = 6 and g = 1 give Hoffmann et al. 2022, equation 4.
 
     Raises:
-      ConfigError: a law whose loss does not fall with both N and D has no optimum.
+      ConfigError: the loss does not fall with both N and D, so the law has no optimum.
     """
     *_, alpha, beta = fit.law.values(fit.x)
     if alpha <= 0 or beta <= 0 or cost.power <= 0:
         raise ConfigError(
             f"the fitted law has no compute-optimal size: alpha is {alpha:.3g}, beta {beta:.3g}, "
-            f"and FLOPs a token grow as N^{cost.power:.3g}; each must be positive"
+            f"and FLOPs per token grow as N^{cost.power:.3g}; all three must be positive"
         )
     parameters, tokens, loss = _best_sizes(fit.law.values(fit.x)[None], cost, budget)[:, 0]
     samples = _best_sizes(fit.law.values(fit.samples), cost, budget)
-    found = (Estimate.of(*pair) for pair in zip((parameters, tokens, loss), samples, strict=True))
-    return Optimum(budget, *found)
+    values = (parameters, tokens, loss)
+    return Optimum(budget, *(Estimate.of(*pair) for pair in zip(values, samples, strict=True)))
 
 
 def _best_sizes(values: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
-    """[3, resamples]: parameters, tokens, loss, for coefficients [resamples, 5]; nan if none."""
+    """[3, resamples]: optimal parameters, tokens and loss, NaN if there is no optimum.
+
+    `values` are coefficients [resamples, 5].
+    """
     e, a, b, alpha, beta = values.T
     k, g, _ = cost
     with np.errstate(all="ignore"):
@@ -97,15 +103,15 @@ def _best_sizes(values: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
 def check_budget(
     budget: float, points: Points, extrapolate: float = 1.0, flag="budget", allows="extrapolate"
 ):
-    """Raises `ConfigError` for a budget further from the runs' than `extrapolate` times.
+    """Raises `ConfigError` for a budget outside of the runs' range by more than `extrapolate`.
 
-    The message says which flag asks for it and which one allows it.
+    The message names the `flag` with the budget, and the flag that `allows` a larger factor.
     """
     check_range(flag, budget, points.flops, "FLOPs", extrapolate, allows=allows)
 
 
 def check_optimum(best: Optimum, points: Points, extrapolate: float = 1.0):
-    """Raises `ConfigError` where the best size or tokens are that far from those of the runs."""
+    """Raises `ConfigError` if the best size or tokens are outside of the runs' range like that."""
     for name in ("parameters", "tokens"):
         what = f"budget={best.budget:g}, whose best run has {best.parameters.value:.3g} parameters "
         what += f"and {best.tokens.value:.3g} tokens,"
@@ -115,13 +121,13 @@ def check_optimum(best: Optimum, points: Points, extrapolate: float = 1.0):
 
 def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, say_value=True,
                 allows="extrapolate"):  # fmt: skip
-    """Raises `ConfigError` for a value outside of data [points] by more than a factor."""
+    """Raises `ConfigError` for a value beyond the range of data [points] by more than a factor."""
     low, high = data.min(), data.max()
     if low / extrapolate * (1 - 1e-9) <= value <= high * extrapolate * (1 + 1e-9):
         return
     factor = max(low / value, value / high)
-    said = f"{what}={value:g}" if say_value else what
+    subject = f"{what}={value:g}" if say_value else what
     raise ConfigError(
-        f"--{said} is outside of what was fitted, {low:.3g} to {high:.3g} {unit}; "
-        f"--{allows}={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would accept it"
+        f"--{subject} is outside of the fitted range, {low:.3g} to {high:.3g} {unit}; "
+        f"--{allows}={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would allow it"
     )

@@ -1,4 +1,4 @@
-"""Figures of the fits; none of them is made by pyplot, which would keep it."""
+"""Figures of the fits, created without pyplot, which would keep them alive."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _log(axes: Axes, *which: str):
-    """Logarithmic axes; one of less than a decade and a half gets ticks between the powers."""
+    """Makes axes logarithmic; ranges below 1.5 decades get ticks between the powers of ten."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
@@ -50,7 +50,7 @@ def _subs(ratio: float) -> list[float]:
 
 
 def _colors(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> ScalarMappable:
-    """Colours by the logarithm of values, with their bar beside the axes."""
+    """A color scale for the logarithm of `values`, with a color bar next to the axes."""
     low, high = values.min(), values.max()
     colors = ScalarMappable(LogNorm(low, high if high > low else 2 * low), COLORS)
     figure.colorbar(colors, ax=axes, label=label)
@@ -58,20 +58,20 @@ def _colors(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> Scala
 
 
 def law(points: Points, hidden: Points, fit: Fit, cost: Cost, unit: str) -> Figure:
-    """Loss over compute with the law's best, and its contours over N and D."""
+    """Loss over compute with the law's optimum, and contours of the law over N and D."""
     figure, (left, right) = _panels(2)
     _runs_over_compute(figure, left, points, hidden, unit)
     reach = np.concatenate([points.flops, hidden.flops])
     budgets = np.geomspace(reach.min(), reach.max(), 60)
     best = _best(fit, cost, budgets)
     if best:
-        left.plot(budgets, [b.loss.value for b in best], color=LINE, label="best by the law")
+        left.plot(budgets, [b.loss.value for b in best], color=LINE, label="law: compute-optimal")
         left.legend()
     _contours(right, points, hidden, fit)
     if best:
         line = [b.parameters.value for b in best], [b.tokens.value for b in best]
         limits = right.axis()
-        right.plot(*line, color=LINE, label="best by the law")
+        right.plot(*line, color=LINE, label="law: compute-optimal")
         right.axis(limits)
     right.legend(loc="upper left", fontsize="small")
     return figure
@@ -81,7 +81,7 @@ def _best(fit: Fit, cost: Cost, budgets: np.ndarray) -> list[Optimum]:
     try:
         plain = fit._replace(samples=fit.samples[:0])
         return [optimum(plain, cost, budget) for budget in budgets]
-    except ValueError:  # a law without an optimum: its section says so
+    except ValueError:  # the law has no optimum, as its section says
         return []
 
 
@@ -101,18 +101,18 @@ def _contours(axes: Axes, points: Points, hidden: Points, fit: Fit):
     span = lambda values: np.geomspace(values.min() / 1.3, values.max() * 1.3, 80)
     n, d = np.meshgrid(span(sizes), span(tokens))
     loss = fit.loss(n.ravel(), d.ravel()).reshape(n.shape)
-    drawn = axes.contour(n, d, loss, levels=14, cmap="cividis_r", linewidths=0.9)
-    axes.clabel(drawn, fontsize=7, fmt="%.3g")
+    contours = axes.contour(n, d, loss, levels=14, cmap="cividis_r", linewidths=0.9)
+    axes.clabel(contours, fontsize=7, fmt="%.3g")
     axes.scatter(points.parameters, points.tokens, s=9, color="#444", label="runs", zorder=3)
     if len(hidden.loss):
         axes.scatter(hidden.parameters, hidden.tokens, s=26, facecolors="none",
                      edgecolors=HIDDEN, label="held out", zorder=3)  # fmt: skip
-    axes.set(xlabel=SIZE, ylabel=TOKENS, title="loss by the law")
+    axes.set(xlabel=SIZE, ylabel=TOKENS, title="predicted loss")
     _log(axes, "x", "y")
 
 
 def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
-    """What the law leaves, over N, D and its prediction."""
+    """Residuals of the law over N, D and the predicted loss."""
     figure, panels = _panels(3)
     for runs, style, label in (
         (points, dict(color="#2563a8", s=14), "fitted"),
@@ -121,32 +121,32 @@ def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
         if not len(runs.loss):
             continue
         predicted = fit.loss(runs.parameters, runs.tokens)
-        left_over = 100 * (runs.loss / predicted - 1)
+        residual = 100 * (runs.loss / predicted - 1)
         for axes, x in zip(panels, (runs.parameters, runs.tokens, predicted), strict=True):
-            axes.scatter(x, left_over, label=label, zorder=3, **style)
+            axes.scatter(x, residual, label=label, zorder=3, **style)
     for axes, label in zip(panels, (SIZE, TOKENS, f"predicted loss ({unit})"), strict=True):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(xlabel=label)
         _log(axes, "x")
-    panels[0].set(ylabel="loss above the law (%)")
+    panels[0].set(ylabel="residual (% of predicted loss)")
     panels[0].legend(fontsize="small")
     return figure
 
 
 def single(points: Points, laws: dict[str, KaplanLaw], unit: str) -> Figure:
-    """Frontiers and lines of the laws of one variable."""
+    """Frontiers, and lines of the laws of one variable."""
     figure, panels = _panels(len(laws))
     data = {
         "N": (points.parameters, SIZE),
         "D": (points.tokens, TOKENS),
         "C": (points.flops, FLOPS),
     }
-    for axes, (of, found) in zip(panels, laws.items(), strict=True):
+    for axes, (of, law) in zip(panels, laws.items(), strict=True):
         x, label = data[of]
         axes.scatter(x, points.loss, s=8, color="#b8bec4", label="runs")
-        axes.scatter(found.x, found.loss, s=20, color="#2563a8", label="frontier", zorder=3)
-        span = np.geomspace(found.x.min(), found.x.max(), 50)
-        axes.plot(span, found.line(span), color=LINE, label=f"alpha {found.alpha:.3g}")
+        axes.scatter(law.x, law.loss, s=20, color="#2563a8", label="frontier", zorder=3)
+        span = np.geomspace(law.x.min(), law.x.max(), 50)
+        axes.plot(span, law.line(span), color=LINE, label=f"alpha = {law.alpha:.3g}")
         axes.set(xlabel=label)
         axes.legend(fontsize="small")
         _log(axes, "x", "y")
@@ -154,49 +154,49 @@ def single(points: Points, laws: dict[str, KaplanLaw], unit: str) -> Figure:
     return figure
 
 
-def isoflop(points: Points, found: IsoFlop, unit: str) -> Figure:
-    """The parabolas with their minima, and the power laws through these."""
+def isoflop(points: Points, fit: IsoFlop, unit: str) -> Figure:
+    """The parabolas with their minima, and the power laws fitted to these."""
     figure, (left, right) = _panels(2)
-    colors = _colors(figure, left, np.array([v.budget for v in found.valleys]), "FLOPs")
-    for valley in found.valleys:
+    colors = _colors(figure, left, np.array([v.budget for v in fit.valleys]), "FLOPs")
+    for valley in fit.valleys:
         here, shade = points.where(valley.runs), colors.to_rgba(valley.budget)
         left.scatter(here.parameters, here.loss, s=14, color=shade)
         span = np.linspace(*np.log([here.parameters.min(), here.parameters.max()]), 60)
         left.plot(np.exp(span), np.polyval(valley.parabola[::-1], span), color=shade, linewidth=1)
         if valley.inside:
             left.scatter(valley.parameters, valley.loss, marker="x", color=LINE, zorder=4)
-    left.set(xlabel=SIZE, ylabel=f"loss ({unit})", title="runs of one budget")
+    left.set(xlabel=SIZE, ylabel=f"loss ({unit})", title="runs by budget")
     _log(left, "x")
-    inside = [v for v in found.valleys if v.inside]
+    inside = [v for v in fit.valleys if v.inside]
     budget = np.array([v.budget for v in inside])
-    for name, line, color in (("N", found.parameters, "#2563a8"), ("D", found.tokens, "#15803d")):
+    for name, line, color in (("N", fit.parameters, "#2563a8"), ("D", fit.tokens, "#15803d")):
         values = [v.parameters if name == "N" else v.tokens for v in inside]
         right.scatter(budget, values, s=18, color=color)
         label = f"{name} ~ C^{line.power:.3g}"
         right.plot(budget, line(budget), color=color, label=label, linewidth=1.2)
-    right.set(xlabel=FLOPS, ylabel="best N, and its D", title="minima")
+    right.set(xlabel=FLOPS, ylabel="N and D at the minimum", title="minima")
     right.legend()
     _log(right, "x", "y")
     return figure
 
 
-def envelope(curves: list[Curve], found: Envelope, unit: str) -> Figure:
-    """The training curves with their envelope, and the sizes that make it up."""
+def envelope(curves: list[Curve], fit: Envelope, unit: str) -> Figure:
+    """The training curves with their envelope, and the sizes on it."""
     figure, (left, right) = _panels(2)
     colors = _colors(figure, left, np.array([curve.parameters for curve in curves]), SIZE)
     for curve in curves:
         left.plot(curve.flops, curve.loss, color=colors.to_rgba(curve.parameters), linewidth=0.9)
-    left.plot(found.budget, found.loss, color=LINE, linewidth=0, marker=".", markersize=2,
-              label="best, neither smallest nor largest")  # fmt: skip
+    left.plot(fit.budget, fit.loss, color=LINE, linewidth=0, marker=".", markersize=2,
+              label="best run, not the smallest or largest")  # fmt: skip
     left.set(xlabel=FLOPS, ylabel=f"loss ({unit})", title="training curves")
     left.legend(fontsize="small", markerscale=4)
     _log(left, "x", "y")
     for name, values, line, color in (
-        ("N", found.parameters, found.parameters_law, "#2563a8"),
-        ("D", found.tokens, found.tokens_law, "#15803d"),
+        ("N", fit.parameters, fit.parameters_law, "#2563a8"),
+        ("D", fit.tokens, fit.tokens_law, "#15803d"),
     ):
-        right.plot(found.budget, values, ".", color=color, markersize=2)
-        right.plot(found.budget, line(found.budget), color=color, linewidth=1.2,
+        right.plot(fit.budget, values, ".", color=color, markersize=2)
+        right.plot(fit.budget, line(fit.budget), color=color, linewidth=1.2,
                    label=f"{name} ~ C^{line.power:.3g}")  # fmt: skip
     right.set(xlabel=FLOPS, ylabel="N and D of the best run")
     right.legend()
@@ -205,32 +205,32 @@ def envelope(curves: list[Curve], found: Envelope, unit: str) -> Figure:
 
 
 def optima(approaches: dict[str, list[Optimum]]) -> Figure:
-    """Best sizes and tokens over budgets, by approach, with their intervals."""
+    """Optimal sizes and tokens over budgets by each approach, with their intervals."""
     figure, panels = _panels(2)
     markers = dict(zip(approaches, "osD", strict=False))
-    for i, (name, found) in enumerate(approaches.items()):
-        budget = np.array([best.budget for best in found]) * 1.04**i  # beside, not above each other
+    for i, (name, best_runs) in enumerate(approaches.items()):
+        budget = np.array([best.budget for best in best_runs]) * 1.04**i  # avoids overlap
         for axes, field in zip(panels, ("parameters", "tokens"), strict=True):
-            value, low, high = np.array([getattr(best, field) for best in found]).T
+            value, low, high = np.array([getattr(best, field) for best in best_runs]).T
             arms = np.nan_to_num(np.maximum([value - low, high - value], 0))
             axes.errorbar(budget, value, arms, label=name, marker=markers[name], markersize=4,
                           linewidth=0.8, capsize=2)  # fmt: skip
     for axes, label in zip(panels, (SIZE, TOKENS), strict=True):
-        axes.set(xlabel="budget (FLOPs)", ylabel=f"best {label}")
+        axes.set(xlabel="budget (FLOPs)", ylabel=f"optimal {label}")
         axes.legend()
         _log(axes, "x", "y")
     return figure
 
 
 def held_out(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
-    """Predicted against measured loss."""
+    """Predicted loss against measured loss."""
     figure, (axes,) = _panels(1)
     for runs, color, label in ((points, "#b8bec4", "fitted"), (hidden, HIDDEN, "held out")):
         predicted = fit.loss(runs.parameters, runs.tokens)
         axes.scatter(runs.loss, predicted, s=18, color=color, label=label, zorder=3)
     ends = np.array([min(points.loss.min(), hidden.loss.min()), points.loss.max()])
     axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.fill_between(ends, ends * 0.98, ends * 1.02, color="black", alpha=0.08, label="2 %")
+    axes.fill_between(ends, ends * 0.98, ends * 1.02, color="black", alpha=0.08, label="±2%")
     axes.set(xlabel=f"measured loss ({unit})", ylabel=f"predicted loss ({unit})")
     axes.legend()
     return figure

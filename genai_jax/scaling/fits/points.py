@@ -1,4 +1,4 @@
-"""What is fitted: runs that ended, and the curves of those runs."""
+"""The data of the fits: final results of runs, and their training curves."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from genai_jax.config import ConfigError
 
 
 class Points(NamedTuple):
-    """Runs, one a point; float64 arrays [points], all of them positive."""
+    """Runs, one per point, as positive float64 arrays [points]."""
 
     parameters: np.ndarray  # N
     tokens: np.ndarray  # D, seen in training
-    flops: np.ndarray  # C, of the whole training
-    loss: np.ndarray  # L at the end, nats a token
+    flops: np.ndarray  # C, training compute
+    loss: np.ndarray  # final L, nats per token
 
     def where(self, which: np.ndarray) -> Points:
-        """Those that a mask [points] or an array of indices names."""
+        """The points that a mask [points] or an array of indices selects."""
         return Points(*(a[which] for a in self))
 
 
 class Curve(NamedTuple):
-    """One run while it trains; tokens, flops and loss are float64 arrays [steps], in order."""
+    """The training curve of one run; tokens, flops and loss are float64 arrays [steps] in order."""
 
     parameters: float
     tokens: np.ndarray
@@ -35,17 +35,17 @@ class Curve(NamedTuple):
 
 
 def make_points(parameters, tokens, loss, flops=None) -> Points:
-    """Points of array-likes [points]; flops are 6 N D if not given.
+    """Points from array-likes [points]; flops are 6 N D if not given.
 
     Raises:
-      ConfigError: lengths that differ, or a value that is not a positive number (which one).
+      ConfigError: lengths that differ, or a value that is not a positive number.
     """
     parameters, tokens, loss = (np.asarray(a, np.float64) for a in (parameters, tokens, loss))
     flops = 6 * parameters * tokens if flops is None else np.asarray(flops, np.float64)
     points = Points(parameters, tokens, flops, loss)
     if any(a.ndim != 1 or len(a) != len(loss) for a in points):
         shapes = ", ".join(f"{n} {a.shape}" for n, a in zip(Points._fields, points, strict=True))
-        raise ConfigError(f"points are arrays [points] of one length, not {shapes}")
+        raise ConfigError(f"points must be 1-D arrays of the same length, not {shapes}")
     for name, values in zip(Points._fields, points, strict=True):
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if len(bad):
@@ -56,58 +56,57 @@ def make_points(parameters, tokens, loss, flops=None) -> Points:
 
 
 def check_enough(count: int, coefficients: int, what: str):
-    """Raises `ConfigError` where there are fewer points than coefficients."""
+    """Raises `ConfigError` if there are fewer points than coefficients."""
     if count < coefficients:
         raise ConfigError(
-            f"{what} has {coefficients} coefficients; {count} points cannot fix them, "
-            f"{coefficients} are needed"
+            f"{what} has {coefficients} coefficients, but there are only {count} points"
         )
 
 
 def check_spread(points: Points):
-    """Raises `ConfigError` where sizes or tokens do not vary enough for a law of both.
+    """Raises `ConfigError` if sizes or tokens do not vary enough for a law of both.
 
-    A term A / N^alpha beside a constant shows itself at three sizes, not at two.
+    It takes three sizes, not two, to separate a term A / N^alpha from a constant.
     """
     for name in ("parameters", "tokens"):
         count = len(np.unique(getattr(points, name)))
         if count < 3:
             raise ConfigError(
-                f"a law of parameters and tokens needs at least 3 different {name}; there are "
+                f"a law of parameters and tokens needs at least 3 different {name}, but there are "
                 f"{count}"
             )
 
 
 class Columns(NamedTuple):
-    """The headings of a CSV's columns."""
+    """The column names of a CSV file."""
 
     parameters: str = "parameters"
     tokens: str = "tokens"
     loss: str = "loss"
     flops: str | None = None  # 6 N D if None
-    run: str | None = None  # rows of one run are its curve, the last one its end
+    run: str | None = None  # if set, the rows of a run are its curve, and the last its result
 
 
 class Data(NamedTuple):
-    """What a CSV holds."""
+    """The content of a CSV file."""
 
     points: Points
     held_out: np.ndarray  # [points] bool
-    curves: list[Curve] | None  # of the runs that are not held out
+    curves: list[Curve] | None  # curves of the runs that are not held out
 
 
 def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
-    """Reads runs from a CSV with a heading.
+    """Reads runs from a CSV file with a header line.
 
     Args:
       path: the file.
-      columns: which of its columns are what.
+      columns: the names of its columns.
       held_out: a condition on a column, such as "flops>1e19", "tokens>=2e9" or "large=1"; "flops"
-        is known also where it is not a column. Empty: nothing is held out.
+        works even if it is not a column. If empty, nothing is held out.
 
     Raises:
-      ConfigError: a column that is not there, or a value that is not a positive number; the row is
-        the line of the file, the heading being line 1.
+      ConfigError: a missing column, or a value that is not a positive number; the message gives the
+        line in the file, where the header is line 1.
     """
     lines, rows = _read_rows(path)
     numbers = {
@@ -128,35 +127,37 @@ def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
     ]
     hidden = hidden[ends]
     if held_out:
-        _check_some(hidden, held_out, "runs, by their last rows")
+        _check_some(hidden, held_out, "runs (judged by their last rows)")
     seen = [curve for curve, is_hidden in zip(curves, hidden, strict=True) if not is_hidden]
     return Data(points.where(ends), hidden, seen)
 
 
 def _read_rows(path: str) -> tuple[list[int], list[dict]]:
-    """(line of each row, heading -> text of each row)."""
+    """(line number of each row, column name -> text of each row)."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            found = [(reader.line_num, row) for row in reader]
+            numbered = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read --csv={path}: {reason}") from None
-    if not found:
-        raise ConfigError(f"--csv={path} has no rows below its heading")
-    lines, rows = zip(*found, strict=True)
+    if not numbered:
+        raise ConfigError(f"--csv={path} has no rows below its header")
+    lines, rows = zip(*numbered, strict=True)
     return list(lines), list(rows)
 
 
 def _column(path: str, rows: list[dict], name: str) -> list[str]:
     known = [n for n in rows[0] if n]
     if name not in known:
-        raise ConfigError(f"--csv={path} has no column {name!r}; it has {', '.join(known)}")
+        raise ConfigError(
+            f"--csv={path} has no column {name!r}; its columns are {', '.join(known)}"
+        )
     return [(row[name] or "").strip() for row in rows]
 
 
 def _numeric_column(path: str, lines: list[int], rows: list[dict], name: str) -> np.ndarray:
-    """[points]; raises `ConfigError` for what is no number."""
+    """[points]; raises `ConfigError` for a value that is not a number."""
     values = []
     for line, text in zip(lines, _column(path, rows, name), strict=True):
         try:
@@ -192,7 +193,7 @@ def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
         name, comparison, bound = match.group(1), match.group(2), float(match.group(3))
     except (AttributeError, ValueError):
         raise ConfigError(
-            f"--held_out={text}: write a column, one of > >= < <= =, and a number: flops>1e19"
+            f"--held_out={text}: write a column, one of > >= < <= =, and a number, as flops>1e19"
         ) from None
     if name == "flops" and name not in rows[0]:
         values = points.flops
@@ -204,9 +205,9 @@ def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
 
 
 def _check_some(hidden: np.ndarray, text: str, what: str):
-    """Raises `ConfigError` where all or none are held out."""
+    """Raises `ConfigError` if all or none are held out."""
     if hidden.all() or not hidden.any():
         raise ConfigError(
-            f"--held_out={text} names {hidden.sum()} of {len(hidden)} {what}; hold out some, "
-            "not all"
+            f"--held_out={text} matches {hidden.sum()} of {len(hidden)} {what}; it must match "
+            "some but not all"
         )

@@ -1,4 +1,4 @@
-"""Lines in log-log coordinates, and Kaplan's laws of one variable, which are such lines."""
+"""Power laws, which are lines in log-log coordinates, and Kaplan's laws of one variable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PowerLaw(NamedTuple):
     Attributes:
       log_scale: natural logarithm of the scale.
       power: the exponent.
-      samples: [resamples, 2] of both; a resample that fixes no line is nan.
-      range: smallest and largest x it was fitted to.
+      samples: [resamples, 2] of both; NaN for a resample without a line.
+      range: smallest and largest fitted x.
     """
 
     log_scale: float
@@ -27,11 +27,11 @@ class PowerLaw(NamedTuple):
     range: tuple[float, float]
 
     def __call__(self, x) -> np.ndarray:
-        """y for x [points] or a number, [points]."""
+        """y [points] for x [points] or a number."""
         return np.exp(self.log_scale + self.power * np.log(np.atleast_1d(x)))
 
     def sampled(self, x) -> np.ndarray:
-        """[resamples, points]: y by each resample's line."""
+        """y [resamples, points] by the line of each resample."""
         log_scale, power = self.samples[:, :1], self.samples[:, 1:]
         return np.exp(log_scale + power * np.log(np.atleast_1d(x)))
 
@@ -49,7 +49,7 @@ def fit_line(x, y, weights=None) -> np.ndarray:
       weights: [..., points], or 1.
 
     Returns:
-      [..., 2]; nan where the weighted x do not differ.
+      [..., 2]; NaN where all x with a weight are equal.
     """
     log_x, log_y = np.log(x), np.log(y)
     weights = np.ones_like(log_x) if weights is None else weights
@@ -63,18 +63,18 @@ def fit_line(x, y, weights=None) -> np.ndarray:
 
 
 def fit_power_law(x: np.ndarray, y: np.ndarray, resamples: int, seed: int) -> PowerLaw:
-    """The line through points x, y [points], with resampled points for intervals."""
+    """The power law fitted to x, y [points], with bootstrap resamples for intervals."""
     check_enough(len(x), 2, "a power law")
     counts = resampled(len(x), resamples, seed, 2)
     log_scale, power = fit_line(x, y)
     if np.isnan(power):
-        raise ConfigError(f"a power law needs two different values; all {len(x)} are {x[0]:g}")
+        raise ConfigError(f"a power law needs two different values, but all {len(x)} are {x[0]:g}")
     samples = fit_line(np.tile(x, (resamples, 1)), np.tile(y, (resamples, 1)), counts)
     return PowerLaw(float(log_scale), float(power), samples, (float(np.min(x)), float(np.max(x))))
 
 
 def frontier(x: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Indices, by increasing x, of the runs that no run of as little x or less beats."""
+    """Indices, by increasing x, of the runs that no run with the same or smaller x beats."""
     order = np.lexsort((loss, x))
     best = np.minimum.accumulate(loss[order])
     return order[np.concatenate([[True], best[1:] < best[:-1]])]
@@ -90,11 +90,12 @@ KAPLAN = {
 class KaplanLaw(NamedTuple):
     """L = (critical / x)^alpha.
 
-    The laws of N and of D are those of what the other one does not limit: as far as the frontier
-    that they are fitted to is not at infinite data or size, their exponents are too small.
+    The laws of N and D assume that the other one does not limit the loss. To the extent that it
+    does on the fitted frontier, which is not at infinite data or size, their exponents are too
+    small.
     """
 
-    x: np.ndarray  # [points] of the frontier
+    x: np.ndarray  # [points] on the frontier
     loss: np.ndarray  # [points]
     line: PowerLaw
 
@@ -104,7 +105,7 @@ class KaplanLaw(NamedTuple):
 
     @property
     def critical(self) -> float:
-        """N_c, D_c or C_c: where the loss would be 1."""
+        """N_c, D_c or C_c, at which the loss would be 1."""
         with np.errstate(over="ignore"):
             return float(np.exp(self.line.log_scale / self.alpha))
 
@@ -119,14 +120,14 @@ def fit_kaplan(points: Points, of: str, resamples: int = RESAMPLES, seed: int = 
     Args:
       points: the runs.
       of: a key of `KAPLAN`.
-      resamples: of the frontier's runs.
-      seed: of the resamples.
+      resamples: number of bootstrap resamples of the runs on the frontier.
+      seed: random seed for the bootstrap.
 
     Raises:
-      ConfigError: a frontier of fewer than two runs.
+      ConfigError: fewer than two runs on the frontier.
     """
     x = getattr(points, KAPLAN[of][0])
     best = frontier(x, points.loss)
-    check_enough(len(best), 2, f"{KAPLAN[of][1]}, on the frontier of the runs,")
+    check_enough(len(best), 2, f"{KAPLAN[of][1]}, fitted to the frontier of the runs,")
     line = fit_power_law(x[best], points.loss[best], resamples, seed)
     return KaplanLaw(x[best], points.loss[best], line)

@@ -1,4 +1,4 @@
-"""Sections of the report on a scaling law: text, tables, figures and numbers of each."""
+"""The sections of a scaling-law report, each with text, tables, figures and numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from genai_jax.scaling.fits.isoflop import SAME_BUDGET, IsoFlop
 from genai_jax.scaling.fits.optimum import Estimate, Optimum
 from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.fits.power_law import KAPLAN, PowerLaw
-from genai_jax.scaling.report import Section, Table
+from genai_jax.scaling.report_types import Section, Table
 
-LOOSE = 30  # high end of an interval over its low end, from which a coefficient is not fixed
+LOOSE = 30  # ratio of an interval's ends above which a coefficient counts as undetermined
 INTERVAL = ("value", "95 % low", "95 % high")
 
 
@@ -30,18 +30,19 @@ def joint(fits: Fits, hidden: Points, unit: str) -> Section:
     rms = {name: _rms(law.loss(fits.points.parameters, fits.points.tokens), fits.points.loss)
            for name, law in errors.items()}  # fmt: skip
     return Section(
-        "Loss by size and tokens",
+        "Loss as a function of size and tokens",
         [
-            f"{parametric.law.title}: {_law_text(parametric.values)}. Sum of the Huber losses of "
-            f"log loss over {len(fits.points.loss)} runs: {parametric.objective:.4g}; of "
-            f"{parametric.starts[0]} starts {parametric.starts[1]} came to within 0.1 % of it. "
-            f"Relative error, root mean square: {100 * rms['parametric']:.3g} %. "
-            + _trust(parametric),
-            "Beside it the same law by variable projection, which minimizes squares of relative "
-            f"errors (root mean square {100 * projected.error:.3g} %). Intervals are percentiles "
-            f"of {len(parametric.samples)} resamples of the runs, beginning at the best fit.",
-            f"{joint.law.title}: relative error, root mean square: {100 * rms['joint']:.3g} %. It "
-            "has no irreducible loss. " + _trust(joint),
+            f"{parametric.law.title}: {_law_text(parametric.values)}. The sum of the Huber losses "
+            f"of log-loss residuals over {len(fits.points.loss)} runs is "
+            f"{parametric.objective:.4g}; {parametric.starts[1]} of {parametric.starts[0]} "
+            "starting points ended within 0.1% of it. The root-mean-square relative error is "
+            f"{100 * rms['parametric']:.3g}%. " + _trust(parametric),
+            "For comparison, the table gives the same law fitted by variable projection, which "
+            "minimizes the squares of relative errors (root mean square "
+            f"{100 * projected.error:.3g}%). Intervals are bootstrap percentiles over "
+            f"{len(parametric.samples)} resamples of the runs, fitted from the best fit.",
+            f"{joint.law.title}: the root-mean-square relative error is "
+            f"{100 * rms['joint']:.3g}%. This law has no irreducible loss. " + _trust(joint),
         ],
         [
             Table("parametric_law", ("coefficient", *INTERVAL, "variable projection",
@@ -66,18 +67,19 @@ def joint(fits: Fits, hidden: Points, unit: str) -> Section:
 
 
 def _trust(law: Fit) -> str:
-    """What keeps its coefficients from being taken at face value."""
+    """Caveats about the coefficients of a law; empty if there are none."""
     spans = {
         name: high / low if low > 0 else np.inf for name, (low, high) in law.intervals().items()
     }
     loose = [name for name, span in spans.items() if span > LOOSE and len(law.samples)]
-    said = [] if law.converged else ["Not every fit converged."]
+    caveats = [] if law.converged else ["Not every fit converged."]
     if loose:
-        said.append(
-            f"These runs hardly fix {', '.join(loose)}, whose intervals span a factor of more than "
-            f"{LOOSE}: the law may be used between the runs, its coefficients not."
+        caveats.append(
+            f"These runs hardly determine {', '.join(loose)}, whose intervals span a factor of "
+            f"more than {LOOSE}: the law can be used to interpolate between the runs, but its "
+            "coefficients should not be interpreted."
         )
-    return " ".join(said)
+    return " ".join(caveats)
 
 
 def _law_text(values: dict[str, float]) -> str:
@@ -109,12 +111,12 @@ def single(fits: Fits, unit: str) -> Section:
         numbers |= {f"kaplan/alpha_{of}": law.alpha, f"kaplan/{of}_c": law.critical}
         numbers |= _bounds("kaplan", {f"alpha_{of}": interval})
     return Section(
-        "Loss by one of size, tokens and compute",
+        "Loss as a function of size, tokens or compute alone",
         [
-            "Lines through the frontier of the runs, those that no run with as little or less of "
-            "the same thing beats. The law of N is of runs that more tokens would not help, and "
-            "that of D of runs that a larger size would not: as far as these runs are not, their "
-            "exponents are too small.",
+            "Power laws fitted to the frontier: the runs that no other run with the same or less "
+            "of that quantity beats. The law of N assumes runs that more tokens would not improve, "
+            "and the law of D runs that a larger model would not improve; to the extent that these "
+            "runs violate that, the exponents are too small.",
             *(f"Not fitted: {reason}." for reason in reasons),
         ],
         [Table("one_variable", ("law", "exponent", *INTERVAL[1:], "critical value", "runs"), rows)],
@@ -124,7 +126,7 @@ def single(fits: Fits, unit: str) -> Section:
 
 
 def isoflop(fits: Fits, unit: str) -> Section:
-    title = "Best size by isoFLOP parabolas"
+    title = "Compute-optimal size from isoFLOP parabolas"
     if isinstance(fits.isoflop, str):
         return Section(title, [f"Not fitted: {fits.isoflop}."])
     iso = fits.isoflop
@@ -136,9 +138,10 @@ def isoflop(fits: Fits, unit: str) -> Section:
     return Section(
         title,
         [
-            "Hoffmann et al. 2022, approach 2: a parabola of loss in log N through the runs of "
-            "each budget, and power laws of the budget through their minima. A row without a size "
-            "has no minimum between its smallest and largest run, and is not used.",
+            "Hoffmann et al. 2022, approach 2: for each budget, a parabola in log N is fitted to "
+            "the losses of its runs, and power laws in the budget are fitted to the minima. A "
+            "budget without a size in the table has no minimum between its smallest and largest "
+            "run and is not used.",
         ],
         [
             Table("isoflop_minima", ("budget (FLOPs)", "runs", "best size N", "tokens D", "D / N",
@@ -154,16 +157,16 @@ def isoflop(fits: Fits, unit: str) -> Section:
 
 
 def envelope(fits: Fits, curves: list[Curve] | None, unit: str) -> Section:
-    title = "Best size by the envelope of training curves"
+    title = "Compute-optimal size from the envelope of training curves"
     if isinstance(fits.envelope, str):
         return Section(title, [f"Not fitted: {fits.envelope}."])
     laws = {"N": fits.envelope.parameters_law, "D": fits.envelope.tokens_law}
     return Section(
         title,
         [
-            "Hoffmann et al. 2022, approach 1: at each FLOP count along the way the best run, and "
-            "power laws through their sizes and tokens. A run in the middle of its learning-rate "
-            "schedule is worse than one that ends there.",
+            "Hoffmann et al. 2022, approach 1: power laws fitted to the sizes and tokens of the "
+            "best run at each FLOP count during training. Note that a run in the middle of its "
+            "learning-rate schedule is worse than one whose schedule ends there.",
         ],
         [_power_table("envelope_laws", laws)],
         {"envelope": plots.envelope(curves, fits.envelope, unit)},
@@ -180,27 +183,26 @@ def _power_table(name: str, laws: dict) -> Table:
 
 
 def _power_numbers(prefix: str, laws: dict) -> dict[str, float]:
-    exponents = {f"{of}_exponent": law.power for of, law in laws.items()}
-    found = {f"{prefix}/{name}": value for name, value in exponents.items()}
+    exponents = {f"{prefix}/{of}_exponent": law.power for of, law in laws.items()}
     intervals = {f"{of}_exponent": law.power_interval() for of, law in laws.items()}
-    return found | _bounds(prefix, intervals)
+    return exponents | _bounds(prefix, intervals)
 
 
 def optimum(
     fits: Fits, optima: list[Optimum], left_out: list[float], extrapolate: float
 ) -> Section:
-    """left_out: budgets of the runs for which the parametric law has no answer among them."""
+    """left_out: budgets of the runs whose optimum by the parametric law is outside their range."""
     power_laws = {"isoFLOP": _size_laws(fits.isoflop), "envelope": _size_laws(fits.envelope)}
     budgets = [best.budget for best in optima]
     approaches = {"parametric": optima} | {
-        name: [_by_power_laws(b, *laws) for b in asked]
+        name: [_by_power_laws(b, *laws) for b in valid]
         for name, laws in power_laws.items()
-        if laws and (asked := [b for b in budgets if _known(b, laws, extrapolate)])
+        if laws and (valid := [b for b in budgets if _in_range(b, laws, extrapolate)])
     }
     rows = [
         (best.budget, name, *best.parameters, *best.tokens,
          best.tokens.value / best.parameters.value, *(best.loss or (None, None, None)))
-        for name, found in approaches.items() for best in found
+        for name, best_runs in approaches.items() for best in best_runs
     ]  # fmt: skip
     heads = ("budget (FLOPs)", "by", "N", "N low", "N high", "D", "D low", "D high", "D / N",
              "loss", "loss low", "loss high")  # fmt: skip
@@ -209,20 +211,26 @@ def optimum(
     return Section(
         "Compute-optimal runs",
         [
-            f"What a run costs, fitted to these runs: C = {fits.cost.factor:.4g} N^"
-            f"{fits.cost.power:.4g} D FLOPs, to within {100 * fits.cost.error:.2g} % of each. With "
-            f"it the parametric law is least at N = const C^{exponent:.4g}.",
-            *(() if optima else ("No budget of these runs has its best size between theirs.",)),
+            f"The cost fitted to these runs is C = {fits.cost.factor:.4g} N^"
+            f"{fits.cost.power:.4g} D FLOPs, within {100 * fits.cost.error:.2g}% of each run. "
+            "With this cost, the parametric law has its compute-optimal size at N proportional to "
+            f"C^{exponent:.4g}.",
+            *(
+                ()
+                if optima
+                else ("No budget of these runs has its optimum within their range of sizes.",)
+            ),
             *(
                 (
-                    f"Not judged, as the best size or tokens would be outside of the runs: "
-                    f"{', '.join(f'{b:.3g}' for b in left_out)} FLOPs.",
+                    "Left out because their optimal size or tokens would be outside of the range "
+                    f"of the runs: budgets of {', '.join(f'{b:.3g}' for b in left_out)} FLOPs.",
                 )
                 if left_out
                 else ()
             ),
-            "The isoFLOP and envelope laws are asked only between the budgets they were fitted to"
-            + (f", or {extrapolate:g} times beyond." if extrapolate > 1 else "."),
+            "The isoFLOP and envelope laws are used only within the range of budgets they were "
+            "fitted to"
+            + (f", extended by a factor of {extrapolate:g}." if extrapolate > 1 else "."),
         ],
         [Table("optimum", heads, rows)],
         {"optimum": plots.optima(approaches)} if optima else {},
@@ -230,23 +238,23 @@ def optimum(
     )
 
 
-def _size_laws(found: IsoFlop | Envelope | str) -> tuple[PowerLaw, ...]:
-    """The laws of N and of D, or nothing."""
-    if isinstance(found, str):
+def _size_laws(fit: IsoFlop | Envelope | str) -> tuple[PowerLaw, ...]:
+    """The laws of N and D; empty if there was no fit."""
+    if isinstance(fit, str):
         return ()
-    if isinstance(found, IsoFlop):
-        return found.parameters, found.tokens
-    return found.parameters_law, found.tokens_law
+    if isinstance(fit, IsoFlop):
+        return fit.parameters, fit.tokens
+    return fit.parameters_law, fit.tokens_law
 
 
-def _known(budget: float, laws: tuple[PowerLaw, ...], extrapolate: float) -> bool:
-    """Whether all of them were fitted to such budgets, or to ones hardly different."""
+def _in_range(budget: float, laws: tuple[PowerLaw, ...], extrapolate: float) -> bool:
+    """Whether a budget is in the fitted range of all laws, or close enough."""
     margin = extrapolate * SAME_BUDGET
     return all(law.range[0] / margin <= budget <= law.range[1] * margin for law in laws)
 
 
 def _by_power_laws(budget: float, *laws: PowerLaw) -> Optimum:
-    """Without a loss, of which only the parametric law knows where it ends."""
+    """The optimum by power laws of N and D, which do not predict its loss."""
     sizes = (Estimate.of(law(budget)[0], law.sampled(budget)[:, 0]) for law in laws)
     return Optimum(budget, *sizes, None)
 
@@ -274,10 +282,10 @@ def held_out(fits: Fits, hidden: Points, unit: str) -> Section:
     return Section(
         "Held-out runs",
         [
-            f"{len(hidden.loss)} runs that no law was fitted to, up to {beyond:.3g} times the "
-            "FLOPs of the largest that was. The parametric law is off by "
-            f"{100 * worst:.3g} % of the loss at most. Its interval is that of the law, without "
-            "what a run scatters about it; kaplan_C holds for runs on the frontier.",
+            f"{len(hidden.loss)} runs were held out from all fits, with up to {beyond:.3g} times "
+            "the FLOPs of the largest fitted run. The parametric law predicts their losses to "
+            f"within {100 * worst:.3g}%. Its intervals reflect the uncertainty of the law, not "
+            "the scatter of single runs; kaplan_C applies to runs on the frontier.",
         ],
         [Table("held_out", heads, rows)],
         {"held_out": plots.held_out(fits.points, hidden, fits.parametric, unit)},

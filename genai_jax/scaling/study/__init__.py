@@ -1,1 +1,1 @@
-"""Studies: a folder of flagfiles, run and analyzed. Knows no task: the command makes those."""
+"""Studies: folders of flagfiles that are run and analyzed. The caller provides the tasks."""

@@ -1,11 +1,11 @@
-"""The kinds of analysis that ``--study.analysis`` knows."""
+"""The analyses that ``--study.analysis`` can choose."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study import comparison, curves, scaling_law, transfer
 from genai_jax.scaling.study.comparability import ComparisonConfig
 from genai_jax.scaling.study.folder import Run
@@ -13,7 +13,7 @@ from genai_jax.scaling.study.results import Result
 
 
 def _all_if(check: Callable[[Sequence[Run], Any], None]) -> Callable:
-    """Needs every run of a study that `check` has nothing against."""
+    """An `Analysis.needed` that asks for every run, once `check` has accepted the study."""
 
     def needed(runs: Sequence[Run], results: Mapping[str, list[Result]], config: Any) -> list[Run]:
         check(runs, config)
@@ -23,13 +23,14 @@ def _all_if(check: Callable[[Sequence[Run], Any], None]) -> Callable:
 
 
 class Analysis(NamedTuple):
-    """One of them.
+    """An analysis of the results of a study.
 
     Attributes:
       config: its flags, a `StudyConfig`.
       analyze: (results, flags) -> sections of the report.
-      needed: (runs, results so far, flags) -> the runs that it needs; raises `ConfigError`, before
-        anything runs, for a study that it could not analyze. Asked again when those are finished.
+      needed: (runs, results so far, flags) -> the runs that it needs. Raises `ConfigError`, before
+        anything is trained, for a study that it could not analyze. Called again after these runs
+        have finished, until it needs no others.
     """
 
     config: type

@@ -1,15 +1,15 @@
-"""Architectures compared: same data, same tokens, same FLOPs or parameters, paired by seed.
+"""Compares architectures on the same data, tokens, and FLOPs or parameters, paired by seed.
 
-A flagfile's name up to its first dot is its architecture; seed and learning rate are what the flags
-say. Where an architecture has several learning rates, the one that is best with the selection seed
-is chosen, and that seed is scored for none: the choice does not count in its own favour. Of the
-other rates, only the runs with the selection seed are needed.
+The name of a flagfile up to the first dot is its architecture; seed and learning rate come from the
+flags. If an architecture has several learning rates, the one that is best with the selection seed
+is chosen. That seed is then scored for none of the architectures, so that the selection does not
+bias the scores. For the other learning rates, only the runs with the selection seed are needed.
 """
 
 from collections.abc import Mapping, Sequence
 
 from genai_jax.config import ConfigError
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study.comparability import ComparisonConfig, check
 from genai_jax.scaling.study.comparison_sections import (
     main_section,
@@ -25,13 +25,13 @@ from genai_jax.scaling.study.results import Result
 def needed(
     runs: Sequence[Run], results: Mapping[str, list[Result]], config: ComparisonConfig
 ) -> list[Run]:
-    """The runs that the comparison needs, given the results there are so far.
+    """The runs that the comparison needs, given the results so far.
 
-    First those with the selection seed; once an architecture's are there, the other seeds of the
-    learning rate that is chosen.
+    At first these are the runs with the selection seed; once those of an architecture have
+    finished, also the other seeds of the learning rate that they choose.
 
     Raises:
-      ConfigError: architectures that are not alike, a baseline that is not there, too few seeds.
+      ConfigError: architectures that are not comparable, a missing baseline, too few seeds.
     """
     architectures = grouped(models_of(runs))
     check(architectures, config)
@@ -44,8 +44,7 @@ def needed(
             continue
         wanted += [m.run for m in selecting]
         if all(m.name in results for m in selecting):
-            found = [r for m in selecting for r in results[m.name]]
-            best = chosen_rate(found, config)
+            best = chosen_rate([r for m in selecting for r in results[m.name]], config)
             wanted += [m.run for m in models if learning_rate(m) == best]
     return [run for run in runs if run in wanted]
 
@@ -53,14 +52,14 @@ def needed(
 def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section]:
     """Scores of the architectures and their paired differences to the baseline.
 
-    An architecture of which too much is missing, as its runs failed, is named and left out.
+    An architecture with too few finished runs is left out, and the report says why.
 
     Raises:
       ConfigError: the baseline has too few seeds, or no other architecture has enough.
     """
     architectures = grouped(results)
     if config.baseline not in architectures:
-        raise ConfigError(f"no run of --study.baseline={config.baseline} is finished")
+        raise ConfigError(f"no run of --study.baseline={config.baseline} has finished")
     chooses = any(len({learning_rate(r) for r in a}) > 1 for a in architectures.values())
     rates, scored, scores, differences, missing = {}, {}, {}, {}, []
     base = config.baseline
@@ -77,7 +76,7 @@ def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section
         else:
             rates[name], scored[name], scores[name] = rate, members, own
     if not differences:
-        raise ConfigError("; ".join(missing) or f"no other architecture than {base} is finished")
+        raise ConfigError("; ".join(missing) or f"no architecture except {base} has finished")
     return [
         main_section(scored, scores, rates, differences, missing, config),
         matching_section(scored, config),

@@ -1,11 +1,14 @@
-"""The sections of a comparison in the report: differences, what is matched, learning rates."""
+"""The sections of a comparison's report: differences, matched quantities, learning rates.
+
+Matplotlib is imported where a figure is drawn, so that commands start without it.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from genai_jax.scaling.report import Section, Table
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.comparability import ComparisonConfig, matched
 from genai_jax.scaling.study.curves import legend
 from genai_jax.scaling.study.groups import label_of, learning_rate, seed
@@ -14,26 +17,26 @@ from genai_jax.scaling.study.settings import names
 
 
 def main_section(scored, scores, rates, differences, missing, config) -> Section:
-    rows, numbers, remarks = [], {}, config.remarks()
+    rows, numbers, notes = [], {}, config.parsed_notes()
     also = names(config.also)
     for name in sorted(scores, key=lambda name: float(np.mean([*scores[name].values()]))):
         values = np.array([*scores[name].values()], np.float64)
         finite = bool(np.all(np.isfinite(values)))
         mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if finite else math.nan
-        found = differences.get(name)
+        difference = differences.get(name)
         numbers |= {f"{name}/{config.metric}": mean, f"{name}/learning_rate": rates[name]}
-        if found:
+        if difference:
             numbers |= {
-                f"{name}/difference": found.mean,
-                f"{name}/difference_low": found.low,
-                f"{name}/difference_high": found.high,
+                f"{name}/difference": difference.mean,
+                f"{name}/difference_low": difference.low,
+                f"{name}/difference_high": difference.high,
             }
         more = [float(np.mean([r.final(metric) for r in scored[name]])) for metric in also]
         rows.append(
             (
                 name, mean, spread, len(values),
-                *(found[:3] if found else (None, None, None)),
-                _verdict(found), *more, rates[name], remarks.get(name),
+                *(difference[:3] if difference else (None, None, None)),
+                _verdict(difference), *more, rates[name], notes.get(name),
             )
         )  # fmt: skip
     columns = (
@@ -41,18 +44,18 @@ def main_section(scored, scores, rates, differences, missing, config) -> Section
         "against the baseline", *also, "learning rate", "note",
     )  # fmt: skip
     how = {
-        "t": "by Student's t over the paired seeds",
-        "bootstrap": f"by {RESAMPLES:,} bootstrap resamples of the paired seeds",
+        "t": "from Student's t distribution over paired seeds",
+        "bootstrap": f"from {RESAMPLES:,} bootstrap resamples of the paired seeds",
     }[config.interval]
-    order = ", so with the same data in the same order" if config.same_data else ""
+    order = " (and thus the same data in the same order)" if config.same_data else ""
     label = label_of(scored[config.baseline][0], config.metric)
     text = (
-        f"Mean {label} over seeds at the last step, the lower the better, its "
-        f"standard deviation over seeds, and the difference to {config.baseline} with the same "
-        f"seed{order}. Intervals are {LEVEL:.0%}, {how}, each on its "
-        f"own: with {len(differences)} comparison(s) they are not corrected for their number."
+        f"Mean {label} over seeds at the last step (lower is better), its standard deviation over "
+        f"seeds, and the mean difference to {config.baseline} with the same seed{order}. The "
+        f"{LEVEL:.0%} confidence intervals are {how}; they are not corrected for the number of "
+        f"comparisons ({len(differences)})."
     )
-    drop = [i for i, c in enumerate(columns) if c == "note" and not remarks]
+    drop = [i for i, c in enumerate(columns) if c == "note" and not notes]
     keep = lambda row: tuple(cell for i, cell in enumerate(row) if i not in drop)
     table = Table("comparison", keep(columns), [keep(row) for row in rows])
     figures = {"differences": _differences_figure(differences, label, config)}
@@ -60,12 +63,12 @@ def main_section(scored, scores, rates, differences, missing, config) -> Section
     return Section("Comparison", [text, *left_out], [table], figures, numbers)
 
 
-def _verdict(found: Difference | None) -> str:
-    if found is None:
+def _verdict(difference: Difference | None) -> str:
+    if difference is None:
         return "is the baseline"
-    if found.high < 0:
+    if difference.high < 0:
         return "better"
-    return "worse" if found.low > 0 else "not told apart"
+    return "worse" if difference.low > 0 else "not told apart"
 
 
 def matching_section(scored, config) -> Section:
@@ -85,12 +88,16 @@ def matching_section(scored, config) -> Section:
         "architecture", "parameters", "non-embedding", "active", "tokens or examples", "FLOPs",
         f"{config.match} against the baseline (%)",
     )  # fmt: skip
-    data = "the same data, as many tokens" if config.same_data else "the data of their flagfiles"
-    text = (
-        f"All see {data}, and are matched by {config.match} within {config.tolerance:.1%}. "
-        f"FLOPs: {base.counts.convention}."
+    data = (
+        "the same data and the same number of tokens or examples"
+        if config.same_data
+        else "the data that their flagfiles name"
     )
-    return Section("What is matched", [text], [Table("matching", columns, rows)])
+    text = (
+        f"All architectures are trained on {data}, and their {config.match} agree with the "
+        f"baseline's to within {config.tolerance:.1%}. FLOPs: {base.counts.convention}."
+    )
+    return Section("Matched quantities", [text], [Table("matching", columns, rows)])
 
 
 def rates_section(architectures, rates, config) -> Section:
@@ -107,14 +114,15 @@ def rates_section(architectures, rates, config) -> Section:
             mark = "chosen" if learning_rate(r) == rates[name] else None
             rows.append((name, learning_rate(r), r.final(config.metric), mark))
     if not rows:
-        return Section("Learning rates", ["Every architecture has one learning rate."])
+        return Section("Learning rates", ["Every architecture has a single learning rate."])
     paragraphs = [
-        f"The rate of each architecture is the best with seed {config.selection_seed}, on the same "
-        "budget; that seed is not scored above."
+        "Each architecture uses the learning rate that is best with seed "
+        f"{config.selection_seed} at the same budget; that seed is not part of the scores above."
     ]
     if edges:
         paragraphs.append(
-            f"At the edge of what was tried, so perhaps not the best: {', '.join(edges)}."
+            "At the edge of the tried range, so that the true optimum may lie outside: "
+            f"{', '.join(edges)}."
         )
     columns = ("architecture", "learning rate", config.metric, "")
     label = label_of(architectures[config.baseline][0], config.metric)
@@ -127,17 +135,17 @@ def _differences_figure(
 ):
     from matplotlib.figure import Figure
 
-    finite = {name: found for name, found in differences.items() if math.isfinite(found.mean)}
+    finite = {name: d for name, d in differences.items() if math.isfinite(d.mean)}
     ordered = sorted(finite.items(), key=lambda item: -item[1].mean)
     figure = Figure(figsize=(7, 1.4 + 0.4 * len(ordered)), layout="constrained")
     axes = figure.subplots()
-    means = [found.mean for _, found in ordered]
-    spans = [[f.mean - f.low for _, f in ordered], [f.high - f.mean for _, f in ordered]]
+    means = [d.mean for _, d in ordered]
+    spans = [[d.mean - d.low for _, d in ordered], [d.high - d.mean for _, d in ordered]]
     axes.errorbar(means, range(len(ordered)), xerr=spans, fmt="o", capsize=4)
     axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
     axes.set_ylim(-0.6, len(ordered) - 0.4)
     axes.axvline(0, color="gray", lw=1)
-    axes.set_xlabel(f"difference to {config.baseline}, {label}, {LEVEL:.0%} interval")
+    axes.set_xlabel(f"difference to {config.baseline}, {label}, with {LEVEL:.0%} interval")
     axes.grid(alpha=0.3, axis="x")
     return figure
 

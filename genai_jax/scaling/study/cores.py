@@ -1,4 +1,4 @@
-"""Who of several processes runs on which cores, and that nobody else works in their folder."""
+"""Divides the CPU cores among processes, and locks a study's workdir."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from genai_jax.config import ConfigError
 
 
 def core_shares(jobs: int) -> list[frozenset[int]]:
-    """The cores that this process may use, divided among `jobs` processes, at least one each.
+    """The cores available to this process, divided among `jobs` processes, at least one each.
 
-    XLA makes as many threads as it may use cores. Processes that each take all cores are in each
-    other's way. Empty sets, for all of them, where a system does not tell.
+    XLA starts one thread per available core, so processes that all use every core slow each other
+    down. The sets are empty on systems that do not report the available cores.
 
     Raises:
       ConfigError: there are fewer cores than jobs.
@@ -25,13 +25,13 @@ def core_shares(jobs: int) -> list[frozenset[int]]:
     if not cores or jobs == 1:
         return [frozenset(cores)] * jobs
     if jobs > len(cores):
-        raise ConfigError(f"--jobs={jobs}: there are {len(cores)} core(s) for them")
+        raise ConfigError(f"--jobs={jobs}: only {len(cores)} CPU core(s) are available")
     return [frozenset(cores[k::jobs]) for k in range(jobs)]
 
 
 @contextlib.contextmanager
 def affinity(cores: frozenset[int]) -> Iterator[None]:
-    """While entered, this thread runs on these cores alone, and so does what it starts."""
+    """While entered, this thread and the processes that it starts run on these cores only."""
     if not cores:
         yield
         return
@@ -45,13 +45,13 @@ def affinity(cores: frozenset[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[IO]:
-    """While entered, no other study works in `workdir`.
+    """While entered, no other study can run in `workdir`.
 
-    The lock is the open file's: processes that inherit it hold the lock as long as they live, so
-    that runs that a killed study left behind are not started a second time.
+    The lock belongs to the open file: child processes that inherit it hold the lock for as long as
+    they live, so that runs which outlive a killed study are not started a second time.
 
     Raises:
-      ConfigError: somebody holds it, or `workdir` cannot be written to.
+      ConfigError: another process holds the lock, or `workdir` cannot be written to.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -63,6 +63,6 @@ def locked(workdir: pathlib.Path) -> Iterator[IO]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"--workdir={workdir} is in use: a study runs there, or runs that one left behind"
+                f"--workdir={workdir} is in use by another study, or by runs that outlived one"
             ) from None
         yield file

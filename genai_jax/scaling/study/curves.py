@@ -1,4 +1,7 @@
-"""Metrics over training, and how the last ones depend on one flag: for phenomena, not for laws."""
+"""Metrics over training, and how their final values depend on a flag.
+
+Matplotlib is imported where a figure is drawn, so that commands start without it.
+"""
 
 import dataclasses
 import math
@@ -8,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.report import Section, Table, file_name
+from genai_jax.scaling.report import file_name
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
     flag_value,
@@ -21,7 +25,7 @@ from genai_jax.scaling.study.groups import (
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, names
 
-# What a model can be drawn against, beside its flags.
+# Quantities, besides the flags, that a metric can be plotted against.
 QUANTITIES: dict[str, tuple[str, Callable[[Result], float]]] = {
     "parameters": ("parameters", lambda r: r.counts.parameters),
     "non_embedding": ("non-embedding parameters", lambda r: r.counts.non_embedding),
@@ -32,40 +36,43 @@ QUANTITIES: dict[str, tuple[str, Callable[[Result], float]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CurvesConfig(StudyConfig):
-    metrics: str = field("train/loss,eval/loss", "what is drawn, comma-separated")
+    metrics: str = field("train/loss,eval/loss", "metrics to plot, comma-separated")
     panels: str = field(
         "metric",
-        "a figure for every metric with all runs, or the other way",
+        "draw one figure per metric with all runs, or one per run with all metrics",
         choices=("metric", "run"),
     )
-    over: str = field("step", "horizontal axis", choices=("step", "tokens", "flops"))
-    log_over: bool = field(False, "horizontal axis is logarithmic")
-    log_metric: bool = field(False, "vertical axis is logarithmic")
-    reach: float | None = field(
-        None, "also the first step at which a metric is at least this; for losses, at most"
+    over: str = field(
+        "step", "quantity on the horizontal axis", choices=("step", "tokens", "flops")
     )
+    log_over: bool = field(False, "whether the horizontal axis is logarithmic")
+    log_metric: bool = field(False, "whether the vertical axis is logarithmic")
+    reach: float | None = field(
+        None, "threshold: report the first step at which each metric reaches it (at most the "
+        "threshold for losses, at least the threshold otherwise)",
+    )  # fmt: skip
     against: str = field(
         "",
-        "also the last values against a flag of the runs (its name without dashes), or one of "
+        "plot the final values against this flag (its name without dashes), or one of "
         + "|".join(QUANTITIES),
     )
 
 
 def check(runs: Sequence[Run], config: CurvesConfig):
-    """Raises `ConfigError` if the last values could not be drawn against what the flags say."""
+    """Raises `ConfigError` if the runs have no number for ``--study.against``."""
     if not config.against or config.against in QUANTITIES:
         return
     for model in models_of(runs):
         if config.against not in model.config.items():
             raise ConfigError(
-                f"--study.against={config.against} is no flag of run {model.name}, without dashes, "
-                f"and none of {', '.join(QUANTITIES)}"
+                f"--study.against={config.against} is neither a flag of run {model.name} (its name "
+                f"without dashes) nor one of {', '.join(QUANTITIES)}"
             )
         flag_value("study.against", config.against, model)
 
 
 class Line(NamedTuple):
-    """A run: what is drawn of it, and its models, of which that is the mean."""
+    """A line of a figure: the mean of one or more models of a run, and the models themselves."""
 
     mean: Result
     models: list[Result]
@@ -76,15 +83,15 @@ class Line(NamedTuple):
 
 
 def lines_of(results: Sequence[Result]) -> list[Line]:
-    """A line for each run; members of a population that differ in the seed alone make one."""
-    found: dict[tuple, list[Result]] = {}
+    """A line per run; members of a population that differ only in their seed share one."""
+    groups: dict[tuple, list[Result]] = {}
     for r in results:
-        found.setdefault((run_of(r), learning_rate(r)), []).append(r)
-    return [Line(_mean(models), models) for models in found.values()]
+        groups.setdefault((run_of(r), learning_rate(r)), []).append(r)
+    return [Line(_mean(models), models) for models in groups.values()]
 
 
 def _mean(models: Sequence[Result]) -> Result:
-    """Means of those that have a metric at a step: one that diverged has none from there on."""
+    """Means over the models that have a metric at a step; a diverged model stops having it."""
     if len(models) == 1:
         return models[0]
     rows = []
@@ -99,18 +106,20 @@ def _mean(models: Sequence[Result]) -> Result:
 
 
 def analyze(results: Sequence[Result], config: CurvesConfig) -> list[Section]:
-    """Curves, a table of last and best values, and the last values against a flag.
+    """Curves, a table of final and best values, and the final values against a flag.
 
-    Of a population that differs in the seed alone, all of them are of the mean.
+    Models that differ only in their seed are averaged.
 
     Raises:
-      ConfigError: a metric that no run has; a flag that is no number.
+      ConfigError: a metric that no run has, or a flag whose value is not a number.
     """
     metrics = names(config.metrics)
     for metric in metrics:
         if not any(r.curve(metric)[0] for r in results):
             known = sorted({n for r in results for row in r.rows for n in row if n != "step"})
-            raise ConfigError(f"--study.metrics: no run has {metric}; there are {', '.join(known)}")
+            raise ConfigError(
+                f"--study.metrics: no run has {metric}; the metrics are {', '.join(known)}"
+            )
     lines = lines_of(results)
     sections = [_curves_section(lines, metrics, config), _values_section(lines, metrics, config)]
     if config.against:
@@ -135,21 +144,21 @@ def _curves_section(lines: Sequence[Line], metrics, config) -> Section:
             )
             for line in lines
         }
-    return Section("Curves", ["As logged while training." + _about(lines)], [], figures)
+    return Section("Curves", ["As logged during training." + _about(lines)], [], figures)
 
 
 def _about(lines: Sequence[Line]) -> str:
-    """What a reader of a figure or table has to know of the means in it."""
+    """A sentence for the reader about the means in a figure or table; empty if there are none."""
     most = max(len(line.models) for line in lines)
-    return f" Of up to {most} seeds the mean; each of them is drawn pale." if most > 1 else ""
+    return f" Means over up to {most} seeds; single seeds are shown pale." if most > 1 else ""
 
 
-def _figure(drawn: dict[str, tuple[Line, str]], label: str, title: str, config: CurvesConfig):
+def _figure(named: dict[str, tuple[Line, str]], label: str, title: str, config: CurvesConfig):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, (line, metric) in drawn.items():
+    for name, (line, metric) in named.items():
         steps, values = line.mean.curve(metric)
         counts = line.mean.counts
         scale = {"step": 1, "tokens": counts.tokens_per_step, "flops": counts.flops_per_step}
@@ -165,11 +174,11 @@ def _figure(drawn: dict[str, tuple[Line, str]], label: str, title: str, config: 
     axes.set(xlabel=where, ylabel=label, title=title)
     if config.log_over:
         axes.set_xscale("log")
-    return _finished(figure, axes, config, len(drawn))
+    return _finished(figure, axes, config, len(named))
 
 
 def _finished(figure, axes, config, count: int):
-    """The figure with what all of them have: the metric's scale, a grid, a legend of `count`."""
+    """The figure, after adding the scale of the metric, a grid, and a legend of `count` lines."""
     if config.log_metric:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
@@ -178,7 +187,7 @@ def _finished(figure, axes, config, count: int):
 
 
 def legend(figure, axes, count: int):
-    """Beside the axes where there are too many lines to leave room in them."""
+    """Adds a legend: beside the axes if there are too many lines to fit it inside."""
     if count > 6:
         figure.legend(loc="outside right upper", fontsize="small")
     else:
@@ -203,17 +212,20 @@ def _values_section(lines: Sequence[Line], metrics, config) -> Section:
     columns = ["run", "metric", "last", "best", "at step"]
     if reach is not None:
         columns.append(f"first step at {reach:g}")
-    text = ["The best value is the lowest of a loss, perplexity or bits, the highest of others."]
+    text = [
+        "The best value is the lowest for losses, perplexities and bits, and the highest for other "
+        "metrics."
+    ]
     return Section("Values", text, [Table("values", tuple(columns), rows)], {}, numbers)
 
 
 def _falls(metric: str) -> bool:
-    """Whether a metric is the better the lower it is."""
+    """Whether lower is better for a metric."""
     return any(word in metric for word in ("loss", "nll", "perplexity", "bits", "error", "grad"))
 
 
 def _reaches(steps, values, metric: str, threshold: float) -> int | None:
-    """The first step whose value is at least the threshold, or at most where low is good."""
+    """The first step whose value is at least the threshold, or at most if lower is better."""
     for step, value in zip(steps, values, strict=True):
         if value <= threshold if _falls(metric) else value >= threshold:
             return step
@@ -221,7 +233,7 @@ def _reaches(steps, values, metric: str, threshold: float) -> int | None:
 
 
 def _against_section(lines: Sequence[Line], metrics, config) -> Section:
-    """The last values against a flag or a quantity, joined within each group of runs."""
+    """The final values against a flag or a quantity, connected within each group of runs."""
     if config.against in QUANTITIES:
         label, value = QUANTITIES[config.against]
     else:
@@ -242,12 +254,12 @@ def _against_section(lines: Sequence[Line], metrics, config) -> Section:
             groups, label, label_of(lines[0].mean, metric), config
         )
     columns = ("metric", "runs", label, "last value", "seeds")
-    text = [f"The last value of each run against {label}." + _about(lines)]
+    text = [f"The final value of each run against {label}." + _about(lines)]
     return Section(f"Against {label}", text, [Table("against", columns, rows)], figures)
 
 
 def _ends(line: Line, metric: str) -> list[float]:
-    """The last value of each of its models that has one."""
+    """The final value of each of the line's models that has one."""
     return [values[-1] for values in (m.curve(metric)[1] for m in line.models) if values]
 
 
@@ -262,7 +274,7 @@ def _against_figure(groups: dict[str, list], label: str, metric: str, config: Cu
         if any(len(each) > 1 for _, _, each in points):
             every = [(x, y) for x, _, each in points for y in each]
             axes.plot(*zip(*every, strict=True), "o", color=own.get_color(), ms=4, alpha=0.3)
-    axes.set(xlabel=label, ylabel=f"{metric}, last")
+    axes.set(xlabel=label, ylabel=f"final {metric}")
     xs = [x for points in groups.values() for x, _, _ in points]
     if xs and min(xs) > 0 and max(xs) / min(xs) >= 8:
         axes.set_xscale("log")

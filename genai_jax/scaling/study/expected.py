@@ -1,9 +1,9 @@
-"""What a study's numbers should be: ``expected.json`` in its folder, and how far they may be off.
+"""The expected numbers of a study and their tolerances, from ``expected.json`` in its folder.
 
     {"name of a number": {"value": 3.21, "tolerance": 0.02},
      "another": {"value": 0.5, "tolerance": "2%"}}
 
-A tolerance that is a number is absolute, one in per cent is relative to the value.
+A numeric tolerance is absolute; one in percent is relative to the value.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def read_expected(folder: pathlib.Path) -> dict[str, tuple[float, float]]:
     """Name -> (value, absolute tolerance).
 
     Raises:
-      ConfigError: no such file, or an entry of another form, which is named.
+      ConfigError: a missing file, or a malformed entry.
     """
     path = folder / "expected.json"
     try:
         entries = json.loads(path.read_text())
     except OSError:
-        raise ConfigError(f"--check: {path} is not there") from None
+        raise ConfigError(f"--check: {path} does not exist") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(entries, dict) or not entries:
-        raise ConfigError(f"{path} names no number")
+        raise ConfigError(f"{path} names no numbers")
     return {name: _entry(path, name, entry) for name, entry in entries.items()}
 
 
@@ -39,25 +39,25 @@ def _entry(path: pathlib.Path, name: str, entry: object) -> tuple[float, float]:
         value, tolerance = entry["value"], entry["tolerance"]
         if isinstance(tolerance, str) and tolerance.endswith("%"):
             tolerance = abs(value) * float(tolerance[:-1]) / 100
-        found = float(value), float(tolerance)
+        parsed = float(value), float(tolerance)
     except (TypeError, KeyError, ValueError):
-        found = math.nan, math.nan
-    if not all(map(math.isfinite, found)) or found[1] < 0:
+        parsed = math.nan, math.nan
+    if not all(map(math.isfinite, parsed)) or parsed[1] < 0:
         raise ConfigError(
-            f"{path}: {name} is {json.dumps(entry)}; allowed is "
-            '{"value": 3.21, "tolerance": 0.02}, or "2%" for a relative one'
+            f"{path}: {name} is {json.dumps(entry)}; write "
+            '{"value": 3.21, "tolerance": 0.02}, or "2%" for a relative tolerance'
         )
-    return found
+    return parsed
 
 
 def off(numbers: Mapping[str, float], expected: Mapping[str, tuple[float, float]]) -> list[str]:
-    """A line for each number that is not there, or off by more than its tolerance."""
-    found = []
+    """A line for each number that is missing, or off by more than its tolerance."""
+    lines = []
     for name, (value, tolerance) in expected.items():
         if name not in numbers:
-            found.append(f"{name} is not among the results; expected is {value:g}")
+            lines.append(f"{name} is not among the results; expected {value:g}")
         elif not abs(numbers[name] - value) <= tolerance:
-            found.append(
-                f"{name} is {numbers[name]:.6g}; expected is {value:g} within {tolerance:.3g}"
+            lines.append(
+                f"{name} is {numbers[name]:.6g}; expected {value:g} within {tolerance:.3g}"
             )
-    return found
+    return lines

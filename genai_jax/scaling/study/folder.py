@@ -1,4 +1,4 @@
-"""Reads the folder of a study: a question, flagfiles, and what is known of a run before it ran."""
+"""Reads the folder of a study: its question, its flagfiles, and the counts of each run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NOT_RUNS = ("base.flags", "study.flags")
 
 
 class Counts(NamedTuple):
-    """Of one model, as its task counts them: a member of a population counts alone."""
+    """Counts of one model, or one member of a population, by its task."""
 
     parameters: int
-    embedding_parameters: int  # of input embeddings and position tables; an untied head is no one
-    active: int  # all but those of experts that a token does not choose; embeddings count
-    tokens_per_step: int  # examples, where there are no tokens
+    embedding_parameters: int  # input embeddings and position tables, not an untied head
+    active: int  # parameters that a token uses: all but those of unchosen experts
+    tokens_per_step: int  # examples for tasks without tokens
     flops_per_step: float
-    convention: str  # of the FLOPs
+    convention: str  # how FLOPs are counted
     loss_unit: str
 
     @property
@@ -36,7 +36,7 @@ class Counts(NamedTuple):
 class Run(NamedTuple):
     """A flagfile of the study."""
 
-    name: str  # of the flagfile, without its end
+    name: str  # name of the flagfile without its extension
     flagfile: pathlib.Path
     workdir: pathlib.Path
     config: Config
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the whole run, all members."""
+        """FLOPs of the whole run, for all members."""
         return self.counts.flops_per_step * self.steps * self.members
 
 
@@ -64,27 +64,26 @@ class Study(NamedTuple):
 
 
 def check_folder(folder: pathlib.Path):
-    """Raises `ConfigError` if `folder` is no study."""
+    """Raises `ConfigError` if `folder` is not the folder of a study."""
     if not folder.is_dir():
         raise ConfigError(f"--study={folder}: no such folder")
-    for name, holds in (("README.md", "the question"), ("study.flags", "--study.analysis=...")):
+    for name, what in (("README.md", "the question"), ("study.flags", "--study.analysis=...")):
         if not (folder / name).is_file():
-            raise ConfigError(f"--study={folder} has no {name}, which holds {holds}")
+            raise ConfigError(f"--study={folder} has no {name}, which must hold {what}")
     if not flagfiles(folder):
         raise ConfigError(
-            f"--study={folder} holds no run: every flagfile there but "
-            f"{' and '.join(NOT_RUNS)} is one"
+            f"--study={folder} has no runs: it needs flagfiles besides {' and '.join(NOT_RUNS)}"
         )
 
 
 def flagfiles(folder: pathlib.Path) -> list[pathlib.Path]:
     """The flagfiles of the runs."""
-    found = (path for path in folder.glob("*.flags") if path.name not in NOT_RUNS)
-    return sorted(found, key=lambda path: by_number(path.stem))
+    paths = (path for path in folder.glob("*.flags") if path.name not in NOT_RUNS)
+    return sorted(paths, key=lambda path: by_number(path.stem))
 
 
 def by_number(name: str) -> list:
-    """A key that sorts width.8 before width.16."""
+    """A sort key that puts width.8 before width.16."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
@@ -94,17 +93,17 @@ def read_study(
     parse_run: Callable[[list[str]], Config],
     make_task: Callable[[Config], Task],
 ) -> Study:
-    """Reads every flagfile and makes its task, which finds flags that contradict each other.
+    """Reads every flagfile and creates its task, which reports flags that contradict each other.
 
     Args:
-      folder: of the study.
-      workdir: of the study; a run's is ``runs/<name>`` in it.
+      folder: folder of the study.
+      workdir: workdir of the study; that of a run is ``runs/<name>`` in it.
       parse_run: command line -> configuration.
       make_task: configuration -> task.
 
     Raises:
-      ConfigError: as `check_folder`; a mistake in a flagfile, which is named; two runs of the same
-        workdir or of the same flags.
+      ConfigError: as `check_folder`; a mistake in a flagfile; two runs with the same workdir or the
+        same flags.
     """
     check_folder(folder)
     paths = flagfiles(folder)
@@ -118,9 +117,9 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
     try:
         own = parse_run([f"--flagfile={path}"]).run.workdir
         if own:
-            raise ConfigError(f"sets --workdir={own}; where a run's files go is the study's to say")
+            raise ConfigError(f"sets --workdir={own}, but the study chooses the workdir: remove it")
         config = parse_run([f"--flagfile={path}", f"--workdir={workdir}"])
-        # The backend of the accelerator that runs it need not be there where it is read.
+        # The attention backend that the run will use may not exist on this machine.
         task = make_task(config.replace("run", attention="auto"))
         return Run(path.stem, path, workdir, config, counts_of(task, config))
     except ConfigError as error:
@@ -128,7 +127,7 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
 
 
 def counts_of(task: Task, config: Config) -> Counts:
-    """Shapes alone: nothing is allocated."""
+    """Counts of a task from shapes; nothing is allocated."""
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     flops = flops_of(task)
     sizes = parameter_counts(params, flops.get("inactive_parameters", 0))
@@ -144,16 +143,16 @@ def counts_of(task: Task, config: Config) -> Counts:
 
 
 def _check_different(runs: list[Run]):
-    """Raises `ConfigError` for two runs that are one, or would write to the same folder."""
+    """Raises `ConfigError` for two runs with the same flags or the same workdir."""
     folders: dict[str, Run] = {}
     flags: dict[str, Run] = {}
     for run in runs:
-        # Some file systems take A and a for the same name.
+        # Some file systems do not distinguish A from a.
         other = folders.setdefault(run.name.casefold(), run)
         if other is not run:
             raise ConfigError(
-                f"{other.flagfile} and {run.flagfile} write to the same workdir where small and "
-                "capital letters are one: rename one"
+                f"{other.flagfile} and {run.flagfile} write to the same workdir on "
+                "case-insensitive file systems: rename one"
             )
         other = flags.setdefault(run.config.to_flags(leave_out=("workdir",)), run)
         if other is not run:
@@ -161,7 +160,7 @@ def _check_different(runs: list[Run]):
 
 
 def _title_and_question(readme: str) -> tuple[str, str]:
-    """The first heading, and the first paragraph behind it, without marks of Markdown."""
+    """The first heading and the paragraph after it, without Markdown markup."""
     heading = re.search(r"^#\s*(.+)$", readme, re.MULTILINE)
     plain = lambda text: re.sub(r"[*_`]+", "", " ".join(text.split()))
     rest = readme[heading.end() :] if heading else readme

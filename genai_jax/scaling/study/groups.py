@@ -1,4 +1,4 @@
-"""How runs belong together: by their names up to the first dot, and by what their flags say."""
+"""How runs are grouped: by their names up to the first dot, and by their flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Model(NamedTuple):
-    """A model that a run is to train: the run itself, or a member of a population."""
+    """A model that a run will train: the run itself, or a member of its population."""
 
     run: Run
     config: Config
@@ -38,32 +38,32 @@ def models_of(runs: Sequence[Run]) -> list[Model]:
 
 
 def run_of(model: Model | Result) -> str:
-    """The name of its run; a result of a population names its member as well."""
+    """The name of a model's run, without the number of a population's member."""
     return model.name.split("/")[0]
 
 
 def unit_of(model: Model | Result, metric: str) -> str:
-    """Of a metric: the task's own of its losses, else the metric's name."""
+    """The unit of a metric: for losses that of the task, otherwise the name of the metric."""
     return model.counts.loss_unit if metric.endswith("/loss") else metric
 
 
 def label_of(model: Model | Result, metric: str) -> str:
-    """A metric for headings and axes, with its unit where it has one."""
+    """A metric with its unit, if it has one, for headings and axis labels."""
     unit = unit_of(model, metric)
     return metric if unit == metric else f"{metric} ({unit})"
 
 
 def group_of(model: Model | Result) -> str:
-    """Its architecture, or other variant: the flagfile's name up to the first dot."""
+    """The architecture or variant of a model: its run's name up to the first dot."""
     return run_of(model).split(".")[0]
 
 
 def grouped(models: Sequence[T]) -> dict[str, list[T]]:
-    """Group -> its models; groups as they first come."""
-    found: dict[str, list[T]] = {}
+    """Group -> its models, in order of first appearance."""
+    groups: dict[str, list[T]] = {}
     for model in models:
-        found.setdefault(group_of(model), []).append(model)
-    return found
+        groups.setdefault(group_of(model), []).append(model)
+    return groups
 
 
 def learning_rate(model: Model | Result) -> float:
@@ -75,15 +75,16 @@ def seed(model: Model | Result) -> int:
 
 
 def flag_value(flag: str, name: str, model: Model | Result) -> float:
-    """The value of the flag `name` of a model, a number.
+    """The numeric value of the flag `name` of a model.
 
     Raises:
-      ConfigError: the model has no such flag, or it is no number; `flag` is what named it.
+      ConfigError: the model has no such flag, or its value is not a number; the message names
+        `flag`, whose value `name` is.
     """
     values = model.config.items()
     if name not in values:
-        raise ConfigError(f"--{flag}={name} is no flag of run {model.name}")
+        raise ConfigError(f"--{flag}={name} is not a flag of run {model.name}")
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"--{flag}={name} is {value!r} in run {model.name}, which is no number")
+        raise ConfigError(f"--{flag}={name} is {value!r} in run {model.name}, not a number")
     return value

@@ -1,4 +1,4 @@
-"""The commands that train runs elsewhere, to be read or piped into a shell."""
+"""Shell commands that train the runs on other machines."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SLURM = pathlib.Path("experiments/pods/launch/slurm.sh")
 
 
 def commands(launcher: str, options: str, runs: Sequence[Run]) -> list[str]:
-    """A line of shell for each run.
+    """A shell command for each run.
 
     Args:
-      launcher: "print", the command of a process; or "slurm", one job a run by slurm.sh.
-      options: further ones of slurm.sh, e.g. "--nodes=1 --gpus_per_node=1 --partition=gpu".
-      runs: what is to be trained.
+      launcher: "print" for the training command itself, "slurm" for a job submitted by slurm.sh.
+      options: more options for slurm.sh, e.g. "--nodes=1 --gpus_per_node=1 --partition=gpu".
+      runs: the runs to train.
 
     Raises:
-      ConfigError: a study outside the repository, from which the jobs of slurm.sh read their
+      ConfigError: "slurm" and a study outside of the repository, from which the jobs read their
         flagfiles.
     """
     if launcher == "slurm":
@@ -36,7 +36,7 @@ def _slurm(options: str, run: Run) -> str:
         flagfile = run.flagfile.resolve().relative_to(ROOT)
     except ValueError:
         raise ConfigError(
-            f"{run.flagfile} is not in {ROOT}: jobs of --launcher=slurm read flagfiles from there"
+            f"{run.flagfile} is not in {ROOT}, where jobs of --launcher=slurm read their flagfiles"
         ) from None
     flags = [f"--flagfile={flagfile}", f"--workdir={run.workdir.resolve()}"]
     return shlex.join([str(SLURM), *(shlex.split(options) or ["--nodes=1"]), *flags])

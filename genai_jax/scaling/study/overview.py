@@ -1,4 +1,4 @@
-"""All runs of a study in a table: as planned on the terminal, as finished in the report."""
+"""Tables of all runs of a study: planned ones on the terminal, finished ones in the report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from genai_jax.scaling.report import Section, Table
 from genai_jax.scaling.report_page import shown
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run, by_number
 from genai_jax.scaling.study.groups import learning_rate, seed
 from genai_jax.scaling.study.results import Result, read_fate
@@ -20,14 +20,14 @@ def plan_text(
     runs: Sequence[Run], finished: Sequence[Run], others: Sequence[Run], speed: Speed | None,
     jobs: int,
 ) -> str:  # fmt: skip
-    """What a dry run prints.
+    """The text that a dry run prints.
 
     Args:
-      runs: what would be trained.
-      finished: what needs no process any more.
-      others: what may be needed later, when these are finished.
-      speed: of this machine, None if nothing would be trained.
-      jobs: processes at a time.
+      runs: runs that would be trained.
+      finished: runs that have finished.
+      others: runs that are not selected, or that may be needed after `runs` have finished.
+      speed: speed of this machine, None if nothing would be trained.
+      jobs: number of processes at a time.
     """
     states = {run.name: "finished" for run in finished} | {
         run.name: "perhaps later" for run in others
@@ -53,18 +53,20 @@ def plan_text(
         lines += [
             f"{len(runs)} run(s) to train, {sum(run.flops for run in runs):.3e} FLOPs: expected "
             f"{duration(makespan(seconds, jobs))}{at_once}",
-            f"expected from {speed.source}: {speed.rate:.3g} FLOP/s, {1e3 * speed.overhead:.1f} ms "
-            f"a step and {speed.startup:.0f} s a run besides",
+            f"estimated from {speed.source}: {speed.rate:.3g} FLOP/s, plus "
+            f"{1e3 * speed.overhead:.1f} ms per step and {speed.startup:.0f} s per run",
         ]
     else:
         lines.append("nothing to train")
     if others:
-        lines.append(f"{len(others)} other run(s) are not asked for, or follow from what comes out")
+        lines.append(
+            f"{len(others)} other run(s) are not selected, or depend on the results of these"
+        )
     return "\n".join(lines)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the first and last column to the left, the others to the right."""
+    """Lines of columns: the first and last are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row):
@@ -93,16 +95,18 @@ def runs_section(runs: Sequence[Run], results: Mapping[str, list[Result]], metri
     )  # fmt: skip
     conventions = dict.fromkeys(run.counts.convention for run in runs)
     text = [
-        f"{metric} is of the last step, on held-out data if its name says eval.",
+        f"{metric} is the value at the last step; metrics whose names start with eval are measured "
+        "on held-out data.",
         *(f"FLOPs: {convention}." for convention in conventions),
-        "Times are of this run's machine, with all that ran beside it; a population's are of all "
-        "its members, and the wall time is of the run's last process.",
+        "Times were measured on the machine that trained the run, including the effect of "
+        "everything else that ran on it. For a population they cover all members. The wall time is "
+        "that of the run's last process.",
     ]
     return Section("Runs", text, [Table("runs", columns, rows)])
 
 
 def _times(run: Run) -> tuple[float | None, float | None]:
-    """Median seconds of a step, and of the run's last process."""
+    """(median step time, wall time of the run's last process), in seconds."""
     rows = read_metrics(run.workdir / "metrics.jsonl")
     steps = [row["perf/step_time_s"] for row in rows if "perf/step_time_s" in row]
     fate = read_fate(run)

@@ -1,4 +1,4 @@
-"""Scores paired by seed: the learning rate that is chosen, the difference and its interval."""
+"""Scores paired by seed: choice of the learning rate, differences and their intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ RESAMPLES = 10_000
 
 
 class Difference(NamedTuple):
-    """Of an architecture's score to the baseline's, over paired seeds."""
+    """Mean difference of an architecture's score to the baseline's, over paired seeds."""
 
     mean: float
     low: float
@@ -35,7 +35,7 @@ def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
     best = min(tried, key=lambda r: r.final(config.metric))
     if not math.isfinite(best.final(config.metric)):
         raise ConfigError(
-            f"{group_of(best)} diverged with every learning rate: "
+            f"{group_of(best)} diverged at every learning rate: "
             f"{', '.join(f'{learning_rate(r):g}' for r in tried)}"
         )
     return learning_rate(best)
@@ -44,9 +44,10 @@ def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
 def scored_runs(
     members: Sequence[Result], chooses: bool, config: ComparisonConfig
 ) -> tuple[float, list[Result]]:
-    """(the learning rate, the results with it that are scored) of an architecture.
+    """(learning rate, scored results) of an architecture.
 
-    chooses: the selection seed chooses for any architecture, so that it is scored for none.
+    chooses: whether the selection seed chooses a learning rate for any architecture, in which case
+      it is scored for none.
     """
     tried = {learning_rate(r) for r in members}
     rate = chosen_rate(members, config) if len(tried) > 1 else tried.pop()
@@ -57,15 +58,15 @@ def scored_runs(
 def paired_difference(
     scores: Mapping[int, float], baseline: Mapping[int, float], config: ComparisonConfig, name: str
 ) -> Difference:
-    """Mean over common seeds of score - baseline, with its interval.
+    """Mean over common seeds of score - baseline, with its confidence interval.
 
     Student's t: mean +- t(0.975, n - 1) s / sqrt(n). Bootstrap: percentiles of the means of
-    resampled pairs (Efron 1979); with few seeds it is too narrow.
+    resampled pairs (Efron 1979), which are too narrow for few seeds.
     """
     common = sorted(scores.keys() & baseline.keys())
     if len(common) < config.seeds:
         raise ConfigError(
-            f"{name} and {config.baseline} have {len(common)} scored seed(s) in common, "
+            f"{name} and {config.baseline} have {len(common)} scored seed(s) in common; "
             f"--study.seeds={config.seeds} are needed"
         )
     values = np.array([scores[s] - baseline[s] for s in common], np.float64)
@@ -73,11 +74,11 @@ def paired_difference(
     if not np.all(np.isfinite(values)):
         return Difference(mean, math.nan, math.nan, n)
     if config.interval == "bootstrap":
-        drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+        resamples = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
         tails = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
-        low, high = np.percentile(values[drawn].mean(1), tails)
+        low, high = np.percentile(values[resamples].mean(1), tails)
         return Difference(mean, float(low), float(high), n)
-    from scipy.stats import t
+    from scipy.stats import t  # here, because importing it takes long
 
     half = t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return Difference(mean, float(mean - half), float(mean + half), n)

@@ -1,4 +1,4 @@
-"""What the runs of a study left behind: whether they are finished, and their numbers."""
+"""Reads the workdirs of a study's runs: whether they have finished, and their results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from genai_jax.training.metrics_log import read_metrics
 from genai_jax.training.population import member_config
 from genai_jax.training.workdir import read_record, write_atomically
 
-FATE = "study.json"  # in a run's workdir: how its last process ended
+FATE = "study.json"  # file in a run's workdir that says how its last process ended
 STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM ended
 NOT_FINITE = re.compile(r"(loss|grad_norm|penalty)\S* is (nan|-?inf) at step")
 
 
 class Result(NamedTuple):
-    """One trained model: a run, or a member of one that is a population."""
+    """One trained model: a run, or a member of its population."""
 
     name: str
     config: Config
     counts: Counts
-    rows: list[dict]  # of metrics.jsonl, with the model's own metrics
+    rows: list[dict]  # rows of metrics.jsonl with the metrics of this model
     diverged: bool
 
     @property
@@ -37,23 +37,23 @@ class Result(NamedTuple):
         return self.counts.flops_per_step * self.config.train.steps
 
     def final(self, metric: str) -> float:
-        """Its value at the last step; infinite if the run diverged.
+        """The value of a metric at the last step; infinite if the run diverged.
 
         Raises:
-          ConfigError: no such metric; those there are are named.
+          ConfigError: the run has no such metric.
         """
         if self.diverged:
             return math.inf
         last = self.rows[-1]
         if metric not in last:
             known = ", ".join(name for name in sorted(last) if name.startswith(("eval/", "train/")))
-            raise ConfigError(f"run {self.name} has no metric {metric!r}; it has {known}")
+            raise ConfigError(f"run {self.name} has no metric {metric!r}; its metrics are {known}")
         return last[metric]
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """(steps, values) of all rows that have the metric."""
-        found = [(row["step"], row[metric]) for row in self.rows if metric in row]
-        return [step for step, _ in found], [value for _, value in found]
+        points = [(row["step"], row[metric]) for row in self.rows if metric in row]
+        return [step for step, _ in points], [value for _, value in points]
 
 
 class Fate(NamedTuple):
@@ -61,8 +61,8 @@ class Fate(NamedTuple):
 
     code: int
     error: str  # empty if there was none
-    seconds: float  # of that process
-    began_at: int  # the step from which it went on
+    seconds: float  # wall time of that process
+    began_at: int  # step at which it started or resumed
 
     @property
     def diverged(self) -> bool:
@@ -80,10 +80,10 @@ def read_fate(run: Run) -> Fate | None:
 
 
 def is_finished(run: Run, may_diverge: bool) -> bool:
-    """Whether the run needs no process any more.
+    """Whether the run is complete; a divergence also completes it if it `may_diverge`.
 
     Raises:
-      ConfigError: what is there was made with other flags.
+      ConfigError: the workdir holds a run with different flags.
     """
     rows = read_metrics(run.workdir / "metrics.jsonl")
     fate = read_fate(run)
@@ -100,10 +100,10 @@ def is_finished(run: Run, may_diverge: bool) -> bool:
 
 
 def _refuse_other_flags(run: Run):
-    """Raises `ConfigError` if the flags that decide on a run's numbers have changed.
+    """Raises `ConfigError` if flags that affect the results of a run have changed.
 
-    Those include its steps, though training can be made longer: what a schedule did before that
-    step was for the other length.
+    These include its number of steps, although training could be extended: the learning-rate
+    schedule up to now was that of the old length.
     """
     text = (run.workdir / "flags.txt").read_text()
     before, now = _values(text), _values(run.config.to_flags(leave_out=("workdir",)))
@@ -115,7 +115,7 @@ def _refuse_other_flags(run: Run):
     ]
     if changed:
         raise ConfigError(
-            f"{run.workdir} holds a run with other flags than {run.flagfile}: "
+            f"{run.workdir} holds a run with flags different from {run.flagfile}: "
             f"{', '.join(changed)}; use another --workdir, or delete it"
         )
 
@@ -136,7 +136,7 @@ def read_results(run: Run) -> list[Result]:
 
 
 def _member(run: Run, member: int, rows: list[dict], diverged: bool) -> Result:
-    """A member's metrics are named ``<metric>/<member>``, and are missing once it diverged."""
+    """A member's metrics are named ``<metric>/<member>`` and are missing once it has diverged."""
     end = f"/{member}"
     own = [
         {"step": row["step"]} | {n.removesuffix(end): v for n, v in row.items() if n.endswith(end)}
@@ -148,26 +148,26 @@ def _member(run: Run, member: int, rows: list[dict], diverged: bool) -> Result:
 
 
 def environments(runs: list[Run]) -> dict:
-    """What the runs were made with, from their run.json; values that differ stand side by side."""
+    """Versions, devices and data from the run.json files; differing values are listed together."""
     fields = ("python", "versions", "git_commit", "platform", "device_kind", "devices", "data")
     records = [read_record(run.workdir) for run in runs]
-    found: dict = {}
+    merged: dict = {}
     for record in records:
         for name in fields:
-            _join(found, name, record.get(name))
-    return found
+            _merge(merged, name, record.get(name))
+    return merged
 
 
-def _join(found: dict, name: str, value):
+def _merge(merged: dict, name: str, value):
     if isinstance(value, dict):
         for key, part in value.items():
-            _join(found.setdefault(name, {}), key, part)
+            _merge(merged.setdefault(name, {}), key, part)
     elif value is not None:
-        before = found.setdefault(name, str(value))
+        before = merged.setdefault(name, str(value))
         if str(value) not in before.split(" | "):
-            found[name] = f"{before} | {value}"
+            merged[name] = f"{before} | {value}"
 
 
 def log_path(run: Run) -> pathlib.Path:
-    """What the run's processes printed."""
+    """The file with the output of the run's processes."""
     return run.workdir / "train.log"

@@ -1,4 +1,4 @@
-"""Runs what is missing of a study, each run in a process of its own, several at a time."""
+"""Trains the unfinished runs of a study, each in its own process, several at a time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ POLL_SECONDS = 0.2
 class Outcome(NamedTuple):
     """How the processes of a study ended."""
 
-    failed: dict[str, str]  # run -> the last line of its error
-    signal: int  # that ended the study, 0 if none did
+    failed: dict[str, str]  # run -> last line of its error
+    signal: int  # signal that stopped the study, 0 if none did
 
 
 def command(run: Run) -> list[str]:
-    """What trains a run, or goes on with it."""
+    """The command that trains or resumes a run."""
     flags = [f"--flagfile={run.flagfile}", f"--workdir={run.workdir}"]
     return ["python", "-m", "genai_jax.train", *flags]
 
@@ -35,17 +35,18 @@ def command(run: Run) -> list[str]:
 def execute(
     runs: Sequence[Run], *, jobs: int, display: Display, lock: IO, may_diverge: bool
 ) -> Outcome:
-    """Trains the runs to their ends, `jobs` at a time, those with most FLOPs first.
+    """Trains the runs to completion, `jobs` at a time, those with the most FLOPs first.
 
-    A SIGINT or SIGTERM is passed on once: the runs save and leave, and no other starts. A second
-    one ends them at once. One that fails leaves the others alone.
+    SIGINT and SIGTERM are passed on to the processes: at the first signal the runs save a
+    checkpoint and exit, and no others start; a second one makes them exit at once. A run that fails
+    does not affect the others.
 
     Args:
-      runs: of them, those that are to be trained.
-      jobs: processes at a time; each gets its share of the processor's cores.
-      display: is told what happens.
-      lock: a locked file, which the processes keep open, and so locked, while they live.
-      may_diverge: a loss that is not finite is no failure.
+      runs: the runs to train.
+      jobs: number of processes at a time; each gets an equal share of the CPU cores.
+      display: notified of all events.
+      lock: a locked file that the processes keep open, and thus locked, for as long as they live.
+      may_diverge: whether a loss that is not finite counts as a result instead of a failure.
     """
     waiting = sorted(runs, key=lambda run: run.flops, reverse=True)
     shares = core_shares(jobs)
@@ -77,7 +78,7 @@ class _Process:
     """The process of a run."""
 
     def __init__(self, run: Run, place: int, cores: frozenset[int], lock: IO):
-        """place: which of the jobs that run at a time it is."""
+        """place: index of the process among the `jobs` that run at a time."""
         self.run, self.place = run, place
         self._began = time.monotonic()
         rows = read_metrics(run.workdir / "metrics.jsonl")
@@ -85,8 +86,8 @@ class _Process:
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log_start = log_path(run).stat().st_size if log_path(run).exists() else 0
         with open(log_path(run), "ab") as log, affinity(cores):
-            # A session of its own: a Ctrl-C of the terminal reaches the study alone, which passes
-            # it on once. Affinity is inherited.
+            # In a new session, so that Ctrl-C in the terminal reaches only the study, which passes
+            # it on once. The process inherits the CPU affinity.
             self._process = subprocess.Popen(
                 [sys.executable, *command(run)[1:]],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -107,22 +108,21 @@ class _Process:
         return Fate(code, error, seconds, self._began_at)
 
     def _error(self, code: int) -> str:
-        """The last line that the process printed of an error."""
+        """The last error line of the process, or else its last line of output."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         with open(log_path(self.run), "rb") as log:
             log.seek(self._log_start)
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
-        ours = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        said = ours or [line for line in lines if line] or [f"exit code {code}"]
-        return said[-1]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (errors or [line for line in lines if line] or [f"exit code {code}"])[-1]
 
 
 class _Signals:
     """While entered, collects SIGINT and SIGTERM."""
 
     def __init__(self):
-        self.received = 0  # the first one
+        self.received = 0  # the first signal
         self.count = 0
         self._new: list[int] = []
         self._before: dict = {}
@@ -142,6 +142,6 @@ class _Signals:
         self._new.append(number)
 
     def new(self) -> list[int]:
-        """Those that came since the last call."""
-        found, self._new = self._new, []
-        return found
+        """The signals received since the last call."""
+        new, self._new = self._new, []
+        return new

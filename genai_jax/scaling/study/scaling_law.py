@@ -1,4 +1,4 @@
-"""The points of a scaling law: one a run, from what it was and how it ended."""
+"""Scaling-law studies: one point per model, with its size, tokens, FLOPs and final loss."""
 
 import dataclasses
 import math
@@ -7,46 +7,52 @@ from collections.abc import Sequence
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.report import Section
+from genai_jax.scaling.fits.laws import Parametric
+from genai_jax.scaling.fits.optimum import check_budget
+from genai_jax.scaling.fits.points import Curve, check_enough, check_spread, make_points
+from genai_jax.scaling.report_types import Section
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import Model, models_of, run_of, unit_of
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig, chosen, numbers
 
 PARAMETERS = ("non_embedding", "total", "active")
-CURVE_POINTS = 3  # fewer are no curve
+CURVE_POINTS = 3  # fewest points of a training curve
 
 
 @dataclasses.dataclass(frozen=True)
 class ScalingLawConfig(StudyConfig):
     held_out: str = field(
-        "", "runs that are predicted, not fitted: names, with * and ?, comma-separated"
+        "", "runs to predict instead of fitting: comma-separated names, which may contain * and ?"
     )
-    parameters: str = field("non_embedding", "what N counts", choices=PARAMETERS)
+    parameters: str = field("non_embedding", "parameters that N counts", choices=PARAMETERS)
     budgets: str = field(
         "",
-        "FLOPs to find the best size and tokens for, comma-separated; those of the runs if unset",
+        "training budgets in FLOPs, comma-separated, to find the compute-optimal size and tokens "
+        "for; the budgets of the runs if unset",
     )
     extrapolate: float = field(
-        1.0, "how far beyond the fitted runs, as a factor, these may be", minimum=1
+        1.0,
+        "largest factor by which budgets, and their optimal size and tokens, may lie outside the "
+        "range of the fitted runs",
+        minimum=1,
     )
-    resamples: int = field(1000, "bootstrap resamples of the intervals", minimum=0)
-    fit_seed: int = field(0, "of the resamples", minimum=0)
+    resamples: int = field(
+        1000, "number of bootstrap resamples for the confidence intervals", minimum=0
+    )
+    fit_seed: int = field(0, "random seed for the bootstrap", minimum=0)
 
 
 def check(runs: Sequence[Run], config: ScalingLawConfig):
-    """Raises `ConfigError` for a study that nothing could be fitted to, whatever its losses are.
+    """Raises `ConfigError` for a study that cannot be fitted, whatever its losses turn out to be.
 
-    Wrong held-out runs, too few or too similar other ones, budgets outside of them.
+    Reasons are unknown held-out runs, too few or too similar runs to fit, and budgets outside of
+    their range.
     """
-    from genai_jax.scaling.fits.laws import Parametric
-    from genai_jax.scaling.fits.optimum import check_budget
-    from genai_jax.scaling.fits.points import check_enough, check_spread, make_points
-
     held_out = chosen("study.held_out", config.held_out, [run.name for run in runs])
     models = [m for m in models_of(runs) if m.name not in held_out]
     if not models:
-        raise ConfigError(f"--study.held_out={config.held_out} leaves no run to fit")
+        raise ConfigError(f"--study.held_out={config.held_out} leaves no runs to fit")
     planned = make_points(
         [_size(m, config) for m in models],
         [m.counts.tokens_per_step * m.config.train.steps for m in models],
@@ -60,20 +66,19 @@ def check(runs: Sequence[Run], config: ScalingLawConfig):
 
 
 def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section]:
-    """Every fit of `genai_jax.scaling.fits` on the runs; D is the tokens, or examples, seen.
+    """All fits of `genai_jax.scaling.fits` to the runs; D is the number of tokens, or examples.
 
     Raises:
-      ConfigError: too few points for a fit, or a budget outside what they can say.
+      ConfigError: too few points for a fit, or a budget outside of their range.
     """
-    from genai_jax.scaling.fits.analysis import scaling_law
-    from genai_jax.scaling.fits.points import make_points
+    from genai_jax.scaling.fits.analysis import scaling_law  # here, as it imports Matplotlib
 
     diverged = [r.name for r in results if not math.isfinite(r.final(config.metric))]
     results = [r for r in results if r.name not in diverged]
     if not results:
         raise ConfigError(f"every run diverged: {', '.join(diverged)}")
     names = [run_of(r) for r in results]
-    # One that is not finished yet is no mistake: the report says that it is missing.
+    # A pattern may match only unfinished runs, which the report lists as missing.
     held_out = set(chosen("study.held_out", config.held_out, names, missing_ok=True))
     points = make_points(
         [_size(r, config) for r in results],
@@ -92,7 +97,7 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
         loss_unit=unit_of(results[0], config.metric),
     )
     if diverged:
-        left_out = f"Left out, their loss is not finite: {', '.join(diverged)}."
+        left_out = f"Left out because the loss is not finite: {', '.join(diverged)}."
         first = first._replace(paragraphs=[left_out, *first.paragraphs])
     return [first, *others]
 
@@ -108,14 +113,12 @@ def _size(model: Model | Result, config: ScalingLawConfig) -> int:
 
 
 def _curves(results: Sequence[Result], config: ScalingLawConfig) -> list | None:
-    """The metric while the runs trained, of those that scored it often enough; None if none did."""
-    from genai_jax.scaling.fits.points import Curve
-
-    found = []
+    """Training curves of the runs that logged the metric often enough; None if there are none."""
+    curves = []
     for r in results:
         steps, values = (np.array(part, np.float64) for part in r.curve(config.metric))
         if len(steps) < CURVE_POINTS:
             continue
         tokens, flops = steps * r.counts.tokens_per_step, steps * r.counts.flops_per_step
-        found.append(Curve(_size(r, config), tokens, flops, values))
-    return found or None
+        curves.append(Curve(_size(r, config), tokens, flops, values))
+    return curves or None

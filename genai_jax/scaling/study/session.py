@@ -1,4 +1,4 @@
-"""What a study does: trains what is missing, in waves, and writes the report."""
+"""Runs a study: trains the missing runs, in waves, and writes the report."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from genai_jax.scaling.study.table import make_display
 
 
 class State(NamedTuple):
-    """Of a study, as its workdir says."""
+    """The state of a study in its workdir."""
 
-    needed: list[Run]  # by the analysis, as far as it can tell so far
-    missing: list[Run]  # of those, what is not finished
-    results: dict[str, list[Result]]  # of those that are
+    needed: list[Run]  # runs that the analysis needs, as far as is known so far
+    missing: list[Run]  # needed runs that have not finished
+    results: dict[str, list[Result]]  # results of the needed runs that have
 
 
 def state_of(study: Study, settings: StudyConfig) -> State:
-    """What is finished and what is missing.
+    """Which runs are needed, missing and finished.
 
     Raises:
-      ConfigError: a study that its analysis could not use; a run made with other flags.
+      ConfigError: the analysis cannot use the study, or a workdir holds a run with other flags.
     """
     finished = {
         run.name: read_results(run) for run in study.runs if is_finished(run, settings.may_diverge)
@@ -45,7 +45,7 @@ def state_of(study: Study, settings: StudyConfig) -> State:
 def train_missing(
     study: Study, settings: StudyConfig, only: Sequence[str], jobs: int, lock: IO
 ) -> Outcome:
-    """Trains until nothing is missing that did not fail; what is finished may call for more."""
+    """Trains until only failed runs are missing; finished runs may make others needed."""
     failed: dict[str, str] = {}
     while True:
         state = state_of(study, settings)
@@ -62,22 +62,22 @@ def train_missing(
             return Outcome(failed, outcome.signal)
         for run in runs:
             if run.name not in failed and not is_finished(run, settings.may_diverge):
-                failed[run.name] = "its process ended well, and yet the run is not finished"
+                failed[run.name] = "its process exited without an error, but the run is incomplete"
 
 
 def report(
     study: Study, settings: StudyConfig, workdir: pathlib.Path, failed: dict[str, str],
     argv: Sequence[str],
 ) -> pathlib.Path:  # fmt: skip
-    """Writes the report of the finished runs into ``workdir/report`` and returns its page.
+    """Writes the report of the finished runs into ``workdir/report``; returns the path of its page.
 
     Raises:
-      ConfigError: the analysis cannot use what is there.
+      ConfigError: the finished runs are not enough for the analysis.
     """
     state = state_of(study, settings)
     if not state.results:
-        raise ConfigError("no run is finished")
-    results = [result for found in state.results.values() for result in found]
+        raise ConfigError("no run has finished")
+    results = [result for models in state.results.values() for result in models]
     finished = [run for run in state.needed if run.name in state.results]
     sections = ANALYSES[settings.analysis].analyze(results, settings)
     sections = [*sections, runs_section(finished, state.results, settings.metric)]
@@ -99,7 +99,7 @@ def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[
         "warnings": missing,
         "commands": [
             shlex.join(["python", "-m", "genai_jax.study", *_lasting(argv)]),
-            "# a single run, with its flags as below in RUN.flags:",
+            "# A single run, with its flags from below saved as RUN.flags:",
             "python -m genai_jax.train --flagfile=RUN.flags --workdir=runs/RUN",
         ],
         "environment": environments(finished),
@@ -108,10 +108,10 @@ def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[
 
 
 def _lasting(argv: Sequence[str]) -> list[str]:
-    """Without what says how the runs were trained, and not what the report is about."""
+    """The arguments without those that do not affect the content of the report."""
     return [a for a in argv if not a.lstrip("-").startswith(("only", "jobs", "check"))]
 
 
 def check(study: Study, workdir: pathlib.Path) -> list[str]:
-    """A line for each number of the report that is not as the study's expected.json says."""
+    """A line for each number of the report that deviates from the study's expected.json."""
     return off(read_numbers(workdir / "report" / "results.json"), read_expected(study.folder))

@@ -1,4 +1,4 @@
-"""The flags of a study that all analyses have: ``--study.*``, in the folder's study.flags."""
+"""The ``--study.*`` flags that all analyses share, set in study.flags; and parsing of lists."""
 
 import dataclasses
 import fnmatch
@@ -10,11 +10,14 @@ from genai_jax.config import ConfigError, field
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    analysis: str = field("", "what the report is about")
-    metric: str = field("eval/loss", "score of a run, the lower the better: of its last step")
-    may_diverge: bool = field(
-        False, "a run whose loss is not finite is a result, a loss without bound, and no failure"
+    analysis: str = field("", "kind of analysis")
+    metric: str = field(
+        "eval/loss", "metric that scores a run by its value at the last step; lower is better"
     )
+    may_diverge: bool = field(
+        False, "whether a run whose loss becomes non-finite counts as a result, with an infinite "
+        "loss, instead of a failure",
+    )  # fmt: skip
 
 
 def names(text: str) -> list[str]:
@@ -23,31 +26,31 @@ def names(text: str) -> list[str]:
 
 
 def numbers(flag: str, text: str) -> list[float]:
-    """The positive numbers of a comma-separated list, increasing.
+    """The positive numbers of a comma-separated list, in increasing order.
 
     Raises:
-      ConfigError: it holds something else; `flag` is named.
+      ConfigError: the list, the value of `flag`, contains anything else.
     """
     try:
-        found = [float(part) for part in names(text)]
+        values = [float(part) for part in names(text)]
     except ValueError:
         raise ConfigError(f"--{flag}={text} is not a list of numbers") from None
-    if not all(math.isfinite(value) and value > 0 for value in found):
-        raise ConfigError(f"--{flag}={text}: allowed are positive numbers")
-    return sorted(set(found))
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise ConfigError(f"--{flag}={text}: the numbers must be positive and finite")
+    return sorted(set(values))
 
 
 def chosen(flag: str, text: str, known: Sequence[str], *, missing_ok: bool = False) -> list[str]:
-    """Those of the `known` names that a list of names, or patterns with * and ?, chooses.
+    """The names in `known` that match a list of names or patterns with * and ?.
 
     Raises:
-      ConfigError: a pattern that chooses none, unless `missing_ok`.
+      ConfigError: a pattern that matches none, unless `missing_ok`.
     """
-    found: set[str] = set()
+    matching: set[str] = set()
     for pattern in names(text):
-        matched = fnmatch.filter(known, pattern)
-        if not matched and not missing_ok:
+        matches = fnmatch.filter(known, pattern)
+        if not matches and not missing_ok:
             listed = ", ".join(known)
-            raise ConfigError(f"--{flag}={pattern} is no run of the study; there are {listed}")
-        found.update(matched)
-    return [name for name in known if name in found]
+            raise ConfigError(f"--{flag}={pattern} matches no run of the study; runs are {listed}")
+        matching.update(matches)
+    return [name for name in known if name in matching]

@@ -1,4 +1,4 @@
-"""What is shown while a study runs: a live table in a terminal, elsewhere a line per event."""
+"""Progress display of a study: a live table in a terminal, otherwise a line per event."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import STOPPED, Fate
 
-TAIL_BYTES = 1 << 16  # the last row of metrics.jsonl is shorter
+TAIL_BYTES = 1 << 16  # more than a row of metrics.jsonl takes
 
 
 class Display(Protocol):
-    """Is told what happens to the runs; a context manager around all of it."""
+    """Notified of what happens to the runs; a context manager around all training."""
 
     def __enter__(self): ...
 
@@ -31,7 +35,7 @@ class Display(Protocol):
 
 
 def make_display(runs: Sequence[Run], finished: Sequence[Run], metric: str) -> Display:
-    """A table if somebody looks at it."""
+    """A table if stderr is a terminal, else lines."""
     if sys.stderr.isatty():
         return LiveTable(runs, finished, metric)
     return Lines(len(runs), len(finished), metric)
@@ -51,8 +55,8 @@ class Lines:
 
     def started(self, run: Run):
         row = last_row(run)
-        again = f" again, from step {row['step']}" if row else ""
-        self._say(f"{run.name}: started{again}, {run.steps} steps")
+        text = f"resumed at step {row['step']}" if row else "started"
+        self._say(f"{run.name}: {text}, {run.steps} steps")
 
     def ended(self, run: Run, fate: Fate):
         self._done += fate.code not in STOPPED
@@ -69,12 +73,9 @@ class Lines:
 
 
 class LiveTable:
-    """A table of all runs, drawn anew every half second."""
+    """A table of all runs, refreshed every half second."""
 
     def __init__(self, runs: Sequence[Run], finished: Sequence[Run], metric: str, console=None):
-        from rich.console import Console
-        from rich.live import Live
-
         self._runs, self._metric, self._notice = runs, metric, ""
         self._states = {run.name: "waiting" for run in runs} | {r.name: "done" for r in finished}
         self._began: dict[str, float] = {}
@@ -103,12 +104,10 @@ class LiveTable:
         self._notice = interruption(running, count)
 
     def refresh(self):
-        pass  # the table draws itself
+        pass  # rich refreshes the table
 
-    def table(self):
-        """The table as it is now, for rich to print."""
-        from rich.table import Table
-
+    def table(self) -> Table:
+        """The current table as a rich renderable."""
         table = Table(box=None, pad_edge=False, caption=self._notice, caption_justify="left")
         table.add_column("run", no_wrap=True)
         for name in ("step", self._metric, "tokens/s", "time"):
@@ -121,7 +120,7 @@ class LiveTable:
         return table
 
     def _shown(self) -> list[Run]:
-        """All runs, or as many as the terminal is high: first those where something happens."""
+        """The runs that fit into the terminal: running ones first, then waiting ones."""
         most = max(self._console.height - 5, 3)
         order = lambda run: ("running", "waiting", "done").index(self._kind(run))
         chosen = sorted(self._runs, key=order)[:most] if len(self._runs) > most else self._runs
@@ -129,7 +128,7 @@ class LiveTable:
 
     def _kind(self, run: Run) -> str:
         state = self._states[run.name]
-        return state if state in ("running", "waiting", "done") else "running"  # failed: on top
+        return state if state in ("running", "waiting", "done") else "running"  # failed: on top too
 
     def _style(self, run: Run) -> str:
         styles = {"running": "bold", "waiting": "dim", "done": "green"}
@@ -151,7 +150,7 @@ class LiveTable:
         )
 
     def _time(self, run: Run, step: int) -> str:
-        """Time so far, and an estimate of what is left."""
+        """Elapsed time, and an estimate of the time left."""
         if run.name not in self._began:
             return duration(self._seconds[run.name]) if run.name in self._seconds else ""
         elapsed = time.monotonic() - self._began[run.name]
@@ -161,7 +160,7 @@ class LiveTable:
 
 
 def last_row(run: Run) -> dict | None:
-    """The last whole row of a run's metrics, without reading the rest."""
+    """The last complete row of a run's metrics, without reading the rest of the file."""
     path = run.workdir / "metrics.jsonl"
     try:
         with open(path, "rb") as file:
@@ -178,7 +177,7 @@ def last_row(run: Run) -> dict | None:
 
 
 def duration(seconds: float) -> str:
-    """As "42 s", "3 min 10 s" or "2 h 5 min"."""
+    """A duration as "42 s", "3 min 10 s" or "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -188,16 +187,19 @@ def duration(seconds: float) -> str:
 
 
 def interruption(running: int, count: int) -> str:
-    """What to say after the `count`-th signal."""
+    """The message after the `count`-th signal."""
     if count > 1:
-        return f"ending {running} run(s) at once"
-    return f"stopping: {running} run(s) save a checkpoint and leave; a second signal ends them"
+        return f"ending {running} run(s) immediately"
+    return (
+        f"stopping: {running} run(s) save a checkpoint and exit; a second signal ends them "
+        "immediately"
+    )
 
 
 def _end(run: Run, fate: Fate, metric: str) -> str:
     """How a run ended."""
     if fate.code in STOPPED:
-        return "stopped, saved" if fate.code > 0 else "stopped before it began"
+        return "stopped, checkpoint saved" if fate.code > 0 else "stopped before training began"
     if fate.code:
         return f"{'diverged' if fate.diverged else 'failed'}: {fate.error}"
     row = last_row(run) or {}

@@ -1,4 +1,4 @@
-"""How long runs will take, and where that estimate is from."""
+"""Estimates how long runs will take."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CALIBRATION_STEPS = 8
 
 
 class Speed(NamedTuple):
-    """A run takes startup + steps x (overhead + FLOPs of a step / rate) seconds."""
+    """A run takes startup + steps x (overhead + FLOPs per step / rate) seconds."""
 
     startup: float
     overhead: float
@@ -31,32 +31,32 @@ class Speed(NamedTuple):
     source: str
 
     def seconds(self, run: Run) -> float:
-        """Expected for what is left of a run."""
+        """Expected time for the rest of a run."""
         done = (last_row(run) or {"step": 0})["step"]
         step = self.overhead + run.flops / run.steps / self.rate
         return self.startup + (run.steps - done) * step
 
 
 class Measured(NamedTuple):
-    """What one run's process took."""
+    """Measured times of one run's process."""
 
     step_flops: float
     step_seconds: float
-    startup: float  # whatever was no step: imports, compilation, evaluation, saving
+    startup: float  # everything besides steps: imports, compilation, evaluation, checkpoints
 
 
 def given(flops_per_second: float) -> Speed:
-    return Speed(0.0, 0.0, flops_per_second, f"--flops_per_second={flops_per_second:g} alone")
+    return Speed(0.0, 0.0, flops_per_second, f"--flops_per_second={flops_per_second:g}")
 
 
 def from_finished(runs: Sequence[Run]) -> Speed | None:
-    """From the finished runs of the study, None if there are none."""
-    found = [m for run in runs if (m := _measured(run)) is not None]
-    return _fitted(found, f"{len(found)} finished run(s) of the study") if found else None
+    """The speed of the finished runs of the study, None if there are none."""
+    times = [m for run in runs if (m := _measured(run)) is not None]
+    return _fitted(times, f"{len(times)} finished run(s) of the study") if times else None
 
 
 def calibrated(runs: Sequence[Run], jobs: int) -> Speed:
-    """From a few steps of the cheapest and the dearest of the runs, on a job's share of cores.
+    """The speed of a few steps of the cheapest and the most expensive run, on one job's cores.
 
     Raises:
       ConfigError: one of them fails.
@@ -64,13 +64,15 @@ def calibrated(runs: Sequence[Run], jobs: int) -> Speed:
     ordered = sorted(runs, key=lambda run: run.flops / run.steps)
     chosen = list({run.name: run for run in (ordered[0], ordered[-1])}.values())
     with affinity(core_shares(jobs)[0]):
-        found = [_calibrate(run) for run in chosen]
+        times = [_calibrate(run) for run in chosen]
     names = " and ".join(run.name for run in chosen)
-    return _fitted(found, f"{CALIBRATION_STEPS} steps of {names}, on this machine as it is now")
+    return _fitted(
+        times, f"{CALIBRATION_STEPS} steps of {names} on this machine under its current load"
+    )
 
 
 def makespan(seconds: Sequence[float], jobs: int) -> float:
-    """When the last of the runs ends, the longest started first, `jobs` at a time."""
+    """Seconds until the last run ends, with the longest started first, `jobs` at a time."""
     ends = [0.0] * jobs
     for duration in sorted(seconds, reverse=True):
         ends[ends.index(min(ends))] += duration
@@ -103,25 +105,27 @@ def _calibrate(run: Run) -> Measured:
         seconds = time.monotonic() - began
         rows = read_metrics(pathlib.Path(folder) / "metrics.jsonl")
     if result.returncode:
-        said = [line for line in result.stderr.splitlines() if line.strip()]
-        raise ConfigError(f"{run.flagfile}: {said[-1] if said else result.returncode}")
-    # The first step includes the compilation, the second its last parts.
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise ConfigError(
+            f"{run.flagfile}: {lines[-1] if lines else f'exit code {result.returncode}'}"
+        )
+    # The first step includes compilation, and the second still some of it.
     step = float(np.median([row["perf/step_time_s"] for row in rows][2:]))
     return Measured(run.flops / run.steps, step, max(seconds - CALIBRATION_STEPS * step, 0.0))
 
 
-def _fitted(found: Sequence[Measured], source: str) -> Speed:
-    """Overhead and rate, neither negative, by least squares of the relative error of step times."""
-    from scipy.optimize import nnls
+def _fitted(times: Sequence[Measured], source: str) -> Speed:
+    """Non-negative overhead and rate that minimize the squared relative errors of step times."""
+    from scipy.optimize import nnls  # here, so that commands start without SciPy
 
-    flops = np.array([m.step_flops for m in found])
-    seconds = np.array([m.step_seconds for m in found])
-    startups = [m.startup for m in found if m.startup]
+    flops = np.array([m.step_flops for m in times])
+    seconds = np.array([m.step_seconds for m in times])
+    startups = [m.startup for m in times if m.startup]
     startup = float(np.median(startups)) if startups else 0.0
-    if flops.max() / flops.min() < 1.5:  # nothing to tell the two apart by
+    if flops.max() / flops.min() < 1.5:  # too similar to separate overhead from rate
         return Speed(startup, 0.0, float(np.median(flops / seconds)), source)
     scale = float(np.median(flops / seconds))
     columns = np.stack([1 / seconds, flops / scale / seconds], 1)
-    (overhead, inverse), _ = nnls(columns, np.ones(len(found)))
+    (overhead, inverse), _ = nnls(columns, np.ones(len(times)))
     rate = scale / inverse if inverse > 0 else scale
     return Speed(startup, float(overhead), float(rate), source)

@@ -1,7 +1,9 @@
-"""Does the best learning rate stay where it is as the network gets wider?
+"""Does the optimal learning rate stay the same as the network gets wider?
 
-A flagfile's name up to its first dot is its variant, such as a parametrization; width and learning
-rate are what the flags say. Runs that differ in their seed alone are averaged.
+The name of a flagfile up to the first dot is its variant, such as a parametrization; width and
+learning rate come from the flags. Runs that differ only in their seed are averaged.
+
+Matplotlib is imported where a figure is drawn, so that commands start without it.
 """
 
 import dataclasses
@@ -12,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.scaling.report import Section, Table, file_name
+from genai_jax.scaling.report import file_name
+from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import flag_value, grouped, label_of, learning_rate, models_of
 from genai_jax.scaling.study.results import Result
@@ -21,23 +24,25 @@ from genai_jax.scaling.study.settings import StudyConfig
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(StudyConfig):
-    width: str = field("transformer.embed_dim", "the flag, without dashes, that makes it wider")
+    width: str = field(
+        "transformer.embed_dim", "name, without dashes, of the flag that sets the network width"
+    )
 
 
 class Optimum(NamedTuple):
-    """Of a parabola through the lowest loss and its neighbours, over log2 of the learning rate."""
+    """Minimum of the parabola, in log2 of the rate, through the lowest loss and its neighbors."""
 
-    rate: float  # nan if the lowest loss is the first or last
+    rate: float  # NaN if the lowest loss is the first or last
     loss: float
     curvature: float  # loss = loss at the optimum + curvature (log2 rate - log2 optimum)^2
 
     def at(self, rate: float) -> float:
-        """The parabola's loss at a learning rate."""
+        """The loss of the parabola at a learning rate."""
         return self.loss + self.curvature * (math.log2(rate) - math.log2(self.rate)) ** 2
 
 
 def optimum(rates: Sequence[float], losses: Sequence[float]) -> Optimum:
-    """The optimum of losses over increasing learning rates; a diverged run's loss is infinite."""
+    """The optimum of losses at increasing learning rates; diverged runs have infinite loss."""
     best = int(np.argmin(losses))
     around = slice(best - 1, best + 2)
     if best in (0, len(losses) - 1) or not np.all(np.isfinite(losses[around])):
@@ -75,34 +80,35 @@ def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
 
 
 def _enough(every, config: TransferConfig) -> tuple[dict, list[str]]:
-    """Variants with two widths of three learning rates each, and why others are not used."""
+    """The variants with two widths of three learning rates each, and why others are left out."""
     variants, missing = {}, []
     for name, curves in every.items():
         for width, points in curves.items():
             if len(points) < 3:
                 missing.append(
-                    f"{name} at --{config.width}={width:g} has {len(points)} learning rate(s); an "
-                    "optimum needs three"
+                    f"{name} at --{config.width}={width:g} has {len(points)} learning rate(s), but "
+                    "an optimum needs three"
                 )
         usable = {width: points for width, points in curves.items() if len(points) >= 3}
         if len(usable) >= 2:
             variants[name] = usable
         else:
             missing.append(
-                f"{name} has {len(usable)} value(s) of --{config.width} to use; transfer needs two"
+                f"{name} has {len(usable)} usable value(s) of --{config.width}, but transfer needs "
+                "two"
             )
     return variants, missing
 
 
 def _curves(members: Sequence[Result], config: TransferConfig) -> dict[float, dict[float, float]]:
-    """Width -> learning rate -> loss, both increasing, averaged over what is left."""
-    found: dict[float, dict[float, list[float]]] = {}
+    """Width -> learning rate -> loss, both in increasing order, averaged over seeds."""
+    scores: dict[float, dict[float, list[float]]] = {}
     for r in members:
-        width = flag_value("study.width", config.width, r)
-        found.setdefault(width, {}).setdefault(learning_rate(r), []).append(r.final(config.metric))
+        by_rate = scores.setdefault(flag_value("study.width", config.width, r), {})
+        by_rate.setdefault(learning_rate(r), []).append(r.final(config.metric))
     return {
-        width: {rate: float(np.mean(scores)) for rate, scores in sorted(points.items())}
-        for width, points in sorted(found.items())
+        width: {rate: float(np.mean(losses)) for rate, losses in sorted(points.items())}
+        for width, points in sorted(scores.items())
     }
 
 
@@ -110,30 +116,32 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
     rows, numbers, paragraphs = [], {}, []
     for name, widths in optima.items():
         first, last = min(widths), max(widths)
-        for width, found in widths.items():
-            rows.append((name, width, found.rate, found.loss))
-            numbers[f"{name}/{width:g}/learning_rate"] = found.rate
-            numbers[f"{name}/{width:g}/loss"] = found.loss
+        for width, best in widths.items():
+            rows.append((name, width, best.rate, best.loss))
+            numbers[f"{name}/{width:g}/learning_rate"] = best.rate
+            numbers[f"{name}/{width:g}/loss"] = best.loss
         known = {w: math.log2(o.rate) for w, o in widths.items() if math.isfinite(o.rate)}
         if len(known) < 2:
-            paragraphs.append(f"{name}: too few optima lie inside the rates that were tried.")
+            paragraphs.append(
+                f"{name}: too few optima lie inside the range of tried learning rates."
+            )
             continue
         slope = float(np.polyfit(np.log2([*known]), [*known.values()], 1)[0])
         numbers[f"{name}/slope"] = slope
-        text = f"{name}: the optimum goes as width to the power {slope:.2f}"
+        text = f"{name}: the optimal learning rate scales as width^{slope:.2f}"
         if first in known and last in known:
             moved = known[last] - known[first]
             lost = widths[last].at(widths[first].rate) - widths[last].loss
             numbers |= {f"{name}/octaves": moved, f"{name}/lost": lost}
             text += (
-                f"; from width {first:g} to {last:g} it moves by {moved:+.2f} octaves, and the "
-                f"narrow network's rate costs the wide one {lost:.4f} in {config.metric}"
+                f"; from width {first:g} to {last:g} it moves by {moved:+.2f} octaves, and using "
+                f"the narrow network's optimum for the wide one costs {lost:.4f} in {config.metric}"
             )
         paragraphs.append(text + ".")
     columns = ("variant", f"--{config.width}", "best learning rate", f"{config.metric} there")
     how = (
-        "The optimum of a width is that of the parabola through the lowest loss and its two "
-        "neighbours, over the logarithm of the learning rate. A power of 0 is perfect transfer."
+        "The optimum at a width is the minimum of the parabola through the lowest loss and its two "
+        "neighbors, in the logarithm of the learning rate. A power of 0 means perfect transfer."
     )
     return Section(
         "Transfer", [how, *paragraphs], [Table("optima", columns, rows)],
@@ -153,7 +161,7 @@ def _losses_section(variants, optima, label, config) -> Section:
         f"losses_{file_name(name)}": _losses_figure(name, curves, optima[name], label)
         for name, curves in variants.items()
     }
-    text = ["Crosses are the optima of the parabolas; a run that diverged has no point."]
+    text = ["Crosses are the minima of the parabolas; diverged runs are not shown."]
     return Section("Loss against learning rate", text, [Table("losses", columns, rows)], figures)
 
 

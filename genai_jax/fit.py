@@ -1,10 +1,12 @@
-"""Fits scaling laws to the runs in a CSV, prints them and writes a report.
+"""Fits scaling laws to the runs in a CSV file, prints them and writes a report.
 
-python -m genai_jax.scaling.fits --csv=runs.csv --output=report [--budget=1e20,1e21]
+python -m genai_jax.fit --csv=runs.csv --output=report [--budget=1e20,1e21]
     [--parameters=COLUMN --tokens=COLUMN --loss=COLUMN --flops=COLUMN] [--held_out="flops>1e19"]
 """
 
 import dataclasses
+import platform
+import shlex
 from collections.abc import Sequence
 
 from genai_jax.command import run
@@ -12,31 +14,44 @@ from genai_jax.config import ConfigError, field, help_text, parse
 
 
 @dataclasses.dataclass(frozen=True)
-class FitsRequest:
-    csv: str = field("", "file of runs with a heading, one a row")
+class FitRequest:
+    csv: str = field("", "CSV file with a header line and one run per row")
     output: str = field("", "folder for the report")
-    parameters: str = field("parameters", "column of the sizes N")
-    tokens: str = field("tokens", "column of the tokens D seen in training")
-    loss: str = field("loss", "column of the final losses")
-    flops: str = field("", "column of the training FLOPs C; 6 N D if unset")
-    run: str = field("", "column that names runs whose rows are their curves, the last one the end")
-    held_out: str = field("", "rows to predict, not to fit, such as flops>1e19 or tokens>=2e9")
-    budget: str = field("", "FLOPs to find the best size for, comma-separated; the runs' if unset")
-    extrapolate: float = field(1.0, "factor beyond the runs that a budget may be", minimum=1)
-    resamples: int = field(500, "of the runs, for intervals; 0: none", minimum=0)
-    seed: int = field(0, "of the resamples", minimum=0)
-    loss_unit: str = field("nats per token", "for headings")
+    parameters: str = field("parameters", "column with the model sizes N")
+    tokens: str = field("tokens", "column with the numbers of training tokens D")
+    loss: str = field("loss", "column with the final losses")
+    flops: str = field("", "column with the training FLOPs C; 6 N D if unset")
+    run: str = field(
+        "", "column with run names: the rows of a run are then its training curve, and its last "
+        "row is its final result"
+    )  # fmt: skip
+    held_out: str = field(
+        "", "condition for rows to predict instead of fitting, such as flops>1e19 or tokens>=2e9"
+    )
+    budget: str = field(
+        "", "training budgets in FLOPs, comma-separated, to find the compute-optimal model size "
+        "for; the budgets of the runs if unset"
+    )  # fmt: skip
+    extrapolate: float = field(
+        1.0, "largest factor by which a budget may lie outside the range of the runs", minimum=1
+    )
+    resamples: int = field(
+        500, "number of bootstrap resamples for the confidence intervals; 0 omits them", minimum=0
+    )
+    seed: int = field(0, "random seed for the bootstrap", minimum=0)
+    loss_unit: str = field("nats per token", "unit of the loss, for axis labels and table headers")
 
 
 def main(argv: Sequence[str]) -> int:
     if {"--help", "-h", "--helpfull"} & set(argv):
-        print(help_text(__doc__, {"run": FitsRequest}))
+        print(help_text(__doc__, {"run": FitRequest}))
         return 0
-    request = parse(argv, {"run": FitsRequest})[0].run
+    request = parse(argv, {"run": FitRequest})[0].run
     for name in ("csv", "output"):
         if not getattr(request, name):
             raise ConfigError(f"--{name} is not set")
     budgets = _budgets(request.budget)
+    # SciPy and Matplotlib, which --help and flag errors do without.
     from genai_jax.scaling.fits.analysis import scaling_law
     from genai_jax.scaling.fits.points import Columns, read_csv
     from genai_jax.scaling.report import write_report
@@ -55,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         extrapolate=request.extrapolate,
         loss_unit=request.loss_unit,
     )
-    convention = f"column {request.flops}" if request.flops else "6 N D, no column was named"
+    convention = f"column {request.flops}" if request.flops else "6 N D (--flops is not set)"
     print(f"{request.csv}: {len(data.points.loss)} runs, FLOPs: {convention}")
     print("\n".join(text_of(sections)))
     write_report(request.output, "Scaling law", sections, record=_record(request, argv, convention))
@@ -67,16 +82,16 @@ def _budgets(text: str) -> list[float] | None:
     if not text:
         return None
     try:
-        found = [float(part) for part in text.split(",")]
+        budgets = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or not all(0 < budget < float("inf") for budget in found):
+        budgets = []
+    if not budgets or not all(0 < budget < float("inf") for budget in budgets):
         raise ConfigError(f"--budget={text}: write positive FLOPs, comma-separated, as 1e20,1e21")
-    return found
+    return budgets
 
 
 def text_of(sections: Sequence) -> list[str]:
-    """Lines of plain text: headings, paragraphs and tables of a report."""
+    """Titles, paragraphs and tables of a report as lines of plain text."""
     lines = []
     for section in sections:
         lines += ["", section.title, *section.paragraphs]
@@ -88,15 +103,12 @@ def text_of(sections: Sequence) -> list[str]:
 
 
 def _cell(value) -> str:
-    if value is None or value != value:  # not a number: an interval without resamples
+    if value is None or value != value:  # NaN: an interval without resamples
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _record(request: FitsRequest, argv: Sequence[str], convention: str) -> dict:
-    import platform
-    import shlex
-
+def _record(request: FitRequest, argv: Sequence[str], convention: str) -> dict:
     import numpy
     import scipy
 
@@ -106,7 +118,7 @@ def _record(request: FitsRequest, argv: Sequence[str], convention: str) -> dict:
         "scipy": scipy.__version__,
     }
     return {
-        "commands": [f"python -m genai_jax.scaling.fits {shlex.join(argv)}"],
+        "commands": [f"python -m genai_jax.fit {shlex.join(argv)}"],
         "environment": {**versions, "data": request.csv, "FLOPs": convention},
     }
 
