@@ -72,6 +72,8 @@ def member_config(config: Config, member: int) -> Config:
     population = config.population
     if not 0 <= member < population.size:
         raise ConfigError(f"--member={member} is not one of 0 to {population.size - 1}")
+    if population.size == 1:
+        return config
     rates = population.rates()
     alone = config.replace("population", size=1, learning_rates="")
     if rates:
