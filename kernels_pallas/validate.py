@@ -131,13 +131,17 @@ def _segment_ids(ids, batch, q_length, kv_length):
     if len(ids) != 2:
         raise ValueError(f"segment_ids has {len(ids)} entries; allowed: an array or a pair")
     named = zip(("q", "kv"), ids, (q_length, kv_length), strict=True)
-    return tuple(_segment_side(name, _array(x), (batch, length)) for name, x, length in named)
+    return tuple(
+        check_segment_ids(f"{side} segment_ids", x, (batch, length)) for side, x, length in named
+    )
 
 
-def _segment_side(name, x, shape):
+def check_segment_ids(name: str, x, shape: tuple[int, int]):
+    """`x` as an array; ValueError unless it holds integers [batch, length]=`shape`."""
+    x = _array(x)
     if tuple(x.shape) != shape or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"{name} segment_ids have shape {tuple(x.shape)}, dtype {x.dtype}; "
+            f"{name} have shape {tuple(x.shape)}, dtype {x.dtype}; "
             f"allowed: integers [batch, length]={list(shape)}"
         )
     return x
