@@ -90,7 +90,7 @@ def test_the_reference_is_the_recurrence():
     close(reference(**arrays, segment_ids=IDS), loop(**arrays, segment_ids=IDS), 2e-6)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         arrays = make(1, 3, 2, 2, np.float64)
         check_grads(jax.jit(lambda a: reference(**a)), (arrays,), order=1, modes=("rev",))
@@ -163,7 +163,7 @@ def cut(arrays, rows, positions):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "tpu"])
-def test_packed_documents_are_separate_documents(interpret_tpu, backend):
+def test_packed_documents_match_separate_documents(interpret_tpu, backend):
     interpret_tpu()
     arrays = make(2, 11, 16, 8)
     documents = ((0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 7), (1, 7, 11))  # row, start, end
@@ -252,7 +252,7 @@ def test_without_skip_or_initial_state():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_pieces_are_the_whole(backend):
+def test_two_pieces_match_the_whole(backend):
     arrays = make()
     call = functools.partial(selective_scan, chunk_size=4, backend=backend)
     first, state = call(**cut(arrays, slice(None), slice(0, 7)))
