@@ -77,7 +77,7 @@ AUTO: tuple[Rule, ...] = (
         "kv_length >= 2048: memory linear in length",
         lambda x, spec, needs_lse, platform: x.k.shape[1] >= 2048,
     ),
-    Rule("xla", "short: all scores at once"),
+    Rule("xla", "short: all scores in memory"),
 )
 
 

@@ -133,7 +133,7 @@ def _group(x: Operands, spec: Spec, start: int, stop: int):
     x = _cut(x, _KEY_AXES, first, last - first)
     per_block, x = _split_rows(_cut(x, _QUERY_AXES, start, stop - start), count)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # not needed in a loop body
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # CSE cannot undo it in a loop
     def block(args):
         rows, q_start, k_start = args
         part = x._replace(**rows)

@@ -56,7 +56,8 @@ class Ring:
 
 @dataclass(frozen=True)
 class Pair:
-    """How a piece of queries relates to a piece of keys; None in place of it: no visible pair."""
+    """The mask between a piece of queries and a piece of keys. Pieces without visible pairs have
+    None instead."""
 
     mask: Mask
     q_offset: int

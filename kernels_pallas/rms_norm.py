@@ -63,7 +63,7 @@ def _check(x, scale, residual, eps):
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, dtype {residual.dtype}; "
-            f"allowed: None or those of x, {tuple(x.shape)}, {x.dtype}"
+            f"allowed: None or like x, {tuple(x.shape)}, {x.dtype}"
         )
     if not isinstance(eps, numbers.Real) or not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(f"eps is {eps!r}; allowed: a finite number >= 0")

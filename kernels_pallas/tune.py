@@ -45,7 +45,7 @@ CANDIDATES = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "7x":
 
 
 class Shape(NamedTuple):
-    """What a row is for, except the length and the kind of mask."""
+    """The case that a row is for, except its length and kind of mask."""
 
     which: str  # "forward", "backward"
     dtype: str

@@ -76,7 +76,7 @@ X = jnp.zeros((2, 6))
         (dict(x=X.astype(int)), r"x has dtype int32; allowed: float32"),
         (dict(scale=jnp.zeros(5)), r"scale has shape \(5,\); allowed: \[features\]=\[6\]"),
         (dict(scale=jnp.zeros(6, int)), r"scale has dtype int32"),
-        (dict(residual=X[:1]), r"residual has shape \(1, 6\).*those of x, \(2, 6\), float32"),
+        (dict(residual=X[:1]), r"residual has shape \(1, 6\).*like x, \(2, 6\), float32"),
         (dict(residual=X.astype("bfloat16")), r"residual .* dtype bfloat16"),
         (dict(eps=-1), r"eps is -1; allowed: a finite number >= 0"),
         (dict(backend="tpu"), r"backend 'tpu' is unknown; for cpu: allowed: auto, xla"),

@@ -122,8 +122,8 @@ def test_one_float64_array_makes_the_states_float64():
 
 @pytest.fixture
 def interpret_tpu(monkeypatch):
-    """Makes backend="tpu" available here: interpreted, with chunks of 4 and blocks of 128 channels.
-    Call it with what else the interpreter should do."""
+    """Makes backend="tpu" available: interpreted, with chunks of 4 and blocks of 128 channels.
+    Call it, with further options of the interpreter."""
     monkeypatch.setattr(tpu, "CHUNK", 4)
 
     def start(**options):
