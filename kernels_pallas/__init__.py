@@ -1,6 +1,6 @@
-"""Attention and its neighbours for jax, usable alone: one call each, several backends.
+"""Attention and related operations for jax: one function each, several backends.
 
-See README.md.
+Usable without genai_jax. See README.md.
 """
 
 from .attention import attention, backends, explain

@@ -1,4 +1,4 @@
-"""The public call: checks its arguments, chooses a backend, runs it."""
+"""The public function: checks its arguments, chooses a backend and runs it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .validate import prepare
 class Backend(choose.Backend):
     """`run(operands, spec) -> (out, lse)`; `check(operands, spec, needs_lse)`.
 
-    `gradients(operands, spec, dout, lse, delta) -> Operands` serves ring attention, where lse (and
-    delta, the sum of out * dout less the gradient of lse, both float32 [batch, heads, q_length])
-    are those of a softmax over more keys than the operands hold.
+    `gradients(operands, spec, dout, lse, delta) -> Operands` is for ring attention, where lse and
+    delta (the sum of out * dout minus the gradient of lse), both float32 [batch, heads, q_length],
+    belong to a softmax over more keys than the operands hold.
     """
 
     gradients: Callable = piece_gradients.gradients
 
 
 def _kernel(module: str, platform: str, **chips) -> Backend:
-    """The backend of a module with `attention`, `check` and `gradients`."""
+    """The backend in a module with `attention`, `check` and `gradients`."""
     check = lazily(module, "check")
     return Backend(
         lazily(module, "attention"),
@@ -48,28 +48,28 @@ BACKENDS: dict[str, Backend] = {
     "cudnn": Backend(cudnn.attention, ("gpu",), cudnn.check),
 }
 
-SMALL_SCORES = 2**22  # of one head of one row
+SMALL_SCORES = 2**22  # scores of one head of one row
 
-# The first rule that holds, and whose backend can run the call, decides.
+# The first rule that holds and whose backend can run the call decides.
 AUTO: tuple[Rule, ...] = (
     Rule(
         "xla",
-        "q_length <= 16: decoding, nothing to cut into blocks",
+        "q_length <= 16: decoding, nothing to split into blocks",
         lambda x, spec, needs_lse, platform: x.q.shape[1] <= 16,
     ),
     Rule("tpu", "the flash kernel, forward and backward"),
-    Rule("cudnn", "cuDNN's kernel, the fastest published for what it can do"),
+    Rule("cudnn", "cuDNN's kernel, the fastest published for the calls it supports"),
     Rule("gpu", "the flash kernel for Hopper, forward and backward"),
     Rule(
         "xla",
-        "q_offset is an array: no keys to skip, and the scores are small",
+        "q_offset is an array: no keys can be skipped, and the scores are small",
         lambda x, spec, needs_lse, platform: (
             spec.q_offset is None and x.q.shape[1] * x.k.shape[1] <= SMALL_SCORES
         ),
     ),
     Rule(
         "xla_chunked",
-        "on cpu blocks of queries are faster and skip what the mask hides",
+        "on cpu, blocks of queries are faster and skip what the mask hides",
         lambda x, spec, needs_lse, platform: platform == "cpu",
     ),
     Rule(
@@ -77,7 +77,7 @@ AUTO: tuple[Rule, ...] = (
         "kv_length >= 2048: memory linear in length",
         lambda x, spec, needs_lse, platform: x.k.shape[1] >= 2048,
     ),
-    Rule("xla", "short: all scores at once"),
+    Rule("xla", "short: all scores in memory"),
 )
 
 
@@ -96,26 +96,26 @@ def attention(
     backend="auto",
     return_lse=False,
 ):
-    """Softmax attention; scale, then soft cap, bias and mask, softmax in float32.
+    """Softmax attention: scale, soft cap, bias and mask in that order, softmax in float32.
 
     q            [batch, q_length, heads, head_dim]: float32, bfloat16, float16 (float64 under x64)
     k, v         [batch, kv_length, kv_heads, head_dim]; heads a multiple of kv_heads (grouped
                  queries: head h uses key head h // (heads // kv_heads)); never repeated in memory
-    mask         what `kernels_pallas.masks` offers, over positions (query i is at q_offset + i)
+    mask         a `kernels_pallas.masks.Mask` over positions (query i is at q_offset + i)
     bias         None, Alibi(slopes [heads]), or an array that broadcasts to
                  [batch, heads, q_length, kv_length]
     segment_ids  None, ints [batch, length] for equal lengths, or a pair ([batch, q_length],
-                 [batch, kv_length]): a query sees keys of its own id
+                 [batch, kv_length]): a query sees only keys with its own id
     scale        None for head_dim**-0.5, or a number
     logits_soft_cap  None, or cap: logits become cap * tanh(logits / cap)
-    sinks        None, or [heads]: one more logit a head that joins the softmax's denominator
-    q_offset     position of the first query, key 0 being at 0: an int, or ints [batch] (or a traced
-                 scalar), with which no keys can be skipped
+    sinks        None, or [heads]: one extra logit per head in the softmax's denominator
+    q_offset     position of the first query (key 0 is at 0): an int, or ints [batch] or a traced
+                 scalar, with which no keys can be skipped
     backend      "auto" or one of `backends()`
-    return_lse   also return the log of the softmax's denominator, sink included
+    return_lse   also return the log of the softmax's denominator, including the sink
 
     Returns out like q, or (out, lse [batch, heads, q_length] float32). A query that sees no key has
-    out 0 and lse -inf (the sink if there is one). What does not fit is a ValueError of one line.
+    out 0 and lse -inf (or its sink). Invalid arguments raise a one-line ValueError.
     """
     operands, spec = prepare(
         q,
@@ -136,9 +136,9 @@ def attention(
 
 
 def explain(q, k, v, *, backend="auto", return_lse=False, **call) -> str:
-    """Which backend `attention` would take for the same arguments, and why; runs nothing.
+    """Which backend `attention` would choose for the same arguments, and why; runs nothing.
 
-    Takes jax.ShapeDtypeStruct in place of arrays. Errors as `attention`.
+    Also takes jax.ShapeDtypeStruct in place of arrays. Same errors as `attention`.
     """
     name, reason = resolve(backend, *prepare(q, k, v, **call), needs_lse=return_lse)
     return f"{name} on {device.platform()}: {reason}"
@@ -152,5 +152,5 @@ def backends(platform: str | None = None) -> tuple[str, ...]:
 def resolve(
     backend: str, operands: Operands, spec: Spec, *, needs_lse: bool = False
 ) -> tuple[str, str]:
-    """(name, reason) of the backend that runs a call. ValueError if the one asked for cannot."""
+    """(name, reason) of the backend that runs a call. ValueError if the requested one cannot."""
     return choose.choose(backend, BACKENDS, AUTO, operands, spec, needs_lse)

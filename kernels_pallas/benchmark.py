@@ -1,12 +1,12 @@
-"""Speed and error of the kernels beside what else computes the same, in one process.
+"""Speed and error of the kernels compared with other implementations, in one process.
 
-    python -m kernels_pallas.benchmark                    # what this machine has
-    python -m kernels_pallas.benchmark --target=h200      # compiles for a chip that is not here
+    python -m kernels_pallas.benchmark                    # on this machine's device
+    python -m kernels_pallas.benchmark --target=h200      # compiles for a chip this machine lacks
 
-Rounds go through all contenders of a contest in turn, so that what disturbs the machine disturbs
-all; medians are reported. Achieved TFLOP/s (GB/s where bytes bound the call) stand beside the
-chip's datasheet and a large matmul (a large copy) timed in the same rounds, the yardstick. Writes
-benchmark.json and benchmark.png into --output.
+Each round times every contender of a contest once, so that disturbances of the machine affect all
+of them alike; the medians are reported. The achieved TFLOP/s (GB/s where memory bandwidth bounds
+the call) are compared with the chip's datasheet and with a yardstick timed in the same rounds: a
+large matmul (a large copy). Writes benchmark.json and benchmark.png to --output.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import device, targets
-from .contests import CONTESTS, Contest, draw
+from .contests import CONTESTS, Contest, random_arrays
 
-MATMUL = {"cpu": 1024}  # sizes of the large matmul; 8192 elsewhere
+MATMUL = {"cpu": 1024}  # size of the large matmul; 8192 elsewhere
 COPIED = {"cpu": 1 << 26}  # bytes of the large copy; 4 GiB elsewhere
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    """The rows of the table, which it prints."""
+    """Prints the table and returns its rows."""
     chosen = _parse(arguments)
     if chosen.target:
         targets.prepare_environment()
@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for kind in chosen.contests:
         for contest in CONTESTS[kind](platform, dtype):
             run = _compile if chosen.target else _hold
-            found = run(contest, chosen, dtype)
-            _print(contest, found)
-            rows += found
+            new_rows = run(contest, chosen, dtype)
+            _print(contest, new_rows)
+            rows += new_rows
     if chosen.output:
         _write(rows, pathlib.Path(chosen.output), chosen.target)
     return rows
@@ -53,10 +53,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 def _parse(arguments) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--contests", default=",".join(CONTESTS), help="of " + ", ".join(CONTESTS))
-    parser.add_argument("--rounds", type=int, default=11, help="of which the median counts")
-    parser.add_argument("--dtype", help="bfloat16 by default, float32 on a CPU")
-    parser.add_argument("--target", help="of " + ", ".join(targets.TARGETS))
+    parser.add_argument(
+        "--contests",
+        default=",".join(CONTESTS),
+        help="comma-separated, from " + ", ".join(CONTESTS),
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=11, help="number of rounds; the median is reported"
+    )
+    parser.add_argument("--dtype", help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--target", help="compile for one of " + ", ".join(targets.TARGETS))
     parser.add_argument("--output", help="folder for benchmark.json and benchmark.png")
     chosen = parser.parse_args(arguments)
     chosen.contests = chosen.contests.split(",")
@@ -72,13 +78,13 @@ def _parse(arguments) -> argparse.Namespace:
 
 
 def _hold(contest: Contest, chosen, dtype) -> list[dict]:
-    """Times every contender that runs; one that fails has its reason in place of a time."""
-    arrays = draw(contest.sizes, contest.integers)
+    """Times every contender; one that fails gets a reason instead of a time."""
+    arrays = random_arrays(contest.sizes, contest.integers)
     calls, failed = {}, {}
     for name, function in contest.contenders.items():
         try:
             calls[name] = _ready(contest, function, arrays)
-        except Exception as error:  # a contender's own; the others still run
+        except Exception as error:  # the other contenders still run
             failed[name] = _one_line(error)
     calls["yardstick"] = _yardstick(contest, dtype)
     seconds = _rounds(calls, chosen.rounds)
@@ -101,10 +107,10 @@ def _hold(contest: Contest, chosen, dtype) -> list[dict]:
 
 
 def _ready(contest: Contest, function, arrays):
-    """A compiled call without arguments, run once."""
+    """The compiled call, as a function without arguments that has run once."""
     if contest.backward:
         pull = jax.jit(lambda *a: jax.vjp(function, *a)[1])(*arrays)
-        cotangent = draw(contest.sizes[:1], {}, seed=1)[0]
+        cotangent = random_arrays(contest.sizes[:1], {}, seed=1)[0]
         pull_back = jax.jit(lambda pull, cotangent: pull(cotangent))
         call = lambda: pull_back(pull, cotangent)
     else:
@@ -115,10 +121,10 @@ def _ready(contest: Contest, function, arrays):
 
 
 def _yardstick(contest: Contest, dtype):
-    """A large matmul, or a large copy where bytes bound the call."""
+    """A large matmul, or a large copy where memory bandwidth bounds the call."""
     if contest.flops:
         size = MATMUL.get(device.platform(), 8192)
-        a = draw((jax.ShapeDtypeStruct((size, size), dtype),), {})[0]
+        a = random_arrays((jax.ShapeDtypeStruct((size, size), dtype),), {})[0]
         function = jax.jit(lambda a: a @ a)
     else:
         a = jnp.zeros(COPIED.get(device.platform(), 1 << 32) // 4, jnp.int32)
@@ -128,7 +134,7 @@ def _yardstick(contest: Contest, dtype):
 
 
 def _rounds(calls: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each call, all of them once a round."""
+    """Median seconds of each call; every round runs each of them once."""
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -147,8 +153,8 @@ def _datasheet(contest: Contest) -> float | None:
 
 
 def _error(contest: Contest, function) -> float:
-    """The largest difference to the exact result on the small call, over its largest value."""
-    arrays = draw(contest.small, contest.integers, seed=2)
+    """The largest deviation from the exact result on the small call, over its largest value."""
+    arrays = random_arrays(contest.small, contest.integers, seed=2)
     exact = [a.astype(jnp.float32) if a.dtype != jnp.int32 else a for a in arrays]
     with jax.default_matmul_precision("highest"):
         want = _outputs(contest, contest.exact, exact)
@@ -163,7 +169,7 @@ def _error(contest: Contest, function) -> float:
 def _outputs(contest: Contest, function, arrays):
     if not contest.backward:
         return jax.jit(function)(*arrays)
-    cotangent = draw(contest.small[:1], {}, seed=3)[0]
+    cotangent = random_arrays(contest.small[:1], {}, seed=3)[0]
 
     def pull(*arrays):
         out, pull = jax.vjp(function, *arrays)
@@ -173,7 +179,7 @@ def _outputs(contest: Contest, function, arrays):
 
 
 def _compile(contest: Contest, chosen, dtype) -> list[dict]:
-    """Compiles every contender for the target: its memory and the seconds that took."""
+    """Compiles every contender for the target; reports compile time and temporary memory."""
     rows = []
     for name, function in contest.contenders.items():
         row = dict(contest=contest.name, contender=name, target=chosen.target)
@@ -184,7 +190,7 @@ def _compile(contest: Contest, chosen, dtype) -> list[dict]:
         start = time.perf_counter()
         try:
             memory = targets.compile_for(chosen.target, run, *sizes).memory_analysis()
-        except Exception as error:  # the compiler's word on this contender
+        except Exception as error:  # what the compiler says about this contender
             rows.append(row | dict(failed=_one_line(error)))
             continue
         took = time.perf_counter() - start
@@ -233,7 +239,7 @@ def _write(rows: list[dict], folder: pathlib.Path, target: str | None):
 
 
 def _draw(rows: list[dict], about: dict, path: pathlib.Path):
-    """Bars: the rate of each contender as a share of the yardstick's, a contest a group."""
+    """Bars, grouped by contest: the rate of each contender as a share of the yardstick's."""
     import matplotlib.figure
 
     contests = list(dict.fromkeys(row["contest"] for row in rows))
@@ -253,7 +259,7 @@ def _draw(rows: list[dict], about: dict, path: pathlib.Path):
     axes.set_yticks(ticks, contests, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("share of a large matmul's FLOP/s (of a large copy's bytes/s), %")
+    axes.set_xlabel("% of the FLOP/s of a large matmul (of the bytes/s of a large copy)")
     axes.set_title(f"{about['device']}, jax {about['jax']}, {about['date']}", fontsize=9)
     figure.savefig(path, dpi=130)
 

@@ -1,9 +1,9 @@
-"""The instruction bundles of a compiled TPU kernel, read from the compiler's own listing.
+"""The instruction bundles of a compiled TPU kernel, read from the compiler's listing.
 
-A TPU core issues one bundle of instructions a cycle. A Pallas kernel is one loop over its grid,
-with a forward branch around each `pl.when` body; the bundles of each body, and how often it runs,
-give the cycles of a call without running it. Stalls on memory are not seen: a lower bound
-where data does not arrive in time.
+A TPU core issues one bundle of instructions per cycle. A Pallas kernel is one loop over its grid,
+with a forward branch around each `pl.when` body, so the bundles of each body and the number of
+times it runs give the cycles of a call without running it. Memory stalls are not counted: where
+data arrives late, this is a lower bound.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Bundles:
 
     always: int
     bodies: tuple[int, ...]
-    spills: int  # vector stores to VMEM for want of registers
+    spills: int  # vector stores to VMEM because registers ran out
     total: int
 
 
@@ -44,10 +44,10 @@ def read(folder, kernel: str) -> Bundles:
 
 
 def _only(folder, pattern: str) -> pathlib.Path:
-    found = [p for p in pathlib.Path(folder).iterdir() if re.fullmatch(pattern, p.name)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} listings like {pattern} in {folder}; one is needed")
-    return found[0]
+    paths = [p for p in pathlib.Path(folder).iterdir() if re.fullmatch(pattern, p.name)]
+    if len(paths) != 1:
+        raise ValueError(f"{len(paths)} listings match {pattern} in {folder}; expected one")
+    return paths[0]
 
 
 def _branches(at, rows, loop, back):
@@ -57,9 +57,9 @@ def _branches(at, rows, loop, back):
         for region in _EMPTY_REGION.findall(row):
             ends[region] = address
     for address, row in zip(at, rows, strict=True):
-        found = _BRANCH.search(row)
-        if found and loop < address < back and ends.get(found.group(1), -1) > address:
-            yield address, ends[found.group(1)]
+        branch = _BRANCH.search(row)
+        if branch and loop < address < back and ends.get(branch.group(1), -1) > address:
+            yield address, ends[branch.group(1)]
 
 
 def _spills(usage: pathlib.Path) -> int:

@@ -1,14 +1,16 @@
-"""Where the keys and values of earlier tokens are kept: three layouts, and int8 for each.
+"""Key-value caches: three layouts, each also in int8.
 
-Heads come before lengths, so that the keys of one head are one piece of memory, as every kernel
-reads them. A *slot* is a place in a row's cache; the three kinds differ in which position it holds:
+Heads come before lengths, so that the keys of one head are contiguous, as every kernel reads them.
+A *slot* is a place in a row's cache; the three layouts differ in which position a slot holds:
 
 - `ContiguousCache`: slot p holds position p;
-- `RingCache`: slot p % size does, so the last `size` positions are kept, for windows;
-- `PagedCache`: slot p is in page page_table[row, p // page_size], a pool that all rows share.
+- `RingCache`: slot p % size holds position p, so that the last `size` positions are kept (for
+  windows);
+- `PagedCache`: slot p is in page page_table[row, p // page_size] of a pool that all rows share.
 
-Every array may be `Int8`: integers with a float32 scale per token and key head. Caches are pytrees;
-nothing writes into them in place, but under `jax.jit` with the cache donated `append` does.
+Every array may be `Int8`: integers with a float32 scale per token and key head. Caches are pytrees
+and are never modified in place, except that `append` under `jax.jit` reuses the memory of a donated
+cache.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ class Int8:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class ContiguousCache:
-    """k, v [batch, kv_heads, max_length, head_dim]: room for max_length tokens a row."""
+    """k, v [batch, kv_heads, max_length, head_dim]: room for max_length tokens per row."""
 
     k: Any
     v: Any
 
     @classmethod
     def empty(cls, batch: int, max_length: int, kv_heads: int, head_dim: int, dtype):
-        """dtype: of the arrays; int8 for `Int8`."""
+        """dtype: the dtype of k and v; int8 for `Int8`."""
         return cls(*_empty((batch, kv_heads, max_length, head_dim), dtype))
 
     @property
@@ -62,11 +64,11 @@ class ContiguousCache:
         return self.k.shape[2]
 
     def slot(self, position, length):
-        """Where `position` of a row of `length` tokens is kept; `slots` if it is not."""
+        """The slot of `position` in a row of `length` tokens; `slots` if it is not kept."""
         return jnp.where((position >= 0) & (position < self.slots), position, self.slots)
 
     def position(self, slot, length):
-        """What `slot` holds in a row of `length` tokens: valid if within [0, length)."""
+        """The position that `slot` holds in a row of `length` tokens; valid if in [0, length)."""
         return slot
 
 
@@ -75,7 +77,7 @@ class ContiguousCache:
 class RingCache:
     """k, v [batch, kv_heads, size, head_dim]: the last `size` tokens of a row of any length.
 
-    With q new tokens and a mask that looks back by `left`, size >= left + q is needed.
+    With q new tokens and a mask that looks back by `left`, size must be at least left + q.
     """
 
     k: Any
@@ -83,12 +85,12 @@ class RingCache:
 
     @classmethod
     def empty(cls, batch: int, size: int, kv_heads: int, head_dim: int, dtype):
-        """dtype: of the arrays; int8 for `Int8`."""
+        """dtype: the dtype of k and v; int8 for `Int8`."""
         return cls(*_empty((batch, kv_heads, size, head_dim), dtype))
 
     @property
     def capacity(self) -> None:
-        """None: a row may be of any length."""
+        """None: rows may have any length."""
 
     @property
     def slots(self) -> int:
@@ -109,9 +111,8 @@ class RingCache:
 class PagedCache:
     """k, v [pages, kv_heads, page_size, head_dim]; page_table int32 [batch, max_pages].
 
-    Entries of the table beyond a row's length are not looked at; to `append`, one outside
-    [0, pages) means that there is no page, and the token is dropped. Rows may share pages that they
-    only read.
+    Table entries beyond a row's length are never read. For `append`, an entry outside [0, pages)
+    means that there is no page, and the token is dropped. Rows may share pages that they only read.
     """
 
     k: Any
@@ -120,7 +121,7 @@ class PagedCache:
 
     @classmethod
     def empty(cls, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype, page_table):
-        """dtype: of the arrays; int8 for `Int8`."""
+        """dtype: the dtype of k and v; int8 for `Int8`."""
         return cls(*_empty((pages, kv_heads, page_size, head_dim), dtype), page_table)
 
     @property
@@ -146,8 +147,8 @@ Cache = ContiguousCache | RingCache | PagedCache
 
 
 def quantize(x) -> Int8:
-    """x [..., head_dim] to the nearest of 255 levels, evenly spaced up to its largest magnitude:
-    an error of at most scales / 2."""
+    """x [..., head_dim] rounded to the nearest of 255 evenly spaced levels up to its largest
+    magnitude; the error is at most scales / 2."""
     x = jnp.asarray(x).astype(jnp.float32)
     scales = jnp.max(jnp.abs(x), axis=-1) / 127
     steps = x / jnp.where(scales == 0, 1, scales)[..., None]
@@ -155,12 +156,12 @@ def quantize(x) -> Int8:
 
 
 def append(cache: Cache, k, v, lengths) -> Cache:
-    """The cache with k and v as the last tokens of each row.
+    """The cache with k and v appended as the last tokens of each row.
 
     k, v [batch, new, kv_heads, head_dim], converted to the cache's dtype; lengths integers [batch],
-    the new tokens included: token i goes to position lengths - new + i. What falls on a negative
-    position, behind the last slot or on no page is dropped; in a ring it takes the place of the
-    token `size` before it. ValueError (one line) if shapes do not fit.
+    including the new tokens: token i goes to position lengths - new + i. Tokens at a negative
+    position, past the last slot or without a page are dropped; in a ring a token replaces the one
+    `size` positions before it. Raises a one-line ValueError if shapes do not match.
     """
     k, v, lengths = (jnp.asarray(a) for a in (k, v, lengths))
     check_cache(cache)
@@ -181,7 +182,7 @@ def append(cache: Cache, k, v, lengths) -> Cache:
         pages = cache.k.shape[0]
         page = jnp.minimum(slots // cache.page_size, cache.page_table.shape[1] - 1)
         rows = cache.page_table[rows, page].astype(jnp.int32)
-        # A negative index would count from the end; past the end it is dropped.
+        # A negative index would count from the end; one past the end is dropped.
         rows = jnp.where((rows < 0) | (slots == cache.slots), pages, rows)
         slots = slots % cache.page_size
 
@@ -198,7 +199,7 @@ def append(cache: Cache, k, v, lengths) -> Cache:
 
 
 def check_cache(cache) -> None:
-    """ValueError (one line) unless it is a cache whose arrays fit each other."""
+    """Raises a one-line ValueError unless `cache` is a cache with consistent arrays."""
     if not isinstance(cache, Cache):
         raise ValueError(
             f"cache is a {type(cache).__name__}; allowed: ContiguousCache, RingCache, PagedCache"
@@ -227,7 +228,7 @@ def check_cache(cache) -> None:
 
 
 def check_lengths(cache: Cache, lengths, q_length: int) -> None:
-    """ValueError (one line) for lengths of a wrong shape, or too short or long where known."""
+    """Raises a one-line ValueError for lengths of the wrong shape or, if concrete, out of range."""
     batch = _rows(cache)
     if tuple(lengths.shape) != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
@@ -240,8 +241,8 @@ def check_lengths(cache: Cache, lengths, q_length: int) -> None:
     few = values[(values != 0) & (values < q_length)]
     if few.size:
         raise ValueError(
-            f"a length is {few[0]} with q_length {q_length}; allowed: 0, or at least q_length, as "
-            "the new tokens are counted"
+            f"a length is {few[0]} with q_length {q_length}; allowed: 0, or at least q_length, "
+            "since lengths include the new tokens"
         )
     if cache.capacity is not None and values.max() > cache.capacity:
         raise ValueError(f"a length is {values.max()}; the cache holds {cache.capacity}")

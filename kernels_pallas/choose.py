@@ -1,4 +1,4 @@
-"""How a public call finds the backend that runs it: by name, or by the first rule that holds."""
+"""Chooses the backend of a call: by name, or by the first rule that holds."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .spec import Unsupported
 
 @dataclass(frozen=True)
 class Backend:
-    """`check(*call)` raises Unsupported(reason) where `run` cannot serve the call.
+    """`check(*call)` raises Unsupported(reason) if `run` cannot run the call.
 
-    chips: parts of the names of the devices it compiles for.
+    chips: substrings of the names of the devices that it compiles for.
     """
 
     run: Any
     platforms: tuple[str, ...] | None = None  # None: all
     check: Callable = lambda *call: None
-    chips: tuple[str, ...] | None = None  # None: all of the platforms
+    chips: tuple[str, ...] | None = None  # None: all devices of the platforms
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`auto` takes `backend` where `when(*call, platform)` holds, because of `reason`."""
+    """`auto` takes `backend` if `when(*call, platform)` holds, because of `reason`."""
 
     backend: str
     reason: str
@@ -37,8 +37,8 @@ class Rule:
 
 
 def lazily(module: str, name: str) -> Callable:
-    """The function `name` of a module of this package, imported when it is first called: the
-    languages that kernels are written in take a second to import."""
+    """The function `name` of a module of this package, imported on its first call: the kernel
+    languages take a second to import."""
 
     def call(*args, **kwargs):
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*args, **kwargs)
@@ -47,14 +47,14 @@ def lazily(module: str, name: str) -> Callable:
 
 
 def kernels(operation: type, module: str, platform: str, chips=None) -> Backend:
-    """The backend whose functions, named like the fields of `operation`, and whose `check` are in a
-    module of this package."""
+    """The backend in a module of this package, which has a function for each field of `operation`
+    and a `check`."""
     run = operation(*(lazily(module, name) for name in operation._fields))
     return Backend(run, (platform,), lazily(module, "check"), chips)
 
 
 def backends(table: Mapping[str, Backend], platform: str | None = None) -> tuple[str, ...]:
-    """The names in `table` that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
+    """The backends in `table` that `platform` ("cpu", "gpu", "tpu"; None: this one) can run."""
     platform = platform or device.platform()
     return tuple(n for n, b in table.items() if b.platforms is None or platform in b.platforms)
 
@@ -62,7 +62,7 @@ def backends(table: Mapping[str, Backend], platform: str | None = None) -> tuple
 def choose(
     backend: str, table: Mapping[str, Backend], rules: tuple[Rule, ...], *call
 ) -> tuple[str, str]:
-    """(name, reason). ValueError if a backend asked for by name cannot run the call."""
+    """(name, reason). ValueError if a backend requested by name cannot run the call."""
     platform = device.platform()
     here = backends(table, platform)
     if backend == "auto":
@@ -74,7 +74,7 @@ def choose(
         _check(table[backend], call)
     except Unsupported as error:
         raise ValueError(f"backend {backend!r} cannot run this call: {error}") from None
-    return backend, "asked for"
+    return backend, "requested"
 
 
 def _check(backend: Backend, call):
@@ -86,8 +86,8 @@ def _check(backend: Backend, call):
 
 
 def check_not_split():
-    """Raises Unsupported where the mesh in use may split the arrays: the compiler's partitioner
-    does not look into a kernel. Inside a `jax.shard_map` over all of its axes they are whole."""
+    """Raises Unsupported if the mesh in use may split the arrays: the compiler's partitioner does
+    not look into kernels. Inside a `jax.shard_map` over all mesh axes, arrays are whole."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     free = [f"{n}={mesh.shape[n]}" for n, kind in kinds if kind != AxisType.Manual]

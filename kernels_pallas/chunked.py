@@ -1,9 +1,9 @@
 """Attention in blocks of queries, in plain jax: linear memory, and the fast path on CPU.
 
-Each block of queries meets, in one softmax, only the slice of keys that its mask lets it see, so a
-causal mask skips nearly half of the work and a window nearly all of it. Heads go before lengths
-once, which makes every product a plain batched matmul. There is no custom derivative: autodiff does
-the rest, forward mode too.
+Each block of queries attends, in one softmax, only to the slice of keys that its mask lets it see,
+so a causal mask skips nearly half of the work and a window nearly all of it. Arrays are transposed
+once to put heads before lengths, which makes every product a plain batched matmul. There is no
+custom derivative, so forward-mode autodiff works too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from .scores import accumulator, logits, query_ids, softmax, split_heads
 from .spec import Operands, Spec
 
-ROWS = 128  # queries a block
-UNROLLED_LENGTH = 1024  # up to here blocks are unrolled and autodiff keeps the probabilities
-MAX_GROUPS = 8  # above, at most so many loops: bounds what is compiled
+ROWS = 128  # queries per block
+UNROLLED_LENGTH = 1024  # up to here, blocks are unrolled and autodiff keeps the probabilities
+MAX_GROUPS = 8  # beyond it, at most this many loops: bounds the size of the program
 
-# Where the query and key axes lie once heads come first.
+# The query and key axes after heads are moved to the front.
 _QUERY_AXES = {"q": 3, "bias": 3, "q_segment_ids": 1}
 _KEY_AXES = {"k": 2, "v": 2, "bias": 4, "kv_segment_ids": 1}
 
@@ -43,7 +43,7 @@ def attention(x: Operands, spec: Spec):
 def _heads_first(x: Operands) -> Operands:
     """q [batch, kv_heads, groups, q_length, head_dim], k and v [batch, kv_heads, length, head_dim].
 
-    Groups stay ahead of the length: heads sharded over devices then stay where they are.
+    Groups come before the length, so that heads sharded over devices do not move.
     """
     x = split_heads(x)
     return x._replace(
@@ -52,7 +52,7 @@ def _heads_first(x: Operands) -> Operands:
 
 
 def _axes_of(x: Operands, axes):
-    """(field, axis) of what x has along an axis; a bias that broadcasts there is left alone."""
+    """(field, axis) of the arrays of x with that axis, except a bias that broadcasts along it."""
     for field, axis in axes.items():
         a = getattr(x, field)
         if a is not None and a.shape[axis] > 1:
@@ -60,7 +60,7 @@ def _axes_of(x: Operands, axes):
 
 
 def _cut(x: Operands, axes, start, size: int) -> Operands:
-    """x with [start, start + size) of its queries or keys; start may be traced."""
+    """x restricted to the queries or keys [start, start + size); start may be traced."""
 
     def cut(a, axis):
         if isinstance(start, int):
@@ -71,7 +71,7 @@ def _cut(x: Operands, axes, start, size: int) -> Operands:
 
 
 def _key_range(x: Operands, spec: Spec, start: int, stop: int) -> tuple[int, int]:
-    """The keys that query rows [start, stop) need; at least one, so that no slice is empty."""
+    """The keys that the query rows [start, stop) need; at least one, so that no slice is empty."""
     kv_length = x.k.shape[2]
     if spec.q_offset is None:
         return 0, kv_length
@@ -90,7 +90,7 @@ def _compares(spec: Spec, start: int, stop: int, k_start: int, k_stop: int) -> b
 
 
 def _attend(x: Operands, spec: Spec, q_ids, k_ids, compare: bool):
-    """(out like x.q, lse [batch, kv_heads, groups, q]): all queries of x with all its keys."""
+    """(out like x.q, lse [batch, kv_heads, groups, q]): all queries of x attend to all its keys."""
     batch, kv_heads, groups, q_length, head_dim = x.q.shape
     dtype = accumulator(x.q.dtype)
     q = x.q.reshape(batch, kv_heads, groups * q_length, head_dim)
@@ -103,7 +103,7 @@ def _attend(x: Operands, spec: Spec, q_ids, k_ids, compare: bool):
 
 
 def _block(x: Operands, spec: Spec, start: int, stop: int):
-    """`_attend` of the query rows [start, stop) with the keys they can see."""
+    """`_attend` for the query rows [start, stop) and the keys that they can see."""
     k_start, k_stop = _key_range(x, spec, start, stop)
     compare = _compares(spec, start, stop, k_start, k_stop)
     x = _cut(x, _QUERY_AXES, start, stop - start)
@@ -113,7 +113,7 @@ def _block(x: Operands, spec: Spec, start: int, stop: int):
 
 
 def _group_rows(x: Operands, spec: Spec) -> int:
-    """Query rows of a group: one group if all rows need the same keys, else MAX_GROUPS at most."""
+    """Query rows per group: one group if all rows need the same keys, else at most MAX_GROUPS."""
     q_length = x.q.shape[3]
     blocks = -(-q_length // ROWS)
     everything = _key_range(x, spec, 0, q_length)
@@ -123,8 +123,8 @@ def _group_rows(x: Operands, spec: Spec) -> int:
 
 
 def _group(x: Operands, spec: Spec, start: int, stop: int):
-    """`_block` for long lengths: a loop over the blocks of [start, stop), each made anew in the
-    backward pass, so that no more than one block's scores are ever alive."""
+    """`_block` for long lengths: a loop over the blocks of [start, stop). The backward pass
+    recomputes each block, so that only one block's scores are in memory at any time."""
     first, last = _key_range(x, spec, start, stop)
     count = -(-(stop - start) // ROWS)
     starts = start + ROWS * np.arange(count)
@@ -133,7 +133,7 @@ def _group(x: Operands, spec: Spec, start: int, stop: int):
     x = _cut(x, _KEY_AXES, first, last - first)
     per_block, x = _split_rows(_cut(x, _QUERY_AXES, start, stop - start), count)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop body: nothing to merge with
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # CSE cannot undo it in a loop
     def block(args):
         rows, q_start, k_start = args
         part = x._replace(**rows)
@@ -149,8 +149,8 @@ def _group(x: Operands, spec: Spec, start: int, stop: int):
 
 
 def _slices(x: Operands, spec: Spec, starts, stop: int, first: int, last: int):
-    """(width, first key of each block): the narrowest slice of one size that holds every block's
-    keys; the whole of [first, last) unless that saves a quarter, as slicing costs a copy."""
+    """(width, first key of each block): the smallest common width that covers the keys of every
+    block; all of [first, last) unless that saves a quarter, since slicing costs a copy."""
     ranges = [_key_range(x, spec, int(s), min(int(s) + ROWS, stop)) for s in starts]
     width = max(b - a for a, b in ranges)
     if 4 * width > 3 * (last - first):
@@ -159,7 +159,8 @@ def _slices(x: Operands, spec: Spec, starts, stop: int, first: int, last: int):
 
 
 def _split_rows(x: Operands, count: int):
-    """({field: [count, ..., ROWS, ...]} of what has a query axis, padded with zeros; the rest)."""
+    """({field: [count, ..., ROWS, ...]} of the arrays with a query axis, padded with zeros; the
+    others)."""
     split = {}
     for field, axis in _axes_of(x, _QUERY_AXES):
         a = getattr(x, field)

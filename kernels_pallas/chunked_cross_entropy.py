@@ -1,8 +1,8 @@
-"""The XLA backend of the fused linear cross-entropy: the tokens come a chunk at a time.
+"""The XLA backend of the fused linear cross-entropy: one chunk of tokens at a time.
 
-Only a chunk's logits exist at once. Where the weights of the tokens are known, so is the gradient
-of the weighted sum: it is made beside the loss, in the forward pass, from the same logits (three
-matmuls). Where each token's loss is returned, the backward pass makes the logits anew (four).
+Only one chunk's logits are in memory at a time. If the weights of the tokens are given, the forward
+pass computes the gradient of the weighted sum along with the loss, from the same logits (three
+matmuls). If per-token losses are returned, the backward pass recomputes the logits (four matmuls).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Where the caller chooses no chunk: logits of a chunk, or a share of all if that is more. Each
-# chunk reads and writes the gradient of w once, so that many chunks are slow.
+# If the caller chooses no chunk size: logits per chunk, or a share of all logits if that is more.
+# Each chunk reads and writes the gradient of w once, so many chunks are slow.
 CHUNK_LOGITS, MAX_CHUNKS = 2**25, 20
 
 
 class Spec(NamedTuple):
-    """The static part of a call. chunk_size: positions a chunk; None chooses, 0 takes all."""
+    """The static part of a call. chunk_size: positions per chunk; None: automatic, 0: all."""
 
     logits_soft_cap: float | None = None
     z_loss: float = 0.0
@@ -27,7 +27,7 @@ class Spec(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Of each token, float32: log of the softmax's denominator, the target's logit (0 for a target
+    """Per token, float32: log of the softmax's denominator, the target's logit (0 for a target
     outside the vocabulary), and the largest logit."""
 
     lse: jax.Array
@@ -35,13 +35,13 @@ class Tokens(NamedTuple):
     top: jax.Array
 
 
-# Arrays below: x [rows, length, embed], w [embed, vocab] in any float dtype, targets and what there
-# is of each token [rows, length]. Chunks are cut from `length`: rows stay where a mesh has them.
+# Arrays below: x [rows, length, embed], w [embed, vocab] in any float dtype, targets and per-token
+# values [rows, length]. Chunks split `length`, so that rows sharded over a mesh do not move.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def per_token(x, w, targets, spec: Spec) -> Tokens:
-    """What `Tokens` says, of every token; differentiable but for `top`."""
+    """`Tokens` of all tokens; differentiable except for `top`."""
     split, join = _chunks(x, w, spec)
     step = lambda _, chunk: (None, _tokens(chunk[0], w, chunk[1], spec)[0])
     return jax.tree.map(join, jax.lax.scan(step, None, (split(x), split(targets)))[1])
@@ -53,7 +53,7 @@ def _per_token_forward(x, w, targets, spec):
 
 
 def per_token_backward(spec, residuals, grads: Tokens):
-    """The gradients by x, w and targets; residuals (x, w, targets, lse)."""
+    """The gradients of x, w and targets; residuals (x, w, targets, lse)."""
     x, w, targets, lse = residuals
     split, join = _chunks(x, w, spec)
 
@@ -74,8 +74,8 @@ per_token.defvjp(_per_token_forward, per_token_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed(x, w, targets, weights, spec: Spec) -> jax.Array:
-    """[4]: loss, nll, lse and correct, each summed with `weights`; only loss has a gradient, by x
-    and w alone."""
+    """[4]: loss, nll, lse and correct, each summed with `weights`; only loss has a gradient, and
+    only with respect to x and w."""
     split, _ = _chunks(x, w, spec)
 
     def step(sums, chunk):
@@ -88,7 +88,7 @@ def summed(x, w, targets, weights, spec: Spec) -> jax.Array:
 
 
 def summed_forward(x, w, targets, weights, spec):
-    """(as `summed`, the gradients of loss by x and w)."""
+    """(as `summed`, the gradients of loss with respect to x and w)."""
     split, join = _chunks(x, w, spec)
 
     def step(carry, chunk):
@@ -104,7 +104,7 @@ def summed_forward(x, w, targets, weights, spec):
     dtype = _sum_dtype(x.dtype)
     start = (jnp.zeros(4, dtype), jnp.zeros(w.shape, dtype))
     (sums, w_grad), x_grad = jax.lax.scan(step, start, tuple(map(split, (x, targets, weights))))
-    # Rounded once they are scaled: a half may hold the gradient of the mean, but not of the sum.
+    # Rounded only after scaling: float16 may hold the gradient of the mean, but not of the sum.
     return sums, (join(x_grad), w_grad, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
@@ -118,17 +118,17 @@ summed.defvjp(summed_forward, summed_backward)
 
 
 def known(targets, vocab: int):
-    """Which targets are in the vocabulary; the others are ignored."""
+    """Whether each target is in the vocabulary; the others are ignored."""
     return (targets >= 0) & (targets < vocab)
 
 
 def indices(targets, vocab: int):
-    """The targets in int32, those that are ignored as -1."""
+    """The targets as int32, ignored ones as -1."""
     return jnp.where(known(targets, vocab), targets.astype(jnp.int32), -1)
 
 
 def losses(tokens: Tokens, targets, vocab: int, z_loss: float):
-    """(loss, nll, lse, correct) of each token; 0 but for lse where the target is ignored."""
+    """(loss, nll, lse, correct) of each token; 0, except lse, where the target is ignored."""
     counted = known(targets, vocab)
     nll = jnp.where(counted, tokens.lse - tokens.chosen, 0)
     loss = nll + jnp.where(counted, z_loss * jnp.square(tokens.lse), 0) if z_loss else nll
@@ -136,14 +136,14 @@ def losses(tokens: Tokens, targets, vocab: int, z_loss: float):
 
 
 def weighted_sums(tokens: Tokens, targets, weights, vocab: int, spec: Spec):
-    """[4], as `summed` gives them."""
+    """[4], as in `summed`."""
     each = losses(tokens, targets, vocab, spec.z_loss)
     return jnp.stack([jnp.sum(a * weights) for a in each])
 
 
 def _chunks(x, w, spec: Spec):
     """(split: [rows, length, ...] to [chunks, rows, size, ...], join: back). The last chunk is
-    filled up with zeros, whose weights and gradients are 0."""
+    padded with zeros, whose weights and gradients are 0."""
     rows, length = x.shape[:2]
     size = spec.chunk_size
     if size is None:
@@ -178,7 +178,7 @@ def _tokens(x, w, targets, spec: Spec):
 
 
 def _gradients(x, w, targets, logits, lse, grad_lse, grad_chosen, spec: Spec):
-    """Gradients of x and w in float32, given those of lse and the target's logit."""
+    """Gradients of x and w in float32, given those of lse and of the target's logit."""
     probabilities = jnp.exp(logits - lse[..., None])
     is_target = jnp.arange(w.shape[1]) == targets[..., None]
     grad = grad_lse[..., None] * probabilities + jnp.where(is_target, grad_chosen[..., None], 0)

@@ -1,8 +1,8 @@
-"""What the benchmark times: each operation's contenders on the same arrays.
+"""What the benchmark times: for each operation, several implementations on the same arrays.
 
-FLOPs count two for a multiplication and addition: attention forward is 4 * batch * heads *
-head_dim * (visible pairs), backward 2.5 times that (five matmuls for two); a causal mask counts as
-half of all pairs. Decoding and the other memory-bound calls count bytes that have to move.
+A multiply-add counts as two FLOPs: attention forward is 4 * batch * heads * head_dim * (visible
+pairs), backward 2.5 times that (five matmuls instead of two); a causal mask counts as half of all
+pairs. Decoding and the other memory-bound calls count the bytes that must be moved.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .masks import Causal, Full, Mask, Window
 
 @dataclass(frozen=True)
 class Contest:
-    """Functions of the same arguments, ours before the others'.
+    """Functions of the same arguments, ours first.
 
-    sizes: [shape and dtype of each argument]; small: the same of a call on which errors are taken.
-    exact: the function in float32, matmuls in full. flops and bytes of one call, 0 if that is not
-    what bounds it. backward: what is timed is the pull-back, its residuals already made.
+    sizes: shape and dtype of each argument; small: those of the call on which errors are measured.
+    exact: the function in float32, with full-precision matmuls. flops, bytes: of one call, 0 if it
+    is not bound by them. backward: time only the pull-back, with its residuals already computed.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Contest:
     flops: float = 0.0
     bytes: float = 0.0
     backward: bool = False
-    integers: dict[int, int] = field(default_factory=dict)  # argument -> its values' upper bound
+    integers: dict[int, int] = field(default_factory=dict)  # argument -> bound of its values
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an attention call."""
+    """The shape of an attention call."""
 
     batch: int
     length: int
@@ -64,7 +64,7 @@ class Shape:
         return f"{str(self.mask).removesuffix('()').lower()} {sizes}"
 
 
-# The lengths and widths of published tables (see README.md), a long window, and what a CPU can do.
+# The lengths and widths of published tables (see README.md), a long window, and sizes for a CPU.
 SHAPES = {
     "accelerator": (
         Shape(1, 16384, 16, 128, mask=Full()),
@@ -80,7 +80,7 @@ SHAPES = {
 
 
 def visible(shape: Shape) -> float:
-    """Pairs of a query and a key it sees, a head; half of all for a causal mask."""
+    """Number of visible (query, key) pairs per head; half of all pairs for a causal mask."""
     if isinstance(shape.mask, Causal):
         return shape.length**2 / 2
     ranges = (shape.mask.key_range(q, q + 1, shape.length) for q in range(shape.length))
@@ -89,12 +89,12 @@ def visible(shape: Shape) -> float:
 
 def attention_contests(platform: str, dtype) -> list[Contest]:
     """Forward and backward of every shape."""
-    found = []
+    contests = []
     for shape in SHAPES["cpu" if platform == "cpu" else "accelerator"]:
         flops = 4 * shape.batch * shape.heads * shape.head_dim * visible(shape)
         for backward in (False, True):
             name = f"attention {'backward' if backward else 'forward'}, {shape}"
-            found.append(
+            contests.append(
                 Contest(
                     name,
                     _attention_contenders(shape, platform, backward),
@@ -105,7 +105,7 @@ def attention_contests(platform: str, dtype) -> list[Contest]:
                     backward=backward,
                 )
             )
-    return found
+    return contests
 
 
 def _qkv(shape: Shape, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -129,7 +129,7 @@ def _attention_contenders(shape: Shape, platform: str, backward: bool) -> dict[s
 
 
 def _jax_nn(mask: Mask, q, k, v):
-    """JAX's own call, as XLA compiles it."""
+    """JAX's own function, compiled by XLA."""
     window = (mask.left, mask.right) if isinstance(mask, Window) else None
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=isinstance(mask, Causal), local_window_size=window, implementation="xla"
@@ -176,7 +176,7 @@ def _mosaic_gpu(causal: bool, q, k, v):
 
 
 def decode_contests(platform: str, dtype) -> list[Contest]:
-    """One new token against full caches, bound by the bytes of the cache."""
+    """One new token against full caches; bound by the bytes of the cache."""
     batch, length, heads, kv_heads, width = (
         (2, 2048, 4, 2, 64) if platform == "cpu" else (16, 32768, 32, 8, 128)
     )
@@ -221,7 +221,7 @@ def _by_backend(table, platform: str, contender: Callable) -> dict[str, Callable
 
 
 def loss_contests(platform: str, dtype) -> list[Contest]:
-    """The loss of linear logits and its gradients, against all logits at once."""
+    """The fused loss of linear logits with its gradients, compared with all logits in memory."""
     tokens, width, vocab = (512, 256, 8192) if platform == "cpu" else (8192, 4096, 131072)
 
     def sizes(tokens, width, vocab):
@@ -261,7 +261,7 @@ def _ints(*shape) -> jax.ShapeDtypeStruct:
 
 
 def grouped_contests(platform: str, dtype) -> list[Contest]:
-    """The matmul of a mixture's experts with equal shares of tokens, against `ragged_dot`."""
+    """The matmul of a mixture of experts, the same number of tokens for each; also `ragged_dot`."""
     rows, width, out, groups = (2048, 256, 256, 8) if platform == "cpu" else (65536, 4096, 2048, 64)
 
     def sizes(rows, width, out, groups):
@@ -299,8 +299,8 @@ CONTESTS: dict[str, Callable[..., list[Contest]]] = {
 }
 
 
-def draw(sizes, integers: dict[int, int], seed: int = 0) -> tuple:
-    """Normal arrays of these shapes; integers where a bound is given."""
+def random_arrays(sizes, integers: dict[int, int], seed: int = 0) -> tuple:
+    """Normally distributed arrays of these shapes; integers where a bound is given."""
     keys = jax.random.split(jax.random.key(seed), len(sizes))
 
     def one(i, size):

@@ -1,4 +1,4 @@
-"""cuDNN's flash attention on NVIDIA GPUs, by way of `jax.nn.dot_product_attention`."""
+"""cuDNN's flash attention on NVIDIA GPUs, through `jax.nn.dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ DTYPES = ("bfloat16", "float16")
 
 
 def check(x: Operands, spec: Spec, needs_lse: bool = False):
-    """Raises Unsupported(reason) for what cuDNN does not do, or jax does not pass on to it."""
+    """Raises Unsupported(reason) for calls that cuDNN or jax's interface to it does not support."""
     _, q_length, _, head_dim = x.q.shape
     if jax.default_backend() != "gpu":
-        raise Unsupported("cuDNN compiles on a machine with the GPU only")
+        raise Unsupported("cuDNN compiles only on a machine with the GPU")
     if str(x.q.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
     capability = compute_capability()
@@ -41,18 +41,18 @@ def check(x: Operands, spec: Spec, needs_lse: bool = False):
     )
     for name, value in features.items():
         if value is not None:
-            raise Unsupported(f"{name}; cuDNN is called without")
+            raise Unsupported(f"{name}; not supported with cuDNN")
 
 
 def compute_capability() -> float:
-    """Of the GPU that is here: 8.0 is an A100, 9.0 an H100 or H200."""
+    """The compute capability of this machine's GPU: 8.0 for an A100, 9.0 for an H100 or H200."""
     return float(jax.local_devices()[0].compute_capability)
 
 
 def window(mask: Mask) -> int | None:
-    """How far a causal query looks back at most, None for no limit (or no mask at all).
+    """How far back a causal query looks at most; None without a limit (or without a mask).
 
-    Raises Unsupported for a mask that is not Full, Causal, or a window to the left.
+    Raises Unsupported for masks other than Full, Causal and a window to the left.
     """
     parts = mask.masks if isinstance(mask, And) else (mask,)
     lefts = [m.left for m in parts if isinstance(m, Window)]
@@ -64,7 +64,7 @@ def window(mask: Mask) -> int | None:
 
 
 def attention(x: Operands, spec: Spec):
-    """(out like x.q, None): the log-sum-exp that cuDNN returns has no gradient."""
+    """(out like x.q, None): no log-sum-exp, since cuDNN's has no gradient."""
     left = window(spec.mask)
     out = jax.nn.dot_product_attention(
         x.q,

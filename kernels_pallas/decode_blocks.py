@@ -1,7 +1,8 @@
-"""Decoding attention in plain jax: a loop over blocks of keys, from the first that some row sees to
-the last that some row has, so that the unused rest of a cache is not read.
+"""Decoding attention in plain jax: a loop over blocks of keys.
 
-The softmax is accumulated over the blocks (Milakov & Gimelshein 2018, algorithm 3).
+The loop runs from the first block that any row sees to the last block that any row fills, so the
+unused rest of a cache is not read. The softmax is accumulated over the blocks (Milakov & Gimelshein
+2018, algorithm 3).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def attention(call, spec: Spec, splits=None):
     start, stop = _range(call, first, size)
 
     def step(i, carry):
-        # The last block may stick out; it then starts earlier, and looks away from what it repeats.
+        # A last block that would exceed the cache starts earlier and masks the keys it repeats.
         begin = jnp.minimum(i * size, slots - size)
         slot = begin + jnp.arange(size, dtype=jnp.int32)
         k_ids = _positions(call, slot)
@@ -50,14 +51,14 @@ def attention(call, spec: Spec, splits=None):
 
 
 def _block(cache: Cache) -> int:
-    """Keys of a block; whole pages."""
+    """Keys per block; a whole number of pages."""
     if not isinstance(cache, PagedCache):
         return BLOCK
     return max(BLOCK // cache.page_size, 1) * cache.page_size
 
 
 def _range(call, first, size: int):
-    """The blocks [start, stop) that some row needs."""
+    """The blocks [start, stop) that at least one row needs."""
     slots = call.cache.slots
     stop = -(-jnp.max(jnp.minimum(call.lengths, slots)) // size)
     if isinstance(call.cache, RingCache):
@@ -66,31 +67,31 @@ def _range(call, first, size: int):
 
 
 def _positions(call, slot):
-    """int32 [batch, size]: what the slots [size] of each row hold."""
+    """int32 [batch, size]: the positions that the slots [size] of each row hold."""
     lengths = call.lengths[:, None]
     return jnp.broadcast_to(call.cache.position(slot, lengths), (lengths.shape[0], slot.shape[0]))
 
 
 def _read(cache: Cache, buffer, begin, size: int):
-    """`size` slots from `begin` on: [batch, kv_heads, size, head_dim], Int8 too."""
+    """`size` slots starting at `begin`: [batch, kv_heads, size, head_dim], also for Int8."""
     if not isinstance(cache, PagedCache):
         return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size, 2), buffer)
     count = size // cache.page_size
     table = jax.lax.dynamic_slice_in_dim(cache.page_table, begin // cache.page_size, count, 1)
 
     def gather(pages):
-        found = jnp.moveaxis(pages.at[table].get(mode="clip"), 1, 2)
-        return found.reshape(*found.shape[:2], size, *found.shape[4:])
+        tokens = jnp.moveaxis(pages.at[table].get(mode="clip"), 1, 2)
+        return tokens.reshape(*tokens.shape[:2], size, *tokens.shape[4:])
 
     return jax.tree.map(gather, buffer)
 
 
 def _accumulate(carry, call, spec: Spec, k, v, k_ids, valid):
-    """The running (maximum, total, sums) with these keys added; k_ids and valid [batch, size]."""
+    """The running (maximum, total, sums) including these keys; k_ids and valid [batch, size]."""
     top, total, sums = carry
     k, k_scales = _parts(k, call.q.dtype)
     v, v_scales = _parts(v, call.q.dtype)
-    # What is not valid may be anything, and 0 times nan is nan.
+    # Invalid slots may hold anything, and 0 * nan is nan.
     v = jnp.where(valid[:, None, :, None], v, 0)
     s = jnp.einsum("bngqd,bnkd->bngqk", call.q, k, preferred_element_type=top.dtype)
     if k_scales is not None:
@@ -111,12 +112,12 @@ def _accumulate(carry, call, spec: Spec, k, v, k_ids, valid):
 
 
 def _parts(x, dtype):
-    """(x in dtype without its scales, scales or None)."""
+    """(x in dtype, not yet scaled; scales or None)."""
     return (x.values.astype(dtype), x.scales) if isinstance(x, Int8) else (x, None)
 
 
 def _wide(a):
-    """[batch, size] against scores [batch, kv_heads, groups, q_length, size]."""
+    """[batch, size], broadcastable to scores [batch, kv_heads, groups, q_length, size]."""
     return a[:, None, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few new tokens to a cache, and what its backends are given."""
+"""Attention of a few new tokens to a cache, and the arguments of its backends."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .validate import prepare
 class Call(NamedTuple):
     """The arrays of a call. Query head n * groups + g uses key head n.
 
-    A backend takes (call, spec, splits) and returns, without the sinks, (out like q in float32, lse
-    float32 [batch, kv_heads, groups, q_length]).
+    A backend takes (call, spec, splits) and returns (out like q in float32, lse float32 [batch,
+    kv_heads, groups, q_length]), neither including the sinks.
     """
 
     q: Any  # [batch, kv_heads, groups, q_length, head_dim]
@@ -41,8 +41,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 AUTO: tuple[Rule, ...] = (
-    Rule("tpu", "the kernel that reads what a row sees, and no more"),
-    Rule("gpu", "the kernel that reads what a row sees, and no more"),
+    Rule("tpu", "the kernel that reads only what each row sees"),
+    Rule("gpu", "the kernel that reads only what each row sees"),
     Rule("xla", "a loop over blocks of keys, up to the longest row"),
 )
 
@@ -61,22 +61,22 @@ def decode(
     backend="auto",
     return_lse=False,
 ):
-    """`attention` of the newest tokens of each row to the row's cache, which holds them already.
+    """`attention` of the newest tokens of each row to the row's cache, which already holds them.
 
-    q        [batch, q_length, heads, head_dim], q_length few: query i is at position
+    q        [batch, q_length, heads, head_dim] with a small q_length: query i is at position
              lengths - q_length + i
     cache    ContiguousCache, RingCache or PagedCache, of q's dtype or Int8
-    lengths  integers [batch]: tokens of each row, the new ones included. Only keys at positions
-             below are seen, whatever the mask; what else is in the cache is not looked at, and what
-             the mask puts out of reach at the front is not read. A row of length 0 gives out 0. A
-             traced length beyond the cache's capacity sees what is there.
+    lengths  integers [batch]: tokens in each row, including the new ones. Only keys at positions
+             below `lengths` are visible, whatever the mask; the rest of the cache is ignored, and
+             keys before the first that the mask can reach are not read. A row of length 0 gives
+             out 0. A traced length beyond the cache's capacity sees the whole cache.
     bias     None or Alibi(slopes [heads])
-    splits   parts into which the keys are cut, to be worked on at once; None: the backend's choice.
-             "xla" never cuts.
-    mask, scale, logits_soft_cap, sinks, return_lse: as in `attention`, results too. With a
-    RingCache, the mask has to bound how far back it looks (Window, Chunked).
+    splits   parts into which the keys are split, to be processed in parallel; None: the backend's
+             choice. "xla" never splits.
+    mask, scale, logits_soft_cap, sinks, return_lse and results: as in `attention`. With a
+    RingCache, the mask must bound how far back it looks (Window, Chunked).
 
-    Not differentiable in reverse mode. What does not fit is a ValueError of one line.
+    Not differentiable in reverse mode. Invalid arguments raise a one-line ValueError.
     """
     call, spec, sinks = _prepare(q, cache, lengths, mask, scale, logits_soft_cap, sinks, bias)
     _check_splits(splits)
@@ -86,7 +86,7 @@ def decode(
     batch, q_length, heads, head_dim = q.shape
     out = jnp.moveaxis(out, 3, 1).reshape(batch, q_length, heads, head_dim)
     lse = lse.reshape(batch, heads, q_length)
-    if sinks is not None:  # one more key, whose value is 0
+    if sinks is not None:  # one more key, with value 0
         sinks = jnp.broadcast_to(jnp.asarray(sinks).astype(lse.dtype)[:, None], lse.shape)
         out, lse = merge(out, lse, jnp.zeros_like(out), sinks)
     out = out.astype(q.dtype)
@@ -94,9 +94,9 @@ def decode(
 
 
 def explain_decode(q, cache, *, lengths, backend="auto", splits=None, return_lse=False, **call):
-    """Which backend `decode` would take for the same arguments, and why; runs nothing.
+    """Which backend `decode` would choose for the same arguments, and why; runs nothing.
 
-    Takes jax.ShapeDtypeStruct in place of arrays. Errors as `decode`.
+    Also takes jax.ShapeDtypeStruct in place of arrays. Same errors as `decode`.
     """
     names = ("mask", "scale", "logits_soft_cap", "sinks", "bias")
     defaults = dict.fromkeys(names) | dict(mask=Causal())
@@ -106,8 +106,8 @@ def explain_decode(q, cache, *, lengths, backend="auto", splits=None, return_lse
 
 
 def bytes_moved(q, cache, lengths, mask=Causal()) -> int:  # noqa: B008 (frozen)
-    """Bytes that `decode` cannot avoid to move: the keys and values that some query sees, with
-    their scales and page numbers, q and out. lengths: concrete, [batch]."""
+    """Bytes that `decode` has to move: the keys and values that at least one query sees, their
+    scales and page numbers, q and out. lengths: concrete, [batch]."""
     stop = np.asarray(lengths, np.int64)
     start = np.maximum(first_key(mask, np.maximum(stop - q.shape[1], 0)), 0)
     tokens = int(np.sum(np.maximum(stop - start, 0)))
@@ -119,7 +119,7 @@ def bytes_moved(q, cache, lengths, mask=Causal()) -> int:  # noqa: B008 (frozen)
 
 
 def _prepare(q, cache, lengths, mask, scale, logits_soft_cap, sinks, bias):
-    """(Call, Spec, sinks or None), checked."""
+    """Checks the arguments; returns (Call, Spec, sinks or None)."""
     check_cache(cache)
     q = q if hasattr(q, "dtype") else np.asarray(q)
     lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
@@ -147,7 +147,7 @@ def _prepare(q, cache, lengths, mask, scale, logits_soft_cap, sinks, bias):
 
 
 def _check_ring(cache: RingCache, mask, q_length: int) -> None:
-    """The oldest key that the first new token sees must not be overwritten by the last one."""
+    """Checks that the last new token does not overwrite the oldest key that the first one sees."""
     queries = np.arange(2 * cache.slots + q_length)
     back = int(np.max(queries - first_key(mask, queries)))
     if back + q_length > cache.slots:

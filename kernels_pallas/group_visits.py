@@ -1,8 +1,9 @@
-"""Which block of rows belongs to which group, for sizes known only at run time.
+"""Which blocks of rows overlap which groups, for group sizes known only at run time.
 
-Rows are sorted by group, so a block of rows meets a run of groups and a group a run of blocks. The
-pairs that meet, in row order, are the visits: at most one a block and one more a group, however
-uneven the groups. Every backend of the grouped matmul walks this list.
+Rows are sorted by group, so a block of rows overlaps a run of groups, and a group a run of blocks.
+The overlapping (block, group) pairs, in row order, are the visits: at most as many as there are
+blocks and groups together, however uneven the groups. Every backend of the grouped matmul iterates
+over this list.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 
 
 class GroupVisits(NamedTuple):
-    """One entry a visit, int32 [visits]; entries from `count` [1] on repeat the last place, empty.
+    """One entry per visit, int32 [visits]; entries from `count` [1] on are empty and repeat the
+    last block.
 
-    A visit joins rows [start, stop), which lie within block `block`, with group `group`.
+    A visit pairs the rows [start, stop), which lie within block `block`, with group `group`.
     """
 
     block: jax.Array
@@ -29,8 +31,9 @@ class GroupVisits(NamedTuple):
 def group_visits(group_sizes, rows: int, block: int, *, empty: str | None = None) -> GroupVisits:
     """The visits of `rows` rows in blocks of `block`.
 
-    empty: what is visited too, with start == stop: "rows", each block no group reaches (after all
-    others, with the last group); "groups", each group without rows (in order, at a block near it).
+    empty: what to visit in addition, with start == stop: "rows": each block that no group reaches
+    (after all others, with the last group); "groups": each group without rows (in order, at a
+    nearby block).
     """
     groups = group_sizes.shape[0]
     blocks = -(-rows // block)

@@ -1,10 +1,10 @@
 """Rows sorted by group, each multiplied by its group's matrix: the matmul of a mixture of experts.
 
-All backends, and both gradients, walk the visits of `group_visits.py`, so that work and memory are
-those of one dense matmul of the rows however many groups there are. `jax.lax.ragged_dot` computes
-every row with every group on CPU and on GPU (compiled operations and memory grow with the
-number of groups: 2,048 rows in 64 groups took it 9 to 25 times as long as the "xla" backend on a
-CPU, jax 0.10 and 0.12); on TPU XLA has a kernel of its own.
+All backends and both gradients iterate over the visits of `group_visits.py`, so that work and
+memory are those of one dense matmul of the rows, however many groups there are. On CPU and GPU,
+`jax.lax.ragged_dot` computes every row with every group: compiled operations and memory grow with
+the number of groups, and 2,048 rows in 64 groups took 9 to 25 times as long as with the "xla"
+backend on a CPU (jax 0.10 and 0.12). On TPU, XLA has a kernel for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Operation(NamedTuple):
-    """What a backend offers; group_sizes are int32 [groups].
+    """The functions of a backend; group_sizes are int32 [groups].
 
     product(lhs [tokens, in], rhs [groups, in, out], group_sizes, dtype, transposed): [tokens, out];
     transposed: rhs is [groups, out, in].
@@ -38,18 +38,18 @@ class Operation(NamedTuple):
 def grouped_matmul(
     lhs, rhs, group_sizes, *, preferred_element_type=None, backend="auto"
 ) -> jax.Array:
-    """out[i] = lhs[i] @ rhs[group of row i], the rows of a group being consecutive.
+    """out[i] = lhs[i] @ rhs[group of row i]; the rows of a group are consecutive.
 
     lhs          [tokens, in]: float32, bfloat16, float16 (float64 under x64)
     rhs          [groups, in, out], of the same dtype
     group_sizes  integers [groups], >= 0, summing to at most `tokens`: the first group_sizes[0] rows
-                 are of group 0, and so on. Values are known only at run time and are not checked:
-                 rows past the sum give 0, a sum beyond `tokens` is cut off.
-    preferred_element_type  dtype of the result; that of lhs if None. Sums are float32 at least.
-    backend      "auto", "xla", or "tpu", "gpu" where they run
+                 belong to group 0, and so on. Values are known only at run time and not checked:
+                 rows past the sum give 0, and groups are cut off at row `tokens`.
+    preferred_element_type  dtype of the result; None: that of lhs. Sums are at least float32.
+    backend      "auto", "xla", or "tpu" or "gpu" where available
 
     Returns [tokens, out]. Differentiable in lhs and rhs (reverse mode); the gradient of a group
-    without rows is 0. What does not fit is a ValueError of one line.
+    without rows is 0. Invalid arguments raise a one-line ValueError.
     """
     lhs, rhs, group_sizes = (jnp.asarray(a) for a in (lhs, rhs, group_sizes))
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
@@ -59,13 +59,13 @@ def grouped_matmul(
 
 
 def explain(lhs, rhs, group_sizes, *, preferred_element_type=None, backend="auto") -> str:
-    """Which backend `grouped_matmul` would take, and why; takes jax.ShapeDtypeStruct too."""
+    """Which backend `grouped_matmul` would choose, and why; also takes jax.ShapeDtypeStruct."""
     _check(lhs, rhs, group_sizes, jnp.dtype(preferred_element_type or lhs.dtype))
     return ": ".join(choose(backend, BACKENDS, AUTO, lhs, rhs, group_sizes))
 
 
 def reference(lhs, rhs, group_sizes, *, preferred_element_type=None) -> jax.Array:
-    """The definition: every row with every group, the others' rows then left out."""
+    """The definition: every row by every group's matrix, masked to the group of the row."""
     stop = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0])[:, None]
     mine = (row >= stop - group_sizes) & (row < stop)  # [tokens, groups]
@@ -121,7 +121,7 @@ _grouped.defvjp(_forward, _backward)
 
 
 def _xla_product(lhs, rhs, group_sizes, dtype, transposed):
-    """A loop over the visits: a block of rows by one group's matrix, into the rows it owns."""
+    """A loop over the visits: a block of rows by one group's matrix, kept for the group's rows."""
     block = _xla_block(lhs.shape[0], rhs.shape[0])
     visits = group_visits(group_sizes, lhs.shape[0], block)
     width = rhs.shape[1 if transposed else 2]
@@ -153,13 +153,13 @@ def _xla_outer(lhs, grad, group_sizes, dtype):
 
 
 def _xla_block(rows: int, groups: int) -> int:
-    """Rows a visit: about those of an even group, so that little is computed and thrown away."""
+    """Rows per visit: about the average group size, so that little is computed and discarded."""
     even = max(rows // groups, 1)
     return min(max(16, 1 << (even.bit_length() - 1)), 256, rows)
 
 
 def _rows(visits, i, block: int, rows: int):
-    """(first row of visit i, bool [block, 1]: which of its rows the visit owns)."""
+    """(first row of visit i, bool [block, 1]: which rows belong to the visit)."""
     at = jnp.minimum(visits.block[i] * block, rows - block)
     row = at + jnp.arange(block)
     return at, ((row >= visits.start[i]) & (row < visits.stop[i]))[:, None]
@@ -170,7 +170,7 @@ def _sum_dtype(dtype):
 
 
 def _matmul(a, b, contract: tuple[int, int]):
-    """a and b contracted over one axis of each, with sums in float32 at least."""
+    """a and b contracted over one axis of each, with sums in at least float32."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=_sum_dtype(a.dtype))
 
@@ -181,9 +181,9 @@ BACKENDS: dict[str, Backend] = {
     "gpu": kernels(Operation, "gpu.grouped_matmul", "gpu", HOPPER),
 }
 
-# The first rule that holds, and whose backend can run the call, decides.
+# The first rule that holds and whose backend can run the call decides.
 AUTO: tuple[Rule, ...] = (
     Rule("tpu", "the kernels, forward and backward"),
     Rule("gpu", "the kernels, forward and backward"),
-    Rule("xla", "the visits one after another: the work of one matmul"),
+    Rule("xla", "a loop over the visits: the work of one matmul"),
 )

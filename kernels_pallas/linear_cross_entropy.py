@@ -19,14 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Operation(NamedTuple):
-    """What a backend offers; both as in `chunked_cross_entropy.py`."""
+    """The functions of a backend; both as in `chunked_cross_entropy.py`."""
 
     per_token: Callable
     summed: Callable
 
 
 class CrossEntropy(NamedTuple):
-    """Float32, of each token or summed; `correct` (no logit beats the target's) is bool of each."""
+    """Float32, per token or summed; per token, `correct` is bool: no logit exceeds the target's."""
 
     loss: jax.Array  # nll + z_loss * lse**2
     nll: jax.Array  # -log softmax(logits)[target], in nats
@@ -48,21 +48,21 @@ def linear_cross_entropy(
     """Cross-entropy of softmax(x @ w) against integer targets.
 
     x        [..., tokens, embed]: float32, bfloat16, float16 (float64 under x64)
-    w        [embed, vocab]: of any of these dtypes, used in that of x; its gradient is in its own
-    targets  integers [..., tokens]; one outside [0, vocab) is ignored: loss and nll 0, no gradient
-             through them, never correct
-    weights  None for each token's values, or numbers [..., tokens], constants: sums over all
-             tokens, of which only `loss` has a gradient
+    w        [embed, vocab]: any of these dtypes, converted to that of x; its gradient is in its own
+    targets  integers [..., tokens]; targets outside [0, vocab) are ignored: loss and nll are 0,
+             without gradient, and never correct
+    weights  None for per-token values, or numbers [..., tokens], treated as constants, for weighted
+             sums over all tokens, of which only `loss` has a gradient
     z_loss   weight of lse**2 in the loss (Chowdhery et al. 2022, section 5)
     logits_soft_cap  None, or cap: logits become cap * tanh(logits / cap)
-    chunk_size  for "xla": positions of the axis `tokens` whose logits exist at once; None chooses
-             about 2**25 logits, 0 takes all
-    backend  "auto", "xla", or "tpu", "gpu" where they run
+    chunk_size  for "xla": positions along `tokens` whose logits are in memory at the same time;
+             None: about 2**25 logits, 0: all
+    backend  "auto", "xla", or "tpu" or "gpu" where available
 
     Returns CrossEntropy of [..., tokens], or of [] with weights. Logits and softmax are float32.
-    Differentiable in x and w (reverse mode). With weights the "xla" backend makes the gradient
-    beside the loss, which saves one matmul of four: pass them where they are known. What does not
-    fit is a ValueError of one line.
+    Differentiable in x and w (reverse mode). With weights, the "xla" backend computes the gradient
+    along with the loss, which saves one of four matmuls: pass weights if they are known. Invalid
+    arguments raise a one-line ValueError.
     """
     x, w, targets = jnp.asarray(x), jnp.asarray(w), jnp.asarray(targets)
     weights = None if weights is None else jnp.asarray(weights)
@@ -70,7 +70,7 @@ def linear_cross_entropy(
     name, _ = choose(backend, BACKENDS, AUTO, x, w, spec)
     shape = targets.shape
     x = x.reshape(-1, *x.shape[-2:])
-    # Wide enough for any vocabulary to be compared with.
+    # Wide enough to be compared with any vocabulary size.
     targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32)).reshape(x.shape[:2])
     weights = None if weights is None else weights.reshape(x.shape[:2]).astype(_stats(x.dtype))
     run = BACKENDS[name].run
@@ -83,13 +83,13 @@ def linear_cross_entropy(
 
 def explain(x, w, targets, *, weights=None, z_loss=0.0, logits_soft_cap=None, chunk_size=None,
             backend="auto") -> str:  # fmt: skip
-    """Which backend `linear_cross_entropy` would take, and why; takes jax.ShapeDtypeStruct too."""
+    """Which backend `linear_cross_entropy` would choose, and why; also takes ShapeDtypeStruct."""
     spec = _prepare(x, w, targets, weights, z_loss, logits_soft_cap, chunk_size)
     return ": ".join(choose(backend, BACKENDS, AUTO, x, w, spec))
 
 
 def reference(x, w, targets, *, z_loss=0.0, logits_soft_cap=None) -> CrossEntropy:
-    """The definition, of each token, with all logits at once."""
+    """The definition, per token, with all logits in memory."""
     dtype = _stats(x.dtype)
     logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=dtype, precision="highest")
     if logits_soft_cap:
@@ -149,9 +149,9 @@ BACKENDS: dict[str, Backend] = {
     "gpu": kernels(Operation, "gpu.linear_cross_entropy", "gpu", HOPPER),
 }
 
-# The first rule that holds, and whose backend can run the call, decides.
+# The first rule that holds and whose backend can run the call decides.
 AUTO: tuple[Rule, ...] = (
-    Rule("tpu", "the kernels: no logits outside of VMEM"),
-    Rule("gpu", "the kernel: no logits outside of registers; the gradient by chunks"),
-    Rule("xla", "a chunk of tokens at a time"),
+    Rule("tpu", "the kernels: logits stay in VMEM"),
+    Rule("gpu", "the kernel: logits stay in registers; the gradient in chunks"),
+    Rule("xla", "one chunk of tokens at a time"),
 )

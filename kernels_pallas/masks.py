@@ -1,15 +1,15 @@
 """Which keys a query may see, as a computable predicate instead of a table.
 
 A mask is a frozen, hashable dataclass over *positions*: a query's position is `q_offset + index`, a
-key's is its index. Every backend is driven by the same three methods:
+key's is its index. All backends use the same three methods:
 
 - `allowed(q_ids, k_ids)`: the predicate on integer arrays (jnp or np) that broadcast;
-- `key_range(q_start, q_stop, kv_length)`: the keys a block of queries needs at all;
+- `key_range(q_start, q_stop, kv_length)`: the range of keys that a block of queries can see;
 - `block_kind(q_start, q_stop, k_start, k_stop)`: "full" (no comparison needed), "partial" or
   "skipped".
 
-All ranges are half open and plain Python ints, so that skipping is decided while tracing.
-Masks join with `&`: `Causal() & Chunked(8192)`.
+All ranges are half-open and plain Python ints, so that skipping is decided at trace time.
+Masks combine with `&`: `Causal() & Chunked(8192)`.
 """
 
 from __future__ import annotations
@@ -22,42 +22,43 @@ import numpy as np
 
 
 def _clip(start: int, stop: int, kv_length: int) -> tuple[int, int]:
-    """The part of [start, stop) inside [0, kv_length); start <= stop also when that is empty."""
+    """The part of [start, stop) inside [0, kv_length); start <= stop even if it is empty."""
     start = min(max(start, 0), kv_length)
     return start, min(max(stop, start), kv_length)
 
 
-LARGEST = 2**30  # of a mask's numbers: positions are int32 in the kernels
+LARGEST = 2**30  # the largest number in a mask: positions are int32 in the kernels
 
 
 def _check_number(mask: Mask, name: str, lowest: int):
-    """ValueError unless the field is an integer that positions can be compared with."""
+    """Raises ValueError unless the field is an integer that can be compared with positions."""
     value = getattr(mask, name)
     if not isinstance(value, int | np.integer) or not lowest <= value <= LARGEST:
         raise ValueError(f"{mask}: {name} is {value!r}; allowed: integers {lowest} to 2**30")
 
 
 class Mask:
-    """What every mask offers; see the module docstring."""
+    """The base class of masks; see the module docstring."""
 
     def allowed(self, q_ids, k_ids):
-        """Boolean array, of the shape to which q_ids and k_ids broadcast: may q see k?"""
+        """Boolean array of the broadcast shape of q_ids and k_ids: may q see k?"""
         raise NotImplementedError
 
     def key_range(self, q_start: int, q_stop: int, kv_length: int) -> tuple[int, int]:
-        """Smallest [start, stop) within [0, kv_length) of the keys seen from [q_start, q_stop)."""
+        """Smallest [start, stop) within [0, kv_length) that covers the keys seen by the queries
+        [q_start, q_stop)."""
         raise NotImplementedError
 
     def block_kind(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> str:
-        """ "full": every pair is visible; "skipped": none is; "partial": the rest."""
+        """ "full": every pair is visible; "skipped": none is; "partial": anything else."""
         raise NotImplementedError
 
     def shifted(self, by: int) -> Mask:
-        """This mask for positions that count from `by` on: allowed(q + by, k + by)."""
+        """This mask with positions counted from `by`: allowed(q + by, k + by)."""
         return Shifted(self, by) if by else self
 
     def __and__(self, other: Mask) -> Mask:
-        """What both masks allow. `Full` is the neutral element."""
+        """Pairs that both masks allow. `Full` is the neutral element."""
         if not isinstance(other, Mask):
             return NotImplemented
         parts = [m for side in (self, other) for m in getattr(side, "masks", (side,))]
@@ -86,7 +87,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """k <= q: a query sees itself and what came before."""
+    """k <= q: a query sees itself and everything before it."""
 
     def allowed(self, q_ids, k_ids):
         return k_ids <= q_ids
@@ -132,7 +133,7 @@ class Window(Mask):
 
 @dataclass(frozen=True)
 class Prefix(Mask):
-    """k <= q or k < n: causal, except that everyone sees the first n keys (a prefix LM)."""
+    """k <= q or k < n: causal, except that every query sees the first n keys (a prefix LM)."""
 
     n: int
 
@@ -156,7 +157,7 @@ class Prefix(Mask):
 
 @dataclass(frozen=True)
 class Chunked(Mask):
-    """q // n == k // n: attention within blocks of n positions; join with Causal for a decoder."""
+    """q // n == k // n: attention within blocks of n positions; use `& Causal()` in a decoder."""
 
     n: int
 
@@ -184,10 +185,10 @@ class Chunked(Mask):
 
 @dataclass(frozen=True)
 class And(Mask):
-    """What all `masks` allow; made by `&`.
+    """Pairs that all `masks` allow; the result of `&`.
 
-    Ranges are intersected, which may keep a block in which each mask allows something but no pair
-    satisfies all of them: such a block is called "partial", never wrongly "full" or "skipped".
+    Ranges are intersected, which may keep a block in which each mask allows some pair but no pair
+    satisfies all of them: such a block is "partial", never wrongly "full" or "skipped".
     """
 
     masks: tuple[Mask, ...]
@@ -213,7 +214,7 @@ class And(Mask):
 
 @dataclass(frozen=True)
 class Shifted(Mask):
-    """`mask` where position 0 is its position `by`; made by `Mask.shifted`."""
+    """`mask` with its position `by` as position 0; the result of `Mask.shifted`."""
 
     mask: Mask
     by: int

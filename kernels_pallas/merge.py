@@ -1,4 +1,4 @@
-"""Joins two partial softmaxes over disjoint keys: ring attention, split keys, shared prefixes."""
+"""Merges two partial softmaxes over disjoint keys: ring attention, split keys, shared prefixes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 def merge(out1, lse1, out2, lse2):
-    """Attention over the keys of both parts, from each part's (out, lse).
+    """Attention over the keys of both parts, given each part's (out, lse).
 
-    out [batch, q_length, heads, head_dim], lse [batch, heads, q_length]; returns the like, out in
-    out1's dtype. A part that saw no key (lse -inf) counts for nothing; two of them give 0 and -inf.
-    With sinks, give them to one part only.
+    out [batch, q_length, heads, head_dim], lse [batch, heads, q_length]; returns (out, lse) of the
+    same shapes, out in out1's dtype. A part that saw no key (lse -inf) has no weight; two such
+    parts give 0 and -inf. Only one of the parts may include the sinks.
     """
     top = jnp.maximum(lse1, lse2)
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))

@@ -1,4 +1,4 @@
-"""Joins the parts of attention whose keys were split, any number of them."""
+"""Merges any number of parts of attention with split keys."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .merge import merge
 
 
 def merge_parts(out, lse):
-    """(out [batch, heads, rows, head_dim], lse [batch, heads, rows]) of parts stacked in front:
-    out [parts, batch, heads, rows, head_dim], lse [parts, batch, heads, rows].
+    """(out [batch, heads, rows, head_dim], lse [batch, heads, rows]) of parts stacked along the
+    first axis: out [parts, batch, heads, rows, head_dim], lse [parts, batch, heads, rows].
 
-    Pairs of parts are merged until one is left, so that the work is done at once for all pairs.
+    Pairs of parts are merged, all pairs in parallel, until one part is left.
     """
     shape = lse.shape[1:]
-    # To `merge`, rows are heads of one query.
+    # `merge` takes the rows as the heads of a single query.
     out = out.reshape(*out.shape[:2], 1, -1, out.shape[-1])
     lse = lse.reshape(*lse.shape[:2], -1, 1)
     while (count := out.shape[0]) > 1:
         half = count // 2
         pairs = (out[:half], lse[:half], out[half : 2 * half], lse[half : 2 * half])
-        joined = jax.vmap(merge)(*pairs)
+        merged = jax.vmap(merge)(*pairs)
         rest = (out[2 * half :], lse[2 * half :])
-        out, lse = (jnp.concatenate(both) for both in zip(joined, rest, strict=True))
+        out, lse = (jnp.concatenate(both) for both in zip(merged, rest, strict=True))
     return out.reshape(*shape, -1), lse.reshape(shape)

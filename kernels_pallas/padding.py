@@ -1,4 +1,4 @@
-"""Arrays made to fit whole blocks."""
+"""Padding of arrays to whole blocks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Splits a kernel over the devices of the mesh in use (`jax.set_mesh`), along batch and heads.
 
-A Pallas kernel is a black box to the compiler's partitioner, so the split is written down here,
-with `jax.shard_map`. Lengths and head dims stay whole: over mesh axes that are not for batch or
-heads, or do not divide them, every device computes the same. Axes that are manual already (inside a
-shard_map) are left alone.
+A Pallas kernel is a black box to the compiler's partitioner, so the split is explicit here, with
+`jax.shard_map`. Lengths and head dims are not split: along mesh axes that are not for batch or
+heads, or that do not divide them, every device computes the same. Axes that are already manual
+(inside a shard_map) are left as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .spec import Operands
 
 
 class Axes(NamedTuple):
-    """Names of the mesh axes over which a dimension is split; names the mesh lacks do not count."""
+    """The mesh axes over which each dimension is split; names that the mesh lacks are ignored."""
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
     heads: tuple[str, ...] = ("tensor",)
@@ -28,7 +28,8 @@ class Axes(NamedTuple):
 
 _chosen: contextvars.ContextVar[Axes | None] = contextvars.ContextVar("axes", default=None)
 
-# Dimensions of the arrays of a call, one letter each: b batch, h heads, n key heads, others whole.
+# Dimensions of the arrays of a call, one letter each: b batch, h heads, n key heads; others are not
+# split.
 DIMENSIONS = dict(
     q="bhld",
     k="bnmd",
@@ -43,16 +44,18 @@ DIMENSIONS = dict(
 
 @contextlib.contextmanager
 def mesh_axes(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()):
-    """Within it, kernels are split over these mesh axes instead of those `Axes` begins with.
+    """Context in which kernels are split over these mesh axes instead of the defaults of `Axes`.
 
-    ValueError for a name in place of a tuple of them, and for one that is named twice.
+    ValueError for a string in place of a tuple, and for an axis that is named twice.
     """
     for side, names in (("batch", batch), ("heads", heads)):
         if isinstance(names, str):
             raise ValueError(f"mesh_axes({side}={names!r}); allowed: a tuple of axis names")
     twice = [name for name in (*batch, *heads) if (*batch, *heads).count(name) > 1]
     if twice:
-        raise ValueError(f"mesh axis {twice[0]!r} is named twice; allowed: once, batch or heads")
+        raise ValueError(
+            f"mesh axis {twice[0]!r} is named twice; allowed: once, for batch or heads"
+        )
     token = _chosen.set(Axes(tuple(batch), tuple(heads)))
     try:
         yield
@@ -61,10 +64,10 @@ def mesh_axes(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()):
 
 
 def over_mesh(function: Callable, x: Operands, more: tuple, results: tuple[str, ...]):
-    """`function(x, *arrays of more)`, each device of a mesh with its part of batch and heads.
+    """`function(x, *arrays of more)`, on each device of the mesh with its part of batch and heads.
 
     x: heads-major arrays, q_offset [batch]. more: (dimensions, array) of each further argument.
-    results: the dimensions of what `function` returns, a tuple of arrays.
+    results: the dimensions of each array in the tuple that `function` returns.
     """
     arrays = [array for _, array in more]
     mesh = jax.sharding.get_abstract_mesh()
@@ -72,8 +75,8 @@ def over_mesh(function: Callable, x: Operands, more: tuple, results: tuple[str, 
     free = [name for name, kind in kinds if kind != AxisType.Manual]
     if all(mesh.shape[name] == 1 for name in free):
         return function(x, *arrays)
-    found = _split(x, {name: mesh.shape[name] for name in free})
-    spec = lambda dims: PartitionSpec(*(found.get(letter) or None for letter in dims))
+    split = _split(x, {name: mesh.shape[name] for name in free})
+    spec = lambda dims: PartitionSpec(*(split.get(letter) or None for letter in dims))
     given = Operands(*(None if a is None else spec(DIMENSIONS.get(n, "")) for n, a in _fields(x)))
     return jax.shard_map(
         function,
@@ -89,7 +92,7 @@ def _fields(x: Operands):
 
 
 def _split(x: Operands, sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
-    """{dimension letter: mesh axes it is split over}; sizes of the mesh axes to choose from."""
+    """{dimension letter: mesh axes that split it}; sizes: those of the available mesh axes."""
 
     def fitting(names, length):
         taken = []

@@ -12,8 +12,8 @@ from .masks import And, Chunked, Mask, Window
 def first_key(mask: Mask, position):
     """No query at `position` or later sees a key before this one.
 
-    position: integers, traced or not, also inside a kernel; the result is like it and may be
-    negative. 0 for masks whose reach is not known here.
+    position: integers, traced or not, also inside a kernel; the result is of the same kind and may
+    be negative. 0 for masks whose reach is unknown.
     """
     if isinstance(mask, Window):
         return position - mask.left

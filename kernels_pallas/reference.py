@@ -1,4 +1,4 @@
-"""The definition: attention as two einsums around a softmax, all scores in memory at once."""
+"""The definition: attention as two einsums around a softmax, with all scores in memory."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Ring attention (Liu, Zaharia & Abbeel 2023): a sequence split over the devices of a mesh axis.
 
-Each device keeps its queries, and the keys go round: while a device attends to the piece it has,
-the next one is already on its way. Partial results join by `merge`; in the backward pass the
-gradients of keys and values travel along with them. Under a causal mask the first devices of a
-contiguous split have little to do and the last ones much. In the "zigzag" order device i of n holds
-the pieces i and 2n - 1 - i of 2n, which is the same work for all.
+Each device keeps its queries, and the keys travel around the ring: while a device attends to one
+piece, the next one is already being sent. Partial results are combined by `merge`; in the backward
+pass the gradients of keys and values travel with them. Under a causal mask, the first devices of a
+contiguous split have little work and the last ones a lot. In "zigzag" order, device i of n holds
+the pieces i and 2n - 1 - i of 2n, so that all devices have the same amount of work.
 
-What two pieces have to do with each other is known while tracing for each pair of devices, so
-invisible pairs cost nothing, full ones no comparison, and every mask works. On a long ring all
-steps but the first and the last are one loop, so that the program does not grow with the ring.
+How two pieces relate under the mask is known at trace time for each pair of devices, so invisible
+pairs cost nothing, full ones need no comparison, and every mask works. On a long ring all steps but
+the first and the last are one loop, so that the program does not grow with the ring.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .scores import accumulator, sink_gradient
 from .spec import Operands, Spec
 from .validate import prepare
 
-ORDERS = {"contiguous": 1, "zigzag": 2}  # pieces a device holds
-UNROLLED = 4  # devices of the largest ring whose steps are written out
+ORDERS = {"contiguous": 1, "zigzag": 2}  # pieces per device
+UNROLLED = 4  # devices of the largest ring whose steps are unrolled
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,19 @@ class Ring:
 
     @property
     def pieces(self) -> int:
-        """How many pieces a device holds."""
+        """Pieces per device."""
         return ORDERS[self.order]
 
     def start(self, device: int, piece: int, length: int) -> int:
-        """Position of the first token of a device's piece, pieces being `length` long."""
+        """Position of the first token of a device's piece; pieces are `length` long."""
         last = self.pieces * self.size - 1
         return (last - device if piece else device) * length
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a piece of queries has to do with a piece of keys; None: nothing to see."""
+    """The mask between a piece of queries and a piece of keys. Pieces without visible pairs have
+    None instead."""
 
     mask: Mask
     q_offset: int
@@ -78,17 +79,17 @@ def ring_attention(
     backend="auto",
     return_lse=False,
 ):
-    """`attention` over a sequence split along the mesh axis `axis_name`; call it in jax.shard_map.
+    """`attention` over a sequence split along mesh axis `axis_name`; call it in jax.shard_map.
 
     q, k, v      this device's part, [batch, length, heads, head_dim] and kv_heads, of equal length
     axis_name    the mesh axis, of n devices
-    order        "contiguous": device i holds the i-th part; "zigzag": parts i and 2n - 1 - i of 2n,
-                 one after the other, as `zigzag` arranges them: balanced for causal masks
+    order        "contiguous": device i holds the i-th part; "zigzag": it holds parts i and
+                 2n - 1 - i of 2n, in this order, as `zigzag` arranges them; balances causal masks
     bias         None or Alibi(slopes)
     segment_ids  None or this device's ints [batch, length], or a pair of them
     backend      "auto" or one that returns the log-sum-exp, chosen for one pair of pieces
 
-    The others, and what is returned, as in `attention`; positions are those of the whole sequence.
+    Other arguments and results as in `attention`; positions are those of the whole sequence.
     """
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}; allowed: {', '.join(ORDERS)}")
@@ -113,7 +114,7 @@ def ring_attention(
 
 
 def zigzag(x, size: int, axis: int = 1):
-    """A whole array in the order in which its equal parts on `size` devices are zigzag.
+    """A whole array reordered so that its equal parts on `size` devices are in zigzag order.
 
     ValueError unless 2 * size divides the axis. `zigzag(positions)` are the positions to embed.
     """
@@ -126,7 +127,7 @@ def unzigzag(x, size: int, axis: int = 1):
 
 
 def _zigzag_order(length: int, size: int) -> np.ndarray:
-    """[length]: the position of the token that comes to each place."""
+    """[length]: the position of the token at each index after reordering."""
     if length % (2 * size):
         raise ValueError(
             f"length {length} on {size} devices in zigzag order; allowed: multiples of {2 * size}"
@@ -140,18 +141,18 @@ def _size(axis_name) -> int:
         return jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"axis_name is {axis_name!r}; allowed: an axis that a jax.shard_map around makes manual"
+            f"axis_name is {axis_name!r}; allowed: a manual axis of an enclosing jax.shard_map"
         ) from None
 
 
 def _check(x: Operands, order: str):
     q_length, kv_length = x.q.shape[1], x.k.shape[1]
     if x.bias is not None:
-        raise ValueError("a bias array; allowed in ring attention: Alibi(slopes) or none")
+        raise ValueError("bias is an array; allowed in ring attention: None or Alibi(slopes)")
     if q_length != kv_length:
-        raise ValueError(f"q_length {q_length} and kv_length {kv_length} a device; must be equal")
+        raise ValueError(f"q_length {q_length} and kv_length {kv_length} per device; must be equal")
     if q_length % ORDERS[order]:
-        raise ValueError(f"length {q_length} a device in {order} order; allowed: an even one")
+        raise ValueError(f"length {q_length} per device in {order} order; allowed: even lengths")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -160,7 +161,7 @@ def _ring(x: Operands, ring: Ring):
 
 
 def _forward(x: Operands, ring: Ring):
-    """((out, lse), residuals): one pass of the keys round the ring."""
+    """((out, lse), residuals): one pass of the keys around the ring."""
     batch, q_length, heads, _ = x.q.shape
     dtype = accumulator(x.q.dtype)
     out = jnp.zeros(x.q.shape, dtype)
@@ -173,8 +174,8 @@ def _forward(x: Operands, ring: Ring):
         here = x._replace(k=keys[0], v=keys[1], kv_segment_ids=keys[2], sinks=None)
         if not step.last:
             keys = _pass_on(keys, ring)
-        # A piece is passed on while the one before is attended to, and not sooner: else the
-        # compiler passes all of them on first.
+        # A piece is sent while the previous one is attended to, not earlier: otherwise the compiler
+        # sends all of them first.
         return jax.lax.optimization_barrier((_see(here, seen, ring, step), keys))
 
     seen, _ = _round(turn, ((out, lse), (x.k, x.v, x.kv_segment_ids)), ring)
@@ -184,7 +185,8 @@ def _forward(x: Operands, ring: Ring):
 
 
 class Step(NamedTuple):
-    """A step of a pass: its number, which ones it may be as far as tracing knows, of how many."""
+    """A step of a pass: its index, the indices it may have as known at trace time, and the number
+    of steps."""
 
     index: int | jax.Array
     among: range
@@ -214,7 +216,7 @@ def _round(turn, carry, ring: Ring):
 
 
 def _see(x: Operands, seen, ring: Ring, step: Step):
-    """`seen` (out, lse) of all queries, joined with the keys of this step."""
+    """`seen`, the (out, lse) of all queries, merged with the keys of this step."""
     parts = []
     for i in range(ring.pieces):
         out, lse = _rows(seen[0], i, ring.pieces, 1), _rows(seen[1], i, ring.pieces, 2)
@@ -225,8 +227,8 @@ def _see(x: Operands, seen, ring: Ring, step: Step):
             def attend(pair, operands=operands, before=(out, lse)):
                 if pair is None:
                     return before
-                found = BACKENDS[ring.backend].run(operands, _spec(ring, pair))
-                return merge(*before, *found)
+                new = BACKENDS[ring.backend].run(operands, _spec(ring, pair))
+                return merge(*before, *new)
 
             out, lse = _by_device(ring, step, i, j, operands, attend)
         parts.append((out, lse))
@@ -235,7 +237,7 @@ def _see(x: Operands, seen, ring: Ring, step: Step):
 
 
 def _backward(ring: Ring, residuals, cotangents):
-    """One more pass round the ring: dq stays, dk and dv travel with their keys and come home."""
+    """Another pass around the ring: dq stays, dk and dv travel with their keys and return."""
     x, out, lse = residuals
     dout, dlse = cotangents
     dtype = accumulator(x.q.dtype)
@@ -249,7 +251,7 @@ def _backward(ring: Ring, residuals, cotangents):
         here = x._replace(k=keys[0], v=keys[1], kv_segment_ids=keys[2], sinks=None)
         if not step.last:
             keys = _pass_on(keys, ring)
-        if not step.first:  # sent on while the next gradients are made, in a loop too
+        if not step.first:  # sent while the next gradients are computed, also in a loop
             grads = _pass_on(grads, ring)
         added = _pull(here, dout, lse, delta, ring, step)
         added, keys = jax.lax.optimization_barrier((added, keys))
@@ -260,14 +262,14 @@ def _backward(ring: Ring, residuals, cotangents):
     (dq, dslopes), _, grads = _round(turn, ((dq, dslopes), keys, grads), ring)
     grads = _pass_on(grads, ring)
     dsinks = None if x.sinks is None else sink_gradient(x.sinks, lse, delta)
-    found = Operands(dq, *grads, slopes=dslopes, sinks=dsinks)
-    return (jax.tree.map(lambda a, like: a.astype(like.dtype), found, _differentiable(x)),)
+    gradients = Operands(dq, *grads, slopes=dslopes, sinks=dsinks)
+    return (jax.tree.map(lambda a, like: a.astype(like.dtype), gradients, _differentiable(x)),)
 
 
 def _pull(x: Operands, dout, lse, delta, ring: Ring, step: Step) -> Operands:
-    """Gradients of all that x holds at this step, added up over its pairs of pieces."""
+    """Gradients of the arrays that x holds at this step, summed over its pairs of pieces."""
     dtype = accumulator(x.q.dtype)
-    found = []
+    by_pair = []
     for i in range(ring.pieces):
         rows = functools.partial(_rows, index=i, pieces=ring.pieces)
         cotangents = rows(dout, axis=1), rows(lse, axis=2), rows(delta, axis=2)
@@ -283,21 +285,21 @@ def _pull(x: Operands, dout, lse, delta, ring: Ring, step: Step) -> Operands:
                 got = backend.gradients(operands, _spec(ring, pair), *cotangents)
                 return jax.tree.map(lambda a: a.astype(dtype), got)
 
-            found.append(_by_device(ring, step, i, j, operands, gradients))
-    return _add_pieces(found, ring.pieces)
+            by_pair.append(_by_device(ring, step, i, j, operands, gradients))
+    return _add_pieces(by_pair, ring.pieces)
 
 
 _ring.defvjp(_forward, _backward)
 
 
-def _add_pieces(found: list[Operands], pieces: int) -> Operands:
-    """The gradients of the whole from those of its pairs, in the order (queries, keys)."""
-    at = lambda i, j: found[i * pieces + j]
+def _add_pieces(by_pair: list[Operands], pieces: int) -> Operands:
+    """The gradients of whole arrays from those of pairs of pieces, ordered (queries, keys)."""
+    at = lambda i, j: by_pair[i * pieces + j]
     every = range(pieces)
     dq = [sum(at(i, j).q for j in every) for i in every]
     dk = [sum(at(i, j).k for i in every) for j in every]
     dv = [sum(at(i, j).v for i in every) for j in every]
-    slopes = None if found[0].slopes is None else sum(f.slopes for f in found)
+    slopes = None if by_pair[0].slopes is None else sum(g.slopes for g in by_pair)
     return Operands(*(jnp.concatenate(parts, 1) for parts in (dq, dk, dv)), slopes=slopes)
 
 
@@ -306,7 +308,7 @@ def _differentiable(x: Operands) -> Operands:
 
 
 def _rows(a, index: int, pieces: int, axis: int):
-    """The `index`-th of `pieces` equal parts of a along `axis`."""
+    """Part `index` of `pieces` equal parts of a along `axis`."""
     size = a.shape[axis] // pieces
     return jax.lax.slice_in_dim(a, index * size, (index + 1) * size, axis=axis)
 
@@ -329,7 +331,7 @@ def _key_piece(x: Operands, index: int, pieces: int) -> Operands:
 
 
 def _pass_on(arrays, ring: Ring):
-    """Each device's arrays to the next one."""
+    """Sends each device's arrays to the next device."""
     to_next = [(i, (i + 1) % ring.size) for i in range(ring.size)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, ring.axis_name, to_next), arrays)
 
@@ -339,9 +341,9 @@ def _spec(ring: Ring, pair: Pair) -> Spec:
 
 
 def _by_device(ring: Ring, step: Step, i: int, j: int, x: Operands, function):
-    """function(pair) of this device's piece i of queries and its piece j of keys at this step.
+    """function(pair) for this device's piece i of queries and its piece j of keys at this step.
 
-    Which pair that is depends on the device and the step; those with the same share one branch.
+    The pair depends on the device and the step; devices and steps with equal pairs share a branch.
     """
     length, devices = x.q.shape[1], range(ring.size)
     pairs = [

@@ -1,4 +1,4 @@
-"""What turns raw scores into weights, shared by the backends that are plain jax.
+"""From raw scores to softmax weights, shared by the backends in plain jax.
 
 Scores are laid out [batch, kv_heads, groups, q, k]; a query head is kv_head * groups + group.
 """
@@ -17,10 +17,10 @@ def accumulator(dtype):
 
 
 def split_heads(x: Operands) -> Operands:
-    """`x` with every heads axis split into (kv_heads, groups); no data moves.
+    """`x` with every heads axis split into (kv_heads, groups), without moving data.
 
-    q [batch, q, kv_heads, groups, head_dim], bias five dimensions, slopes and sinks
-    [kv_heads, groups, 1, 1], in the accumulator's dtype.
+    q [batch, q, kv_heads, groups, head_dim], bias with five dimensions, slopes and sinks
+    [kv_heads, groups, 1, 1] in the accumulator's dtype.
     """
     batch, q_length, heads, head_dim = x.q.shape
     kv_heads = x.k.shape[2]
@@ -53,9 +53,9 @@ def query_ids(x: Operands, spec: Spec, start, count: int):
 def logits(s, x: Operands, spec: Spec, q_ids, k_ids, *, compare: bool = True):
     """Scale, soft cap, bias, mask, in that order.
 
-    s raw scores [batch, kv_heads, groups, q, k]; x cut to these queries and keys, heads split;
-    q_ids as from `query_ids`, k_ids [k]. compare=False leaves out the mask where it allows all.
-    Invisible pairs come back as -inf.
+    s raw scores [batch, kv_heads, groups, q, k]; x restricted to these queries and keys, with heads
+    split; q_ids as from `query_ids`, k_ids [k]. compare=False skips the mask where it allows all
+    pairs. Invisible pairs become -inf.
     """
     s = s * spec.scale
     if spec.logits_soft_cap is not None:
@@ -75,24 +75,24 @@ def logits(s, x: Operands, spec: Spec, q_ids, k_ids, *, compare: bool = True):
 def sink_gradient(sinks, lse, delta):
     """The gradient of the sinks [heads], summed over all queries.
 
-    lse, delta [batch, heads, q_length], as in `piece_gradients`, the sink being part of lse. A sink
-    of -inf has no weight in any softmax, and no gradient.
+    lse, delta [batch, heads, q_length] as in `piece_gradients`; lse includes the sink. A sink of
+    -inf has no weight in any softmax, and no gradient.
     """
     gap = jnp.where(lse == -jnp.inf, -jnp.inf, sinks.astype(lse.dtype)[:, None] - lse)
     return -jnp.sum(jnp.exp(gap) * delta, axis=(0, 2))
 
 
 def softmax(s, sinks):
-    """The softmax over the last axis, its division left to the caller.
+    """The softmax over the last axis; the caller divides by the total.
 
     s [batch, kv_heads, groups, q, k], sinks [kv_heads, groups, 1, 1] or None. Returns (weights like
-    s, total [..., q, 1] to divide by, lse [..., q]). A row of -inf alone has weights 0, total 1 and
-    lse -inf, and finite gradients.
+    s, total [..., q, 1] to divide by, lse [..., q]). A row in which every score is -inf has weights
+    0, total 1, lse -inf and finite gradients.
     """
     top = jnp.max(s, axis=-1, keepdims=True)
     if sinks is not None:
         top = jnp.maximum(top, sinks)
-    # The shift cancels in the result, so it needs no gradient; -inf - -inf would be nan.
+    # The shift cancels in the result and needs no gradient; -inf - -inf would be nan.
     top = jax.lax.stop_gradient(jnp.where(top == -jnp.inf, 0.0, top))
     weights = jnp.exp(s - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What one attention call is made of: arrays in `Operands`, everything static in `Spec`.
+"""The two parts of an attention call: `Operands` holds its arrays, `Spec` everything static.
 
 Backends take `(operands, spec)` and return `(out, lse)`. `Spec` is hashable, so that it can be the
 one non-differentiated argument of a kernel's custom_vjp or a jit's static argument.
@@ -15,7 +15,7 @@ from .masks import Mask
 
 
 class Unsupported(ValueError):
-    """Raised by a backend that cannot run a call; the message is the reason, in one line."""
+    """Raised by a backend that cannot run a call; the message is the reason, on one line."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,7 @@ class Alibi:
 
 
 class Operands(NamedTuple):
-    """The arrays of a call; None where the call has none."""
+    """The arrays of a call; None for those it lacks."""
 
     q: Any  # [batch, q_length, heads, head_dim]
     k: Any  # [batch, kv_length, kv_heads, head_dim]

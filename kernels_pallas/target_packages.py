@@ -1,7 +1,7 @@
-"""Prints the packages with which this jax compiles for a TPU and an NVIDIA GPU that are not here.
+"""Prints the packages with which this jax compiles for a TPU and an NVIDIA GPU it does not have.
 
-They are installed into a folder of their own (`make targets`), which only processes that compile
-for such a target have on their PYTHONPATH: installed beside jax they would have every other process
+They are installed into a separate folder (`make targets`), which is on the PYTHONPATH only of
+processes that compile for such a target: installed next to jax, they would make every other process
 look for the hardware.
 """
 
@@ -19,7 +19,7 @@ CUDA_COMPILER = (
 
 
 def packages() -> tuple[str, ...]:
-    """Requirements for pip, none of which needs another of its own."""
+    """Requirements for pip, none of which has dependencies that need to be installed."""
     libtpu = next(r for r in map(_name_and_version, requires("jax")) if r.startswith("libtpu"))
     plugins = (f"{name}=={version('jax')}" for name in ("jax-cuda13-plugin", "jax-cuda13-pjrt"))
     return (libtpu, *plugins, *CUDA_COMPILER)

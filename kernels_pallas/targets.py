@@ -1,7 +1,7 @@
-"""The chips that kernels are compiled for, whether they are here or not.
+"""The chips that kernels are compiled for, whether this machine has them or not.
 
-Compiling for one that is not here needs the packages of `target_packages.py` on the path
-(`make targets`) and no hardware; `prepare_environment` must run before jax first asks for a device.
+Compiling for a chip that this machine lacks needs the packages of `target_packages.py` on the path
+(`make targets`) and no hardware; call `prepare_environment` before jax first asks for a device.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @dataclass(frozen=True)
 class Target:
-    """A chip as its maker describes it. Rates are those of one jax device (a core on v4, v5p, 7x
-    counts as half a chip only where jax says so)."""
+    """A chip, with the numbers of its maker. Rates are per jax device: a core of a v4, v5p or 7x
+    counts as half a chip only where jax sees it as a device."""
 
     name: str
-    device_kind: str  # what jax.devices()[0].device_kind says
-    topology: str  # the smallest slice that the compiler describes
+    device_kind: str  # jax.devices()[0].device_kind
+    topology: str  # the smallest slice that the compiler knows
     options: dict = field(default_factory=dict, hash=False)
-    cores: int = 1  # tensor cores of a device, over which the parallel grid dimensions split
+    cores: int = 1  # tensor cores per device, which share the parallel grid dimensions
     clock_hz: float = 0.0
-    bf16_flops: float = 0.0  # a device, per second
-    hbm_bytes: float = 0.0  # a device, per second
+    bf16_flops: float = 0.0  # per device and second
+    hbm_bytes: float = 0.0  # per device and second
     platform: str = "tpu"  # or "gpu"
 
 
@@ -60,17 +60,17 @@ TARGETS = {
 
 
 def prepare_environment(libtpu_flags: str = "") -> None:
-    """Lets the compilers describe chips on a machine that has none, quietly. Call before jax is
-    used."""
+    """Sets up the compilers to describe chips on a machine without any, and keeps them quiet. Call
+    before jax is used."""
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip to keep others from
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip to lock
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    # Without these it asks the cloud where it is, and complains.
+    # Without these, libtpu queries the cloud's metadata server and complains.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_ID", "0")
-    # Autotuning would measure on the device.
+    # Autotuning would run on the device.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     if libtpu_flags:
         os.environ["LIBTPU_INIT_ARGS"] = libtpu_flags
@@ -78,13 +78,13 @@ def prepare_environment(libtpu_flags: str = "") -> None:
 
 @functools.cache
 def mesh(name: str) -> Mesh:
-    """One device of the target `name`. ValueError for an unknown one."""
+    """A mesh of one device of the target `name`. ValueError for an unknown name."""
     if name not in TARGETS:
         raise ValueError(f"target {name!r} is unknown; allowed: {', '.join(TARGETS)}")
     target = TARGETS[name]
     options, platform = dict(target.options), target.platform
     if platform == "gpu":
-        platform = "cuda"  # the compiler's name for it
+        platform = "cuda"  # the compiler's name for the platform
         described = pathlib.Path(__file__).parent / "gpu" / f"{name}.txtpb"
         options["target_config"] = described.read_text()
     slice_ = topologies.get_topology_desc(

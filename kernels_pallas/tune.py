@@ -1,8 +1,8 @@
 """Fills `tuning.csv`: `python -m kernels_pallas.tune --target=v5e`.
 
-Compiles each candidate for a chip that need not be here and predicts its share of the chip's peak
-from the compiler's bundles; with --measure, times it on the device that is here instead. The best
-candidate of each shape becomes a row.
+Compiles each candidate for a chip, which this machine need not have, and predicts its share of the
+chip's peak from the compiler's bundles; with --measure, times it on this machine's device instead.
+The best candidate for each shape becomes a row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = (("bfloat16", 128), ("bfloat16", 64), ("bfloat16", 256), ("float32", 12
 HEADS = 8  # enough to fill every core
 REPEATS = 10
 
-# Runs of 256 queries fill a matrix unit 256 wide; `ahead` pays where that unit is fast.
+# Runs of 256 queries fill a 256-wide matrix unit; `ahead` pays where that unit is fast.
 _BACKWARD = (Blocks(512, 512, 256), Blocks(512, 1024, 256))
 _NARROW = dict(forward=(Blocks(512, 1024, 256), Blocks(1024, 1024, 256)), backward=_BACKWARD)
 _WIDE = dict(
@@ -45,7 +45,7 @@ CANDIDATES = {"v4": _NARROW, "v5e": _NARROW, "v5p": _NARROW, "v6e": _WIDE, "7x":
 
 
 class Shape(NamedTuple):
-    """What a row is for, but for the length and the kind of mask."""
+    """The case that a row is for, except its length and kind of mask."""
 
     which: str  # "forward", "backward"
     dtype: str
@@ -53,8 +53,8 @@ class Shape(NamedTuple):
 
 
 def program(shape: Shape, mask: Mask, blocks: Blocks, length: int):
-    """(function, its arguments as shapes): one call of the kernel for HEADS heads, heads first, so
-    that nothing is transposed around it."""
+    """(function, its arguments as shapes): one call of the kernel for HEADS heads, heads first so
+    that no transpose is needed around it."""
     settings = flash.Settings(blocks, blocks)
     spec = Spec(mask, shape.head_dim**-0.5)
     qkv = jax.ShapeDtypeStruct((1, HEADS, length, shape.head_dim), jnp.dtype(shape.dtype))
@@ -67,40 +67,40 @@ def program(shape: Shape, mask: Mask, blocks: Blocks, length: int):
 
 
 def _fits(shape: Shape, blocks: Blocks) -> bool:
-    """Whether VMEM of the device in use holds them."""
+    """Whether the blocks fit the VMEM of the device in use."""
     _, (x, *_) = program(shape, Full(), blocks, blocks.k)
     return flash.fits(shape.which, blocks, x)
 
 
 class Predicted:
-    """Shares of a target's peak, from the compiler's bundles. `folder` is where the compiler was
-    told to write; a listing serves all lengths and masks whose bodies it holds."""
+    """Shares of a target's peak, from the compiler's bundles. `folder` is where the compiler writes
+    its listings; one listing covers all lengths and masks whose bodies it contains."""
 
     source = "predicted"
 
     def __init__(self, target: Target, folder: str):
-        self.target, self.folder, self._found = target, folder, {}
+        self.target, self.folder, self._known = target, folder, {}
 
     def fits(self, shape: Shape, blocks: Blocks) -> bool:
         with jax.set_mesh(targets.mesh(self.target.name)):
             return _fits(shape, blocks)
 
     def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
-        wanted = visits(mask, blocks, length, length)
-        known = self._found.setdefault((shape, blocks), [])
-        costs = next((c for c in known if c.patterns.keys() >= set(wanted.patterns)), None)
+        needed = visits(mask, blocks, length, length)
+        known = self._known.setdefault((shape, blocks), [])
+        costs = next((c for c in known if c.patterns.keys() >= set(needed.patterns)), None)
         if costs is None:
             # The shortest length that has these bodies: a backward pass over more keys than VMEM
-            # holds gradients of is several kernels, which the prediction takes for one.
-            enough = lambda n: set(wanted.patterns) <= set(visits(mask, blocks, n, n).patterns)
+            # holds gradients for is several kernels, and the prediction expects one.
+            enough = lambda n: set(needed.patterns) <= set(visits(mask, blocks, n, n).patterns)
             shortest = next((n for n in sorted(LENGTHS) if n < length and enough(n)), length)
             costs = self.compile(shape, mask, blocks, shortest)
             known.append(costs)
         useful = cycles.useful_flops(shape.which, mask, length, shape.head_dim)
-        return cycles.share(shape.which, costs, wanted, blocks, shape.head_dim, useful, self.target)
+        return cycles.share(shape.which, costs, needed, blocks, shape.head_dim, useful, self.target)
 
     def compile(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> cycles.Costs:
-        """What the bodies of the compiled kernel cost."""
+        """The costs of the bodies of the compiled kernel."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.makedirs(self.folder)
         function, arguments = program(shape, mask, blocks, length)
@@ -110,7 +110,7 @@ class Predicted:
 
 
 class Measured:
-    """Shares of the peak of the device that is here, by the clock."""
+    """Shares of the peak of this machine's device, measured."""
 
     source = "measured"
 
@@ -128,17 +128,17 @@ class Measured:
 
     def share(self, shape: Shape, mask: Mask, blocks: Blocks, length: int) -> float:
         function, arguments = program(shape, mask, blocks, length)
-        draw = lambda key, a: jax.random.normal(key, a.shape, a.dtype)
+        normal = lambda key, a: jax.random.normal(key, a.shape, a.dtype)
         leaves, tree = jax.tree.flatten(arguments)
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        arrays = jax.tree.unflatten(tree, list(map(draw, keys, leaves)))
+        arrays = jax.tree.unflatten(tree, list(map(normal, keys, leaves)))
         run = jax.jit(function).lower(*arrays).compile()
         useful = cycles.useful_flops(shape.which, mask, length, shape.head_dim)
         return HEADS * useful / _seconds(functools.partial(run, *arrays)) / self.target.bf16_flops
 
 
 def _seconds(run) -> float:
-    """The least of a few times of a call."""
+    """The shortest of REPEATS times of a call."""
     jax.block_until_ready(run())
     times = []
     for _ in range(REPEATS):
@@ -150,7 +150,7 @@ def _seconds(run) -> float:
 
 def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
     """The best candidate for each mask and length. judge: Predicted or Measured."""
-    found = []
+    best_rows = []
     for kind, mask in MASKS.items():
         for length in LENGTHS:
             tried = []
@@ -158,7 +158,7 @@ def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
                 if judge.fits(shape, blocks):
                     tried.append((judge.share(shape, mask, blocks, length), blocks))
             best, blocks = max(tried, key=lambda pair: pair[0])
-            found.append(
+            best_rows.append(
                 tuning.Row(
                     kernel=f"flash_attention_{shape.which}",
                     device=target.device_kind,
@@ -174,12 +174,12 @@ def rows(target: Target, judge, shape: Shape) -> list[tuning.Row]:
                     source=judge.source,
                 )
             )
-    return found
+    return best_rows
 
 
 def merge(old: tuple[tuning.Row, ...], new: list[tuning.Row]) -> list[tuning.Row]:
-    """`old` with the rows of `new` in place of those for the same case; a measured row gives way
-    to a measured one alone."""
+    """`old` updated with the rows of `new` for the same cases; only a measured row replaces a
+    measured one."""
     case = lambda row: row[: tuning.Row._fields.index("q")]
     merged = {case(row): row for row in old}
     for row in new:
@@ -190,7 +190,7 @@ def merge(old: tuple[tuning.Row, ...], new: list[tuning.Row]) -> list[tuning.Row
 
 
 def _with_targets(arguments: list[str]) -> int:
-    """This command again in a process that has the targets' compilers on its path."""
+    """Runs this command again in a process with the targets' compilers on its path."""
     folder = pathlib.Path(sys.prefix) / "targets"
     if not (folder / "libtpu").is_dir():
         raise SystemExit(f"error: no compilers in {folder}; `make targets` installs them")
@@ -202,9 +202,9 @@ def _with_targets(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.tune", description=__doc__)
     parser.add_argument("--target", required=True, choices=sorted(CANDIDATES))
-    parser.add_argument("--measure", action="store_true", help="time on the device that is here")
-    parser.add_argument("--head_dim", type=int, help="only this one of the head dims")
-    parser.add_argument("--dtype", help="only this one of the dtypes")
+    parser.add_argument("--measure", action="store_true", help="time on this machine's device")
+    parser.add_argument("--head_dim", type=int, help="tune only this head dim")
+    parser.add_argument("--dtype", help="tune only this dtype")
     flags = parser.parse_args(arguments)
     target = TARGETS[flags.target]
     if not flags.measure and importlib.util.find_spec("libtpu") is None:

@@ -1,7 +1,8 @@
-"""Block sizes by chip and shape: a readable table, looked up and never searched.
+"""Block sizes by chip and shape: a readable table that is looked up, without any search at run
+time.
 
 `tuning.csv` holds one row per kernel, device kind, dtype, head dim, length and mask kind, with the
-blocks, the share of the chip's peak they reach, and whether that was measured on the chip or
+blocks, the share of the chip's peak that they reach, and whether that was measured on the chip or
 predicted from the compiler's bundles (`python -m kernels_pallas.tune`).
 """
 
@@ -20,8 +21,8 @@ MASK_KINDS = ("full", "causal", "local")
 
 
 class Row(NamedTuple):
-    """One line of the table. `share` is that of the device's peak, with a causal mask counted at
-    half of the full one; `source` is "measured" or "predicted"."""
+    """One line of the table. `share` is the share of the device's peak, with a causal mask counted
+    as half of a full one; `source` is "measured" or "predicted"."""
 
     kernel: str
     device: str
@@ -38,7 +39,7 @@ class Row(NamedTuple):
 
 
 def mask_kind(mask: Mask) -> str:
-    """The column that `mask` is looked up in."""
+    """The kind under which `mask` is looked up."""
     if isinstance(mask, Full):
         return "full"
     return "causal" if isinstance(mask, Causal | Prefix) else "local"
@@ -51,7 +52,7 @@ def table() -> tuple[Row, ...]:
 
 
 def read() -> tuple[Row, ...]:
-    """The rows that are in the file now."""
+    """The rows in the file, not cached."""
     if not TABLE.exists():
         return ()
     with TABLE.open(newline="") as file:
@@ -66,9 +67,9 @@ def _row(line: dict) -> Row:
 def lookup(
     kernel: str, device: str, dtype: str, head_dim: int, length: int, mask: str
 ) -> Row | None:
-    """The nearest row for this kernel and device, None if there is none.
+    """The nearest row for this kernel and device, or None.
 
-    Nearest: the same mask kind before the nearest head dim before the same dtype before the nearest
+    In order of importance: the same mask kind, the nearest head dim, the same dtype, the nearest
     length; distances in powers of two.
     """
     rows = [row for row in table() if (row.kernel, row.device) == (kernel, device)]
@@ -85,7 +86,7 @@ def lookup(
 
 
 def write(rows: list[Row]) -> None:
-    """The table anew, sorted."""
+    """Writes the table, sorted."""
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)

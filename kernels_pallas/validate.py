@@ -1,7 +1,7 @@
 """Checks the arguments of a call and turns them into `Operands` and `Spec`.
 
-Looks at shapes and dtypes alone, so it takes arrays and jax.ShapeDtypeStruct alike. Every complaint
-is a ValueError of one line that names the value and what is allowed.
+Looks only at shapes and dtypes, so it takes jax.ShapeDtypeStruct as well as arrays. Every error is
+a one-line ValueError that names the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def prepare(
 
 
 def _array(x):
-    """x, made an array if it is a list, tuple or number."""
+    """x, converted to an array if it is a list, tuple or number."""
     return x if hasattr(x, "shape") and hasattr(x, "dtype") else np.asarray(x)
 
 
@@ -101,7 +101,7 @@ def _per_head(name, x, heads):
 
 
 def _bias(bias, full):
-    """(bias with four dimensions or None, slopes or None)."""
+    """(4-dimensional bias or None, slopes or None)."""
     if bias is None:
         return None, None
     if isinstance(bias, Alibi):
@@ -118,7 +118,7 @@ def _bias(bias, full):
 
 
 def _segment_ids(ids, batch, q_length, kv_length):
-    """(q_segment_ids, kv_segment_ids), both None if the call has none."""
+    """(q_segment_ids, kv_segment_ids), both None if there are no segment ids."""
     if ids is None:
         return None, None
     if not isinstance(ids, tuple | list):
@@ -131,13 +131,17 @@ def _segment_ids(ids, batch, q_length, kv_length):
     if len(ids) != 2:
         raise ValueError(f"segment_ids has {len(ids)} entries; allowed: an array or a pair")
     named = zip(("q", "kv"), ids, (q_length, kv_length), strict=True)
-    return tuple(_segment_side(name, _array(x), (batch, length)) for name, x, length in named)
+    return tuple(
+        check_segment_ids(f"{side} segment_ids", x, (batch, length)) for side, x, length in named
+    )
 
 
-def _segment_side(name, x, shape):
+def check_segment_ids(name: str, x, shape: tuple[int, int]):
+    """`x` as an array; ValueError unless it holds integers [batch, length]=`shape`."""
+    x = _array(x)
     if tuple(x.shape) != shape or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(
-            f"{name} segment_ids have shape {tuple(x.shape)}, dtype {x.dtype}; "
+            f"{name} have shape {tuple(x.shape)}, dtype {x.dtype}; "
             f"allowed: integers [batch, length]={list(shape)}"
         )
     return x

@@ -1,12 +1,12 @@
 """Flash attention backward for Hopper (Dao 2023, algorithm 2), without atomics.
 
-One kernel in several roles, each its own call, so that every gradient is summed in a fixed order by
-one warpgroup. In every role a thread block owns a block of rows (queries, or keys) and streams
-blocks of columns (the others) past it; scores are [rows, columns], so transposed where the rows are
-keys. With P the softmax, dP = dO V^T and dS = P (dP - delta), the gradients are dQ = dS K,
+One kernel in several roles, each a separate call, so that every gradient is summed in a fixed order
+by one warpgroup. In every role a thread block owns a block of rows (queries, or keys) and streams
+blocks of columns (the others) past it; scores are [rows, columns], so they are transposed if the
+rows are keys. With P the softmax, dP = dO V^T and dS = P (dP - delta), the gradients are dQ = dS K,
 dK = dS^T Q and dV = P^T dO: always a tile of P or dS, in registers, by a block of columns.
 
-Products are started as early as they can be: each visit starts the scores of the next.
+Products start as early as possible: each visit starts the scores of the next one.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from .tile import (
 
 
 class Role(NamedTuple):
-    """Which gradients a call gives: of what the scores are made of, and of the values."""
+    """Which gradients a call computes: through the scores (of queries or keys), and of values."""
 
     rows_are_keys: bool
-    scores: bool  # dQ, or dK where rows are keys
+    scores: bool  # dQ, or dK if rows are keys
     values: bool  # dV
 
     @property
     def name(self) -> str:
-        """What the compiler calls the kernel."""
+        """The last part of the kernel's name."""
         if not self.rows_are_keys:
             return "queries"
         return "_and_".join(["keys"] * self.scores + ["values"] * self.values)
 
     @property
     def side(self) -> str:
-        """Whose gradients these are."""
+        """The side whose gradients these are."""
         return "keys" if self.rows_are_keys else "queries"
 
 
@@ -65,13 +65,13 @@ KEYS_AND_VALUES = Role(rows_are_keys=True, scores=True, values=True)
 KEYS = Role(rows_are_keys=True, scores=True, values=False)
 VALUES = Role(rows_are_keys=True, scores=False, values=True)
 
-# (what scores are made of, what dP is made of), and what there is one number a position of.
+# (operand of the scores, operand of dP), and the arrays with one number per position.
 QUERY_SIDE = ("q", "dout"), ("lse", "delta", "q_segments")
 KEY_SIDE = ("k", "v"), ("k_segments",)
 
 
 def backward(x: Operands, dout, lse, delta, role: Role, plan: Plan) -> dict:
-    """{"q", "k", "v": gradient like that array, "slopes": [batch, heads]}, those of the role.
+    """{"q", "k", "v": gradient like that array, "slopes": [batch, heads]}, the role's entries only.
 
     x [batch, length, heads, head_dim], head_dim a multiple of 32; dout like x.q; lse and delta
     float32 [batch, heads, q_length], delta being sum(out * dout) minus the gradient of lse.
@@ -107,11 +107,11 @@ def backward(x: Operands, dout, lse, delta, role: Role, plan: Plan) -> dict:
 
 
 def _arrays(x: Operands, dout, lse, delta, role: Role, plan: Plan) -> dict:
-    """What the kernel reads, by name, padded to whole blocks."""
+    """The arrays that the kernel reads, by name, padded to whole blocks."""
     q_block, k_block = plan.blocks.rows, plan.blocks.columns
     if role.rows_are_keys:
         q_block, k_block = k_block, q_block
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse) * LOG2_E  # no weight where no key was seen
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse) * LOG2_E  # weight 0 where no key was visible
     arrays = dict(
         schedule=jnp.asarray(plan.schedule.table),
         q=pad_length(x.q, 1, q_block),
@@ -146,29 +146,29 @@ def _sides(role: Role):
 
 
 class _Vector(NamedTuple):
-    """Where an array with one number a position lies in shared memory. All share two buffers, as
-    each buffer is rounded up to 1024 bytes."""
+    """The place in shared memory of an array with one number per position. These arrays share two
+    buffers, because each buffer is rounded up to 1024 bytes."""
 
     buffer: str
     start: int
     length: int
-    count: int  # slots: one a consumer, or one a stage
+    count: int  # slots: one per consumer, or one per stage
 
     def ref(self, refs: dict, slot):
         return refs[self.buffer].at[pl.ds(self.start + slot * self.length, self.length)]
 
 
 def _vectors(present, role: Role, blocks: Blocks) -> tuple[dict, dict]:
-    """({name: _Vector} of the rows, that of the columns), those of the names `present`."""
+    """({name: _Vector} of the rows, the same of the columns), for the names in `present`."""
     ends = dict(floats=0, integers=0)
 
     def placed(names, length, count):
-        found = {}
+        vectors = {}
         for name in names:
             buffer = "integers" if name.endswith("_segments") else "floats"
-            found[name] = _Vector(buffer, ends[buffer], length, count)
+            vectors[name] = _Vector(buffer, ends[buffer], length, count)
             ends[buffer] += length * count
-        return found
+        return vectors
 
     (_, rows), (_, columns) = _sides(role)
     chosen = lambda names: [name for name in names if name in present]
@@ -188,24 +188,24 @@ def scratch(x: Operands, role: Role, blocks: Blocks) -> dict:
     if x.q_segment_ids is not None:
         present |= {"q_segments", "k_segments"}
     of_rows, of_columns = _vectors(present, role, blocks)
-    found = {}
+    buffers = {}
     for name in own:
-        found[f"{name}_rows"] = matrix((CONSUMERS, blocks.part, head_dim), dtype)
-    found["rows_ready"] = plgpu.Barrier(num_arrivals=CONSUMERS * (len(own) + len(of_rows)))
-    # Blocks of the second matrix are held for less than a visit.
+        buffers[f"{name}_rows"] = matrix((CONSUMERS, blocks.part, head_dim), dtype)
+    buffers["rows_ready"] = plgpu.Barrier(num_arrivals=CONSUMERS * (len(own) + len(of_rows)))
+    # Blocks of the second matrix are in use for less than a visit.
     for name, size in zip(others, (stages, max(stages - 1, 1)), strict=True):
-        found[f"{name}_ring"] = matrix((size, columns, head_dim), dtype)
-        found[f"{name}_ready"] = plgpu.Barrier(num_barriers=size)
-        found[f"{name}_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=size)
+        buffers[f"{name}_ring"] = matrix((size, columns, head_dim), dtype)
+        buffers[f"{name}_ready"] = plgpu.Barrier(num_barriers=size)
+        buffers[f"{name}_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=size)
     if of_columns:
         arrivals = len(of_columns)
-        found["vectors_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
-        found["vectors_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        buffers["vectors_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+        buffers["vectors_free"] = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
     for buffer, kind in (("floats", jnp.float32), ("integers", jnp.int32)):
         vectors = [v for v in (of_rows | of_columns).values() if v.buffer == buffer]
         if vectors:
-            found[buffer] = plgpu.SMEM((sum(v.length * v.count for v in vectors),), kind)
-    return found
+            buffers[buffer] = plgpu.SMEM((sum(v.length * v.count for v in vectors),), kind)
+    return buffers
 
 
 def _kernel(refs: dict, role: Role, plan: Plan):
@@ -216,7 +216,7 @@ def _kernel(refs: dict, role: Role, plan: Plan):
 
 
 def _load(refs: dict, role: Role, plan: Plan, place: Place):
-    """What the loading warpgroup does: the rows once, then columns as slots come free."""
+    """The loading warpgroup: loads the rows once, then columns as slots become free."""
     plgpu.set_max_registers(REGISTERS["loading"], action="decrease")
     blocks = plan.blocks
     (own, _), (first, second) = _sides(role)[0], _sides(role)[1][0]
@@ -252,7 +252,7 @@ def _load(refs: dict, role: Role, plan: Plan, place: Place):
 
 
 def _heads(role: Role, plan: Plan, place: Place, group) -> dict:
-    """The query head and the key head; where rows are keys, the query head is that of `group`."""
+    """The query head and the key head; if rows are keys, the query head is that of `group`."""
     groups = jnp.int32(plan.groups)
     if not role.rows_are_keys:
         return dict(q=place.head, k=jax.lax.div(place.head, groups))
@@ -273,7 +273,7 @@ def _slot(visit, barriers):
 
 
 def _compute(refs: dict, role: Role, plan: Plan, place: Place, me):
-    """What a computing warpgroup does for its part of the rows."""
+    """A computing warpgroup: computes its part of the rows."""
     plgpu.set_max_registers(REGISTERS["computing"], action="increase")
     rows = _Rows(refs, role, plan, place, me)
     rows.free_all()
@@ -290,16 +290,16 @@ def _compute(refs: dict, role: Role, plan: Plan, place: Place, me):
 
 
 class _State(NamedTuple):
-    """Sums so far, None where the role has none, and the products of the visit to come."""
+    """The sums so far, None for those not in the role, and the products of the next visit."""
 
     of_scores: jax.Array | None  # [rows, head_dim]
     of_values: jax.Array | None  # [rows, head_dim]
     of_slope: jax.Array | None  # [rows]
-    s: jax.Array | None  # [rows, columns] raw scores of the visit to come; None after the last
+    s: jax.Array | None  # [rows, columns] raw scores of the next visit; None after the last
 
 
 class _Rows:
-    """One warpgroup's part of the rows, and what it does in a visit to a block of columns."""
+    """One warpgroup's part of the rows, and its work in a visit to a block of columns."""
 
     def __init__(self, refs: dict, role: Role, plan: Plan, place: Place, me):
         self.refs, self.role, self.plan, self.place, self.me = refs, role, plan, place, me
@@ -312,13 +312,13 @@ class _Rows:
     def _own(self, index: int):
         """This warpgroup's part of the first or second matrix of the rows.
 
-        Its address is hidden from the compiler, which would compute the addresses of all of the
-        tile's slices before the loop over visits, and have no registers left to keep them in.
+        Its address is hidden from the compiler, which would otherwise compute the addresses of all
+        slices of the tile before the loop over visits and run out of registers to keep them in.
         """
         return self.refs[self.own_names[index]].at[opaque(self.me)]
 
     def free_all(self):
-        """Rings begin free."""
+        """Marks all slots of the rings as free."""
         for name in (*self.columns, "vectors"):
             if f"{name}_free" in self.refs:
                 for slot in range(self.refs[f"{name}_free"].shape[0]):
@@ -362,10 +362,10 @@ class _Rows:
         return _State(of_scores, of_values, of_slope, s)
 
     def _ds(self, visit, s, b, of_slope, compare: bool):
-        """(P, dS in b's dtype, of_slope with this visit's) of the raw scores s; b is the block that
-        dP is made of."""
+        """(P, dS in b's dtype, of_slope including this visit) of the raw scores s; b is the operand
+        of dP."""
         weigh = lambda: self._weights(visit, s, compare)
-        # P in the shadow of dP, unless positions need the registers.
+        # P is computed while dP is, unless positions need the registers.
         known = weigh() if compare or "slopes" in self.refs else None
         dp_less_delta, (weights, bent, ids) = product(
             self._own(1),
@@ -382,7 +382,7 @@ class _Rows:
         return weights, ds.astype(b.dtype), of_slope
 
     def write(self, state: _State):
-        """The sums, over the rows they belong to."""
+        """Writes the sums to global memory, through the shared memory of the rows."""
         refs, place = self.refs, self.place
         rows = pl.ds(self.start, self.part)
         prefix = "k" if self.role.rows_are_keys else "q"
@@ -392,7 +392,7 @@ class _Rows:
         for (name, a), tile in zip(sums.items(), tiles, strict=False):
             scale = 1.0 if name == "dv" else self.plan.spec.scale
             tile[...] = (a * scale).astype(tile.dtype)
-        if state.of_slope is not None:  # lse is done with
+        if state.of_slope is not None:  # lse is no longer needed
             slope_part = self.of_rows["lse"].ref(refs, self.me)
             slope_part[...] = state.of_slope
         plgpu.commit_smem()
@@ -434,14 +434,14 @@ class _Rows:
         return ids, slope
 
     def _vector(self, name: str, visit, shape):
-        """A number a row or a column, as a tile."""
+        """One number per row or per column, as a tile."""
         if name in self.of_rows:
             return across(load_rows(self.of_rows[name].ref(self.refs, self.me)), shape)
         slot = _slot(visit, self.refs["vectors_ready"])
         return down(load_columns(self.of_columns[name].ref(self.refs, slot)), shape)
 
     def _scores(self, visit):
-        """The operands of a visit's scores, once its columns are there."""
+        """The operands of a visit's scores, after waiting for its columns."""
         first = self.columns[0]
         self._wait(first, visit)
         return self._own(0), self._block(first, visit).transpose((1, 0))
@@ -460,5 +460,5 @@ class _Rows:
 
     def _free_vectors(self, visit):
         if "vectors_free" in self.refs:
-            plgpu.commit_smem()  # ordinary reads; the slot will be written anew
+            plgpu.commit_smem()  # ordinary reads; the slot will be overwritten
             self._free("vectors", visit)

@@ -1,10 +1,11 @@
-"""Decoding attention on Hopper: a thread block for each (row, key head, part of its keys).
+"""Decoding attention on Hopper: one thread block per (row, key head, part of its keys).
 
-One warpgroup loads: it streams blocks of keys and values through a ring in shared memory, deep
-enough that the memory is never idle. The other computes: the queries of all heads that share the
-keys are the 64 rows of one wgmma, of which few are in use, but the tensor core has time: at the
-memory's pace its work is a third of what it can do. What lies beyond a row's length, or in front of
-what its mask lets it see, is not read. `merge` joins the parts (Dao et al. 2023, Flash-Decoding).
+One warpgroup loads: it streams blocks of keys and values through a ring in shared memory that is
+deep enough to keep the memory busy. The other one computes: the queries of all heads that share the
+keys are the 64 rows of one wgmma. Few of these rows are used, but the tensor core is not the
+bottleneck: at the speed of the memory it is a third busy. Keys beyond a row's length, or before the
+first that its mask lets it see, are not read. `merge` combines the parts (Dao et al. 2023,
+Flash-Decoding).
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from .tile import LOG2_E, LOWEST, TILE, Ids, across, add_product, filled, logits
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128, 256)
-KEYS = 64  # of a visit
-PROCESSORS = 132  # of an H100 or H200
+KEYS = 64  # keys per visit
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 MAX_SPLITS = PROCESSORS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernel runs a call. stages: visits that shared memory holds; None: what fits.
-    interpret: as `plgpu.kernel` takes it."""
+    """How the kernel runs a call. stages: visits that shared memory holds; None: as many as fit.
+    interpret: as in `plgpu.kernel`."""
 
     stages: int | None = None
     interpret: object = None
@@ -54,19 +55,19 @@ class Plan(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread block is; scalars at run time."""
+    """The place of a thread block; scalars at run time."""
 
     row: jax.Array
     head: jax.Array  # key head
     split: jax.Array
     length: jax.Array
-    first: jax.Array  # the first key that the row looks at
+    first: jax.Array  # the first key that the row sees
     start: jax.Array  # the first block of this part
-    visits: jax.Array  # blocks of this part
+    visits: jax.Array  # number of blocks in this part
 
 
 def check(call, spec: Spec):
-    """Raises Unsupported(reason) for what this kernel does not do."""
+    """Raises Unsupported(reason) for calls that this kernel does not support."""
     _, _, groups, q_length, head_dim = call.q.shape
     cache, dtype = call.cache, str(call.q.dtype)
     if dtype not in DTYPES:
@@ -77,7 +78,7 @@ def check(call, spec: Spec):
         raise Unsupported(f"head_dim {head_dim}; allowed: {', '.join(map(str, HEAD_DIMS))}")
     if groups * q_length > MATRIX_ROWS:
         raise Unsupported(
-            f"{groups} heads a key head times q_length {q_length}; allowed: at most {MATRIX_ROWS}"
+            f"{groups} heads per key head times q_length {q_length}; allowed: at most {MATRIX_ROWS}"
         )
     size = cache.page_size if isinstance(cache, PagedCache) else cache.slots
     whole = size % KEYS == 0
@@ -85,7 +86,7 @@ def check(call, spec: Spec):
         whole = whole or (KEYS % size == 0 and size % 8 == 0)
     if not whole or cache.slots % KEYS:
         kind = "page_size" if isinstance(cache, PagedCache) else "a cache of length"
-        raise Unsupported(f"{kind} {size}; allowed: multiples of {KEYS}, pages of 8, 16, 32 too")
+        raise Unsupported(f"{kind} {size}; allowed: multiples of {KEYS}, also pages of 8, 16, 32")
 
 
 def attention(call, spec: Spec, splits: int | None = None, settings: Settings | None = None):
@@ -107,7 +108,7 @@ def attention(call, spec: Spec, splits: int | None = None, settings: Settings | 
         plan = Plan(spec, q_length, parts, stages, settings.interpret)
         return _decode(x.q, cache, x.q_offset, x.slopes, -(-rows // 8) * 8, plan)
 
-    # The queries stand where `over_mesh` looks for keys, as pages have no batch dimension.
+    # The queries take the place of the keys for `over_mesh`, because pages have no batch dimension.
     x = Operands(q=q, k=q, v=None, slopes=slopes, q_offset=call.lengths)
     paged = isinstance(call.cache, PagedCache)
     dims = ["pnmd", "pnmd", "bt"] if paged else ["bnmd", "bnmd"]
@@ -116,8 +117,8 @@ def attention(call, spec: Spec, splits: int | None = None, settings: Settings | 
 
 
 def _splits(lines: int, blocks: int) -> int:
-    """Parts of each of `lines` (row, key head) pairs: the fewest that leave hardly a processor
-    idle in the last round."""
+    """Parts per (row, key head) pair, of which there are `lines`: the fewest that leave almost no
+    processor idle in the last round."""
     counts = np.arange(1, max(min(MAX_SPLITS, blocks), 1) + 1)
     busy = lines * counts / (-(-lines * counts // PROCESSORS) * PROCESSORS)
     return int(counts[busy >= 0.95 * busy.max()][0])
@@ -157,14 +158,14 @@ def _decode(q, cache: Cache, lengths, slopes, rows: int, plan: Plan):
 
 
 def _piece(cache: Cache) -> int:
-    """Keys of a copy: of a block, or of a page if those are smaller."""
+    """Keys per copy: those of a block, or of a page if pages are smaller."""
     return min(cache.page_size, KEYS) if isinstance(cache, PagedCache) else KEYS
 
 
 def _scratch(q, cache: Cache, plan: Plan, slopes: bool) -> dict:
     head_dim, dtype, stages = q.shape[3], q.dtype, plan.stages
     copies = KEYS // _piece(cache)
-    found = dict(
+    buffers = dict(
         q_tile=matrix((MATRIX_ROWS, head_dim), dtype),
         k_ring=matrix((stages, KEYS, head_dim), dtype),
         v_ring=matrix((stages, KEYS, head_dim), dtype),
@@ -176,9 +177,9 @@ def _scratch(q, cache: Cache, plan: Plan, slopes: bool) -> dict:
         free=plgpu.Barrier(num_barriers=stages),
     )
     if slopes:
-        found["slopes_tile"] = plgpu.SMEM((MATRIX_ROWS,), jnp.float32)
-    assert shared_memory(found) <= SHARED_MEMORY
-    return found
+        buffers["slopes_tile"] = plgpu.SMEM((MATRIX_ROWS,), jnp.float32)
+    assert shared_memory(buffers) <= SHARED_MEMORY
+    return buffers
 
 
 def _kernel(refs: dict, cache: Cache, plan: Plan):
@@ -202,7 +203,7 @@ def _place(refs: dict, cache: Cache, plan: Plan) -> Place:
 
 
 def _load(refs: dict, cache: Cache, plan: Plan, place: Place):
-    """What the loading warpgroup does: queries once, then keys and values as slots come free."""
+    """The loading warpgroup: loads queries once, then keys and values as slots become free."""
     source = refs["q"].at[place.row, place.head]
     plgpu.copy_gmem_to_smem(source, refs["q_tile"], refs["q_ready"])
     if "slopes" in refs:
@@ -221,7 +222,7 @@ def _load(refs: dict, cache: Cache, plan: Plan, place: Place):
 
 
 def _sources(refs: dict, name: str, cache: Cache, place: Place, visit):
-    """(where in memory, which rows of the block) of the keys of a visit."""
+    """(source in global memory, rows of the block) for the keys of a visit."""
     start = (place.start + visit) * KEYS
     if not isinstance(cache, PagedCache):
         yield refs[name].at[place.row, place.head, pl.ds(start, KEYS)], pl.ds(0, KEYS)
@@ -229,7 +230,7 @@ def _sources(refs: dict, name: str, cache: Cache, place: Place, visit):
     size = _piece(cache)
     last = jnp.minimum(place.length, cache.slots) - 1
     for piece in range(KEYS // size):
-        # Pages past either end of what is seen are not the row's: the last or first one again.
+        # Pages outside of what the row sees are not its own: use its first or last page instead.
         at = jnp.clip(start + piece * size, place.first, last)
         page = refs["table"][place.row, jax.lax.div(at, jnp.int32(cache.page_size))]
         page = jnp.clip(page, 0, cache.k.shape[0] - 1)
@@ -239,8 +240,8 @@ def _sources(refs: dict, name: str, cache: Cache, place: Place, visit):
 
 
 def _compute(refs: dict, cache: Cache, plan: Plan, place: Place):
-    """What the computing warpgroup does."""
-    for slot in range(plan.stages):  # the ring begins free
+    """The computing warpgroup."""
+    for slot in range(plan.stages):  # all slots of the ring start free
         plgpu.barrier_arrive(refs["free"].at[slot])
     plgpu.barrier_wait(refs["q_ready"])
     rows, head_dim = refs["q_tile"].shape
@@ -261,7 +262,7 @@ def _compute(refs: dict, cache: Cache, plan: Plan, place: Place):
 
 
 def _visit(refs: dict, cache: Cache, plan: Plan, place: Place, visit, state):
-    """(sums, top, total) with the keys of a visit added."""
+    """(sums, top, total) including the keys of a visit."""
     sums, top, total = state
     slot = jax.lax.rem(visit, jnp.int32(plan.stages))
     start = (place.start + visit) * KEYS
@@ -288,13 +289,13 @@ def _visit(refs: dict, cache: Cache, plan: Plan, place: Place, visit, state):
 
 
 def _valid(cache: Cache, place: Place, shape, axis: int, start):
-    """(positions that the slots from `start` on hold, whether they are to be looked at)."""
+    """(positions held by the slots from `start` on, whether each is visible)."""
     k_ids = cache.position(positions(shape, axis, start), place.length)
     return k_ids, (k_ids >= place.first) & (k_ids < place.length)
 
 
 def _clear(v, cache: Cache, place: Place, start):
-    """Zeros where a block of values may hold anything: 0 times nan is nan."""
+    """Zeroes the unused slots of a block of values, which may hold anything: 0 * nan is nan."""
     _, keep = _valid(cache, place, v.shape, 0, start)
     values = plgpu.layout_cast(v[...], TILE)
     v[...] = jnp.where(keep, values, jnp.zeros_like(values))

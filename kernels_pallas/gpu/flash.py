@@ -1,4 +1,4 @@
-"""Flash attention on Hopper: what can run, which blocks, and the gradient rule."""
+"""Flash attention on Hopper: supported calls, block sizes, and the custom gradient."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .forward import scratch as forward_scratch
 from .plan import SHARED_MEMORY, Blocks, Plan, shared_memory
 from .schedule import schedule
 
-HEAD_DIMS = (64, 96, 128, 192, 256)  # others are padded with zeros to the next of these
+HEAD_DIMS = (64, 96, 128, 192, 256)  # others are zero-padded to the next of these
 DTYPES = ("bfloat16", "float16")  # the tensor core rounds float32 to 10 bits of mantissa
 QUERY, KEY, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
 
-# Names in the tuning table, whose q are our rows, k our columns, and ahead our stages.
+# Names in the tuning table, where q are our rows, k our columns and ahead our stages.
 KERNELS = dict(
     forward="flash_attention_forward",
     queries="flash_attention_backward_queries",
     keys="flash_attention_backward_keys",
 )
 
-# Blocks by head dim, where the tuning table has none: as many columns as registers allow.
+# Blocks by head dim for cases not in the tuning table: as many columns as registers allow.
 UNTUNED = dict(
     forward={64: (128, 3), 96: (128, 2), 128: (128, 2), 192: (64, 3), 256: (64, 2)},
     queries={64: (128, 3), 96: (64, 3), 128: (64, 3), 192: (64, 2), 256: (64, 2)},
@@ -41,10 +41,10 @@ UNTUNED = dict(
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernels run a call; None is the tuning table's choice.
+    """How the kernels run a call; None: from the tuning table.
 
     forward, queries, keys: blocks of the forward pass, of the gradient of queries, and of the
-    gradients of keys and values. interpret: as `plgpu.kernel` takes it.
+    gradients of keys and values. interpret: as in `plgpu.kernel`.
     """
 
     forward: Blocks | None = None
@@ -54,14 +54,14 @@ class Settings:
 
 
 def check(x: Operands, spec: Spec, settings: Settings | None = None):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+    """Raises Unsupported(reason) for calls that these kernels do not support."""
     head_dim = x.q.shape[3]
     if str(x.q.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
     if head_dim > HEAD_DIMS[-1] or head_dim % 8:
         raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIMS[-1]}")
     if x.bias is not None:
-        raise Unsupported("a bias array; allowed: Alibi(slopes) or none")
+        raise Unsupported("bias is an array; allowed: None or Alibi(slopes)")
     _check_shared_memory(x, spec, settings or Settings())
 
 
@@ -91,12 +91,12 @@ def attention(x: Operands, spec: Spec, settings: Settings | None = None):
 def gradients(
     x: Operands, spec: Spec, dout, lse, delta, settings: Settings | None = None
 ) -> Operands:
-    """The gradients of x's arrays, None for those that have none.
+    """The gradients of x's arrays, None for those without one.
 
     x [batch, length, heads, head_dim]; dout like x.q; lse and delta float32 [batch, heads,
-    q_length]: the log-sum-exp, which may be one over more keys than x holds, and the sum of
-    out * dout minus the gradient of lse. Sinks get no gradient here: theirs is
-    -sum(exp(sink - lse) * delta), once for all keys.
+    q_length]: the log-sum-exp, possibly over more keys than x holds, and the sum of out * dout
+    minus the gradient of lse. The gradient of sinks is not computed here: it is -sum(exp(sink -
+    lse) * delta), once for all keys.
     """
     settings = settings or Settings()
     check(x, spec, settings)
@@ -110,8 +110,8 @@ def gradients(
 
 
 def _prepared(x: Operands) -> Operands:
-    """`x` as `over_mesh` splits it: heads-major. The kernels swap back, and of the two swaps the
-    compiler leaves nothing. Head dims are padded, numbers of heads and batches in float32."""
+    """`x` heads-major, as `over_mesh` splits it. The kernels swap the axes back, and the compiler
+    removes both swaps. Head dims are padded; slopes and sinks are float32."""
     number = lambda a: None if a is None else a.astype(jnp.float32)
     offset = x.q_offset
     if offset is not None:
@@ -171,7 +171,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _gradients(x: Operands, spec: Spec, dout, lse, delta, settings: Settings) -> Operands:
-    """As `gradients`, all arrays as `_prepared` gives them."""
+    """As `gradients`, with all arrays as returned by `_prepared`."""
 
     def run(x, dout, lse, delta):
         x, dout, grads = _length_major(x), jnp.swapaxes(dout, 1, 2), {}
@@ -188,8 +188,8 @@ def _gradients(x: Operands, spec: Spec, dout, lse, delta, settings: Settings) ->
 
 
 def _roles(x: Operands, spec: Spec, head_dim: int) -> tuple[Role, ...]:
-    """The calls of the backward kernel. Registers hold the gradients of keys and of values together
-    up to head_dim 128; there, with one feature at most that needs registers of its own."""
+    """The calls of the backward kernel. Registers hold the gradients of keys and values together up
+    to head_dim 128; at 128, with at most one feature that needs additional registers."""
     features = x.slopes, x.q_segment_ids, spec.logits_soft_cap
     extras = sum(feature is not None for feature in features)
     together = head_dim < 128 or (head_dim == 128 and extras <= 1)

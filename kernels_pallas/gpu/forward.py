@@ -1,10 +1,10 @@
 """Flash attention forward for Hopper: two warpgroups compute, a third one loads.
 
 The loading warpgroup streams key blocks through a ring in shared memory. Each of the others owns
-half of the queries, and a pair of barriers makes them take turns, as in FlashAttention-3 (Shah et
-al. 2024, section 3.1): while one is at its softmax, the tensor core works for the other. In its
-turn a warpgroup starts two products together, weights of this visit by values and queries by keys
-of the next visit, so that the tensor core has no gap between them.
+half of the queries, and a pair of barriers makes them alternate, as in FlashAttention-3 (Shah et
+al. 2024, section 3.1): while one computes its softmax, the tensor core works for the other. When
+its turn comes, a warpgroup starts two products together, weights of this visit by values and
+queries by keys of the next visit, so that the tensor core has no gap between them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def forward(x: Operands, plan: Plan):
         flash_attention_forward,
         out_type=list(outputs.values()),
         scratch_types=list(buffers.values()),
-        # The last dimension runs first: the thread blocks of one head share its keys in the cache.
+        # The last dimension varies fastest: the thread blocks of one head share its keys in the
+        # cache.
         grid=(batch, heads, padded // blocks.rows),
         grid_names=("batch", "head", "line"),
         num_threads=CONSUMERS + 1,
@@ -88,7 +89,7 @@ def scratch(x: Operands, blocks: Blocks) -> dict:
     head_dim, dtype = x.q.shape[3], x.q.dtype
     segments = x.q_segment_ids is not None
     loads = 2 if segments else 1
-    found = dict(
+    buffers = dict(
         q_tile=matrix((CONSUMERS, part, head_dim), dtype),
         k_ring=matrix((stages, columns, head_dim), dtype),
         v_ring=matrix((stages, columns, head_dim), dtype),
@@ -101,9 +102,9 @@ def scratch(x: Operands, blocks: Blocks) -> dict:
         turn=plgpu.Barrier(num_barriers=CONSUMERS),
     )
     if segments:
-        found["q_segments_part"] = plgpu.SMEM((CONSUMERS, part), jnp.int32)
-        found["k_segments_ring"] = plgpu.SMEM((stages, columns), jnp.int32)
-    return found
+        buffers["q_segments_part"] = plgpu.SMEM((CONSUMERS, part), jnp.int32)
+        buffers["k_segments_ring"] = plgpu.SMEM((stages, columns), jnp.int32)
+    return buffers
 
 
 def _kernel(refs: dict, plan: Plan):
@@ -113,7 +114,7 @@ def _kernel(refs: dict, plan: Plan):
 
 
 def _load(refs: dict, plan: Plan):
-    """What the loading warpgroup does: queries once, then keys and values as slots come free."""
+    """The loading warpgroup: loads queries once, then keys and values as slots become free."""
     plgpu.set_max_registers(REGISTERS["loading"], action="decrease")
     place, blocks = find_place(refs, groups=1), plan.blocks
     kv_head = jax.lax.div(place.head, jnp.int32(plan.groups))
@@ -141,10 +142,10 @@ def _load(refs: dict, plan: Plan):
 
 
 def _compute(refs: dict, plan: Plan, me):
-    """What a computing warpgroup does for its part of the queries."""
+    """A computing warpgroup: computes its part of the queries."""
     plgpu.set_max_registers(REGISTERS["computing"], action="increase")
     place, blocks = find_place(refs, groups=1), plan.blocks
-    for slot in range(blocks.stages):  # a ring begins free
+    for slot in range(blocks.stages):  # all slots of a ring start free
         plgpu.barrier_arrive(refs["k_free"].at[slot])
         plgpu.barrier_arrive(refs["v_free"].at[slot])
     pl.when(me == 1)(lambda: plgpu.barrier_arrive(refs["turn"].at[0]))
@@ -162,10 +163,10 @@ def _compute(refs: dict, plan: Plan, me):
 
 
 class _State(NamedTuple):
-    """Of the softmax before a visit, and the raw scores of that visit."""
+    """The state of the softmax before a visit, and the raw scores of that visit."""
 
     sums: jax.Array  # [rows, head_dim]
-    top: jax.Array  # [rows], as is the next
+    top: jax.Array  # [rows], like the next
     total: jax.Array
     scores: jax.Array  # [rows, columns]
 
@@ -184,7 +185,7 @@ class _Rows:
         """The state before visit 0."""
         refs = self.refs
         top, total = LOWEST, 0.0
-        if "sinks" in refs:  # one more logit, seen before all others
+        if "sinks" in refs:  # one more logit, before all others
             top = jnp.maximum(refs["sinks"][self.place.head] * LOG2_E, LOWEST)
             total = 1.0
         plgpu.barrier_wait(refs["k_ready"].at[0])
@@ -194,7 +195,7 @@ class _Rows:
         return _State(sums, filled((self.part,), top), filled((self.part,), total), scores)
 
     def next(self, visit, state: _State, *, compare: bool) -> _State:
-        """The state after `visit`, which is not the last one."""
+        """The state after `visit`, which must not be the last one."""
         refs, slot, ahead = self.refs, self._slot(visit), self._slot(visit + 1)
         sums, top, total, weights = self._softmax(visit, slot, state, compare)
         plgpu.barrier_wait(refs["k_ready"].at[ahead])
@@ -212,7 +213,7 @@ class _Rows:
         return _State(sums, top, total, scores)
 
     def finish(self, visit, state: _State, *, compare: bool):
-        """The last visit; writes the quotient and its logarithm, 0 and -inf if no key was seen."""
+        """The last visit; writes out and lse, 0 and -inf if no key was visible."""
         refs, slot = self.refs, self._slot(visit)
         sums, top, total, weights = self._softmax(visit, slot, state, compare)
         v = refs["v_ring"].at[slot]
@@ -221,7 +222,10 @@ class _Rows:
         inverse = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, total))
         lse = top * (1 / LOG2_E) + jnp.log(total)
         lse = jnp.where(empty | (top <= LOWEST), -jnp.inf, lse)
-        out_tile, lse_part = self.q, refs["lse_part"].at[self.me]  # the queries are done with
+        out_tile, lse_part = (
+            self.q,
+            refs["lse_part"].at[self.me],
+        )  # the queries are no longer needed
         out_tile[...] = (sums * across(inverse, sums.shape)).astype(out_tile.dtype)
         lse_part[...] = lse
         plgpu.commit_smem()
@@ -232,10 +236,10 @@ class _Rows:
         plgpu.wait_smem_to_gmem(0)
 
     def _softmax(self, visit, slot, state: _State, compare: bool):
-        """(sums, top, total, weights): the softmax with the scores of `visit`, whose weights are
-        not in the sums yet. Waits for the values of the visit."""
+        """(sums, top, total, weights): the softmax including the scores of `visit`, whose weights
+        are not yet in the sums. Waits for the values of the visit."""
         plan, refs = self.plan, self.refs
-        plgpu.barrier_wait(refs["v_ready"].at[slot])  # the keys' segment ids come with them
+        plgpu.barrier_wait(refs["v_ready"].at[slot])  # and for the segment ids of the keys
         s = state.scores
         ids = None
         if compare or "slopes" in refs or "q_segments" in refs:
@@ -261,7 +265,7 @@ class _Rows:
             return Ids(q_ids, k_ids)
         q_segments = load_rows(refs["q_segments_part"].at[self.me])
         k_segments = load_columns(refs["k_segments_ring"].at[slot])
-        plgpu.commit_smem()  # the slot will be written anew
+        plgpu.commit_smem()  # the slot will be overwritten
         return Ids(q_ids, k_ids, across(q_segments, shape), down(k_segments, shape))
 
     def _keys(self, slot):

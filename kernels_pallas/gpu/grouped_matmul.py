@@ -1,8 +1,8 @@
 """The grouped matmul on Hopper: `product` and `outer` on the main loop of `stream.py`.
 
-`product`: a thread block per visit (`group_visits.py`) and block of columns, which writes only the
-rows that the visit owns. `outer` contracts over rows, which must not mix groups within a step: it
-reads copies in which every group begins at a whole step, with zeros between.
+`product`: one thread block per visit (`group_visits.py`) and block of columns, which writes only
+the rows that belong to the visit. `outer` contracts over rows, and a step must not mix groups: it
+reads copies in which every group begins at a whole step, with zeros in between.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .stream import COLUMNS, DEPTH, PART, ROWS
 
 DTYPES = ("bfloat16", "float16")
 STAGES = 3
-HALF = COLUMNS // 2  # columns that are written at once
+HALF = COLUMNS // 2  # columns written at a time
 
 
 class Settings(NamedTuple):
-    """interpret: as `plgpu.kernel` takes it."""
+    """interpret: as in `plgpu.kernel`."""
 
     interpret: object = None
 
@@ -38,7 +38,7 @@ DEFAULT = Settings()
 
 
 def check(lhs, rhs, group_sizes):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+    """Raises Unsupported(reason) for calls that these kernels do not support."""
     if str(lhs.dtype) not in DTYPES:
         raise Unsupported(f"dtype {lhs.dtype}; allowed: {', '.join(DTYPES)}")
     for name, size in (("in", rhs.shape[1]), ("out", rhs.shape[2])):
@@ -51,7 +51,7 @@ def product(lhs, rhs, group_sizes, dtype, transposed: bool, settings: Settings =
     """[tokens, out]: lhs [tokens, in] by rhs [groups, in, out]; transposed: [groups, out, in]."""
     tokens, groups = lhs.shape[0], rhs.shape[0]
     width, steps = rhs.shape[1 if transposed else 2], lhs.shape[1] // DEPTH
-    # The rows past all groups are one more group, whose result is 0.
+    # The rows past all groups are an additional group, whose result is 0.
     rest = jnp.maximum(tokens - jnp.sum(group_sizes), 0).reshape(1)
     visits = group_visits(jnp.concatenate([group_sizes, rest]), tokens, ROWS)
     scratch = stream.ring(lhs.dtype, STAGES, right_transposed=transposed) | _out_part(dtype)
@@ -90,7 +90,7 @@ def product(lhs, rhs, group_sizes, dtype, transposed: bool, settings: Settings =
         kernel,
         out_type=jax.ShapeDtypeStruct((tokens, width), dtype),
         scratch_types=list(scratch.values()),
-        # The last dimension runs first: thread blocks at work together share few rows.
+        # The last dimension varies fastest: thread blocks that run together share few rows.
         grid=(visits.block.shape[0], width // COLUMNS),
         grid_names=("visit", "column"),
         **_launch(settings),
@@ -113,7 +113,7 @@ def outer(lhs, grad, group_sizes, dtype, settings: Settings = DEFAULT):
 
         def operands(step):
             depth = pl.ds((first + step) * DEPTH, DEPTH)
-            # Where `in` is an odd number of parts the last one is read twice, and written once.
+            # If `in` is an odd number of parts, the last one is read twice and written once.
             inside = lambda i: jnp.minimum(row(i), height - PART)
             left = lambda i: refs["lhs"].at[depth, pl.ds(inside(i), PART)]
             return left, refs["grad"].at[depth, pl.ds(column, COLUMNS)]
@@ -155,7 +155,7 @@ def _whole_steps(group_sizes, tokens: int):
 
 
 def _run(refs: dict, count, operands, finish, **transposed):
-    """A thread block: `count` steps of a product; finish(warpgroup, sums) writes it."""
+    """A thread block: `count` steps of a product; finish(warpgroup, sums) writes the result."""
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < CONSUMERS)
@@ -181,8 +181,8 @@ def _write(part, sums, copy):
 
 
 def _store(part, value):
-    """part[...] = value. Rows that are copied one by one are not swizzled, so that banks collide;
-    jax 0.12 wants to hear that this is meant, and jax 0.10 has no word for it."""
+    """part[...] = value. Rows that are copied one by one are not swizzled, so banks conflict; jax
+    0.12 requires an option that says so, which jax 0.10 does not have."""
     if hasattr(plgpu, "store"):
         plgpu.store(part, value, optimized=False)
     else:
@@ -190,9 +190,9 @@ def _store(part, value):
 
 
 def _copy_rows(part, out, first, rows):
-    """Copies `rows` rows of part, from `first` on; out(rows) is where they go.
+    """Copies `rows` rows of part, starting at `first`, to out(rows).
 
-    A copy has a fixed number of rows, so that any number is copied as its powers of two.
+    A copy has a fixed number of rows, so `rows` is split into powers of two.
     """
     done, size = first, PART
     while size:

@@ -1,9 +1,10 @@
 """Fused linear cross-entropy on Hopper: the forward pass keeps its logits in registers.
 
 A thread block takes 256 tokens and a span of the vocabulary, runs a softmax over it, and writes
-that softmax's statistics; spans are merged outside. The gradient is that of the XLA backend, a
-chunk of tokens at a time: a kernel that makes the logits anew needs one matmul more, and on an H200
-that costs more than a chunk's logits do in memory once embed is above about 1,500 (predicted).
+that softmax's statistics; spans are merged outside. The gradient is that of the XLA backend, one
+chunk of tokens at a time: a kernel that recomputes the logits needs one more matmul, which on an
+H200 costs more than moving a chunk's logits through memory if embed exceeds about 1,500
+(predicted).
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from .tile import LOG2_E, LOWEST, across, filled, load_rows, positions, tanh
 
 DTYPES = ("bfloat16", "float16")
 STAGES = 4
-SPAN = 16  # blocks of COLUMNS that a thread block runs through
+SPAN = 16  # blocks of COLUMNS per thread block
 
 
 class Settings(NamedTuple):
-    """span: blocks of the vocabulary a thread block runs through. interpret: as `plgpu.kernel`."""
+    """span: blocks of the vocabulary per thread block. interpret: as in `plgpu.kernel`."""
 
     span: int = SPAN
     interpret: object = None
@@ -42,7 +43,7 @@ DEFAULT = Settings()
 
 
 def check(x, w, spec: Spec):
-    """Raises Unsupported(reason) for what this kernel does not do."""
+    """Raises Unsupported(reason) for calls that this kernel does not support."""
     if str(x.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
     if x.shape[-1] % DEPTH:
@@ -67,7 +68,7 @@ per_token.defvjp(_per_token_forward, chunked.per_token_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def summed(x, w, targets, weights, spec: Spec) -> jax.Array:
-    """As `chunked_cross_entropy.summed`, and that where it is differentiated."""
+    """As `chunked_cross_entropy.summed`, which it calls when differentiated."""
     return weighted_sums(per_token(x, w, targets, spec), targets, weights, w.shape[1], spec)
 
 
@@ -75,7 +76,7 @@ summed.defvjp(chunked.summed_forward, chunked.summed_backward)
 
 
 def forward(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
-    """Tokens, [tokens]. x [tokens, embed], w [embed, vocab] of the same dtype, targets [tokens]."""
+    """Tokens [tokens]; x [tokens, embed], w [embed, vocab] of the same dtype, targets [tokens]."""
     tokens, vocab = x.shape[0], w.shape[1]
     x, w = pad_length(x, 0, ROWS), pad_length(w, 1, COLUMNS)
     targets = pad_length(indices(targets, vocab), 0, ROWS, -1)
@@ -92,7 +93,8 @@ def forward(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
         lambda *refs: _kernel(dict(zip(names, refs, strict=True)), spec, span, blocks, vocab),
         out_type=jax.ShapeDtypeStruct((spans, 3, x.shape[0]), jnp.float32),
         scratch_types=list(scratch.values()),
-        # The last dimension runs first: thread blocks at work together share a span of w in cache.
+        # The last dimension varies fastest: thread blocks that run together share a span of w in
+        # cache.
         grid=(spans, x.shape[0] // ROWS),
         grid_names=("span", "rows"),
         num_threads=CONSUMERS + 1,
@@ -101,7 +103,7 @@ def forward(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
         interpret=settings.interpret,
     )(x, w, targets)
     lse, chosen, top = jnp.moveaxis(stats, 1, 0)[..., :tokens]
-    # The target is in one span; the others give 0.
+    # The target is in only one span; the others give 0.
     return Tokens(jax.nn.logsumexp(lse, 0), jnp.sum(chosen, 0), jnp.max(top, 0))
 
 
@@ -117,7 +119,7 @@ def _kernel(refs: dict, spec: Spec, span: int, blocks: int, vocab: int):
 
 
 def _load(refs: dict, first, count, steps: int):
-    """What the loading warpgroup does: the targets once, then both operands step by step."""
+    """The loading warpgroup: loads the targets once, then both operands step by step."""
     plgpu.set_max_registers(REGISTERS["loading"], action="decrease")
     start = jax.lax.axis_index("rows") * ROWS
     rows = lambda i: pl.ds(start + i * PART, PART)
@@ -136,7 +138,7 @@ def _load(refs: dict, first, count, steps: int):
 
 
 class _State(NamedTuple):
-    """Of the softmax, in base 2; [PART] each."""
+    """The state of the softmax, in base 2; [PART] each."""
 
     top: jax.Array
     total: jax.Array
@@ -144,7 +146,7 @@ class _State(NamedTuple):
 
 
 def _compute(refs: dict, spec: Spec, me, first, count, steps: int, vocab: int):
-    """What a computing warpgroup does for its part of the tokens."""
+    """A computing warpgroup: computes its part of the tokens."""
     plgpu.set_max_registers(REGISTERS["computing"], action="increase")
     stream.open_ring(refs)
     plgpu.barrier_wait(refs["target_ready"])
@@ -170,9 +172,9 @@ def _compute(refs: dict, spec: Spec, me, first, count, steps: int, vocab: int):
 
 
 def _softmax(state: _State, scores, target, spec: Spec, start, vocab: int) -> _State:
-    """The softmax with the scores of the columns from `start` on."""
+    """The softmax including the scores of the columns from `start` on."""
     cap = spec.logits_soft_cap
-    s, factor = scores, LOG2_E  # the factor is left to the exponential, where it costs nothing
+    s, factor = scores, LOG2_E  # the exponential applies the factor at no cost
     if cap is not None:
         s, factor = tanh(scores * (1 / cap)), cap * LOG2_E
     column = positions(s.shape, 1, start)

@@ -1,4 +1,4 @@
-"""Where a thread block is: its row block, and the column blocks it visits, read at run time."""
+"""The place of a thread block: its row block and the column blocks it visits, read at run time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Place(NamedTuple):
     """All but groups are scalars at run time; the ranges are those of `schedule.Schedule`."""
 
     batch: jax.Array
-    head: jax.Array  # of the grid: a query head, or a key head where rows are keys
-    block: jax.Array  # of rows
+    head: jax.Array  # in the grid: a query head, or a key head if rows are keys
+    block: jax.Array  # row block
     start: jax.Array
     full_start: jax.Array
     full_stop: jax.Array
     stop: jax.Array
-    groups: int  # how many heads' columns are visited, one head after the other
+    groups: int  # number of heads whose columns are visited, head by head
 
     @property
     def visits(self):
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
     @property
     def partial(self):
-        """How many of the visits are to partial blocks; they come first, those of all heads."""
+        """Number of visits to partial blocks, over all heads; they come before the full ones."""
         return self.visits - (self.full_stop - self.full_start) * self.groups
 
     def column_block(self, visit):

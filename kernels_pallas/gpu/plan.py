@@ -1,4 +1,4 @@
-"""Everything static about one kernel call, and how its arrays are laid out in shared memory."""
+"""Everything static about one kernel call, and the layout of its arrays in shared memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..spec import Spec
 from .schedule import Schedule
 
 CONSUMERS = 2  # warpgroups that compute; a third one loads
-MATRIX_ROWS = 64  # of one wgmma
+MATRIX_ROWS = 64  # rows of one wgmma
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
-REGISTERS = dict(computing=240, loading=24)  # of a thread, out of 504 for the three warpgroups
+REGISTERS = dict(computing=240, loading=24)  # per thread, out of 504 for the three warpgroups
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Lane,
-    reduction_scratch_bytes=0,  # a row of a tile is within one warp
+    reduction_scratch_bytes=0,  # each row of a tile is within one warp
 )
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a kernel's blocks.
+    """Block sizes of a kernel.
 
-    rows: of both consumers together; columns: of one step; stages: how many steps' columns shared
-    memory holds.
+    rows: of both consumers together; columns: per step; stages: number of steps whose columns fit
+    in shared memory at the same time.
     """
 
     rows: int
@@ -57,13 +57,14 @@ class Plan(NamedTuple):
     schedule: Schedule
     groups: int
     kv_length: int  # without padding
-    k_padded: bool  # whether the last key block has keys from kv_length on
+    k_padded: bool  # whether the last key block extends past kv_length
     interpret: object = None
 
 
 def matrix(shape: tuple[int, ...], dtype):
-    """A matrix in shared memory, tiled and swizzled as wgmma reads it; its last dimension is a
-    multiple of 32."""
+    """A matrix in shared memory, tiled and swizzled for wgmma; its last dimension must be a
+    multiple
+    of 32."""
     bytes_ = 128 if shape[-1] % 64 == 0 else 64
     transforms = (
         plgpu.TilingTransform((8, bytes_ // jnp.dtype(dtype).itemsize)),
@@ -73,8 +74,9 @@ def matrix(shape: tuple[int, ...], dtype):
 
 
 def shared_memory(scratch: dict) -> int:
-    """Bytes of shared memory that the buffers and barriers take, as Mosaic lays them out: each
-    buffer from a multiple of 1024 on."""
+    """Bytes of shared memory of the buffers and barriers as Mosaic lays them out: each buffer
+    starts
+    at a multiple of 1024."""
     total = 0
     for item in scratch.values():
         if isinstance(item, plgpu.Barrier):

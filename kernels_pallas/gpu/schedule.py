@@ -1,12 +1,12 @@
-"""Which blocks of scores a thread block visits, decided while tracing.
+"""Which blocks of scores a thread block visits, decided at trace time.
 
 A thread block owns one block of *rows* and streams blocks of *columns* past it: rows are queries
-and columns keys in the forward pass and for the gradient of queries, the other way round for the
-gradients of keys and values. What a row block needs of its columns is a range in three parts,
-partial, full, partial; it visits the partial blocks first and the full ones after, so that a kernel
-has two loop bodies, of which the second pays no comparison. Blocks outside the range are never
-loaded. The table has one line a row block; what pairs of blocks are to each other is looked up
-once, on the host.
+and columns keys in the forward pass and for the gradient of queries, and the other way around for
+the gradients of keys and values. The columns that a row block needs are a range with three parts:
+partial, full, partial. It visits the partial blocks first and then the full ones, so that a kernel
+has two loop bodies, the second of which needs no comparison. Blocks outside the range are never
+loaded. The table has one line per row block; the kinds of all block pairs are computed once, on the
+host.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ KINDS = dict(skipped=SKIPPED, partial=PARTIAL, full=FULL)
 
 
 class Schedule(NamedTuple):
-    """A line of `table`: block, start, full_start, full_stop, stop. The row block, the range of the
-    column blocks it visits, and the part of that in which every pair is visible. Lines with the
-    most work come first, so that the last thread blocks to run are short."""
+    """A line of `table` is (block, start, full_start, full_stop, stop): the row block, the range of
+    column blocks that it visits, and the part of the range in which every pair is visible. Lines
+    with the most work come first, so that the last thread blocks to run are short."""
 
     table: np.ndarray  # int32 [row blocks, 5]
     partial: bool  # whether any visit is to a partial block
@@ -33,7 +33,7 @@ class Schedule(NamedTuple):
 
     @property
     def visits(self) -> int:
-        """How many blocks of scores are computed."""
+        """Number of blocks of scores that are computed."""
         return int((self.table[:, 4] - self.table[:, 1]).sum())
 
 
@@ -49,8 +49,8 @@ def schedule(
 ) -> Schedule:
     """The visits of blocks of `rows` to blocks of `columns`.
 
-    q_offset is the position of query 0; None if it is known only at run time, when every block is
-    visited and compared. Every row block visits at least one column block.
+    q_offset is the position of query 0; None if it is known only at run time, in which case every
+    block is visited and compared. Every row block visits at least one column block.
     """
     q_block, k_block = (columns, rows) if rows_are_keys else (rows, columns)
     kinds = _kinds(mask, q_block, k_block, q_length, kv_length, q_offset)
@@ -83,7 +83,7 @@ def _kinds(mask, q_block, k_block, q_length, kv_length, q_offset) -> np.ndarray:
 
 def _range(kinds: np.ndarray) -> tuple[int, int, int, int]:
     """(start, full_start, full_stop, stop) of one row block's columns: the longest run of full
-    blocks, and all else that is not skipped around it."""
+    blocks, within the range of all blocks that are not skipped."""
     visited = np.flatnonzero(kinds)
     if not visited.size:
         return 0, 0, 0, 1

@@ -1,8 +1,8 @@
 """The main loop of a matmul on Hopper: one warpgroup loads, the others multiply.
 
-Both operands come from memory through a ring of shared memory, a step of DEPTH of what is
-contracted at a time; each computing warpgroup owns PART rows of the result, all read the same
-columns.
+Both operands are streamed from global memory through a ring in shared memory, DEPTH elements of the
+contracted dimension per step. Each computing warpgroup owns PART rows of the result; all of them
+read the same columns.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ DEPTH = 64
 
 
 def ring(dtype, stages: int, *, left_transposed=False, right_transposed=False) -> dict:
-    """The buffers and barriers of the loop, by name: a step's left operand is [PART, DEPTH] for
-    each computing warpgroup, the right one [DEPTH, COLUMNS], or the transposed shape."""
+    """The buffers and barriers of the loop, by name. In each step, the left operand of each
+    computing warpgroup is [PART, DEPTH] and the right one [DEPTH, COLUMNS], or transposed."""
     flip = lambda shape, transposed: shape[::-1] if transposed else shape
     left, right = flip((PART, DEPTH), left_transposed), flip((DEPTH, COLUMNS), right_transposed)
     return dict(
@@ -34,14 +34,14 @@ def ring(dtype, stages: int, *, left_transposed=False, right_transposed=False) -
 
 
 def open_ring(refs: dict):
-    """A ring begins free; said by each computing warpgroup."""
+    """Marks all slots as free; called by each computing warpgroup."""
     for slot in range(refs["right_ring"].shape[0]):
         plgpu.barrier_arrive(refs["free"].at[slot])
 
 
 def load(refs: dict, step, left, right):
-    """Loads step number `step` of all. left(i): what computing warpgroup i reads; right: what all
-    read; refs to memory."""
+    """Loads step `step`. left(i): the operand of computing warpgroup i; right: the operand that all
+    of them read; refs to global memory."""
     slot = _slot(refs, step)
     plgpu.barrier_wait(refs["free"].at[slot])
     ready = refs["ready"].at[slot]
@@ -60,7 +60,7 @@ def product(refs: dict, me, first, steps, *, left_transposed=False, right_transp
             plgpu.barrier_wait(refs["ready"].at[slot])
             left = flip(refs["left_ring"].at[slot, me], left_transposed)
             plgpu.wgmma(sums, left, flip(refs["right_ring"].at[slot], right_transposed))
-            plgpu.wgmma_wait(1)  # the one before is done: its slot is free
+            plgpu.wgmma_wait(1)  # the previous one is done: its slot is free
             pl.when(i > 0)(
                 lambda: plgpu.barrier_arrive(refs["free"].at[_slot(refs, first + i - 1)])
             )
@@ -69,7 +69,7 @@ def product(refs: dict, me, first, steps, *, left_transposed=False, right_transp
         plgpu.wgmma_wait(0)
         last = first + steps - 1
         pl.when(steps > 0)(lambda: plgpu.barrier_arrive(refs["free"].at[_slot(refs, last)]))
-        # No arithmetic on the registers may move to before the wait.
+        # No arithmetic on the registers may move ahead of the wait.
         return jax.lax.optimization_barrier(sums[...])
 
     return pl.run_scoped(compute, plgpu.ACC((PART, COLUMNS), jnp.float32))

@@ -1,9 +1,9 @@
-"""What happens to one tile of scores in the registers of a warpgroup, shared by all kernels.
+"""Operations on one tile of scores in the registers of a warpgroup, shared by all kernels.
 
-Tiles are [rows, columns] in the layout of wgmma's accumulator, and vectors along either in the
+Tiles are [rows, columns] in the layout of wgmma's accumulator; vectors along either axis are in the
 matching layouts. Logits are in base 2 (the hardware's exponential is 2^x): the factor log2(e) is
 folded into the scale. Masked logits are -inf; the running maximum starts at LOWEST, which is
-finite, so that no difference of infinities ever appears.
+finite, so that -inf - -inf never occurs.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ class Ids(NamedTuple):
 
 
 def filled(shape: tuple[int, ...], value):
-    """float32 [shape] of one value: a tile, or a vector with a number a row."""
+    """float32 [shape] of one value: a tile, or a vector with one number per row."""
     layout = TILE if len(shape) == 2 else BY_ROW
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def load_rows(ref):
-    """A vector in shared memory, as a number a row of a tile."""
+    """A vector in shared memory, loaded as one number per row of a tile."""
     return plgpu.layout_cast(ref[...], BY_ROW)
 
 
 def load_columns(ref):
-    """A vector in shared memory, as a number a column of a tile."""
+    """A vector in shared memory, loaded as one number per column of a tile."""
     return plgpu.layout_cast(ref[...], BY_COLUMN)
 
 
 def across(vector, shape: tuple[int, int]):
-    """A number a row -> tile."""
+    """One number per row -> tile."""
     return jax.lax.broadcast_in_dim(vector, shape, (0,))
 
 
 def down(vector, shape: tuple[int, int]):
-    """A number a column -> tile."""
+    """One number per column -> tile."""
     return jax.lax.broadcast_in_dim(vector, shape, (1,))
 
 
 def positions(shape: tuple[int, int], axis: int, start):
     """int32 tile: start + index along `axis`.
 
-    Hidden from the compiler, which would keep all that a mask computes of them in registers, for
-    all of a loop. Not to be called for nothing, as it is not removed.
+    Hidden from the compiler, which would otherwise keep everything that a mask computes from the
+    positions in registers during a whole loop. Call it only if needed: it is never optimized away.
     """
     layout = BY_COLUMN if axis else BY_ROW
     along = plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=layout) + start
@@ -73,14 +73,15 @@ def positions(shape: tuple[int, int], axis: int, start):
 
 
 def distance(ids: Ids):
-    """|q - k| in float32: what Alibi's slope multiplies."""
+    """|q - k| in float32, which Alibi's slope multiplies."""
     return jnp.abs(ids.q - ids.k).astype(jnp.float32)
 
 
 def tanh(x):
-    """1 - 2 / (1 + e^2x) to float32's precision, where the hardware's own is good to 5e-4.
+    """1 - 2 / (1 + e^2x) to float32 precision; the hardware's tanh is only accurate to 5e-4.
 
-    The quotient is the square of a reciprocal root, one instruction where a division is a dozen.
+    The quotient is the square of a reciprocal root: one instruction, where a division takes a
+    dozen.
     """
     root = jax.lax.rsqrt(1 + jnp.exp2(x * (2 * LOG2_E)))
     return 1 - 2 * root * root
@@ -89,8 +90,8 @@ def tanh(x):
 def logits(s, ids: Ids | None, spec: Spec, slope):
     """(t, factor, bent) of raw scores s: t * factor are the logits in base 2 before the mask.
 
-    factor > 0 is left to the exponential, where it costs nothing. bent: tanh of the soft cap, or
-    None. slope: Alibi's of this head times log2(e), or None.
+    factor > 0 is applied by the exponential at no cost. bent: tanh of the soft cap, or None.
+    slope: Alibi's slope of this head times log2(e), or None.
     """
     bent, factor = None, spec.scale * LOG2_E
     if spec.logits_soft_cap is not None:
@@ -106,7 +107,8 @@ def logits(s, ids: Ids | None, spec: Spec, slope):
 def hidden(t, ids: Ids | None, spec: Spec, *, compare: bool, kv_length: int | None):
     """`t` with -inf where the query may not see the key; ids None hides nothing.
 
-    compare: look at the mask at all; kv_length: keys from there on are padding, None if none are.
+    compare: whether to evaluate the mask. kv_length: keys from this index on are padding; None if
+    there is no padding.
     """
     if ids is None:
         return t
@@ -123,8 +125,9 @@ def hidden(t, ids: Ids | None, spec: Spec, *, compare: bool, kv_length: int | No
 
 
 def product(a, b, meanwhile=lambda: None, onto=None, interpret=None):
-    """(a @ b in float32, meanwhile()): the product of two blocks of shared memory, added to the
-    tile `onto` if there is one, and what is computed in its shadow."""
+    """(a @ b in float32, meanwhile()): the product of two blocks in shared memory, added to the
+    tile
+    `onto` if given, and the result of `meanwhile`, computed while the product runs."""
 
     def compute(sums):
         if onto is not None and not interpret:
@@ -138,11 +141,12 @@ def product(a, b, meanwhile=lambda: None, onto=None, interpret=None):
 
 
 def add_product(sums, a, b, then=None, started=lambda: None, interpret=None):
-    """(sums + a @ b, c @ d), where `then` is (c, d); None for the second without it.
+    """(sums + a @ b, c @ d) with `then` = (c, d); without `then`, the second is None.
 
-    sums and a are in registers, all else in shared memory. The products start one right behind the
-    other, `started()` is called, and both are waited for. The one that reads registers has to come
-    first, and alone: registers must not be written while a wgmma runs.
+    sums and a are in registers, everything else in shared memory. The products are started
+    immediately after each other, `started()` is called, and both are waited for. The product that
+    reads registers must come first, and only one may: registers must not be written while a wgmma
+    runs.
     """
     if interpret:
         results = sums + _matmul(a, b), product(*then)[0] if then else None
@@ -165,18 +169,18 @@ def _accumulator(a, b):
 
 
 def opaque(x):
-    """`x`, as something the compiler knows nothing of and cannot move out of a loop."""
+    """`x`, opaque to the compiler, so that it cannot be moved out of a loop."""
     return jax.lax.optimization_barrier(x)
 
 
 def _settled(x):
-    """x, with no arithmetic on it moved to before this point: the registers of a wgmma may be read
-    only after the wait for it."""
+    """`x`, such that no arithmetic on it can move ahead of this point: the registers of a wgmma may
+    be read only after waiting for it."""
     return jax.lax.optimization_barrier(x)
 
 
 def _matmul(a, b):
-    """The interpreter's stand-in for a wgmma of registers, which it does not have."""
+    """Stands in for a wgmma of registers, which the interpreter does not support."""
     b = b[...]
-    plgpu.commit_smem()  # wgmma reads like TMA writes; an ordinary read has to be told
+    plgpu.commit_smem()  # wgmma reads in the async proxy, like TMA; an ordinary read needs a fence
     return jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -1,1 +1,1 @@
-"""Kernels for TPU, compiled by Mosaic; on other machines they run in Pallas's TPU interpreter."""
+"""Kernels for TPU, compiled by Mosaic; other machines run them in Pallas's TPU interpreter."""

@@ -1,10 +1,10 @@
 """Flash attention backward (Dao 2023, algorithm 2) in one kernel of five matmuls.
 
-Scores are kept transposed, [keys, queries]: what belongs to a query is then a row, and four of the
-matmuls need no transposed operand. The visits are those of the forward pass; a query block's
-gradient is summed over its key blocks, those of keys and values in VMEM over all queries of all
-heads that share them, in a fixed order, so the result is deterministic. Where VMEM does not hold
-the gradients of all keys, the keys come in several calls.
+Scores are kept transposed, [keys, queries]: per-query values are then rows, and four of the matmuls
+need no transposed operand. The visits are those of the forward pass. The gradient of a query block
+is summed over its key blocks; those of keys and values are summed in VMEM over all queries of all
+heads that share them. The order is fixed, so the result is deterministic. If VMEM cannot hold the
+gradients of all keys, the keys are split over several calls.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _rows(a, block: int, value):
 
 
 def _outputs(x: Operands, arrays: dict, plan: Plan, query, dq_dtype):
-    """({name: shape}, {name: block}) of the gradients; those of a key head stay in VMEM whole."""
+    """({name: shape}, {name: block}) of the gradients; those of a whole key head stay in VMEM."""
     batch, heads = x.q.shape[:2]
     like = lambda name, dtype: jax.ShapeDtypeStruct(arrays[name].shape, dtype)
     shape = (1, 1, *arrays["k"].shape[2:])
@@ -134,7 +134,7 @@ def _step(refs: dict, plan: Plan):
 
 
 def _for_key_blocks(refs: dict, plan: Plan, body):
-    """A loop: unrolled over thousands of keys it would be most of the program."""
+    """A loop, since unrolled over thousands of keys it would be most of the program."""
     size = plan.blocks.k
 
     def step(j, _):
@@ -155,7 +155,7 @@ def _end_keys(refs: dict, plan: Plan, keys):
 
 
 def _accumulate(refs: dict, plan: Plan, at: Here, first: int, run: Run):
-    """Adds what the queries from `first` on and the keys of `run` give each other."""
+    """Adds the contributions of the queries from `first` on and the keys of `run`."""
     rows, keys = pl.ds(first, plan.blocks.sub_q), pl.ds(run.start, run.stop - run.start)
     q, dout = refs["q"][0, 0, rows], refs["dout"][0, 0, rows]
     k, v = refs["k"][0, 0, keys], refs["v"][0, 0, keys]

@@ -1,8 +1,8 @@
 """Predicted cycles of a flash attention call, from the bundles of the compiled kernel.
 
-A bundle is taken for a cycle: so counted, published times of other kernels correspond to 1.72 to
-1.89 Gbundle/s on chips of 1.75 GHz. No body is taken to be faster than its matmuls are at the
-chip's peak. Where data does not arrive in time the truth is slower.
+A bundle is assumed to take one cycle: counted that way, published times of other kernels correspond
+to 1.72 to 1.89 Gbundle/s on chips with a 1.75 GHz clock. No body is assumed to be faster than its
+matmuls at the chip's peak. Where data arrives late, the actual time is longer.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ MATMULS = {"forward": 2, "backward": 5}  # each 2 * queries * keys * head_dim FL
 
 
 class Costs(NamedTuple):
-    """Bundles of a kernel, by what they are for."""
+    """Bundles of a kernel, by purpose."""
 
-    step: int  # every grid step: what moves the blocks
-    begin: int  # a query block's first visit
-    end: int  # and its last
-    key_block: int  # once for each block of keys: gradients zeroed and written
+    step: int  # every grid step: moving the blocks
+    begin: int  # the first visit of a query block
+    end: int  # its last visit
+    key_block: int  # once per key block: its gradients are zeroed and written
     patterns: dict[Pattern, int]
 
 
 def costs(which: str, bundles: Bundles, visits: Visits) -> Costs:
     """`bundles` of the kernel `which` ("forward", "backward"; without slopes), compiled with
-    `visits`. ValueError if the bodies are not those of that kernel."""
+    `visits`. ValueError if the number of bodies does not match that kernel."""
     count = len(visits.patterns)
     ends = 1 if which == "forward" else 2
     bodies = bundles.bodies
     if len(bodies) != count + 2 * ends:
         raise ValueError(
             f"{len(bodies)} bodies in the listing of flash attention {which}; "
-            f"{count + 2 * ends} are needed"
+            f"expected {count + 2 * ends}"
         )
     return Costs(
         step=bundles.always,
@@ -50,7 +50,7 @@ def costs(which: str, bundles: Bundles, visits: Visits) -> Costs:
 
 
 def cycles(which: str, costs: Costs, visits: Visits, blocks: Blocks, head_dim: int, peak) -> float:
-    """Cycles of one query head on one core; `peak` in FLOPs a cycle of a core.
+    """Cycles of one query head on one core; `peak` in FLOPs per cycle and core.
 
     KeyError for a pattern that was not compiled.
     """
@@ -67,8 +67,9 @@ def cycles(which: str, costs: Costs, visits: Visits, blocks: Blocks, head_dim: i
 
 
 def useful_flops(which: str, mask: Mask, length: int, head_dim: int) -> float:
-    """FLOPs of one head at q_length = kv_length = length, counting visible pairs alone; causal ones
-    as half of all."""
+    """FLOPs of one head at q_length = kv_length = length, counting only visible pairs; a causal
+    mask
+    counts as half of all pairs."""
     if mask == Causal():
         pairs = length**2 / 2
     else:
@@ -80,12 +81,13 @@ def useful_flops(which: str, mask: Mask, length: int, head_dim: int) -> float:
 def share(
     which: str, costs: Costs, visits: Visits, blocks: Blocks, head_dim: int, useful: float, target
 ) -> float:
-    """The predicted share of the peak of `target`, at the clock that it states, of a head whose
-    `useful_flops` are given."""
+    """The predicted share of the peak of `target`, at its nominal clock, for one head with the
+    given
+    `useful_flops`."""
     peak = peak_per_cycle(target)
     return useful / peak / cycles(which, costs, visits, blocks, head_dim, peak)
 
 
 def peak_per_cycle(target: Target) -> float:
-    """bf16 FLOPs a cycle of one core."""
+    """bf16 FLOPs per cycle of one core."""
     return target.bf16_flops / target.clock_hz / target.cores

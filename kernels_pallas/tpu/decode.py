@@ -1,13 +1,13 @@
-"""Decoding attention on TPU: one kernel that walks a flat list of (row, block of keys) visits.
+"""Decoding attention on TPU: one kernel that iterates over a flat list of (row, key block) visits.
 
-The list holds, for each row, the blocks from the first key that the mask lets it see to its last,
-and nothing else; it is made from the lengths at run time, and its length is a dimension of the
-grid. So what is beyond a row's end costs neither a read nor a grid step, and the next row's first
-block arrives while the last one is computed. Cut into equal parts, one for each core, the list is a
-split over keys that balances rows of all lengths (like the stream-K decomposition of Osama et al.
-2023): a row across a cut gives two partial softmaxes, and `merge` joins them.
+For each row, the list holds exactly the blocks from the first key that its mask lets it see to its
+last key. It is computed from the lengths at run time, and its length is a dimension of the grid. So
+nothing beyond a row's end costs a read or a grid step, and the first block of the next row arrives
+while the last one is being computed. Split into equal parts, one per core, the list balances rows
+of any lengths (like the stream-K decomposition of Osama et al. 2023): a row that crosses a split
+gives two partial softmaxes, which `merge` combines.
 
-All query heads of a key head meet its keys in one matmul; int8 is widened in VMEM.
+One matmul multiplies all query heads of a key head by its keys; int8 is widened in VMEM.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from .tile import (
 DTYPES = ("float32", "bfloat16")
 HEAD_DIM_LIMIT = 256
 Q_LENGTH_LIMIT = 16
-VISIT_BYTES = 2 << 20  # of keys and values: long enough a read to hide what a grid step costs
-VISIT_KEYS = 512  # at most, so that a head's scores fit the registers
-SLOW_INT8 = ("TPU v4",)  # by the compiler's bundles: 3.6 times as long as the read
-MAX_PAGES = 16  # of a visit, each with a copy of its own
-SMEM_BYTES = 512 << 10  # for the visits and the page table
+VISIT_BYTES = 2 << 20  # of keys and values: a read long enough to hide the cost of a grid step
+VISIT_KEYS = 512  # at most, so that one head's scores fit the registers
+SLOW_INT8 = ("TPU v4",)  # 3.6 times as long as the read, by the compiler's bundles
+MAX_PAGES = 16  # per visit, each with its own copy
+SMEM_BYTES = 512 << 10  # for the list of visits and the page table
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernel runs a call. block: keys of a visit, whole pages; None: by VISIT_BYTES and
-    VISIT_KEYS. interpret: as `pallas_call` takes it."""
+    """How the kernel runs a call. block: keys per visit, whole pages; None: from VISIT_BYTES and
+    VISIT_KEYS. interpret: as in `pallas_call`."""
 
     block: int | None = None
     interpret: object = False
@@ -66,25 +66,25 @@ class Plan(NamedTuple):
 
     spec: Spec
     q_length: int
-    block: int  # keys of a visit
-    heads: int  # key heads of a visit
+    block: int  # keys per visit
+    heads: int  # key heads per visit
     splits: int
     interpret: object
 
 
 class Visits(NamedTuple):
-    """`splits` parts of `steps` visits each; those from `total` on do nothing."""
+    """`splits` parts of `steps` visits each; visits from `total` on do nothing."""
 
     row: jax.Array  # [size] int32
     block: jax.Array  # [size] int32
     steps: jax.Array  # [1] int32
     total: jax.Array  # [1] int32
-    ends: jax.Array  # [batch] int32: the visits of a row are the `count` before its end
+    ends: jax.Array  # [batch] int32: the visits of a row are the `count` visits before its end
     count: jax.Array  # [batch] int32
 
 
 def check(call, spec: Spec):
-    """Raises Unsupported(reason) for what this kernel does not do."""
+    """Raises Unsupported(reason) for calls that this kernel does not support."""
     batch, kv_heads, _, q_length, head_dim = call.q.shape
     cache, dtype = call.cache, str(call.q.dtype)
     if dtype not in DTYPES:
@@ -107,7 +107,7 @@ def check(call, spec: Spec):
         numbers += batch * cache.page_table.shape[1]
     if 4 * numbers > SMEM_BYTES:
         raise Unsupported(
-            f"{batch} rows of {cache.slots} slots: {4 * numbers} bytes of visits and page numbers; "
+            f"{batch} rows of {cache.slots} slots need {4 * numbers} bytes of visits and pages; "
             f"allowed: {SMEM_BYTES}"
         )
 
@@ -132,7 +132,7 @@ def attention(call, spec: Spec, splits: int | None = None, settings: Settings | 
         plan = Plan(spec, q_length, block, heads, splits or _cores(), settings.interpret)
         return _decode(x.q, cache, x.q_offset, x.slopes, plan)
 
-    # The queries stand where `over_mesh` looks for keys, as pages have no batch dimension.
+    # The queries take the place of the keys for `over_mesh`, because pages have no batch dimension.
     x = Operands(q=q, k=q, v=None, slopes=slopes, q_offset=call.lengths)
     more = tuple(zip(_dimensions(call.cache), leaves, strict=True))
     out, lse = over_mesh(run, x, more, ("bnld", "bnl"))
@@ -140,19 +140,19 @@ def attention(call, spec: Spec, splits: int | None = None, settings: Settings | 
 
 
 def _dimensions(cache: Cache) -> list[str]:
-    """For each array of the cache, its dimensions as `over_mesh` takes them."""
+    """The dimensions of each array of the cache, as `over_mesh` takes them."""
     values = "pnmd" if isinstance(cache, PagedCache) else "bnmd"
     kinds = [values, values[:3]] if isinstance(cache.k, Int8) else [values]
     return [*kinds, *kinds, *(["bt"] if isinstance(cache, PagedCache) else [])]
 
 
 def _heads(kv_heads: int) -> int:
-    """Key heads of a visit: what a tile of scales holds, or all."""
+    """Key heads per visit: as many as a tile of scales holds, or all."""
     return 8 if kv_heads % 8 == 0 else kv_heads
 
 
 def _block(cache: Cache, heads: int) -> int:
-    """Keys of a visit."""
+    """Keys per visit."""
     per_key = 2 * heads * max(cache.k.shape[3], LANES) * cache.k.dtype.itemsize
     keys = min(max(VISIT_BYTES // per_key // LANES, 1) * LANES, VISIT_KEYS)
     if not isinstance(cache, PagedCache):
@@ -162,7 +162,7 @@ def _block(cache: Cache, heads: int) -> int:
 
 
 def _cores() -> int:
-    """Tensor cores of the device that is compiled for."""
+    """Tensor cores of the device to compile for."""
     try:
         return pltpu.get_tpu_info().num_cores
     except ValueError:  # no TPU: the interpreter
@@ -184,7 +184,8 @@ def _visits(cache: Cache, lengths, plan: Plan) -> Visits:
     total = ends[-1]
     size = -(-lengths.shape[0] * per_row // plan.splits) * plan.splits
     at = jnp.minimum(jnp.arange(size, dtype=jnp.int32), jnp.maximum(total - 1, 0))
-    # How many rows have ended: the searched row. A table of all pairs is the fastest for few rows.
+    # The row of a visit is the number of rows that have ended before it. Comparing all pairs is
+    # fastest for few rows.
     row = jnp.sum(ends[:, None] <= at, axis=0, dtype=jnp.int32)
     row = jnp.minimum(row, lengths.shape[0] - 1)
     block = first[row] + at - (ends - count)[row]
@@ -193,8 +194,8 @@ def _visits(cache: Cache, lengths, plan: Plan) -> Visits:
 
 
 def _pages(cache: PagedCache, visits: Visits, lengths, plan: Plan):
-    """The pages of each visit, one after the other; past either end of what a row sees, its last or
-    first one again."""
+    """The pages of each visit, consecutively; outside of what a row sees, its first or last page is
+    repeated."""
     pieces = plan.block // cache.page_size
     row = visits.row[:, None]
     last = (jnp.clip(lengths, 1, cache.slots) - 1) // cache.page_size
@@ -247,7 +248,7 @@ def _decode(q, cache: Cache, lengths, slopes, plan: Plan):
 
 
 def _join(out, lse, visits: Visits, plan: Plan):
-    """The parts merged; one that did not visit a row left its place unwritten."""
+    """Merges the parts; a part that did not visit a row has left that row's output unwritten."""
     starts = jnp.arange(plan.splits, dtype=jnp.int32)[:, None] * visits.steps
     touched = (starts < visits.ends) & (starts + visits.steps > visits.ends - visits.count)
     touched = (touched & (visits.count > 0))[:, :, None, None]
@@ -262,7 +263,7 @@ def _at(part, step):
 
 
 def _inputs(q, cache: Cache, slopes, plan: Plan):
-    """({name: array}, {name: block}); pages come in as many blocks as a visit has."""
+    """({name: array}, {name: block}); each page of a visit is a separate block."""
     heads, rows, head_dim = plan.heads, *q.shape[2:]
     at_row = lambda c, h, s, row, *_: (row[_at(c, s)], h, 0, 0)
     arrays = dict(q=q)
@@ -285,7 +286,7 @@ def _inputs(q, cache: Cache, slopes, plan: Plan):
 
 
 def _piece(pieces: int, piece: int, ndim: int, c, h, s, row, block, total, lengths, pages=None):
-    """Where a piece of a visit's keys lies: in a page, if there are pages, else in its row."""
+    """The location of a piece of a visit's keys: in a page if there are pages, else in its row."""
     visit, more = _at(c, s), (0,) * (ndim - 3)
     if pages is None:
         return row[visit], h, block[visit], *more
@@ -304,7 +305,7 @@ def _step(refs: dict, cache: Cache, plan: Plan):
     start = refs["block"][visit] * plan.block
     length = refs["lengths"][row]
     first = _first_key(plan, length)
-    # Where slots of this block may hold anything, the values must be cleared: 0 times nan is nan.
+    # Unused slots may hold anything, so their values must be cleared: 0 * nan is nan.
     edge = start + plan.block > length
     if isinstance(cache, RingCache):
         edge |= start + plan.block > cache.slots
@@ -323,7 +324,7 @@ def _step(refs: dict, cache: Cache, plan: Plan):
 
 
 def _valid(cache: Cache, plan: Plan, shape, axis: int, start, length):
-    """(positions that the slots from `start` on hold, whether they are to be looked at)."""
+    """(positions held by the slots from `start` on, whether each is visible)."""
     slots = positions(shape, axis, start)
     k_ids = cache.position(slots, length)
     if isinstance(cache, RingCache):
@@ -368,7 +369,7 @@ def _visit(refs: dict, cache: Cache, plan: Plan, start, length, *, clear: bool):
 
 
 def _pieces(refs: dict, name: str) -> list:
-    return [ref for found, ref in refs.items() if found.rstrip("0123456789") == name]
+    return [ref for key, ref in refs.items() if key.rstrip("0123456789") == name]
 
 
 def _keys(refs: dict, name: str, head: int):
@@ -385,20 +386,20 @@ def _scales(refs: dict, name: str, head: int):
 
 
 def _sums(weights):
-    """[rows, block] -> [rows, LANES]: 128 sums that add up to that of a row."""
+    """[rows, block] -> [rows, LANES]: 128 partial sums that add up to the sum of a row."""
     whole = weights.shape[1] // LANES * LANES
     sums = lane_sums(weights[:, :whole]) if whole else 0.0
     if whole == weights.shape[1]:
         return sums
-    # The rest, spread evenly over the lanes.
+    # The sum of the rest is spread evenly over the lanes.
     return sums + jnp.sum(weights[:, whole:], axis=1, keepdims=True) / LANES
 
 
 def _end(refs: dict, plan: Plan):
-    """The quotients and their logarithms; 0 and -inf where no key was seen."""
+    """Writes out and lse; 0 and -inf where no key was visible."""
     for head in range(plan.heads):
         total = jnp.sum(refs["normalizer"][head], axis=1, keepdims=True)
         empty = total == 0
         refs["out"][0, 0, head] = refs["sums"][head] * jnp.where(empty, 0.0, 1 / total)
-        lse = jnp.where(empty, LOWEST, refs["top"][head] + jnp.log2(total)).T[:1]  # lanes are alike
+        lse = jnp.where(empty, LOWEST, refs["top"][head] + jnp.log2(total)).T[:1]  # all lanes equal
         refs["lse"][0, 0, pl.ds(head, 1)] = jnp.where(lse <= LOWEST, -jnp.inf, lse / LOG2_E)

@@ -1,4 +1,4 @@
-"""Flash attention on TPU: what can run, which blocks, and the gradient rule around both kernels."""
+"""Flash attention on TPU: supported calls, block sizes, and the custom gradient of both kernels."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from .visits import LANES, Blocks, visits
 HEAD_DIM_LIMIT = 256
 QUERY, KEYS, ROWS = DIMENSIONS["q"], DIMENSIONS["k"], "bhl"
 DTYPES = ("float32", "bfloat16", "float16")
-SMEM_BYTES = 768 << 10  # of 1 MiB, for the lists of visits
+SMEM_BYTES = 768 << 10  # out of 1 MiB, for the lists of visits
 UNTUNED = {"forward": Blocks(512, 1024, 256), "backward": Blocks(512, 512, 256)}
-FLOAT32 = Blocks(256, 512, 256)  # a product of these is six of the matrix unit's: a long program
+FLOAT32 = Blocks(
+    256, 512, 256
+)  # a float32 product is six of the matrix unit's products: a long program
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the kernels run a call; None is the tuning table's choice.
+    """How the kernels run a call; None: from the tuning table.
 
-    forward, backward: their blocks.
+    forward, backward: blocks of each kernel.
     key_gradients: bytes of VMEM for the gradients of keys and values in the backward pass.
-    interpret: as `pallas_call` takes it.
+    interpret: as in `pallas_call`.
     """
 
     forward: Blocks | None = None
@@ -43,21 +45,22 @@ class Settings:
 
 
 def check(x: Operands, spec: Spec, settings: Settings | None = None):
-    """Raises Unsupported(reason) for what these kernels do not do. x as `attention` takes it."""
+    """Raises Unsupported(reason) for calls that these kernels do not support; x as in
+    `attention`."""
     head_dim = x.q.shape[3]
     if str(x.q.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.q.dtype}; allowed: {', '.join(DTYPES)}")
     if head_dim > HEAD_DIM_LIMIT or head_dim % 8:
         raise Unsupported(f"head_dim {head_dim}; allowed: multiples of 8 up to {HEAD_DIM_LIMIT}")
     if x.bias is not None:
-        raise Unsupported("a bias array; allowed: Alibi(slopes) or none")
+        raise Unsupported("bias is an array; allowed: None or Alibi(slopes)")
     major = jax.eval_shape(_heads_major, x)
     for which in UNTUNED:
         _check_visits(which, major, spec, settings or Settings())
 
 
 def _check_visits(which: str, x: Operands, spec: Spec, settings: Settings):
-    """That the blocks fit VMEM, and the list of their visits SMEM."""
+    """Checks that the blocks fit VMEM and that the list of visits fits SMEM."""
     count = len(_plan(_blocks(which, x, spec, settings), x, spec, settings).visits.flags)
     if 3 * 4 * count > SMEM_BYTES:
         raise Unsupported(
@@ -75,23 +78,23 @@ def attention(x: Operands, spec: Spec, settings: Settings | None = None):
 def gradients(
     x: Operands, spec: Spec, dout, lse, delta, settings: Settings | None = None
 ) -> Operands:
-    """The gradients of what x holds, like x (segment ids and q_offset have none: None).
+    """The gradients of the arrays of x, like x; None for segment ids and q_offset.
 
     x, dout   [batch, length, heads, head_dim]
-    lse       float32 [batch, heads, q_length]; may be that of more keys than x holds, whose share
-              of the gradients is then left out (ring attention adds up the parts)
+    lse       float32 [batch, heads, q_length]; may include keys that x does not hold, whose part of
+              the gradients is then left out (ring attention sums the parts)
     delta     float32 like lse: sum(out * dout) over head_dim, minus the gradient of lse
     """
     major = _heads_major(x)
     dout = jnp.swapaxes(dout, 1, 2).astype(major.q.dtype)
-    found = heads_major_gradients(major, spec, settings or Settings(), dout, lse, delta)
+    grads = heads_major_gradients(major, spec, settings or Settings(), dout, lse, delta)
     public = lambda a: jnp.swapaxes(a, 1, 2).astype(x.q.dtype)
-    return found._replace(q=public(found.q), k=public(found.k), v=public(found.v))
+    return grads._replace(q=public(grads.q), k=public(grads.k), v=public(grads.v))
 
 
 def _heads_major(x: Operands) -> Operands:
-    """x with q, k, v [batch, heads, length, head_dim] of a dtype the matrix unit multiplies, and
-    q_offset [batch]."""
+    """x with q, k, v [batch, heads, length, head_dim] in a dtype that the matrix unit multiplies,
+    and q_offset [batch]."""
     # The matrix unit has no float16; float32 holds all of its values.
     dtype = jnp.float32 if x.q.dtype == jnp.float16 else x.q.dtype
     major = lambda a: jnp.swapaxes(a, 1, 2).astype(dtype)
@@ -112,7 +115,7 @@ def heads_major_attention(x: Operands, spec: Spec, settings: Settings):
 
 
 def _forward(x: Operands, spec: Spec, settings: Settings):
-    # Named, for whoever rematerializes: with these two kept the kernel does not run again.
+    # Named for rematerialization policies: if these two are saved, the kernel does not run again.
     out, lse = checkpoint_name(heads_major_attention(x, spec, settings), "attention")
     return (out, lse), (x, out, lse)
 
@@ -144,7 +147,7 @@ def heads_major_gradients(
 
 
 def _by_keys(x: Operands, dout, lse, delta, spec: Spec, settings: Settings):
-    """`backward`, over as many keys at once as VMEM holds gradients of."""
+    """`backward`, in calls with as many keys as VMEM holds gradients for."""
     kv_length = x.k.shape[2]
     blocks = _blocks("backward", x, spec, settings)
     budget = settings.key_gradients or vmem_limit() - _bytes("backward", blocks, x, keys=0)
@@ -166,7 +169,7 @@ def _by_keys(x: Operands, dout, lse, delta, spec: Spec, settings: Settings):
 
 
 def _with_keys(x: Operands, start: int, stop: int) -> Operands:
-    """The call with the keys [start, stop) alone."""
+    """The call restricted to the keys [start, stop)."""
     ids = x.kv_segment_ids
     return x._replace(
         k=x.k[:, :, start:stop],
@@ -192,7 +195,7 @@ def _plan(blocks: Blocks, x: Operands, spec: Spec, settings: Settings, start=0, 
 
 
 def _blocks(which: str, x: Operands, spec: Spec, settings: Settings) -> Blocks:
-    """Those asked for, Unsupported if VMEM cannot hold them; else the table's, made to fit it."""
+    """The requested blocks (Unsupported if they exceed VMEM), else the table's, reduced to fit."""
     q_length, kv_length = x.q.shape[2], x.k.shape[2]
     asked = getattr(settings, which)
     blocks = _fit(asked or _tuned(which, x, spec), q_length, kv_length)
@@ -210,12 +213,12 @@ def _blocks(which: str, x: Operands, spec: Spec, settings: Settings) -> Blocks:
 
 
 def fits(which: str, blocks: Blocks, x: Operands) -> bool:
-    """Whether VMEM holds `which` ("forward", "backward") with these blocks; x in any layout."""
+    """Whether `which` ("forward", "backward") fits VMEM with these blocks; x in any layout."""
     return _bytes(which, blocks, x) <= vmem_limit()
 
 
 def _bytes(which: str, blocks: Blocks, x: Operands, keys: int | None = None) -> int:
-    """Bytes of VMEM. keys: for whose gradients there is room; one block's, the least, if None."""
+    """Bytes of VMEM. keys: how many to hold gradients for; None: one block, the minimum."""
     args = (blocks, x.q.shape[3], x.q.dtype.itemsize, x.q_segment_ids is not None)
     if which == "forward":
         return forward_bytes(*args)
@@ -234,7 +237,7 @@ def _tuned(which: str, x: Operands, spec: Spec) -> Blocks:
 
 
 def _fit(blocks: Blocks, q_length: int, kv_length: int) -> Blocks:
-    """The blocks, made smaller so that no more than the last one of a short call is padded."""
+    """The blocks, reduced so that in a short call only the last block is padded."""
 
     def shrink(block, length):
         step, count = min(LANES, block), -(-length // block)

@@ -1,7 +1,8 @@
 """Flash attention forward (Dao 2023, algorithm 1): running maximum and sum, one pass over the keys.
 
-Each run of queries keeps its maximum in every lane of a [rows, 128] tile, and its sum as 128 sums
-of a lane each, added up at the end: no reduction across lanes but one maximum a tile.
+Each run of queries keeps its maximum in every lane of a [rows, 128] tile, and its sum as 128
+per-lane sums that are added up at the end, so the only reduction across lanes is one maximum per
+tile.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .visits import FIRST, LANES, LAST, PATTERN_SHIFT, Pattern, Run
 
 
 def forward(x: Operands, plan: Plan):
-    """(out like x.q, lse float32 [batch, heads, q_length]); x heads-major, `layout` says how."""
+    """(out like x.q, lse float32 [batch, heads, q_length]); x heads-major, see `layout`."""
     batch, heads, q_length, head_dim = x.q.shape
     blocks = plan.blocks
     q = pad_length(x.q, 2, blocks.q)
@@ -86,8 +87,9 @@ def _step(refs: dict, plan: Plan):
 
 
 def _visit(refs: dict, plan: Plan, at: Here, pattern: Pattern):
-    """The runs of a block. The scores of the next run may be asked for before the softmax of this
-    one, so that the matrix unit works meanwhile."""
+    """The runs of a block. The scores of the next run may be started before the softmax of this
+    one,
+    so that the matrix unit works in the meantime."""
     runs = [(r * plan.blocks.sub_q, run) for r, run in enumerate(pattern) if run.start < run.stop]
     ahead = plan.blocks.ahead or any(run.compare for run in pattern)
     scores = {}
@@ -99,7 +101,7 @@ def _visit(refs: dict, plan: Plan, at: Here, pattern: Pattern):
 
 
 def _begin(refs: dict, at: Here):
-    """Empty sums; a sink is a first logit, its 1 spread over the lanes."""
+    """Empty sums; a sink is the first logit, with its weight of 1 spread over the lanes."""
     top, total = LOWEST, 0.0
     if "sinks" in refs:
         top = jnp.maximum(refs["sinks"][at.head] * LOG2_E, LOWEST)
@@ -148,9 +150,9 @@ def _ids(refs: dict, plan: Plan, at: Here, shape, first: int, run: Run) -> Ids:
 
 
 def _end(refs: dict):
-    """The quotient and its logarithm; 0 and -inf where no key was seen."""
+    """Writes out and lse; 0 and -inf where no key was visible."""
     total = jnp.sum(refs["total"][...], axis=1, keepdims=True)
-    # Without keys the sums are 0 already.
+    # Without keys the sums are already 0.
     inverse = 1 / jnp.where(total == 0, 1.0, total)
     refs["out"][0, 0] = (refs["sums"][...] * inverse).astype(refs["out"].dtype)
     top, total = as_rows(refs["top"][...], total)

@@ -1,8 +1,8 @@
-"""The grouped matmul on TPU: two kernels that walk the visits of `group_visits.py`.
+"""The grouped matmul on TPU: two kernels that iterate over the visits of `group_visits.py`.
 
-`product`: the visits of a block of rows follow each other, so its output stays in VMEM until the
-last group has written its rows. `outer`: the visits of a group follow each other, so its sums do.
-The number of visits is known only at run time and is a dimension of the grid.
+`product`: the visits of a block of rows are consecutive, so its output stays in VMEM until the last
+group has written its rows. `outer`: the visits of a group are consecutive, so its sums stay in
+VMEM. The number of visits is known only at run time and is a dimension of the grid.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .products import add_product, cost
 from .tile import LANES, positions
 
 DTYPES = ("float32", "bfloat16", "float16")
-SUBLANES = 16  # rows of a tile of 16-bit numbers, and two of 32-bit ones
+SUBLANES = 16  # rows of a tile of 16-bit numbers, or of two tiles of 32-bit numbers
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Largest sizes of a block. rows: of tokens; inner: of what `product` contracts over; outer:
-    of its output's columns, and of both dimensions of the matrix that `outer` writes."""
+    """Largest block sizes. rows: tokens; inner: the dimension that `product` contracts; outer: the
+    columns of its output, and both dimensions of the matrix that `outer` writes."""
 
     rows: int
     inner: int
@@ -37,7 +37,7 @@ class Blocks:
 
 
 class Settings(NamedTuple):
-    """How the kernels run a call. interpret: as `pallas_call` takes it."""
+    """How the kernels run a call. interpret: as in `pallas_call`."""
 
     blocks: Blocks | None = None
     interpret: object = False
@@ -47,7 +47,7 @@ DEFAULT = Settings()
 
 
 def check(lhs, rhs, group_sizes):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+    """Raises Unsupported(reason) for calls that these kernels do not support."""
     if str(lhs.dtype) not in DTYPES:
         raise Unsupported(f"dtype {lhs.dtype}; allowed: {', '.join(DTYPES)}")
     check_not_split()
@@ -166,7 +166,7 @@ def outer(lhs, grad, group_sizes, dtype, settings: Settings = DEFAULT):
 
 
 def _mine(shape, axis: int, at, start, stop):
-    """Which indices along `axis`, counted from `at`, are within [start, stop); bool [shape]."""
+    """Whether each index along `axis`, counted from `at`, is within [start, stop); bool [shape]."""
     row = positions(shape, axis, at)
     return (row >= start) & (row < stop)
 
@@ -181,9 +181,10 @@ def _widened_dtype(dtype):
 
 
 def _blocks(tokens: int, groups: int) -> Blocks:
-    """Rows: about tokens + groups * rows are computed, so few where groups are small; else so many
-    that the matrix unit waits for no matrix: a step reads rows * outer / (rows + outer) operations
-    a byte, at least 512 where memory is slowest for the unit (v6e: 560) and 341 elsewhere."""
+    """Rows per block. About tokens + groups * rows are computed, so few if groups are small;
+    otherwise enough that the matrix unit never waits for a matrix: a step does
+    rows * outer / (rows + outer) operations per byte, at least 512 where memory is slowest relative
+    to the unit (v6e needs 560) and 341 elsewhere."""
     largest = 1024 if vmem_capacity() > 100 << 20 else 512
     rows = min(max(1 << max((tokens // (4 * groups)).bit_length() - 1, 0), LANES), largest)
     rows = min(rows, -(-tokens // SUBLANES) * SUBLANES)
@@ -193,7 +194,7 @@ def _blocks(tokens: int, groups: int) -> Blocks:
 
 
 def _even(size: int, limit: int) -> int:
-    """A block of at most `limit` that cuts `size` evenly; the last one may stick out."""
+    """A block of at most `limit` that splits `size` evenly; the last one may exceed it."""
     if size <= limit:
         return size
     count = -(-size // limit)
@@ -201,7 +202,7 @@ def _even(size: int, limit: int) -> int:
 
 
 def _divisor(size: int, limit: int) -> int:
-    """A block of at most `limit` that divides `size`, or that `size` is filled up to."""
+    """A block of at most `limit` that divides `size`, or to which `size` is padded."""
     if size <= limit:
         return size
     best = max((b for b in range(LANES, limit + 1, LANES) if size % b == 0), default=0)
@@ -209,7 +210,7 @@ def _divisor(size: int, limit: int) -> int:
 
 
 def _fill(a, axis: int, block: int):
-    """`a` with zeros up to a multiple of `block` along `axis`."""
+    """`a` padded with zeros to a multiple of `block` along `axis`."""
     missing = -a.shape[axis] % block
     if not missing:
         return a

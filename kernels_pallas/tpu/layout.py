@@ -1,4 +1,4 @@
-"""How the arrays of a call reach the kernels: padded, cut into blocks, named.
+"""How the arrays of a call are passed to the kernels: padded, split into blocks, and named.
 
 Both kernels run on the grid (batch, kv_heads, groups, visits); a query head is
 kv_head * groups + group. Arrays are [batch, heads, length, head_dim], padded with zeros to whole
@@ -25,28 +25,28 @@ class Plan(NamedTuple):
     blocks: Blocks
     visits: Visits
     groups: int
-    q_length: int  # without padding, as are the next two
+    q_length: int  # without padding, like the next two
     kv_length: int
-    k_start: int = 0  # the first key of this call, where the keys come in several calls
+    k_start: int = 0  # the first key of this call, if the keys are split over several calls
     interpret: object = False
 
     @property
     def padded(self) -> int | None:
-        """kv_length if the last key block is not full, for `tile.hidden`."""
+        """kv_length if the last key block is padded, for `tile.hidden`."""
         return self.kv_length if self.kv_length % self.blocks.k else None
 
 
 class Here(NamedTuple):
-    """Where in the grid a step is."""
+    """The place of a step in the grid."""
 
     batch: Any
     head: Any  # query head
-    group: Any  # which of the query heads that share a key head
+    group: Any  # which of the query heads that share the key head
     visit: Any
 
 
 def here(plan: Plan) -> Here:
-    """Asked for at the top of a kernel: inside `pl.when` a plainly interpreted one cannot know."""
+    """Call it at the top of a kernel: the plain interpreter cannot evaluate it inside `pl.when`."""
     batch, kv_head, group, visit = (pl.program_id(axis) for axis in range(4))
     return Here(batch, head(kv_head, group, plan), group, visit)
 
@@ -56,8 +56,8 @@ def head(n, g, plan: Plan):
 
 
 def cost(x: Operands, plan: Plan, matmuls: int) -> pl.CostEstimate:
-    """What the compiler, which does not look into a kernel, is told of it: each tile of queries and
-    keys takes part in so many matmuls."""
+    """The cost of a kernel for the compiler, which does not look into it: each tile of queries and
+    keys takes part in this many matmuls."""
     batch, heads, _, head_dim = x.q.shape
     pairs = batch * heads * plan.visits.runs * plan.blocks.sub_q * KEY_STEP
     return pl.CostEstimate(
@@ -68,7 +68,7 @@ def cost(x: Operands, plan: Plan, matmuls: int) -> pl.CostEstimate:
 
 
 def scalars(x: Operands, plan: Plan) -> dict:
-    """The arrays of the call that are read one number at a time, from SMEM."""
+    """The arrays of the call that are read from SMEM, one number at a time."""
     named = dict(q_block=plan.visits.q_block, k_block=plan.visits.k_block, flags=plan.visits.flags)
     if x.q_offset is not None:
         named["q_offset"] = x.q_offset.astype(jnp.int32)
@@ -102,7 +102,7 @@ def segment_specs(plan: Plan) -> dict:
 
 
 def segment_arrays(x: Operands, plan: Plan) -> dict:
-    """The segment ids as rows; {} if the call has none. Padded queries get an id of their own."""
+    """The segment ids as rows; {} if the call has none. Padded queries get a separate id."""
     if x.q_segment_ids is None:
         return {}
     rows = lambda ids, block: pad_length(ids.astype(jnp.int32)[:, None], 2, block)
@@ -121,7 +121,7 @@ def q_start(refs: dict, plan: Plan, at: Here):
 
 
 def compiler_params(plan: Plan, sequential_groups: bool):
-    """sequential_groups: whether the query heads of a key head add to the same output."""
+    """sequential_groups: the query heads of a key head add to the same output."""
     return pltpu.CompilerParams(
         dimension_semantics=(
             "parallel",
@@ -129,13 +129,13 @@ def compiler_params(plan: Plan, sequential_groups: bool):
             "arbitrary" if sequential_groups else "parallel",
             "arbitrary",
         ),
-        disable_bounds_checks=True,  # every block is whole: the arrays are padded
+        disable_bounds_checks=True,  # every block is full, because the arrays are padded
         vmem_limit_bytes=vmem_limit(),
     )
 
 
 def forward_bytes(blocks: Blocks, head_dim: int, itemsize: int, segments: bool) -> int:
-    """About how much VMEM the forward kernel takes."""
+    """The approximate VMEM of the forward kernel."""
     wide = _lanes(head_dim)
     moving = 2 * itemsize * wide * (2 * blocks.q + 2 * blocks.k) + _rows(blocks.q)
     kept = 4 * blocks.q * (2 * LANES + wide) + 4 * blocks.q * blocks.k
@@ -143,11 +143,13 @@ def forward_bytes(blocks: Blocks, head_dim: int, itemsize: int, segments: bool) 
 
 
 def backward_bytes(blocks: Blocks, head_dim: int, itemsize: int, segments: bool, keys: int) -> int:
-    """About how much VMEM the backward kernel takes for the gradients of so many keys."""
+    """The approximate VMEM of the backward kernel for the gradients of this many keys."""
     wide = _lanes(head_dim)
     moving = 2 * itemsize * wide * (3 * blocks.q + 2 * blocks.k) + 2 * _rows(blocks.q)
     kept = 4 * blocks.q * head_dim + 2 * 4 * blocks.q * blocks.k
-    gradients = 2 * keys * wide * (4 + 2 * itemsize)  # the sums, and both outputs' two buffers
+    gradients = (
+        2 * keys * wide * (4 + 2 * itemsize)
+    )  # the sums, and the double buffers of both outputs
     return moving + kept + gradients + segments * (_rows(blocks.q) + 2 * _rows(blocks.k))
 
 
@@ -156,17 +158,17 @@ def _lanes(width: int) -> int:
 
 
 def _rows(length: int) -> int:
-    """Bytes of two buffers of one number an element; a row takes eight sublanes."""
+    """Bytes of a double buffer with one number per element; a row takes eight sublanes."""
     return 2 * 8 * 4 * length
 
 
 def vmem_limit() -> int:
-    """Bytes of VMEM that a kernel may take; the rest is the compiler's."""
+    """Bytes of VMEM that a kernel may use; the rest is left to the compiler."""
     return vmem_capacity() * 3 // 4
 
 
 def vmem_capacity() -> int:
-    """Bytes of VMEM of the device that is compiled for; the smallest in use where none is known."""
+    """Bytes of VMEM of the device to compile for; the smallest known size if it is unknown."""
     try:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:  # no TPU: the interpreter

@@ -1,14 +1,15 @@
 """Fused linear cross-entropy on TPU: the softmax over the vocabulary runs as in flash attention.
 
-`forward` passes over the vocabulary once, with a running maximum and sum (Milakov & Gimelshein 2018
-algorithm 3). Where a gradient will be asked for it also keeps the running mean of w's columns under
-the softmax, as attention keeps that of its values: it is the gradient of lse by x, and that of the
-target's logit is a column of w. So x costs no pass of its own, and `weight_gradient`, which makes
-the logits once more, is the whole backward pass: four matmuls in all, one without gradient.
+`forward` passes over the vocabulary once, with a running maximum and sum (Milakov & Gimelshein
+2018, algorithm 3). If a gradient will be needed, it also keeps the running mean of w's columns
+under the softmax, as attention keeps that of its values: this is the gradient of lse with respect
+to x, and that of the target's logit is a column of w. So x needs no separate pass, and
+`weight_gradient`, which recomputes the logits, is the whole backward pass: four matmuls in total,
+one without gradient.
 
-Predicted from the bundles of a v5e for 16,384 tokens, embed 4,096 and vocabulary 128k: 430 ms
-forward and backward, 83 % of its peak over four matmuls, with 256 MiB of temporary memory. XLA's
-chunks: three matmuls (298 ms at 90 %) and 151 ms of reading and writing; all logits at once: 344 ms
+Predicted from the bundles on v5e for 16,384 tokens, embed 4,096 and vocabulary 128k: 430 ms forward
+and backward, 83 % of the peak over four matmuls, with 256 MiB of temporary memory. XLA in chunks:
+three matmuls (298 ms at 90 %) and 151 ms of reading and writing; with all logits in memory: 344 ms
 and over 8 GiB.
 """
 
@@ -31,7 +32,7 @@ from .layout import vmem_capacity
 from .products import add_product, cost
 from .tile import LANES, LOG2_E, LOWEST, across, as_columns, lane_sums, positions
 
-ROWS = 32  # tokens whose logits are in registers at once
+ROWS = 32  # tokens whose logits are in registers at the same time
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -42,7 +43,7 @@ class Blocks:
 
 
 class Settings(NamedTuple):
-    """How the kernels run a call; None: as large as VMEM allows. interpret: as in `pallas_call`."""
+    """How the kernels run a call; None: as large as fits VMEM. interpret: as in `pallas_call`."""
 
     forward: Blocks | None = None
     backward: Blocks | None = None
@@ -53,7 +54,7 @@ DEFAULT = Settings()
 
 
 def check(x, w, spec: Spec):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+    """Raises Unsupported(reason) for calls that these kernels do not support."""
     if str(x.dtype) not in DTYPES:
         raise Unsupported(f"dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
     for wanted in (_forward_bytes, _backward_bytes):
@@ -62,7 +63,7 @@ def check(x, w, spec: Spec):
 
 
 def per_token(x, w, targets, spec: Spec, settings: Settings = DEFAULT) -> Tokens:
-    """What `Tokens` says, [rows, length]. x [rows, length, embed], w [embed, vocab]."""
+    """`Tokens` [rows, length]; x [rows, length, embed], w [embed, vocab]."""
     flat = x.reshape(-1, x.shape[-1]).astype(_widened(x.dtype))
     tokens = _per_token(flat, w, indices(targets.reshape(-1), w.shape[1]), spec, settings)
     return jax.tree.map(lambda a: a.reshape(targets.shape), tokens)
@@ -101,7 +102,8 @@ _per_token.defvjp(_per_token_forward, _per_token_backward)
 
 
 def forward(x, w, targets, spec: Spec, settings: Settings, *, mean: bool):
-    """(Tokens [tokens], gradient of lse by x: float32 [tokens, embed] if `mean`, else None).
+    """(Tokens [tokens], gradient of lse with respect to x: float32 [tokens, embed] if `mean`, else
+    None).
 
     x [tokens, embed], w [embed, vocab] of the same dtype, targets int32 [tokens].
     """
@@ -172,13 +174,13 @@ def _begin(refs):
 
 
 def _to_columns(row, columns):
-    """A row [1, tokens] as [tokens, LANES], every lane alike; as much at once as registers hold."""
+    """A row [1, tokens] as [tokens, LANES], all lanes equal; in parts that fit the registers."""
     for i in range(0, row.shape[1], LANES):
         columns[i : i + LANES] = as_columns(row[:, i : i + LANES])
 
 
 def _loop_rows(tokens: int, body):
-    """body(slice) over so few tokens at a time that their logits stay in registers."""
+    """Runs body(slice) for few enough tokens at a time that their logits stay in registers."""
     jax.lax.fori_loop(
         0, tokens // ROWS, lambda i, _: body(pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)), None
     )
@@ -194,7 +196,7 @@ def _capped(scores, spec: Spec):
 
 
 def _softmax(refs, spec: Spec, rows, first: int, vocab: int):
-    """Adds the scores of some tokens, of the vocabulary from `first` on, to their softmax."""
+    """Adds the scores of some tokens for the vocabulary from `first` on to their softmax."""
     s, slope = _capped(refs["scores"][rows], spec)
     column = positions(s.shape, 1, first)
     s = s if vocab % s.shape[1] == 0 else jnp.where(column < vocab, s, -jnp.inf)
@@ -293,7 +295,7 @@ def weight_gradient(x, w, targets, lse, grad_lse, grad_chosen, dtype, spec, sett
 
 
 def _logit_gradients(refs, spec: Spec, rows, first):
-    """The gradients of the logits of some tokens, of the vocabulary from `first` on."""
+    """The gradients of the logits of some tokens for the vocabulary from `first` on."""
     s, slope = _capped(refs["scores"][rows], spec)
     of = lambda name: across(refs[f"{name}_column"][rows], s.shape[1])
     grad = of("grad_lse") * jnp.exp2(s - of("lse"))
@@ -304,29 +306,29 @@ def _logit_gradients(refs, spec: Spec, rows, first):
 
 
 def _forward_bytes(tokens: int, vocab: int, embed: int, itemsize: int) -> int:
-    """VMEM: two buffers of x, w and the mean; its sums; scores and weights; columns."""
+    """VMEM: double buffers of x, w and the mean; its sums; scores and weights; columns."""
     moved = 2 * itemsize * (tokens + vocab) + 12 * tokens
     return embed * moved + (4 + itemsize) * tokens * vocab + 20 * tokens * LANES
 
 
 def _backward_bytes(tokens: int, vocab: int, embed: int, itemsize: int) -> int:
-    """VMEM: two buffers of x, its transpose, w and the gradient; its sums; scores and gradients;
+    """VMEM: double buffers of x, its transpose, w and the gradient; its sums; scores and gradients;
     columns."""
     moved = 2 * itemsize * (2 * tokens + vocab) + 12 * vocab
     return embed * moved + (4 + itemsize) * tokens * vocab + 16 * tokens * LANES
 
 
 def _blocks(bytes_of, embed: int, itemsize: int) -> Blocks:
-    """The largest blocks that fit. Unsupported(reason) if none does."""
+    """The largest blocks that fit. Unsupported(reason) if none do."""
     budget = vmem_capacity() * 5 // 8
     for tokens, vocab in ((512, 512), (512, 256), (256, 256), (128, 256), (128, 128)):
         if bytes_of(tokens, vocab, embed, itemsize) <= budget:
             return Blocks(tokens, vocab)
-    raise Unsupported(f"embed {embed}: more than VMEM holds a block of, {budget >> 20} MiB")
+    raise Unsupported(f"embed {embed}: a block of it does not fit VMEM, {budget >> 20} MiB")
 
 
 def _fit(blocks: Blocks, x, w) -> Blocks:
-    """The blocks, no larger than a short call needs."""
+    """The blocks, reduced to what a short call needs."""
     whole = lambda size: -(-size // LANES) * LANES
     return Blocks(min(blocks.tokens, whole(x.shape[0])), min(blocks.vocab, whole(w.shape[1])))
 

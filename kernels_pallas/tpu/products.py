@@ -1,8 +1,8 @@
-"""Matmuls of whole VMEM blocks, cut so that the registers hold what is being summed.
+"""Matmuls of whole VMEM blocks, tiled so that the sums stay in registers.
 
-Left to itself the compiler unrolls a large block's matmul until it spills. A tile of 128 x 512 sums
-over 512 products keeps the matrix unit about as busy (its bundles are within a tenth of the unit's
-own cycles on v5e) without, and in a loop it compiles in seconds whatever the block.
+On its own, the compiler unrolls the matmul of a large block until it spills. A tile of 128 x 512
+sums over 512 products keeps the matrix unit about as busy (its bundles are within 10 % of the
+unit's own cycles on v5e) without spills, and in a loop it compiles in seconds for any block.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ROWS, COLUMNS, DEPTH = 128, 512, 512
 def add_product(sums, a, b, contract: tuple[int, int], *, keep=None, decay=None):
     """sums += a by b, contracted over one axis of each. All are refs; sums is [rows, columns].
 
-    keep: None, or keep(start, shape, axis) -> bool [shape]: which entries count of a tile, of a or
-    of b, whose contracted `axis` begins at `start`. decay: a ref [rows, LANES], every lane alike,
-    that sums are multiplied by first.
+    keep: None, or keep(start, shape, axis) -> bool [shape]: which entries of a tile of a or b,
+    whose contracted `axis` begins at `start`, to use. decay: a ref [rows, LANES], all lanes equal,
+    by which sums are first multiplied.
     """
     rows, columns = sums.shape
     depth = a.shape[contract[0]]
 
-    step = DEPTH if contract[0] else DEPTH // 2  # a is transposed on the way, in registers
+    step = DEPTH if contract[0] else DEPTH // 2  # a is transposed in registers
 
     def tile(row, height, column, width, start, length):
         left = _load(a, contract[0], start, length, row, height, keep)
@@ -39,32 +39,32 @@ def add_product(sums, a, b, contract: tuple[int, int], *, keep=None, decay=None)
             old = old * (factor if isinstance(start, int) else jnp.where(start == 0, factor, 1))
         sums[at] = old + matmul(left, right, contract)
 
-    # Masks need registers too; v4, the chip with little VMEM, sums outside of the matrix unit.
+    # Masks need registers too; v4, the chip with little VMEM, sums outside the matrix unit.
     narrow = keep is not None or vmem_capacity() < 32 << 20
     loops = ((rows, ROWS), (columns, COLUMNS // 2 if narrow else COLUMNS), (depth, step))
     _nest(loops, tile)
 
 
 def _load(ref, axis, start, length, other, size, keep):
-    """The tile [start, start + length) of the contracted `axis`, [other, other + size) of the other
-    one."""
+    """The tile [start, start + length) of the contracted `axis` and [other, other + size) of the
+    other axis."""
     index = [pl.ds(other, size)] * 2
     index[axis] = pl.ds(start, length)
     value = ref[tuple(index)]
     if keep is None:
         return value
-    # What is left out may be anything, and 0 times what is not finite is not 0.
+    # Masked entries may be anything, and 0 times a non-finite number is not 0.
     wide = value.astype(jnp.float32)
     return jnp.where(keep(start, value.shape, axis), wide, 0).astype(value.dtype)
 
 
-def _nest(loops, body, *found):
-    """body(start, length, ...) over every tile; loops: (size, step) of each dimension."""
+def _nest(loops, body, *outer):
+    """Runs body(start, length, ...) for every tile; loops: (size, step) of each dimension."""
     if not loops:
-        return body(*found)
+        return body(*outer)
     (size, step), *inner = loops
     whole = size // step
-    nested = lambda start, length: _nest(inner, body, *found, start, length)
+    nested = lambda start, length: _nest(inner, body, *outer, start, length)
     if whole > 1:
         jax.lax.fori_loop(0, whole, lambda i, _: nested(pl.multiple_of(i * step, step), step), None)
     elif whole:
@@ -74,7 +74,8 @@ def _nest(loops, body, *found):
 
 
 def cost(flops: int, *arrays) -> pl.CostEstimate:
-    """What the compiler, which does not look into a kernel, is told of it; it touches `arrays`,
-    which may be shapes, once."""
+    """The cost of a kernel for the compiler, which does not look into it; the kernel reads or
+    writes
+    each of `arrays`, which may be shapes, once."""
     touched = sum(a.size * a.dtype.itemsize for a in arrays)
     return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=touched)

@@ -1,10 +1,13 @@
-"""The selective scan on TPU: states live in registers and VMEM, never in HBM.
+"""The selective scan on TPU: states stay in registers and VMEM.
 
-Channels lie along lanes and the state along sublanes. A block of channels runs through the sequence
-a chunk at a time; the state of each chunk's beginning is kept, and the backward pass makes the
-others anew in VMEM, chunk after chunk from the end. XLA writes every state to HBM several times.
-Predicted for v5e, batch 8, length 4,096, 2,048 channels, state 16: forward 5.4 ms from the bundles
-(51 a position and 512 channels, 1,379 more a chunk), XLA's parallel scan 156 ms from its bytes.
+Channels lie along lanes and the state along sublanes. A block of channels steps through the
+sequence chunk by chunk; the forward pass keeps only the state at the start of each chunk, and the
+backward pass recomputes the others in VMEM, starting from the last chunk. XLA writes every state to
+HBM several times. Segment resets are one more factor of the decay, 0 or 1, a scalar in SMEM per
+position: 2 bundles (4 %).
+Predicted for v5e, batch 8, length 4,096, 2,048 channels, state 16: forward 5.4 ms from instruction
+bundles (51 per position and 512 channels, plus 1,379 per chunk); XLA's parallel scan 156 ms from
+the bytes that it moves.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ from ..spec import Unsupported
 from .layout import vmem_limit
 from .tile import LANES, across, lane_sums, matmul
 
-CHUNK = 128  # positions: those of b and c fill the lanes of a block
+CHUNK = 128  # positions: as many as a block of b or c has lanes
 STATE_LIMIT = 128
 
 
 class Settings(NamedTuple):
-    """channels: of a block at most, a multiple of 128. interpret: as in `pallas_call`."""
+    """channels: the most per block, a multiple of 128. interpret: as in `pallas_call`."""
 
     channels: int = 512
     interpret: object = False
@@ -38,7 +41,7 @@ DEFAULT = Settings()
 
 
 def check(x, a):
-    """Raises Unsupported(reason) for what these kernels do not do."""
+    """Raises Unsupported(reason) for calls that these kernels do not support."""
     if str(x.dtype) == "float64":
         raise Unsupported("dtype float64; allowed: float32, bfloat16, float16")
     if a.shape[1] > STATE_LIMIT or a.shape[1] % 8:
@@ -47,31 +50,36 @@ def check(x, a):
     check_not_split()
 
 
-def scan(x, delta, a, b, c, state, chunk_size, settings: Settings = DEFAULT):
-    """(y, last state), float32, as `selective_scan._positions`; chunk_size is the kernel's own."""
+def scan(x, delta, a, b, c, state, resets, chunk_size, settings: Settings = DEFAULT):
+    """(y, final state), float32, as `selective_scan._positions`; chunk_size is ignored."""
     del chunk_size
     length, channels = x.shape[1:]
     lanes = lambda v, axis: pad_length(v, axis, LANES)
-    x, delta = (lanes(pad_length(v, 1, CHUNK), 2) for v in (x, delta))  # delta 0: the state stays
+    x, delta = (lanes(pad_length(v, 1, CHUNK), 2) for v in (x, delta))  # delta 0: no change
     b, c = (pad_length(v, 1, CHUNK).swapaxes(1, 2) for v in (b, c))
-    y, state = _scan(x, delta, lanes(a.T, 1), b, c, lanes(state.swapaxes(1, 2), 2), settings)
+    keep = ()
+    if resets is not None:
+        keep = (pad_length(jnp.where(resets, 0.0, 1.0), 1, CHUNK, 1)[:, None],)
+    state = lanes(state.swapaxes(1, 2), 2)
+    y, state = _scan(x, delta, lanes(a.T, 1), b, c, state, keep, settings)
     return y[:, :length, :channels], state[..., :channels].swapaxes(1, 2)
 
 
 # Below: x, delta, y [batch, length, channels]; a [state, channels]; b, c [batch, state, length];
-# states [batch, state, channels]; all float32, in whole blocks.
+# states [batch, state, channels]; keep () or ([batch, 1, length],), a factor of the decay: 0 where
+# the state is reset, else 1. All float32, in whole blocks.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _scan(x, delta, a, b, c, state, settings):
-    return forward(x, delta, a, b, c, state, settings)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _scan(x, delta, a, b, c, state, keep, settings):
+    return forward(x, delta, a, b, c, state, keep, settings)[0]
 
 
-def forward(x, delta, a, b, c, state, settings):
-    """((y, last state), what `backward` needs: the arguments, and each chunk's first state)."""
+def forward(x, delta, a, b, c, state, keep, settings):
+    """((y, final state), residuals of `backward`: the inputs, and the state before each chunk)."""
     specs = _Specs(x, a, settings)
 
-    def kernel(x, delta, a, b, c, first, y, last, begin, state, b_wide, c_wide):
+    def kernel(x, delta, a, b, c, first, keep, y, last, begin, state, b_wide, c_wide):
         chunk = pl.program_id(2)
 
         @pl.when(chunk == 0)
@@ -85,7 +93,7 @@ def forward(x, delta, a, b, c, state, settings):
         def step(t, _):
             row = pl.ds(t, 1)
             new = delta[0, row] * x[0, row]
-            decay = jnp.exp(delta[0, row] * a[...])
+            decay = _decay(delta[0, row], a, keep, t)
             now = decay * state[...] + new * across(b_wide[t], specs.width)
             state[...] = now
             y[0, row] = jnp.sum(now * across(c_wide[t], specs.width), axis=0, keepdims=True)
@@ -98,22 +106,22 @@ def forward(x, delta, a, b, c, state, settings):
 
     y, last, begins = specs.call(
         kernel,
-        inputs=("rows", "rows", "matrix", "lanes", "lanes", "state"),
+        inputs=("rows", "rows", "matrix", "lanes", "lanes", "state", _kind(keep)),
         outputs=("rows", "state", "states"),
         scratch=[specs.vmem(), specs.vmem(CHUNK, LANES), specs.vmem(CHUNK, LANES)],
         name="selective_scan_forward",
-    )(x, delta, a, b, c, state)
-    return (y, last), (x, delta, a, b, c, begins)
+    )(x, delta, a, b, c, state, keep)
+    return (y, last), (x, delta, a, b, c, keep, begins)
 
 
 def backward(settings, residuals, grads):
-    """The gradients by all of `forward`'s arrays, given those of y and of the last state."""
-    x, delta, a, b, c, begins = residuals
+    """The gradients of the inputs of `forward`, given those of y and of the final state."""
+    x, delta, a, b, c, keep, begins = residuals
     y_grad, last_grad = grads
     specs = _Specs(x, a, settings, reverse=True)
 
     def kernel(
-        x, delta, a, b, c, begin, y_grad, last_grad,
+        x, delta, a, b, c, begin, y_grad, last_grad, keep,
         x_grad, delta_grad, a_grad, b_grad, c_grad, first_grad,
         states, grad, b_wide, c_wide, b_sums, c_sums,
     ):  # fmt: skip
@@ -128,9 +136,9 @@ def backward(settings, residuals, grads):
         _widen(c, c_wide)
         states[0] = begin[0, 0]
 
-        def again(t, _):
+        def recompute(t, _):
             row = pl.ds(t, 1)
-            decay = jnp.exp(delta[0, row] * a[...])
+            decay = _decay(delta[0, row], a, keep, t)
             new = delta[0, row] * x[0, row] * across(b_wide[t], specs.width)
             states[t + 1] = decay * states[t] + new
 
@@ -142,14 +150,14 @@ def backward(settings, residuals, grads):
             c_sums[t] = lane_sums(states[t + 1] * out)
             b_sums[t] = lane_sums(now * (step * at))
             into = jnp.sum(now * across(b_wide[t], specs.width), axis=0, keepdims=True)
-            decayed = now * jnp.exp(step * a[...])
+            decayed = now * _decay(step, a, keep, t)
             slope = decayed * states[t]
             x_grad[0, row] = into * step
             delta_grad[0, row] = into * at + jnp.sum(slope * a[...], axis=0, keepdims=True)
             a_grad[0] += slope * step
             grad[...] = decayed
 
-        jax.lax.fori_loop(0, CHUNK, again, None)
+        jax.lax.fori_loop(0, CHUNK, recompute, None)
         jax.lax.fori_loop(0, CHUNK, back, None)
         for sums, out in ((b_sums, b_grad), (c_sums, c_grad)):
             flat = sums[...].reshape(CHUNK * specs.height, LANES)
@@ -159,10 +167,11 @@ def backward(settings, residuals, grads):
         def _():
             first_grad[0] = grad[...]
 
+    kinds = ("rows", "rows", "matrix", "lanes", "lanes", "states", "rows", "state")
     chunk = (CHUNK, LANES)
     x_grad, delta_grad, a_grad, b_grad, c_grad, first_grad = specs.call(
         kernel,
-        inputs=("rows", "rows", "matrix", "lanes", "lanes", "states", "rows", "state"),
+        inputs=(*kinds, _kind(keep)),
         outputs=("rows", "rows", "state", "sums", "sums", "state"),
         scratch=[
             specs.vmem(CHUNK + 1, specs.width),
@@ -170,12 +179,22 @@ def backward(settings, residuals, grads):
             *(specs.vmem(*chunk) for _ in range(4)),
         ],
         name="selective_scan_backward",
-    )(x, delta, a, b, c, begins, y_grad, last_grad)
+    )(x, delta, a, b, c, begins, y_grad, last_grad, keep)
     summed = lambda v: v.sum(1).reshape(*v.shape[:1], -1, a.shape[0]).swapaxes(1, 2)
-    return x_grad, delta_grad, a_grad.sum(0), summed(b_grad), summed(c_grad), first_grad
+    return x_grad, delta_grad, a_grad.sum(0), summed(b_grad), summed(c_grad), first_grad, None
 
 
 _scan.defvjp(forward, backward)
+
+
+def _decay(step, a, keep, t):
+    """The fraction of the previous state that remains at position t, [state, channels]."""
+    decay = jnp.exp(step * a[...])
+    return decay * keep[0][0, 0, t] if keep else decay
+
+
+def _kind(keep):
+    return ("scalars",) * len(keep)
 
 
 def _widen(columns, wide):
@@ -185,24 +204,24 @@ def _widen(columns, wide):
 
 
 def _width(channels: int, state: int, limit: int) -> int:
-    """Channels of a block: the most up to `limit` that divide `channels` and whose states fit.
-    Unsupported(reason) if none do."""
+    """Channels per block: the largest width up to `limit` that divides `channels` and whose states
+    fit VMEM. Unsupported(reason) if there is none."""
     for width in range(min(limit, channels), 0, -LANES):
         if channels % width == 0 and _backward_bytes(width, state) <= vmem_limit():
             return width
-    raise Unsupported(f"state {state}: more than VMEM holds a chunk of, {vmem_limit() >> 20} MiB")
+    raise Unsupported(f"state {state}: a chunk of it does not fit VMEM, {vmem_limit() >> 20} MiB")
 
 
 def _backward_bytes(width: int, state: int) -> int:
-    """VMEM of the backward kernel, which takes more than the forward one: two buffers of five
-    arrays of a chunk's rows, and of five of one state; a chunk's states; b and c and the sums of
-    their gradients across lanes; half a MiB for the rest."""
+    """VMEM of the backward kernel, which needs more than the forward one: double buffers of five
+    arrays with the rows of a chunk and of five with one state; the states of a chunk; b and c in
+    every lane, and the per-lane sums of their gradients; half a MiB for the rest."""
     rows, states = 10 * CHUNK * width, (10 + CHUNK + 2) * state * width
     return 4 * (rows + states + 4 * CHUNK * state * LANES) + (1 << 19)
 
 
 class _Specs:
-    """The blocks of both kernels, by kind, on the grid (batch, blocks of channels, chunks)."""
+    """The blocks of both kernels, by kind, on the grid (batch, channel blocks, chunks)."""
 
     def __init__(self, x, a, settings: Settings, reverse: bool = False):
         self.batch, self.length, self.channels = x.shape
@@ -232,6 +251,10 @@ class _Specs:
                 (self.batch, n, self.length),
                 pl.BlockSpec((1, n, CHUNK), lambda i, j, k: (i, 0, at(k))),
             ),
+            "scalars": (
+                (self.batch, 1, self.length),
+                pl.BlockSpec((1, 1, CHUNK), lambda i, j, k: (i, 0, at(k)), memory_space=pltpu.SMEM),
+            ),
             "matrix": ((n, self.channels), pl.BlockSpec((n, w), lambda i, j, k: (0, j))),
             "state": (
                 (self.batch, n, self.channels),
@@ -252,7 +275,7 @@ class _Specs:
         return pl.pallas_call(
             kernel,
             grid=(self.batch, self.channels // self.width, self.chunks),
-            in_specs=[self.block(kind)[1] for kind in inputs],
+            in_specs=jax.tree.map(lambda kind: self.block(kind)[1], inputs),
             out_specs=[self.block(kind)[1] for kind in outputs],
             out_shape=shapes,
             scratch_shapes=scratch,

@@ -1,11 +1,11 @@
-"""The blocks of scores a mask leaves, in the order in which a kernel visits them.
+"""The blocks of scores that a mask does not skip, in the order in which a kernel visits them.
 
 A kernel's grid is one flat list of (query block, key block) pairs, so skipped blocks cost nothing,
 not even a grid step. Inside a block, each run of `sub_q` queries has its own range of keys, and the
 ranges of one block are its *pattern*. Few patterns occur (a causal mask on square blocks has two),
-and a kernel holds one specialised body for each: full blocks pay no comparison, diagonal blocks
-multiply little more than what is visible. The lists are as long as there are visited blocks; no
-array grows with q_length * kv_length.
+and a kernel has one specialized body for each: full blocks need no comparison, and diagonal blocks
+multiply little more than what is visible. The lists are only as long as the number of visited
+blocks; no array grows with q_length * kv_length.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ KEY_STEP = 256  # key ranges of a pattern start and stop at multiples of this
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes of a kernel's blocks: queries and keys of a grid step, queries of one run.
+    """Block sizes of a kernel: queries and keys per grid step, queries per run.
 
-    ahead: whether full blocks start the scores of a run before the softmax of the one before it
+    ahead: whether full blocks start the scores of a run before the softmax of the previous run
     (other blocks always do): more registers for fewer waits, which pays on v6e and 7x.
     """
 
@@ -49,7 +49,7 @@ class Blocks:
 
 
 class Piece(NamedTuple):
-    """Keys [start, stop) of a key block, for one run of queries."""
+    """The keys [start, stop) of a key block, for one run of queries."""
 
     start: int
     stop: int
@@ -57,8 +57,8 @@ class Piece(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run of `sub_q` queries does with a key block: keys [start, stop) of it, of which
-    those in [clear_start, clear_stop) are visible to all of the queries."""
+    """The keys [start, stop) of a key block that one run of `sub_q` queries uses, of which those in
+    [clear_start, clear_stop) are visible to all of the queries."""
 
     start: int
     stop: int
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """The keys in order, cut where comparing begins and ends."""
+        """The keys in order, split where comparison begins and ends."""
         cuts = (
             Piece(self.start, self.clear_start, True),
             Piece(self.clear_start, self.clear_stop, False),
@@ -86,7 +86,7 @@ Pattern = tuple[Run, ...]
 
 
 class Visits(NamedTuple):
-    """The visited blocks; query blocks in order, all of a query block's key blocks together."""
+    """The visited blocks: query blocks in order, all key blocks of a query block together."""
 
     q_block: np.ndarray  # [steps] int32
     k_block: np.ndarray  # [steps] int32
@@ -95,7 +95,7 @@ class Visits(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """How many (run, KEY_STEP keys) tiles are computed: the work, whatever the block sizes."""
+        """Number of computed tiles (run x KEY_STEP keys): the work, for any block sizes."""
         return sum(
             -(-(run.stop - run.start) // KEY_STEP)
             for flag in self.flags
@@ -115,26 +115,26 @@ def visits(
 ) -> Visits:
     """The visits of q_length queries to the keys [k_start, k_stop) of kv_length.
 
-    q_offset is the position of query 0; None if it is known only at run time, when every block is
-    visited and compared. Key blocks count from k_start. Every query block is visited at least once,
-    so that its output is written.
+    q_offset is the position of query 0; None if it is known only at run time, in which case every
+    block is visited and compared. Key blocks count from k_start. Every query block is visited at
+    least once, so that its output is written.
     """
     k_stop = kv_length if k_stop is None else k_stop
-    found = []
+    steps = []
     for i in range(-(-q_length // blocks.q)):
         row = list(_row(mask, blocks, i * blocks.q, q_offset, k_start, k_stop))
         if not row:
             row = [(0, (NOTHING,) * (blocks.q // blocks.sub_q))]
         for j, (k_block, pattern) in enumerate(row):
-            found.append((i, k_block, FIRST * (j == 0) + LAST * (j == len(row) - 1), pattern))
-    patterns, index = _bodies([pattern for *_, pattern in found], blocks)
-    flags = [flag + (index[pattern] << PATTERN_SHIFT) for *_, flag, pattern in found]
-    columns = ([i for i, *_ in found], [k for _, k, *_ in found], flags)
+            steps.append((i, k_block, FIRST * (j == 0) + LAST * (j == len(row) - 1), pattern))
+    patterns, index = _bodies([pattern for *_, pattern in steps], blocks)
+    flags = [flag + (index[pattern] << PATTERN_SHIFT) for *_, flag, pattern in steps]
+    columns = ([i for i, *_ in steps], [k for _, k, *_ in steps], flags)
     return Visits(*(np.asarray(column, np.int32) for column in columns), patterns)
 
 
 def _row(mask, blocks, first_query, q_offset, k_start, k_stop):
-    """(key block, pattern) for each key block that the queries from first_query on need."""
+    """(key block, pattern) for each key block that the query block at first_query needs."""
     count = -(-(k_stop - k_start) // blocks.k)
     lowest, highest = 0, count
     if q_offset is not None:
@@ -153,7 +153,7 @@ def _row(mask, blocks, first_query, q_offset, k_start, k_stop):
 
 
 def _run(mask, blocks, query, q_offset, block_start, k_stop) -> Run:
-    """The keys of the block at block_start that the run of queries from `query` on needs."""
+    """The keys of the block at block_start that the run of queries at `query` needs."""
     if q_offset is None:
         return _compared(blocks)
     q_start = query + q_offset
@@ -176,13 +176,13 @@ def _run(mask, blocks, query, q_offset, block_start, k_stop) -> Run:
 
 
 def _compared(blocks: Blocks) -> Run:
-    """All keys, all compared."""
+    """All keys, all of them compared."""
     return Run(0, blocks.k, blocks.k, blocks.k)
 
 
-def _bodies(found: list[Pattern], blocks: Blocks) -> tuple[tuple[Pattern, ...], dict]:
-    """(the patterns to write bodies for, {pattern: index of the body that serves it})."""
-    ranked = [pattern for pattern, _ in Counter(found).most_common()]
+def _bodies(patterns: list[Pattern], blocks: Blocks) -> tuple[tuple[Pattern, ...], dict]:
+    """(the patterns that get a body, {pattern: index of the body that handles it})."""
+    ranked = [pattern for pattern, _ in Counter(patterns).most_common()]
     if len(ranked) <= MAX_PATTERNS:
         kept = ranked
     else:

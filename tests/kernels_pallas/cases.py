@@ -1,4 +1,4 @@
-"""Calls of attention for the tests: every feature, alone and together."""
+"""Attention calls for the tests: every feature, separately and combined."""
 
 import functools
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from kernels_pallas import Alibi, Causal, Chunked, Full, Prefix, Window, attention
 
-# name: what of `make` is asked for. Lengths are odd on purpose.
+# name: arguments of `make`. Lengths are odd on purpose.
 FEATURES = {
     "causal": {},
     "full, grouped": dict(mask=Full(), kv_heads=2),
@@ -50,7 +50,8 @@ def make(
     q_offset=0,
     **static,
 ):
-    """(arrays, static) for `attention(**arrays, **static)`: numpy, as jax compiles every draw."""
+    """(arrays, static) for `attention(**arrays, **static)`; numpy, because jax would compile a
+    program for every random array."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -72,29 +73,30 @@ def make(
         static["q_offset"] = np.arange(batch) * 7 - 3
     if segments:
         ids = np.arange(max(q_length, kv_length)) // 23 + np.zeros((batch, 1), int)
-        # Id 5 is on neither side's partner, so these queries see nothing.
+        # No key has id 5, so these queries see nothing.
         q_ids = np.where(np.arange(q_length) % 17 == 3, 5, ids[:, :q_length])
         static["segment_ids"] = (q_ids, ids[:, :kv_length])
     return arrays, static
 
 
-FAST = {"xla_backend_optimization_level": 0}  # compiles in half of the time
+FAST = {"xla_backend_optimization_level": 0}  # compiles in half the time
 
 
 def run(arrays, static, backend="auto", return_lse=False):
-    """attention(**arrays, **static), compiled in haste."""
+    """attention(**arrays, **static), compiled with FAST."""
     call = functools.partial(attention, **static, backend=backend, return_lse=return_lse)
     return jax.jit(lambda arrays: call(**arrays), compiler_options=FAST)(arrays)
 
 
 def finished(function, *arguments):
-    """function(*arguments), waited for. Pallas's interpreters compute inside callbacks: what is
-    dispatched beside a running one can wait for it while it waits for that."""
+    """The result of function(*arguments) once it is ready. Pallas's interpreters compute inside
+    callbacks, and a program dispatched while one is running can deadlock with it."""
     return jax.block_until_ready(function(*arguments))
 
 
 def close(got, want, tolerance):
-    """Equal within `tolerance` of the size of `want`; infinities in the same places."""
+    """Asserts that `got` equals `want` within `tolerance` times the largest magnitude in `want`,
+    with infinities in the same places."""
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         size = max(1.0, np.abs(np.where(np.isfinite(b), b, 0)).max())

@@ -1,4 +1,4 @@
-"""Caches for the tests of decoding: every kind, its unused part poisoned with nan."""
+"""Caches for the decoding tests: every kind, with nan in its unused part."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ KINDS = ("contiguous", "paged", "ring")
 LENGTHS = np.array([37, 5, 61, 0])
 CAPACITY = 64
 
-# name: what of `make` is asked for, and whether a ring can hold what the mask sees.
+# name: arguments of `make`, and whether a ring can hold what the mask sees.
 FEATURES = {
     "causal, one token": (dict(q_length=1), False),
     "full, three tokens, multi-query": (dict(mask=Full(), kv_heads=1), False),
@@ -58,8 +58,8 @@ def make(
     int8=False,
     **static,
 ):
-    """(q, cache, k, v, options of decode): k and v [batch, capacity, ...] are what the cache holds
-    of each row, and go on where it ends."""
+    """(q, cache, k, v, options of decode): k and v [batch, capacity, ...] are the contents of each
+    row's cache, and continue past its end."""
     batch = len(lengths)
     q = normal(0, batch, q_length, heads, head_dim).astype(dtype)
     k, v = (normal(i, batch, capacity, kv_heads, head_dim).astype(dtype) for i in (1, 2))
@@ -97,7 +97,7 @@ def poisoned(cache):
 
 
 def fill(cache, k, v, lengths):
-    """Row r's first lengths[r] tokens appended, all at once; none of any other."""
+    """The cache with the first lengths[r] tokens of each row r appended in one call."""
     new = int(max(lengths))
     token = np.asarray(lengths)[:, None] - new + np.arange(new)  # negative: dropped
     rows = np.arange(len(lengths))[:, None]
@@ -106,8 +106,8 @@ def fill(cache, k, v, lengths):
 
 
 def whole(q, k, v, options):
-    """(out, lse) of the reference: the last rows of attention to everything, keys past the end
-    hidden as another segment's."""
+    """(out, lse) of the reference: the last rows of attention to all keys, with those past the end
+    hidden by a different segment id."""
     options = dict(options)
     lengths = np.asarray(options.pop("lengths"))
     ids = (np.ones(q.shape[:2], int), (np.arange(k.shape[1]) < lengths[:, None]).astype(int))

@@ -41,6 +41,7 @@ KNOWN_SPILLS = {
     "linear_cross_entropy_forward": (100, 32),
     "linear_cross_entropy_weight_gradient": (150, 0),
     "selective_scan_backward": (0, 350),  # nearly all outside of its loops
+    "selective_scan_backward, segments": (0, 350),
 }
 
 
@@ -84,10 +85,12 @@ def scans() -> dict:
     arrays = (rows, rows, of(16, 512), columns, columns)
     forward = functools.partial(tpu_scan.forward, settings=tpu_scan.DEFAULT)
     backward = functools.partial(tpu_scan.backward, tpu_scan.DEFAULT)
-    return {
-        "selective_scan_forward": (forward, (*arrays, state)),
-        "selective_scan_backward": (backward, ((*arrays, of(1, 2, 16, 512)), (rows, state))),
-    }
+    cases = {}
+    for name, keep in (("", ()), (", segments", (of(1, 1, 256),))):
+        residuals = (*arrays, keep, of(1, 2, 16, 512))
+        cases[f"selective_scan_forward{name}"] = (forward, (*arrays, state, keep))
+        cases[f"selective_scan_backward{name}"] = (backward, (residuals, (rows, state)))
+    return cases
 
 
 def losses_on_gpu(cap: float | None) -> dict:

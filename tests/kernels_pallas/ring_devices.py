@@ -1,4 +1,4 @@
-"""Ring attention on 8 simulated devices against one device; prints the differences as JSON."""
+"""Compares ring attention on 8 simulated devices with one device; prints differences as JSON."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ from kernels_pallas import (
 from tests.kernels_pallas.cases import FAST
 
 DEVICES, LENGTH = 8, 64
-# name: (the orders to run, what of `make`)
+# name: (the orders to run, arguments of `make`)
 CASES = {
     "causal, grouped": (("contiguous", "zigzag"), dict(kv_heads=2)),
     "window, segments, soft cap, multi-query": (
@@ -39,7 +39,7 @@ CASES = {
 
 
 def make(kv_heads=4, segments=False, sinks=False, alibi=False, **static):
-    """(arrays that are differentiated, segment ids or None, what is static)."""
+    """(arrays to differentiate, segment ids or None, static arguments)."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     arrays = dict(
@@ -51,13 +51,13 @@ def make(kv_heads=4, segments=False, sinks=False, alibi=False, **static):
         arrays["sinks"] = normal(4)
     if alibi:
         arrays["slopes"] = np.linspace(0.1, 0.4, 4, dtype=np.float32)
-    # The third document is seen by no query of the second row: its keys have no gradient.
+    # No query of the second row sees the third document: its keys have no gradient.
     ids = np.stack([np.arange(LENGTH) // 23, np.minimum(np.arange(LENGTH) // 30, 1)])
     return arrays, ids.astype(np.int32) if segments else None, static
 
 
 def loss(call, arrays, ids):
-    """A loss that weighs out and lse unevenly, and both."""
+    """A loss with uneven weights on out and lse, and (out, lse)."""
     more = {"bias": Alibi(arrays["slopes"])} if "slopes" in arrays else {}
     if "sinks" in arrays:
         more["sinks"] = arrays["sinks"]
@@ -67,7 +67,7 @@ def loss(call, arrays, ids):
 
 
 def on_the_ring(order: str, static: dict):
-    """`attention`'s signature, run by `ring_attention` over the mesh in use."""
+    """`ring_attention` over the mesh in use, with the signature of `attention`."""
     along, whole = PartitionSpec(None, "ring"), PartitionSpec()
 
     def call(q, k, v, *, segment_ids=None, bias=None, sinks=None, return_lse):
@@ -98,7 +98,7 @@ def on_the_ring(order: str, static: dict):
 
 
 def difference(got, want) -> float:
-    """The largest difference, in units of the size of `want`."""
+    """The largest difference, relative to the largest magnitude in `want`."""
     worst = 0.0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

@@ -1,4 +1,4 @@
-"""The benchmark's table: rates, errors, contenders that fail; what every contest promises."""
+"""The benchmark's table: rates, errors, contenders that fail; and the shapes of every contest."""
 
 import json
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import Full, Window, benchmark, contests
-from kernels_pallas.contests import CONTESTS, Contest, Shape, draw, visible
+from kernels_pallas.contests import CONTESTS, Contest, Shape, random_arrays, visible
 
 SIZES = tuple(jax.ShapeDtypeStruct((64, 64), jnp.float32) for _ in range(2))
 
@@ -30,7 +30,7 @@ def contest(platform, dtype, backward=False):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_table(backward, monkeypatch, tmp_path, capsys):
+def test_table(backward, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "MATMUL", {"cpu": 64})
     monkeypatch.setitem(CONTESTS, "product", lambda *a: [contest(*a, backward=backward)])
     rows = benchmark.main(["--contests=product", "--rounds=3", f"--output={tmp_path}"])
@@ -59,11 +59,11 @@ def test_visible_pairs():
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 @pytest.mark.parametrize("kind", CONTESTS)
-def test_every_contest_of_an_accelerator_fits_its_function(platform, kind):
-    """Ours leads, exact and our first portable backend give results of the contenders' shapes."""
-    found = CONTESTS[kind](platform, jnp.bfloat16)
-    assert found and (kind != "attention" or len(found) == 2 * len(contests.SHAPES["accelerator"]))
-    for contest in found:
+def test_accelerator_contests_have_matching_shapes(platform, kind):
+    """Our kernel comes first; `exact` and our portable backend return the same shapes."""
+    cases = CONTESTS[kind](platform, jnp.bfloat16)
+    assert cases and (kind != "attention" or len(cases) == 2 * len(contests.SHAPES["accelerator"]))
+    for contest in cases:
         assert next(iter(contest.contenders)) in ("tpu", "gpu", "cudnn", "xla", "xla_chunked")
         want = jax.eval_shape(contest.exact, *contest.small)
         got = jax.eval_shape(contest.contenders["xla"], *contest.small)
@@ -71,9 +71,9 @@ def test_every_contest_of_an_accelerator_fits_its_function(platform, kind):
         assert (contest.flops > 0) != (contest.bytes > 0)
 
 
-def test_draws_are_of_the_size_that_is_asked_for():
+def test_random_arrays():
     sizes = (*SIZES, jax.ShapeDtypeStruct((5,), jnp.int32))
-    a, b, targets = draw(sizes, {2: 7})
+    a, b, targets = random_arrays(sizes, {2: 7})
     assert np.std(a) == pytest.approx(1, rel=0.05) and np.std(b) == pytest.approx(1 / 8, rel=0.05)
     assert targets.dtype == jnp.int32 and ((targets >= 0) & (targets < 7)).all()
 

@@ -1,4 +1,4 @@
-"""The public call: identities that hold for every backend, its errors, and its choice."""
+"""The public call: identities that hold for every backend, errors, and the choice of a backend."""
 
 import importlib
 import subprocess
@@ -57,17 +57,17 @@ def test_alibi_is_its_bias_array(backend):
 
 
 @both
-def test_packed_documents_do_not_meet(backend):
+def test_packed_documents_do_not_see_each_other(backend):
     arrays, _ = make(q_length=61, kv_heads=2)
     ids = np.where(np.arange(61) < 24, 1, 2) * np.ones((2, 1), int)
     packed = np.asarray(run(arrays, dict(segment_ids=ids), backend))
     for part in (slice(0, 24), slice(24, 61)):
-        alone = run({n: x[:, part] for n, x in arrays.items()}, {}, backend)
-        close(packed[:, part], alone, 1e-6)
+        separate = run({n: x[:, part] for n, x in arrays.items()}, {}, backend)
+        close(packed[:, part], separate, 1e-6)
 
 
 @both
-def test_queries_without_keys(backend):
+def test_queries_that_see_no_key(backend):
     arrays, static = make(mask=Window(3), q_offset=-100)
     out, lse = map(np.asarray, run(arrays, static, backend, return_lse=True))
     assert (out == 0).all() and (lse == -np.inf).all()
@@ -79,7 +79,7 @@ def test_queries_without_keys(backend):
     assert (out == 0).all() and (lse == sinks[:, None]).all()
 
 
-def test_decoding_one_token_at_a_time_is_the_whole():
+def test_decoding_token_by_token_matches_the_full_call():
     arrays, _ = make(q_length=9, kv_length=9, kv_heads=2)
     step = jax.jit(lambda q, i: attention(q, arrays["k"], arrays["v"], q_offset=i))
     steps = [np.asarray(step(arrays["q"][:, i : i + 1], i)) for i in range(9)]
@@ -89,7 +89,7 @@ def test_decoding_one_token_at_a_time_is_the_whole():
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-def test_merge_of_two_halves_is_the_whole(sinks):
+def test_merging_two_halves_gives_the_whole(sinks):
     arrays, static = make(kv_heads=2, mask=Full(), sinks=sinks)
     whole = run(arrays, static, return_lse=True)
     first = {n: x[:, :20] if n in "kv" else x for n, x in arrays.items()}
@@ -98,7 +98,7 @@ def test_merge_of_two_halves_is_the_whole(sinks):
     close(merge(*parts[0], *parts[1]), whole, 1e-6)
 
 
-def test_merge_with_parts_that_saw_nothing():
+def test_merge_with_parts_that_see_no_key():
     out, lse = map(np.asarray, run(make()[0], {}, return_lse=True))
     nothing = np.zeros_like(out), np.full_like(lse, -np.inf)
     close(merge(out, lse, *nothing), (out, lse), 1e-7)
@@ -168,7 +168,7 @@ def test_auto_on_cpu():
     assert why(1, 4096).startswith("xla on cpu: q_length <= 16")
     assert why(64, 64, q_offset=np.array([1, 2])).startswith("xla on cpu: q_offset is an array")
     assert why(64, 2**17, q_offset=np.array([1, 2])).startswith("xla_chunked on cpu")
-    assert why(64, 64, backend="xla") == "xla on cpu: asked for"
+    assert why(64, 64, backend="xla") == "xla on cpu: requested"
     assert backends() == ("xla", "xla_chunked")
 
 
@@ -178,7 +178,7 @@ def test_auto_on_cpu():
         ("tpu", 4096, {}, "tpu"),
         ("tpu", 64, dict(q_offset=np.array([0, 3])), "tpu"),
         ("tpu", 64, dict(bias=jnp.zeros((64, 64))), "xla"),
-        ("gpu", 4096, {}, "gpu"),  # cuDNN is not where the GPU is not
+        ("gpu", 4096, {}, "gpu"),  # cuDNN needs the GPU on this machine
         ("gpu", 4096, dict(chip="NVIDIA A100"), "xla_chunked"),
         ("gpu", 64, dict(bias=jnp.zeros((64, 64)), return_lse=True), "xla"),
     ],
@@ -204,8 +204,8 @@ def reason_of_cudnn(needs_lse=False, **features):
     return ""
 
 
-def test_what_cudnn_is_asked_for(monkeypatch):
-    assert "on a machine with the GPU only" in reason_of_cudnn()
+def test_calls_that_cudnn_supports(monkeypatch):
+    assert "only on a machine with the GPU" in reason_of_cudnn()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn, "compute_capability", lambda: 8.0)
     assert "head_dim 192; allowed: multiples of 8 up to 128" in reason_of_cudnn(head_dim=192)
@@ -221,7 +221,7 @@ def test_what_cudnn_is_asked_for(monkeypatch):
         (dict(mask=Window(5, 2)), "allowed: Full, Causal, a window to the left"),
         (dict(head_dim=260), "head_dim 260; allowed: multiples of 8 up to 256"),
         (dict(needs_lse=True), "return_lse; cuDNN's log-sum-exp has no gradient"),
-        (dict(sinks=True), "sinks; cuDNN is called without"),
+        (dict(sinks=True), "sinks; not supported with cuDNN"),
         (dict(segments=True), "segment_ids; "),
         (dict(alibi=True), "Alibi; "),
         (dict(logits_soft_cap=2.0), "logits_soft_cap; "),
@@ -229,7 +229,7 @@ def test_what_cudnn_is_asked_for(monkeypatch):
         assert reason in reason_of_cudnn(**features), features
 
 
-def test_a_backend_that_cannot(monkeypatch):
+def test_a_backend_that_cannot_run_the_call(monkeypatch):
     def check(operands, spec, needs_lse):
         if spec.logits_soft_cap is not None:
             raise Unsupported("no soft cap")
@@ -247,14 +247,14 @@ def test_a_backend_that_cannot(monkeypatch):
         attention(Q, K, K, logits_soft_cap=2.0, backend="fake")
 
 
-def test_the_call_is_jittable_and_static_where_it_says():
+def test_jit_with_static_arguments():
     f = jax.jit(attention, static_argnames=("mask", "backend", "scale", "return_lse"))
     arrays, _ = make()
     got = f(**arrays, mask=Causal(), bias=Alibi(np.ones(4, np.float32)))
     close(got, run(arrays, dict(bias=Alibi((1.0,) * 4))), 1e-6)
 
 
-def test_importing_the_package_imports_no_kernel():
+def test_importing_the_package_does_not_import_kernels():
     code = "import kernels_pallas, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "kernels_pallas.attention" in modules.stdout.split()

@@ -1,4 +1,4 @@
-"""The blocked backend against the reference, and what it is for: memory."""
+"""The blocked backend against the reference, and its memory."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from kernels_pallas import Causal, Full, Window, attention, chunked
 
 from .cases import FAST, FEATURES, close, make, run
 
-# Small blocks make both paths, several blocks and several groups cheap to compile.
+# Small blocks make it cheap to compile both paths with several blocks and groups.
 PATHS = {
     "unrolled": dict(ROWS=32, UNROLLED_LENGTH=1024),
     "mapped": dict(ROWS=8, UNROLLED_LENGTH=0, MAX_GROUPS=2),
@@ -21,7 +21,7 @@ PATHS = {
 
 
 def results(backend, arrays, static):
-    """((out, lse), gradients by the arrays) of a loss that weighs out and lse unevenly."""
+    """((out, lse), gradients of the arrays) for a loss with uneven weights on out and lse."""
 
     def loss(arrays):
         out, lse = attention(**arrays, **static, backend=backend, return_lse=True)
@@ -38,13 +38,13 @@ def reference(name):
     return results("xla", *make(**FEATURES[name]))
 
 
-# "everything" has a test of its own; unrolled shares all but the slicing with mapped.
+# "everything" has a separate test; "unrolled" shares everything but the slicing with "mapped".
 BOTH = ("causal", "two-sided window, segments", "no key for some")
 CASES = [("mapped", n) for n in FEATURES if n != "everything"] + [("unrolled", n) for n in BOTH]
 
 
 @pytest.mark.parametrize("path, name", CASES)
-def test_chunked_is_the_reference(path, name, monkeypatch):
+def test_chunked_matches_the_reference(path, name, monkeypatch):
     for constant, value in PATHS[path].items():
         monkeypatch.setattr(chunked, constant, value)
     arrays, static = make(**FEATURES[name])
@@ -56,7 +56,7 @@ def test_chunked_is_the_reference(path, name, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_chunked_is_the_reference_in_double(path, monkeypatch):
+def test_chunked_matches_the_reference_in_float64(path, monkeypatch):
     for constant, value in PATHS[path].items():
         monkeypatch.setattr(chunked, constant, value)
     with jax.enable_x64(True):
@@ -92,7 +92,7 @@ def test_forward_mode(path, monkeypatch):
 
 
 def compiled(mask, length, backend="xla_chunked"):
-    """Forward and backward at two heads, compiled for shapes alone."""
+    """Forward and backward with two heads, compiled from shapes only."""
     x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
 
     def loss(q, k, v):
@@ -106,14 +106,14 @@ def largest_buffer(program):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
-def test_long_memory_is_linear():
+def test_memory_is_linear_at_long_lengths():
     half, whole = compiled(Causal(), 2048), compiled(Causal(), 4096)
-    assert largest_buffer(whole) <= 2 * chunked.ROWS * 4096  # one block's scores, both heads
+    assert largest_buffer(whole) <= 2 * chunked.ROWS * 4096  # the scores of one block, both heads
     sizes = [program.memory_analysis().temp_size_in_bytes for program in (half, whole)]
     assert sizes[1] < 4096**2 * 4 / 2 and sizes[1] < 2.5 * sizes[0]
 
 
-def test_a_window_narrows_what_is_read():
+def test_a_window_reads_fewer_keys():
     assert largest_buffer(compiled(Window(256), 4096)) <= 2 * chunked.ROWS * (256 + 4 * 128)
 
 

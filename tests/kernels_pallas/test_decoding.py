@@ -1,4 +1,4 @@
-"""Decoding with a cache: equal to the last rows of the full call, for every kind of cache."""
+"""Decoding with a cache matches the last rows of the full call, for every kind of cache."""
 
 import functools
 
@@ -25,16 +25,16 @@ from .decode_cases import FEATURES, KINDS, decoded, empty, make, normal, whole
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks in a short cache, the last one sticking out."""
+    """Several blocks in a short cache, whose length they do not divide."""
     monkeypatch.setattr(decode_blocks, "BLOCK", 24)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FEATURES)
-def test_it_is_the_last_rows_of_the_full_call(name, kind):
+def test_matches_the_last_rows_of_the_full_call(name, kind):
     features, bounded = FEATURES[name]
     if kind == "ring" and not bounded:
-        pytest.skip("the mask looks back further than any ring holds")
+        pytest.skip("the mask looks back further than any ring reaches")
     q, cache, k, v, options = make(kind, **features)
     close(decoded(q, cache, options), whole(q, k, v, options), 2e-6)
 
@@ -42,7 +42,7 @@ def test_it_is_the_last_rows_of_the_full_call(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_token_by_token_is_causal_attention(kind):
     q, k, v = (normal(i, 2, 23, n, 8) for i, n in enumerate((4, 2, 2)))
-    mask = Window(8)  # rings of 9 go round twice
+    mask = Window(8)  # rings of size 9 wrap around twice
     want = np.asarray(attention(q, k, v, mask=mask, backend="xla"))
 
     @jax.jit
@@ -58,7 +58,7 @@ def test_token_by_token_is_causal_attention(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_different_lengths_go_on_on_their_own(kind):
+def test_rows_of_different_lengths_are_independent(kind):
     q, cache, k, v, options = make(kind, mask=Window(11), q_length=2)
     lengths = np.array([37, 5, 61, 0]) + 2
     rows, token = np.arange(4)[:, None], lengths[:, None] - 2 + np.arange(2)
@@ -77,7 +77,7 @@ def test_rows_without_keys():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_is_as_near_as_its_steps(kind):
+def test_int8_error_is_bounded_by_its_step_size(kind):
     """|s' - s| <= e = scale * |q|_1 * step_k / 2, so weights change by a factor within exp(2e), and
     |out' - out| <= (exp(2e) - 1) * max|v| + step_v / 2; against the quantized values, nothing."""
     features = dict(mask=Window(11), kv_heads=2, head_dim=16)
@@ -114,8 +114,8 @@ def test_bfloat16():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_is_needed_is_read(kind, monkeypatch):
-    """Blocks read are counted: those of the longest row, from the first one that a row sees."""
+def test_only_needed_blocks_are_read(kind, monkeypatch):
+    """Counts the blocks that are read: those of the longest row, from the first visible one on."""
     read = []
     count = lambda begin: read.append(int(begin))
     original = decode_blocks._read
@@ -129,12 +129,12 @@ def test_only_what_is_needed_is_read(kind, monkeypatch):
     q, cache, *_, options = make(kind, lengths=lengths, capacity=240, ring=72, mask=Window(10))
     jax.block_until_ready(decoded(q, cache, options))
     jax.effects_barrier()
-    # Positions 57 to 89 of [0, 240), in blocks of 24; all slots of a ring that has gone round.
+    # Positions 57 to 89 of [0, 240), in blocks of 24; all slots of a ring that has wrapped around.
     assert sorted(set(read)) == ([0, 24, 48] if kind == "ring" else [48, 72])
     assert len(read) == 2 * len(set(read))
 
 
-def test_append_drops_what_has_no_place():
+def test_append_drops_tokens_without_a_slot():
     k = normal(0, 2, 3, 1, 4)
     cache = ContiguousCache.empty(2, 4, 1, 4, np.float32)
     got = jax.jit(append)(cache, k, k, jnp.array([1, 6]))
@@ -260,7 +260,7 @@ def test_append_errors():
         append(CONTIGUOUS, new, new, np.array([3, 17]))
 
 
-def test_shapes_alone_are_enough_to_ask():
+def test_explain_needs_only_shapes():
     shapes = jax.eval_shape(lambda: (Q, CONTIGUOUS, jnp.zeros(2, int)))
     said = explain_decode(shapes[0], shapes[1], lengths=shapes[2])
     assert said == "xla: a loop over blocks of keys, up to the longest row"

@@ -1,4 +1,4 @@
-"""The decoding kernel for Hopper in an interpreter that finds races; and what it refuses."""
+"""The decoding kernel for Hopper in an interpreter that detects races; and unsupported calls."""
 
 import functools
 
@@ -33,7 +33,7 @@ SMALL = dict(capacity=192, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
         ("ring", dict(mask=Window(100), ring=128, q_length=3)),
     ],
 )
-def test_it_is_the_last_rows_of_the_full_call(kind, features, monkeypatch):
+def test_matches_the_last_rows_of_the_full_call(kind, features, monkeypatch):
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     settings = kernel.Settings(stages=2, interpret=interpret)
     run = functools.partial(kernel.attention, settings=settings)
@@ -51,7 +51,7 @@ def _error(got, want):
     return np.sqrt(np.mean((np.float64(got) - np.float64(want)) ** 2))
 
 
-def test_the_fewest_splits_that_keep_all_processors_busy():
+def test_fewest_splits_that_keep_all_processors_busy():
     for lines, splits in ((64, 2), (132, 1), (8, 16), (1, 126)):
         assert kernel._splits(lines, 512) == splits
     assert kernel._splits(8, 4) == 4
@@ -78,12 +78,12 @@ INT8 = Int8(shape(2, 2, 64, 128, dtype=jnp.int8), shape(2, 2, 64, dtype=jnp.floa
     [
         (call(dtype=jnp.float32), "dtype float32; allowed: bfloat16, float16"),
         (call(q=(2, 2, 4, 1, 96)), "head_dim 96; allowed: 64, 128, 256"),
-        (call(q=(2, 2, 8, 9, 128)), "8 heads a key head times q_length 9; allowed: at most 64"),
+        (call(q=(2, 2, 8, 9, 128)), "8 heads per key head times q_length 9; allowed: at most 64"),
         (call(length=100), "a cache of length 100; allowed: multiples of 64"),
-        (call(cache=pages(12)), "page_size 12; allowed: multiples of 64, pages of 8, 16, 32 too"),
+        (call(cache=pages(12)), "page_size 12; allowed: multiples of 64, also pages of 8, 16, 32"),
         (call(cache=ContiguousCache(INT8, INT8)), "an int8 cache"),
     ],
 )
-def test_what_the_kernel_refuses(refused, match):
+def test_unsupported_calls(refused, match):
     with pytest.raises(Unsupported, match=match):
         kernel.check(refused, Spec(Causal(), 1.0))

@@ -1,4 +1,4 @@
-"""The decoding kernel for TPU in an interpreter that finds races, on two cores."""
+"""The decoding kernel for TPU in an interpreter that detects races, on two cores."""
 
 import functools
 
@@ -24,7 +24,7 @@ SMALL = dict(lengths=LENGTHS, capacity=32, heads=4, kv_heads=2)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Puts the interpreted kernel in the place of "xla"."""
+    """Replaces the backend "xla" by the interpreted kernel."""
 
     def install(**more):
         interpret = pltpu.InterpretParams(uninitialized_memory="nan", **more)
@@ -43,7 +43,7 @@ def interpreted(monkeypatch):
         ("paged", dict(mask=Prefix(9), sinks=True, int8=True, q_length=1)),
     ],
 )
-def test_two_cores_do_not_meet(kind, features, interpreted, capfd):
+def test_two_cores_do_not_race(kind, features, interpreted, capfd):
     interpreted(detect_races=True, num_cores_or_threads=2)
     q, cache, k, v, options = make(kind, **SMALL, **features)
     got = decoded(q, cache, options, splits=2)
@@ -58,7 +58,7 @@ def _rounded(x):
     return np.round(x / scales).astype(np.float32) * scales
 
 
-def test_any_number_of_splits_is_the_same(interpreted):
+def test_number_of_splits_does_not_change_the_result(interpreted):
     interpreted()
     q, cache, k, v, options = make("paged", **SMALL, mask=Chunked(20) & Causal(), q_length=1)
     want = whole(q, k, v, options)
@@ -66,7 +66,7 @@ def test_any_number_of_splits_is_the_same(interpreted):
         close(decoded(q, cache, options, splits=splits), want, 2e-6)
 
 
-def test_visits_are_the_blocks_that_are_seen():
+def test_visits_are_the_visible_blocks():
     cache = ContiguousCache.empty(4, 64, 1, 8, np.float32)
     plan = kernel.Plan(Spec(Window(9), 1.0), 2, 16, 1, 2, False)
     visits = kernel._visits(cache, jnp.array([40, 0, 64, 3]), plan)
@@ -104,10 +104,10 @@ def pages(size, dtype, rows=2, per_row=4):
         (call(cache=pages(64, jnp.int8)), "page_size 64 of int8; allowed: multiples of 128"),
         (
             call(q=(512, 2, 4, 1, 128), cache=pages(16, jnp.bfloat16, 512, 2048)),
-            "512 rows of 32768 slots: 4718592 bytes of visits and page numbers; allowed: 524288",
+            "512 rows of 32768 slots need 4718592 bytes of visits and pages; allowed: 524288",
         ),
     ],
 )
-def test_what_the_kernel_refuses(refused, match):
+def test_unsupported_calls(refused, match):
     with pytest.raises(Unsupported, match=match):
         kernel.check(refused, Spec(Causal(), 1.0))

@@ -1,5 +1,5 @@
-"""The Hopper kernels in an interpreter that finds races, forward and backward, against the
-definition; and what they refuse."""
+"""The Hopper kernels in an interpreter that detects races, forward and backward, against the
+definition; and unsupported calls."""
 
 import functools
 
@@ -36,7 +36,7 @@ def narrow(arrays, dtype="bfloat16"):
 
 
 def check_all(got, xla, want):
-    """lse to float32's precision; the rest no worse than XLA's in the same dtype."""
+    """lse is accurate to float32 precision, the rest as accurate as XLA in the same dtype."""
     (out, lse), gradients = got
     close(lse, want[0][1], 2e-6)
     for mine, theirs, exact_ in (
@@ -63,7 +63,7 @@ def check(arrays, static):
 @interpreted
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels_are_the_reference(name):
+def test_kernels_match_the_reference(name):
     heads = dict(heads=2, kv_heads=1 if "kv_heads" in FEATURES[name] else 2)
     arrays, static = make(**SIZES | FEATURES[name] | heads)
     (out, lse), _ = check(narrow(arrays), static)
@@ -75,7 +75,7 @@ def test_kernels_are_the_reference(name):
 @interpreted
 @pytest.mark.smoke
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_half_precision_is_as_exact_as_xla(head_dim):
+def test_half_precision_is_as_accurate_as_xla(head_dim):
     sizes = dict(batch=1, heads=1, kv_heads=1, q_length=70, kv_length=70, head_dim=head_dim)
     arrays, static = make(**sizes)
     dtype = "float16" if head_dim % 128 else "bfloat16"
@@ -95,15 +95,15 @@ def test_lengths(q_length, kv_length):
 
 @interpreted
 @pytest.mark.smoke
-def test_gradients_of_a_part_of_the_keys_add_up():
-    """What ring attention does: each part's gradients by the lse of all keys."""
+def test_gradients_of_parts_of_the_keys_add_up():
+    """As in ring attention: each part's gradients are computed from the lse of all keys."""
     arrays, static = make(**SIZES, heads=2, kv_heads=1, mask=Full())
     x, spec = split(narrow(arrays), static)
     dout = jnp.cos(jnp.arange(x.q.size, dtype=jnp.float32)).reshape(x.q.shape)
     parts = [x._replace(k=x.k[:, a:b], v=x.v[:, a:b]) for a, b in ((0, 64), (64, 130))]
     attend = jax.jit(kernel(), static_argnums=1)
-    found = [finished(attend, part, spec) for part in parts]
-    wide = [(out.astype(jnp.float32), lse) for out, lse in found]
+    of_parts = [finished(attend, part, spec) for part in parts]
+    wide = [(out.astype(jnp.float32), lse) for out, lse in of_parts]
     out, lse = merge(*wide[0], *wide[1])
     delta = jnp.sum(out * dout, -1).swapaxes(1, 2)
     settings = kernel().keywords["settings"]
@@ -147,16 +147,16 @@ SPEC = Spec(Causal(), 1.0)
         (operands("float32"), r"dtype float32; allowed: bfloat16, float16"),
         (operands(head_dim=12), r"head_dim 12; allowed: multiples of 8 up to 256"),
         (operands(head_dim=320), r"head_dim 320; allowed: multiples of 8 up to 256"),
-        (operands(bias=jnp.zeros((1, 1, 1, 1))), r"a bias array; allowed: Alibi"),
+        (operands(bias=jnp.zeros((1, 1, 1, 1))), r"bias is an array; allowed: None or Alibi"),
     ],
 )
-def test_what_the_kernels_refuse(x, reason):
+def test_unsupported_calls(x, reason):
     with pytest.raises(Unsupported, match=reason):
         flash.check(x, SPEC)
 
 
 @pytest.mark.parametrize("which", ["forward", "queries", "keys"])
-def test_blocks_beyond_shared_memory_are_refused_before_compilation(which):
+def test_blocks_that_exceed_shared_memory_raise_before_compilation(which):
     settings = flash.Settings(**{which: Blocks(128, 128, 4)})
     with pytest.raises(Unsupported, match=f"{which} .* bytes of shared memory; .*{SHARED_MEMORY}"):
         flash.check(operands(head_dim=256), SPEC, settings)
@@ -164,7 +164,7 @@ def test_blocks_beyond_shared_memory_are_refused_before_compilation(which):
 
 
 @pytest.mark.parametrize("head_dim", flash.HEAD_DIMS)
-def test_blocks_of_no_ones_choice_fit(head_dim):
+def test_default_blocks_fit(head_dim):
     ids = jax.ShapeDtypeStruct((4, 256), jnp.int32)
     slopes = jax.ShapeDtypeStruct((2,), jnp.float32)
     x = operands(head_dim=head_dim, q_segment_ids=ids, kv_segment_ids=ids, slopes=slopes)
@@ -179,6 +179,6 @@ def test_blocks_of_no_ones_choice_fit(head_dim):
         ((128, 64, 0), r"stages=0; allowed: 1 or more"),
     ],
 )
-def test_blocks_that_do_not_exist(sizes, message):
+def test_invalid_block_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
         Blocks(*sizes)

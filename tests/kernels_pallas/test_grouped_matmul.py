@@ -22,7 +22,7 @@ from .cases import FAST, close, finished
 module = importlib.import_module("kernels_pallas.grouped_matmul")
 grouped_matmul, reference = module.grouped_matmul, module.reference
 
-# Boundaries inside blocks, empty groups first, last and between, rows past the sum, none at all.
+# Boundaries inside blocks; empty groups first, last and in between; rows past the sum; no rows.
 SIZES = {
     "uneven": (10, 0, 20, 3, 20),
     "rest": (0, 30, 0, 9, 0),
@@ -40,7 +40,7 @@ def make(sizes, tokens=53, width=8, out=6, dtype=np.float32):
 
 
 def results(call, lhs, rhs, sizes):
-    """(out, (gradient of lhs, of rhs)) of a loss that weighs the rows unevenly."""
+    """(out, (gradient of lhs, of rhs)) for a loss with uneven weights on the rows."""
 
     def loss(lhs, rhs):
         out = call(lhs, rhs, sizes)
@@ -59,7 +59,7 @@ def exact(lhs, rhs, sizes):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", SIZES)
-def test_xla_is_the_definition(name):
+def test_xla_matches_the_definition(name):
     lhs, rhs, sizes = make(SIZES[name])
     out, gradients = results(grouped_matmul, lhs, rhs, sizes)
     want, slopes = exact(lhs, rhs, sizes)
@@ -71,7 +71,7 @@ def test_xla_is_the_definition(name):
 
 
 def interpreted(kernels, settings, lhs, rhs, sizes):
-    """A kernel backend in its interpreter: (out, gradients) as `results` gives them."""
+    """A kernel backend in its interpreter: (out, gradients) as from `results`."""
     weigh = np.cos(np.arange(lhs.shape[0] * rhs.shape[2], dtype=np.float32))
     weigh = jnp.asarray(weigh.reshape(lhs.shape[0], rhs.shape[2]), lhs.dtype)
 
@@ -87,9 +87,9 @@ def interpreted(kernels, settings, lhs, rhs, sizes):
     return finished(jax.jit(all_three), lhs, rhs, weigh, sizes)
 
 
-# Block sizes that nothing divides, and several blocks along every dimension.
+# Sizes that are not multiples of the blocks, and several blocks along every dimension.
 @pytest.mark.parametrize("sizes, shape", [("uneven", (53, 24, 130)), ("rest", (70, 256, 200))])
-def test_tpu_kernels_are_the_definition(sizes, shape):
+def test_tpu_kernels_match_the_definition(sizes, shape):
     arrays = make(SIZES[sizes], *shape)
     interpret = pltpu.InterpretParams(uninitialized_memory="nan")
     settings = tpu.Settings(tpu.Blocks(32, 128, 128), interpret)
@@ -113,8 +113,8 @@ def test_tpu_kernels_have_no_race(capfd):
 
 @pytest.mark.smoke
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
-def test_gpu_kernels_are_the_definition():
-    """And have no race: the interpreter raises on one."""
+def test_gpu_kernels_match_the_definition():
+    """Also checks for races: the interpreter raises an error if there is one."""
     lhs, rhs, sizes = make((101, 0, 150), 300, 128, 128)
     lhs, rhs = jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16)
     settings = gpu.Settings(plgpu.InterpretGPUParams(detect_races=True))
@@ -126,7 +126,7 @@ def test_gpu_kernels_are_the_definition():
     close(gradients[1], xla.outer(lhs, weigh, sizes, jnp.float32), 2e-6)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         lhs, rhs, sizes = make((2, 0, 3), 7, 3, 2, np.float64)
         check_grads(lambda a, b: reference(a, b, sizes), (lhs, rhs), order=1, modes=("rev",))
@@ -139,7 +139,8 @@ def test_one_group_is_a_matmul():
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint32"])
 def test_backends_count_in_int32(monkeypatch, dtype):
-    """What is below 0 without a sign is large: the rows left by sizes that sum to too many."""
+    """Group sizes may sum to more than the rows: the number of rows left must not wrap around as an
+    unsigned integer."""
     lhs, rhs, sizes = make((50, 0, 10))
     xla, seen = module.BACKENDS["xla"].run, []
     noted = lambda f: lambda *a: (seen.append(a[2].dtype), f(*a))[1]
@@ -158,7 +159,7 @@ def test_permuting_the_rows_of_a_group_permutes_its_results():
     close(grouped_matmul(lhs[order], rhs, sizes), out[order], 1e-6)
 
 
-def test_bfloat16_is_as_good_as_xla():
+def test_bfloat16_is_as_accurate_as_xla():
     lhs, rhs, sizes = make((200, 56), 256, 64, 32)
     lhs, rhs = jnp.asarray(lhs, jnp.bfloat16), jnp.asarray(rhs, jnp.bfloat16)
     want = np.asarray(exact(lhs, rhs, sizes)[0])
@@ -171,7 +172,7 @@ def test_bfloat16_is_as_good_as_xla():
 
 
 def test_other_rows_do_not_leak():
-    """What is not finite in another group's rows, or past all groups, stays there."""
+    """Non-finite values in another group's rows, or past all groups, do not spread."""
     lhs, rhs, sizes = make((10, 20, 7))
     lhs[30:] = np.inf
     out, gradients = results(grouped_matmul, lhs, rhs, sizes)
@@ -207,7 +208,7 @@ def test_work_and_memory_do_not_grow_with_the_groups():
         return jax.jit(grouped_matmul).lower(lhs, rhs, sizes).compile(FAST).memory_analysis()
 
     few, many = (program(n).temp_size_in_bytes for n in (2, 32))
-    assert many <= few + 2048 * 64 * 4  # one group alone would add as much
+    assert many <= few + 2048 * 64 * 4  # a single group would add as much
 
 
 LHS, RHS, COUNTS = make((3, 2), 6)
@@ -245,7 +246,7 @@ def test_errors_name_the_value_and_what_is_allowed(change, match):
         (gpu, (8, 100, 128), jnp.bfloat16, r"in 100; allowed: multiples of 128"),
     ],
 )
-def test_a_kernel_says_what_it_cannot_do(kernels, shape, dtype, match):
+def test_unsupported_calls(kernels, shape, dtype, match):
     tokens, width, out = shape
     lhs, rhs = (
         jax.ShapeDtypeStruct((tokens, width), dtype),
@@ -256,7 +257,7 @@ def test_a_kernel_says_what_it_cannot_do(kernels, shape, dtype, match):
 
 
 @pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers of other chips: make targets"
+    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
 )
 def test_kernels_compile_for_every_target():
     operation_targets.check("grouped")

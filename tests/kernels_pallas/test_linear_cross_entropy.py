@@ -39,7 +39,7 @@ def make(rows=(3,), tokens=11, embed=8, vocab=17):
 
 
 def results(call, x, w, targets, weights, **options):
-    """(values, gradients of x and w) of a loss that weighs the tokens, and their lse, unevenly."""
+    """(values, gradients of x and w) for a loss with uneven weights on the tokens and their lse."""
 
     def loss(x, w):
         out = call(x, w, targets, **options)
@@ -59,7 +59,7 @@ def exact(x, w, targets, weights, **options):
 @pytest.mark.smoke
 @pytest.mark.parametrize("chunk_size", [None, 0, 1, 4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_xla_is_the_definition(options, chunk_size):
+def test_xla_matches_the_definition(options, chunk_size):
     arguments, options = make(), OPTIONS[options]
     out, gradients = results(linear_cross_entropy, *arguments, chunk_size=chunk_size, **options)
     want, slopes = exact(*arguments, **options)
@@ -69,7 +69,7 @@ def test_xla_is_the_definition(options, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [0, 4])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_sums_are_those_of_the_tokens(options, chunk_size):
+def test_sums_match_the_per_token_values(options, chunk_size):
     x, w, targets, weights = make()
     options = OPTIONS[options]
 
@@ -89,8 +89,8 @@ def test_sums_are_those_of_the_tokens(options, chunk_size):
     close(got, want, 5e-6)
 
 
-def test_gradients_are_rounded_after_they_are_scaled():
-    """Those of a weighted sum are beyond float16; those of the mean that is asked for are not."""
+def test_gradients_are_rounded_after_scaling():
+    """The gradients of the weighted sum overflow float16; those of the requested mean do not."""
     x, w, targets, _ = make((1,), 40, 8, 17)
     x, w = np.float16(10 * x), np.float16(10 * w)
     weights = np.full(targets.shape, 1e4)
@@ -114,9 +114,9 @@ def on_tpu(interpret, blocks):
     return call
 
 
-# Sizes that no block divides, and several blocks along both dimensions.
+# Sizes that are not multiples of the blocks, and several blocks along both dimensions.
 @pytest.mark.parametrize("vocab, options", [(300, "z-loss"), (256, "z-loss, soft cap")])
-def test_tpu_kernels_are_the_definition(vocab, options):
+def test_tpu_kernels_match_the_definition(vocab, options):
     arguments, options = make((1,), 150, 24, vocab), OPTIONS[options]
     call = on_tpu(pltpu.InterpretParams(uninitialized_memory="nan"), tpu.Blocks(128, 128))
     out, gradients = results(call, *arguments, **options)
@@ -147,8 +147,8 @@ def test_tpu_kernels_have_no_race(capfd):
 @pytest.mark.parametrize(
     "options", ["plain", pytest.param("z-loss, soft cap", marks=pytest.mark.smoke)]
 )
-def test_gpu_kernel_is_the_definition(options):
-    """And has no race: the interpreter raises on one."""
+def test_gpu_kernel_matches_the_definition(options):
+    """Also checks for races: the interpreter raises an error if there is one."""
     x, w, targets, _ = make((), 200, 64, 450)
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
     cap = OPTIONS[options].get("logits_soft_cap")
@@ -160,8 +160,8 @@ def test_gpu_kernel_is_the_definition(options):
     close((nll, lse, correct), (want.nll, want.lse, want.correct), 2e-6)
 
 
-def test_gpu_gradients_are_those_of_the_chunks(monkeypatch):
-    """Whose rule it shares: with its forward pass stood in for, all values agree."""
+def test_gpu_gradients_match_those_of_the_chunks(monkeypatch):
+    """Both share one gradient rule: with a substitute for the forward kernel, all values agree."""
     arguments = make()
 
     def forward(x, w, targets, spec):
@@ -183,7 +183,7 @@ def test_gpu_gradients_are_those_of_the_chunks(monkeypatch):
         close(call(module.BACKENDS["gpu"].run), call(module.BACKENDS["xla"].run), 5e-6)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         x, w, targets, _ = (np.asarray(a, np.float64) for a in make((), 5, 3, 4))
         call = lambda x, w: reference(x, w, targets.astype(int), z_loss=0.1, logits_soft_cap=2.0)[
@@ -192,7 +192,7 @@ def test_gradient_of_the_reference_is_its_slope():
         check_grads(jax.jit(call), (x, w), order=1, modes=("rev",))
 
 
-def test_is_the_dense_computation():
+def test_matches_the_dense_computation():
     x, w, targets, _ = make()
     targets = np.clip(targets, 0, 16)
     probabilities = jax.nn.softmax(x @ w)
@@ -221,8 +221,8 @@ def test_targets_narrower_than_the_vocabulary():
     assert wide.all() and (linear_cross_entropy(x, w, targets.astype(np.int8)).loss == wide).all()
 
 
-def test_bfloat16_is_as_good_as_xla():
-    """Whose logits come out of a bfloat16 matmul, as those of a dense layer do."""
+def test_bfloat16_is_as_accurate_as_xla():
+    """XLA's logits come from a bfloat16 matmul, like those of a dense layer."""
     x, w, targets, weights = make((), 64, 128, 200)
     x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
 
@@ -245,8 +245,8 @@ def test_bfloat16_is_as_good_as_xla():
         assert ours <= 1.2 * theirs
 
 
-def test_memory_is_a_tenth_of_that_of_all_logits():
-    """At vocabulary 128k, forward and backward; what XLA allots beside arguments and results."""
+def test_memory_is_a_tenth_of_that_for_all_logits():
+    """At vocabulary 128k, forward and backward: XLA's temporary memory."""
 
     def temporary(call):
         f = jax.grad(lambda x, w, targets: jnp.sum(call(x, w, targets)), (0, 1))
@@ -297,19 +297,19 @@ def test_errors_name_the_value_and_what_is_allowed(change, match):
     "kernels, embed, dtype, match",
     [
         (tpu, 64, jnp.float64, r"dtype float64; allowed: float32, bfloat16, float16"),
-        (tpu, 100_000, jnp.float32, r"embed 100000: more than VMEM holds a block of, \d+ MiB"),
+        (tpu, 100_000, jnp.float32, r"embed 100000: a block of it does not fit VMEM, \d+ MiB"),
         (gpu, 64, jnp.float32, r"dtype float32; allowed: bfloat16, float16"),
         (gpu, 72, jnp.bfloat16, r"embed 72; allowed: multiples of 64"),
     ],
 )
-def test_a_kernel_says_what_it_cannot_do(kernels, embed, dtype, match):
+def test_unsupported_calls(kernels, embed, dtype, match):
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         x = jax.ShapeDtypeStruct((1, 8, embed), dtype)
         kernels.check(x, jax.ShapeDtypeStruct((embed, 100), dtype), Spec())
 
 
 @pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers of other chips: make targets"
+    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
 )
 def test_kernels_compile_for_every_target():
     operation_targets.check("loss")

@@ -1,4 +1,4 @@
-"""The reference against a loop in float64 numpy that says what attention is."""
+"""The reference against the definition of attention as a loop in float64 numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from .cases import FEATURES, close, make, run
 
 def loop(q, k, v, *, mask, bias=None, segment_ids=None, scale=None, logits_soft_cap=None,
          sinks=None, q_offset=0):  # fmt: skip
-    """One query, one key at a time. Sees keys by the predicate alone."""
+    """One query and one key at a time, using only the mask's predicate."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, q_length, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -49,14 +49,14 @@ def loop(q, k, v, *, mask, bias=None, segment_ids=None, scale=None, logits_soft_
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", FEATURES)
-def test_reference_is_the_loop(name):
+def test_reference_matches_the_loop(name):
     arrays, static = make(**FEATURES[name])
     got = run(arrays, static, "xla", return_lse=True)
     assert got[0].dtype == got[1].dtype == jnp.float32
     close(got, loop(**arrays, **static), 2e-6)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         arrays, static = make(q_length=5, kv_length=6, head_dim=3, **FEATURES["everything"])
         arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
@@ -75,7 +75,7 @@ def test_half_precision(backend, dtype):
     close(out, want, 2e-2)
 
 
-def test_same_as_jax_nn():
+def test_matches_jax_nn():
     arrays, _ = make(q_length=61, kv_heads=2)
     for mask, causal in ((Causal(), True), (Full(), False)):
         want = jax.nn.dot_product_attention(*arrays.values(), is_causal=causal)

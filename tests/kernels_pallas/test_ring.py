@@ -1,4 +1,4 @@
-"""Ring attention is attention; its pieces' gradients; its order; its errors."""
+"""Ring attention: equality with attention, gradients of its pieces, zigzag order, errors."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from .cases import FAST, close, make
 from .target_process import need, report_of
 
 
-def test_eight_devices_are_one():
+def test_eight_devices_match_one():
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "kernels_pallas" / "ring_devices.py")],
         env=environment(devices=8), cwd=ROOT, capture_output=True, text=True, timeout=900,
@@ -37,20 +37,20 @@ def test_eight_devices_are_one():
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_pieces_travel_while_others_are_attended_to(order):
-    """In the program that is compiled for four TPUs."""
+def test_pieces_are_sent_while_others_are_attended_to(order):
+    """Checks the program compiled for four TPUs."""
     need("libtpu")
     events = report_of("ring_targets", order)
     names = [name for name, *_ in events]
     computing = [kind in ("custom-call", "conditional") for _, kind, _ in events]
     travels = [(names.index(source), at) for at, (_, kind, source) in enumerate(events)
                if kind == "collective-permute-done"]  # fmt: skip
-    assert len(travels) == 6  # of keys and of values, three times
+    assert len(travels) == 6  # keys and values, three times each
     assert all(any(computing[start:stop]) for start, stop in travels), events
 
 
-def test_gradients_of_pieces_add_up_to_those_of_the_whole(monkeypatch):
-    """Keys in two pieces, each given the log-sum-exp of both, against autodiff of the reference."""
+def test_gradients_of_pieces_add_up(monkeypatch):
+    """Keys in two pieces, each with the log-sum-exp of both, against autodiff of the reference."""
     monkeypatch.setattr("kernels_pallas.piece_gradients.KEYS", 16)
     arrays, static = make(
         mask=Window(30, 2), kv_heads=2, alibi=True, sinks=True, segments=True, logits_soft_cap=3.0
@@ -98,7 +98,7 @@ MASKS = (Full(), Causal(), Window(5, 2), Prefix(9), Chunked(6), Prefix(7) & Chun
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
-def test_a_shifted_mask_is_the_mask_further_on(mask):
+def test_a_shifted_mask_is_the_mask_at_later_positions(mask):
     q, k = np.arange(24)[:, None], np.arange(24)
     whole = mask.allowed(q, k)
     for by in (0, 4, 6, 13):
@@ -116,14 +116,14 @@ def test_a_shifted_mask_is_the_mask_further_on(mask):
                 assert (rows[:, :4] == want[kind]).all()
 
 
-def test_only_what_cannot_move_is_wrapped():
+def test_only_masks_that_cannot_be_shifted_are_wrapped():
     assert [m.shifted(6) for m in MASKS[:3]] == list(MASKS[:3])
     assert Prefix(9).shifted(6) == Prefix(3) and Chunked(6).shifted(12) == Chunked(6)
     assert Chunked(6).shifted(7) == Shifted(Chunked(6), 1)
 
 
 def test_zigzag_balances_a_causal_mask():
-    """Pairs of pieces with something to see: as many for each device, all or none in the other."""
+    """Visible pairs of pieces per device: 17 each in zigzag order, 1 to 8 in contiguous order."""
     _, spec = prepare(*[np.zeros((1, 4, 1, 8), np.float32)] * 3)
     x = prepare(*[np.zeros((1, 4, 1, 8), np.float32)] * 3)[0]
     for order, most in (("contiguous", 8), ("zigzag", 17)):
@@ -142,7 +142,7 @@ def test_zigzag_balances_a_causal_mask():
         assert min(seen) == (17 if order == "zigzag" else 1)
 
 
-def test_zigzag_and_back():
+def test_unzigzag_undoes_zigzag():
     assert zigzag(np.arange(8)[None], 2).tolist() == [[0, 1, 6, 7, 2, 3, 4, 5]]
     x = np.random.default_rng(0).standard_normal((2, 3, 12), np.float32)
     close(unzigzag(zigzag(x, 3, axis=2), 3, axis=2), x, 0)
@@ -155,14 +155,14 @@ def test_zigzag_and_back():
     [
         (dict(order="striped"), r"order is 'striped'; allowed: contiguous, zigzag"),
         (dict(k=jnp.zeros((1, 6, 2, 8))), r"k has shape"),
-        (dict(q=jnp.zeros((1, 6, 2, 8))), r"q_length 6 and kv_length 5 a device; must be equal"),
-        (dict(order="zigzag"), r"length 5 a device in zigzag order; allowed: an even one"),
-        (dict(bias=jnp.zeros((5, 5))), r"a bias array; allowed in ring attention: Alibi"),
-        (dict(axis_name="rings"), r"axis_name is 'rings'; allowed: an axis that a jax.shard_map"),
+        (dict(q=jnp.zeros((1, 6, 2, 8))), r"q_length 6 and kv_length 5 per device; must be equal"),
+        (dict(order="zigzag"), r"length 5 per device in zigzag order; allowed: even lengths"),
+        (dict(bias=jnp.zeros((5, 5))), r"bias is an array; allowed in ring attention: None or Al"),
+        (dict(axis_name="rings"), r"axis_name is 'rings'; allowed: a manual axis of an enclosing"),
         (dict(backend="tpu"), r"backend 'tpu' is not available on cpu"),
     ],
 )
-def test_errors(change, match):
+def test_errors_name_the_value_and_what_is_allowed(change, match):
     array = jnp.zeros((1, 5, 2, 8))
     call = dict(q=array, k=array, v=array, axis_name="ring") | change
     mesh = jax.make_mesh((1,), ("ring",), axis_types=(AxisType.Auto,))
@@ -180,7 +180,7 @@ def test_errors(change, match):
     assert "\n" not in str(error.value)
 
 
-def test_a_ring_of_one_is_attention():
+def test_a_ring_of_one_device_is_attention():
     arrays, static = make(kv_heads=2, q_length=61)
     mesh = jax.make_mesh((1,), ("ring",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(

@@ -1,4 +1,4 @@
-"""RMSNorm with residual against its definition."""
+"""RMSNorm with a residual against its definition."""
 
 import importlib
 
@@ -21,7 +21,7 @@ def make(shape=(3, 7, 16), dtype=np.float32):
 
 
 def results(call, x, scale, residual):
-    """(values, gradients) of a loss that weighs both outputs unevenly."""
+    """(values, gradients) for a loss with uneven weights on both outputs."""
 
     def loss(x, scale, residual):
         normed, h = call(x, scale, residual)
@@ -35,7 +35,7 @@ def results(call, x, scale, residual):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_is_the_definition(with_residual):
+def test_matches_the_definition(with_residual):
     x, scale, residual = make()
     residual = residual if with_residual else None
     out, gradients = results(rms_norm, x, scale, residual)
@@ -46,7 +46,7 @@ def test_is_the_definition(with_residual):
     close(gradients, slopes, 2e-5)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         arrays = make((2, 5), np.float64)
         check_grads(jax.jit(reference), arrays, order=1, modes=("rev",))
@@ -76,7 +76,7 @@ X = jnp.zeros((2, 6))
         (dict(x=X.astype(int)), r"x has dtype int32; allowed: float32"),
         (dict(scale=jnp.zeros(5)), r"scale has shape \(5,\); allowed: \[features\]=\[6\]"),
         (dict(scale=jnp.zeros(6, int)), r"scale has dtype int32"),
-        (dict(residual=X[:1]), r"residual has shape \(1, 6\).*those of x, \(2, 6\), float32"),
+        (dict(residual=X[:1]), r"residual has shape \(1, 6\).*like x, \(2, 6\), float32"),
         (dict(residual=X.astype("bfloat16")), r"residual .* dtype bfloat16"),
         (dict(eps=-1), r"eps is -1; allowed: a finite number >= 0"),
         (dict(backend="tpu"), r"backend 'tpu' is unknown; for cpu: allowed: auto, xla"),

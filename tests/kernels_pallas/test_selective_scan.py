@@ -1,5 +1,6 @@
-"""The selective scan against the recurrence, whole and in pieces."""
+"""The selective scan against the recurrence: whole, in pieces, packed and padded."""
 
+import functools
 import importlib
 import re
 
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 from kernels_pallas import Unsupported
+from kernels_pallas.choose import Backend
 from kernels_pallas.tpu import selective_scan as tpu
 
 from . import operation_targets
@@ -19,6 +21,15 @@ from .cases import FAST, close, finished
 module = importlib.import_module("kernels_pallas.selective_scan")
 selective_scan, reference = module.selective_scan, module.reference
 BACKENDS = ("xla", "xla_parallel")
+# Padding before, within, between and after the documents; a document that is one token; an id that
+# returns; a row that is all padding.
+IDS = np.array(
+    [
+        [7, 7, 7, 7, 7, 2, 0, 0, 5, 5, 0, 5, 2, 2, 2, 2, 0, 0, 0],
+        [0, 0, 1, 1, 1, 1, 1, 1, 1, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+)
 
 
 def make(batch=2, length=19, channels=6, state=4, dtype=np.float32):
@@ -36,7 +47,7 @@ def make(batch=2, length=19, channels=6, state=4, dtype=np.float32):
 
 
 def results(call, arrays):
-    """(values, gradients of all arrays) of a loss that weighs y and the last state unevenly."""
+    """(values, gradients of all arrays) of a loss with uneven weights on y and the final state."""
 
     def loss(arrays):
         y, state = call(**arrays)
@@ -48,10 +59,23 @@ def results(call, arrays):
     return out, gradients
 
 
-def loop(x, delta, a, b, c, d, initial_state):
+def expected(arrays, segment_ids=None):
+    """`results` of the reference in float64."""
+    with jax.enable_x64(True):
+        call = lambda **arrays: reference(**arrays, segment_ids=segment_ids)
+        return results(call, jax.tree.map(np.float64, arrays))
+
+
+def loop(x, delta, a, b, c, d, initial_state, segment_ids=None):
     """One number at a time, float64."""
     state, y = np.float64(initial_state), np.zeros(x.shape)
+    ids = np.ones(x.shape[:2], int) if segment_ids is None else segment_ids
     for n, t, k in np.ndindex(*x.shape):
+        if ids[n, t] == 0:
+            continue
+        before = ids[n, :t][ids[n, :t] != 0]
+        if before.size and before[-1] != ids[n, t]:
+            state[n, k] = 0
         state[n, k] = np.exp(delta[n, t, k] * a[k]) * state[n, k] + delta[n, t, k] * (
             b[n, t] * x[n, t, k]
         )
@@ -62,9 +86,11 @@ def loop(x, delta, a, b, c, d, initial_state):
 def test_the_reference_is_the_recurrence():
     arrays = make()
     close(reference(**arrays), loop(**arrays), 2e-6)
+    arrays = make(len(IDS))
+    close(reference(**arrays, segment_ids=IDS), loop(**arrays, segment_ids=IDS), 2e-6)
 
 
-def test_gradient_of_the_reference_is_its_slope():
+def test_gradient_of_the_reference():
     with jax.enable_x64(True):
         arrays = make(1, 3, 2, 2, np.float64)
         check_grads(jax.jit(lambda a: reference(**a)), (arrays,), order=1, modes=("rev",))
@@ -73,17 +99,19 @@ def test_gradient_of_the_reference_is_its_slope():
 @pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_is_the_definition(backend, chunk_size):
-    arrays = make()
-    call = lambda **arrays: selective_scan(**arrays, chunk_size=chunk_size, backend=backend)
+@pytest.mark.parametrize("segment_ids", [None, IDS], ids=["whole", "packed"])
+def test_matches_the_definition(backend, chunk_size, segment_ids):
+    arrays = make(len(IDS))
+    call = functools.partial(
+        selective_scan, segment_ids=segment_ids, chunk_size=chunk_size, backend=backend
+    )
     out, gradients = results(call, arrays)
-    with jax.enable_x64(True):
-        want, slopes = results(reference, jax.tree.map(np.float64, arrays))
+    want, want_gradients = expected(arrays, segment_ids)
     close(out, want, 2e-6)
-    close(gradients, slopes, 2e-5)
+    close(gradients, want_gradients, 2e-5)
 
 
-def test_one_wide_array_widens_the_sums():
+def test_one_float64_array_makes_the_states_float64():
     with jax.enable_x64(True):
         arrays = make() | dict(delta=np.float64(make()["delta"]))
         for backend in BACKENDS:
@@ -92,36 +120,101 @@ def test_one_wide_array_widens_the_sums():
             close(state, loop(**jax.tree.map(np.float64, arrays))[1], 1e-12)
 
 
-def on_tpu(monkeypatch, arrays, **interpret):
-    """(values, gradients) by the kernels, in chunks of 4 and blocks of 128 channels."""
+@pytest.fixture
+def interpret_tpu(monkeypatch):
+    """Makes backend="tpu" available: interpreted, with chunks of 4 and blocks of 128 channels.
+    Call it, with further options of the interpreter."""
     monkeypatch.setattr(tpu, "CHUNK", 4)
-    params = pltpu.InterpretParams(uninitialized_memory="nan", **interpret)
-    call = lambda d, initial_state, **arrays: tpu.scan(
-        **arrays, state=initial_state, chunk_size=0, settings=tpu.Settings(128, params)
-    )
-    return results(call, arrays)
+
+    def start(**options):
+        params = pltpu.InterpretParams(uninitialized_memory="nan", **options)
+        run = functools.partial(tpu.scan, settings=tpu.Settings(128, params))
+        monkeypatch.setitem(module.BACKENDS, "tpu", Backend(run))
+
+    return start
 
 
-def without_skip(arrays):
-    """The same in float64, d left out as in the kernels."""
-    with jax.enable_x64(True):
-        wide = jax.tree.map(np.float64, arrays)
-        return results(lambda d, **arrays: reference(**arrays), wide)
-
-
-def test_tpu_kernels_are_the_definition(monkeypatch):
+@pytest.mark.parametrize("segment_ids", [None, IDS[:1, 5:12]], ids=["whole", "packed"])
+def test_tpu_kernels_match_the_definition(interpret_tpu, segment_ids):
+    interpret_tpu()
     arrays = make(1, 7, 130, 8)  # two chunks, and two blocks of channels, neither full
-    out, gradients = on_tpu(monkeypatch, arrays)
-    want, slopes = without_skip(arrays)
+    call = functools.partial(selective_scan, segment_ids=segment_ids, backend="tpu")
+    out, gradients = results(call, arrays)
+    want, want_gradients = expected(arrays, segment_ids)
     close(out, want, 2e-6)
-    close(gradients, slopes, 2e-5)
+    close(gradients, want_gradients, 2e-5)
 
 
-def test_tpu_kernels_have_no_race(monkeypatch, capfd):
-    arrays = make(2, 6, 16, 8)
-    got = on_tpu(monkeypatch, arrays, detect_races=True, num_cores_or_threads=2)
-    close(got, without_skip(arrays), 2e-5)
+def test_tpu_kernels_have_no_race(interpret_tpu, capfd):
+    interpret_tpu(detect_races=True, num_cores_or_threads=2)
+    arrays, ids = make(2, 6, 16, 8), IDS[:2, 4:10]
+    call = functools.partial(selective_scan, segment_ids=ids, backend="tpu")
+    close(results(call, arrays), expected(arrays, ids), 2e-5)
     assert "RACE" not in capfd.readouterr().out.upper()
+
+
+ALONG = ("x", "delta", "b", "c")  # arrays with a length
+
+
+def cut(arrays, rows, positions):
+    """The arrays of some rows (a slice) and positions (a slice)."""
+    part = {n: v[rows, positions] if n in ALONG else v for n, v in arrays.items()}
+    return part | dict(initial_state=arrays["initial_state"][rows])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "tpu"])
+def test_packed_documents_match_separate_documents(interpret_tpu, backend):
+    interpret_tpu()
+    arrays = make(2, 11, 16, 8)
+    documents = ((0, 0, 4), (0, 4, 5), (0, 5, 9), (1, 0, 7), (1, 7, 11))  # row, start, end
+    ids = np.zeros((2, 11), int)
+    for number, (row, start, end) in enumerate(documents, 1):
+        ids[row, start:end] = number
+    call = functools.partial(selective_scan, chunk_size=4, backend=backend)
+
+    def separately(**arrays):
+        y, states = jnp.zeros_like(arrays["x"]), jnp.zeros_like(arrays["initial_state"])
+        for row, start, end in documents:
+            part = cut(arrays, slice(row, row + 1), slice(start, end))
+            if start:
+                del part["initial_state"]
+            y_part, state = call(**part)
+            y, states = y.at[row, start:end].set(y_part[0]), states.at[row].set(state[0])
+        return y, states
+
+    packed = functools.partial(call, segment_ids=ids)
+    out, gradients = results(packed, arrays)
+    want, want_gradients = results(separately, arrays)
+    close(out, want, 1e-6)
+    close(gradients, want_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "tpu"])
+@pytest.mark.parametrize("length", [4, 5, 7])
+def test_padding_on_the_right_changes_nothing(interpret_tpu, backend, length):
+    """So that decoding starts from the state that the prompt itself leaves."""
+    interpret_tpu()
+    arrays = make(2, 9, 16, 8)
+    ids = np.zeros((2, 9), int)
+    ids[:, :length] = 1
+    call = functools.partial(selective_scan, chunk_size=4, backend=backend)
+    compiled = jax.jit(call, compiler_options=FAST)
+    y, state = finished(functools.partial(compiled, segment_ids=ids, **arrays))
+    unpadded = cut(arrays, slice(None), slice(0, length))
+    want = finished(functools.partial(compiled, segment_ids=ids[:, :length], **unpadded))
+    tolerance = 1e-6 if backend == "xla_parallel" else 0.0  # its sums are grouped differently
+    close((y[:, :length], state), want, tolerance)
+    assert not y[:, length:].any()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "tpu"])
+def test_padding_has_no_gradient(interpret_tpu, backend):
+    interpret_tpu()
+    arrays, ids = make(2, 9, 16, 8), IDS[:2, 4:13]
+    call = functools.partial(selective_scan, segment_ids=ids, chunk_size=4, backend=backend)
+    _, gradients = results(call, arrays)
+    assert all((gradients[name][ids == 0] == 0).all() for name in ALONG)
+    assert all((gradients[name][ids != 0] != 0).all() for name in ALONG)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +224,14 @@ def test_tpu_kernels_have_no_race(monkeypatch, capfd):
         (jnp.float32, 12, r"state 12; allowed: multiples of 8 up to 128"),
     ],
 )
-def test_the_kernels_say_what_they_cannot_do(dtype, state, match):
+def test_kernel_errors_name_what_is_unsupported(dtype, state, match):
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         shape = jax.ShapeDtypeStruct
         tpu.check(shape((1, 8, 4), dtype), shape((4, state), dtype))
 
 
 @pytest.mark.parametrize("mib, widths", [(16, (512, 128, None)), (64, (512, 512, 128))])
-def test_blocks_are_as_wide_as_fast_memory_allows(monkeypatch, mib, widths):
+def test_blocks_are_as_wide_as_vmem_allows(monkeypatch, mib, widths):
     monkeypatch.setattr(tpu, "vmem_limit", lambda: mib * 3 // 4 << 20)
     shape = jax.ShapeDtypeStruct
     for state, width in zip((16, 32, 128), widths, strict=True):
@@ -147,7 +240,7 @@ def test_blocks_are_as_wide_as_fast_memory_allows(monkeypatch, mib, widths):
             tpu.check(x, shape((1024, state), jnp.float32))
             assert tpu._Specs(x, a, tpu.DEFAULT).width == width
         else:
-            with pytest.raises(Unsupported, match=r"state 128: more than VMEM .*, 12 MiB"):
+            with pytest.raises(Unsupported, match=r"state 128: .* not fit VMEM, 12 MiB"):
                 tpu.check(x, shape((1024, state), jnp.float32))
 
 
@@ -159,14 +252,13 @@ def test_without_skip_or_initial_state():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_pieces_are_the_whole(backend):
+def test_two_pieces_match_the_whole(backend):
     arrays = make()
-    along = ("x", "delta", "b", "c")
-    part = lambda where: {n: v[:, where] if n in along else v for n, v in arrays.items()}
-    call = lambda arrays: selective_scan(**arrays, chunk_size=4, backend=backend)
-    first, state = call(part(slice(0, 7)))
-    second, state = call(part(slice(7, None)) | dict(initial_state=state))
-    close((np.concatenate([first, second], 1), state), call(arrays), 1e-6)
+    call = functools.partial(selective_scan, chunk_size=4, backend=backend)
+    first, state = call(**cut(arrays, slice(None), slice(0, 7)))
+    rest = cut(arrays, slice(None), slice(7, None)) | dict(initial_state=state)
+    second, state = call(**rest)
+    close((np.concatenate([first, second], 1), state), call(**arrays), 1e-6)
 
 
 def test_half_precision_is_rounded_once():
@@ -179,7 +271,7 @@ def test_half_precision_is_rounded_once():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_is_that_of_a_chunk(backend):
+def test_memory_holds_the_states_of_one_chunk(backend):
     arrays = make(1, 1024, 8, 16)
     gradient = jax.grad(lambda arrays: selective_scan(**arrays, backend=backend)[0].sum())
     program = jax.jit(gradient).lower(arrays).compile(FAST)
@@ -204,6 +296,11 @@ OK = make(2, 5, 6, 4)
         (dict(d=OK["a"]), r"d has shape \(6, 4\); allowed: \[channels\]=\[6\]"),
         (dict(initial_state=OK["a"]), r"initial_state has shape .*=\[2, 6, 4\]"),
         (dict(b=OK["b"].astype(int)), r"b has dtype int(32|64); allowed: float32"),
+        (
+            dict(segment_ids=IDS[:2, :4]),
+            r"segment_ids have shape \(2, 4\), dtype int64; allowed: integers .*=\[2, 5\]",
+        ),
+        (dict(segment_ids=OK["x"][..., 0]), r"segment_ids have .* dtype float32; allowed: int"),
         (dict(chunk_size=0), r"chunk_size is 0; allowed: an integer >= 1"),
         (dict(backend="gpu"), r"backend 'gpu' is unknown; for cpu: allowed: auto, xla"),
     ],
@@ -215,7 +312,7 @@ def test_errors_name_the_value_and_what_is_allowed(change, match):
 
 
 @pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers of other chips: make targets"
+    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
 )
 def test_kernels_compile():
     operation_targets.check("scan")

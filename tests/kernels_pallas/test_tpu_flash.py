@@ -26,7 +26,7 @@ def check_all(got, want):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels_are_the_reference(name):
+def test_kernels_match_the_reference(name):
     arrays, static = make(**SIZES | FEATURES[name])
     got = results(kernel(), *split(arrays, static))
     want = exact(arrays, static)
@@ -39,7 +39,7 @@ def test_kernels_are_the_reference(name):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", ["no key for some", "everything"])
-def test_nothing_unwritten_is_read(name):
+def test_uninitialized_memory_is_never_read(name):
     sizes = dict(batch=1, q_length=75, kv_length=141, head_dim=8)
     arrays, static = make(**sizes | FEATURES[name])
     check_all(results(kernel(STRICT), *split(arrays, static)), exact(arrays, static))
@@ -49,7 +49,7 @@ def test_nothing_unwritten_is_read(name):
     "dtype, head_dim",
     [("bfloat16", 64), ("float16", 96), ("bfloat16", 128), ("float16", 192), ("bfloat16", 256)],
 )
-def test_half_precision_is_as_exact_as_xla(dtype, head_dim):
+def test_half_precision_is_as_accurate_as_xla(dtype, head_dim):
     sizes = dict(batch=1, heads=2, kv_heads=1, q_length=150, kv_length=150, head_dim=head_dim)
     arrays, static = make(**sizes)
     arrays = {name: a.astype(jnp.dtype(dtype)) for name, a in arrays.items()}
@@ -58,8 +58,8 @@ def test_half_precision_is_as_exact_as_xla(dtype, head_dim):
     got, xla = results(kernel(), x, spec), results(reference.attention, x, spec)
     dtypes = lambda tree: [a.dtype for a in jax.tree.leaves(tree)]
     assert dtypes(got) == dtypes(xla)
-    # The gradients as one vector: which of them rounds least depends on where the weights are
-    # normalized, before the matmul here and after it there.
+    # The gradients as one vector: which of them has the least rounding depends on where the weights
+    # are normalized, which one implementation does before the matmul and the other after it.
     for part in (0, 1):
         mine, theirs, size = (_distance(a[part], want[part]) for a in (got, xla, _zeros(want)))
         assert mine <= 1.2 * theirs + 1e-6 * size
@@ -82,14 +82,14 @@ def test_lengths(q_length, kv_length):
     check_all(results(kernel(), *split(arrays, static)), exact(arrays, static))
 
 
-def test_keys_come_in_several_calls_where_vmem_is_short():
+def test_keys_are_split_over_calls_if_vmem_is_small():
     arrays, static = make(**SIZES | FEATURES["everything"])
     one_block = dataclasses.replace(PLAIN, key_gradients=1)
     check_all(results(kernel(one_block), *split(arrays, static)), exact(arrays, static))
 
 
-def test_gradients_of_a_part_of_the_keys_add_up():
-    """What ring attention does: each part's gradients by the lse of all keys."""
+def test_gradients_of_parts_of_the_keys_add_up():
+    """As in ring attention: each part's gradients are computed from the lse of all keys."""
     arrays, static = make(**SIZES, kv_heads=2, segments=True, mask=Full())
     x, spec = split(arrays, static)
     dout = jnp.cos(jnp.arange(x.q.size, dtype=jnp.float32)).reshape(x.q.shape)
@@ -115,7 +115,7 @@ def test_gradients_of_a_part_of_the_keys_add_up():
     close(jnp.concatenate((one.v, two.v), 1), want["v"], 2e-5)
 
 
-def test_gradients_are_slopes():
+def test_gradients_match_finite_differences():
     """Along a random direction of all inputs, by central differences of the float64 definition."""
     arrays, static = make(**SIZES | FEATURES["everything"])
     x, spec = split(arrays, static)
@@ -142,7 +142,7 @@ def test_backward_is_deterministic():
     jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
-def test_a_sink_of_minus_infinity_is_none():
+def test_a_sink_of_minus_infinity_has_no_effect():
     arrays, static = make(**SIZES | FEATURES["no key for some"])
     x, spec = split(arrays, static)
     with_sinks = x._replace(sinks=jnp.full(x.q.shape[2], -jnp.inf))
@@ -157,7 +157,7 @@ RACES = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 
 
 def backward_with_two_cores() -> str:
-    """What the interpreter complains of besides what it prints: newer ones raise."""
+    """The text of the error that newer interpreters raise in addition to what they print."""
     x, spec = split(*make(batch=1, q_length=40, kv_length=130, heads=6, kv_heads=3))
     settings = flash.Settings(SMALL, SMALL, interpret=RACES)
     row = jnp.zeros((1, 6, 40))
@@ -182,8 +182,9 @@ def test_backward_has_no_race(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_the_check_for_races_finds_one(capfd, monkeypatch):
-    """Query heads that share a key head add to the same gradient: they must not run at once."""
+def test_the_race_detector_finds_a_race(capfd, monkeypatch):
+    """Query heads that share a key head add to the same gradient, so they must not run in
+    parallel."""
     parallel = functools.partial(layout.compiler_params, sequential_groups=False)
     monkeypatch.setattr(layout, "compiler_params", lambda plan, sequential_groups: parallel(plan))
     raised = backward_with_two_cores()
@@ -201,7 +202,7 @@ def shapes(dtype="bfloat16", head_dim=128, **more):
         (dict(dtype="float64"), None, "dtype float64; allowed: float32, bfloat16, float16"),
         (dict(head_dim=264), None, "head_dim 264; allowed: multiples of 8 up to 256"),
         (dict(head_dim=100), None, "head_dim 100; allowed: multiples of 8"),
-        (dict(bias=1), None, r"a bias array; allowed: Alibi\(slopes\) or none"),
+        (dict(bias=1), None, r"bias is an array; allowed: None or Alibi\(slopes\)"),
         (
             {},
             flash.Settings(forward=Blocks(2048, 4096, 256)),
@@ -214,13 +215,13 @@ def shapes(dtype="bfloat16", head_dim=128, **more):
         ),
     ],
 )
-def test_what_cannot_run_is_one_line(call, settings, match):
+def test_unsupported_calls_have_one_line_errors(call, settings, match):
     with pytest.raises(Unsupported, match=match) as error:
         flash.check(*shapes(**call), settings)
     assert "\n" not in str(error.value)
 
 
-def test_a_list_of_visits_beyond_scalar_memory_is_refused():
+def test_a_list_of_visits_that_exceeds_smem_is_an_error():
     x, spec = shapes()
     long = x._replace(q=jax.ShapeDtypeStruct((1, 2**15, 8, 128), jnp.bfloat16))
     long = long._replace(k=long.q, v=long.q)
@@ -234,11 +235,11 @@ def test_a_list_of_visits_beyond_scalar_memory_is_refused():
 
 @pytest.mark.parametrize("dtype", flash.DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_blocks_of_no_one_s_choice_fit_the_smallest_vmem(dtype, head_dim):
+def test_default_blocks_fit_the_smallest_vmem(dtype, head_dim):
     flash.check(*shapes(dtype, head_dim))
 
 
 @pytest.mark.parametrize("sizes", [(100, 128, 64), (128, 100, 128), (0, 128, 128)])
-def test_sizes_of_blocks(sizes):
+def test_invalid_block_sizes(sizes):
     with pytest.raises(ValueError, match="allowed: q a multiple of sub_q, k one of 128"):
         Blocks(*sizes)

@@ -1,4 +1,4 @@
-"""The TPU kernels split over a mesh: 8 devices equal one."""
+"""The TPU kernels split over a mesh: 8 devices match one."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 from kernels_pallas.partition import mesh_axes
 
 
-def test_eight_devices_equal_one():
+def test_eight_devices_match_one():
     command = [sys.executable, "-m", "tests.kernels_pallas.tpu_mesh"]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 3
-    for name, difference in found.items():
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 3
+    for name, difference in differences.items():
         assert difference < 2e-6, name
 
 
@@ -27,6 +27,6 @@ def test_eight_devices_equal_one():
         (dict(batch=("data",), heads=("data",)), "'data' is named twice"),
     ],
 )
-def test_names_that_are_no_axes(axes, match):
+def test_invalid_axis_names(axes, match):
     with pytest.raises(ValueError, match=match), mesh_axes(**axes):
         pass

@@ -1,4 +1,4 @@
-"""The tuning table: what is looked up, how rows come to be, and the prediction behind them."""
+"""The tuning table: lookups, updates, and the prediction of its rows."""
 
 import pytest
 
@@ -26,7 +26,7 @@ ROW = tuning.Row(
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
-    """Writes rows as the table."""
+    """Returns a function that writes rows as the table."""
     monkeypatch.setattr(tuning, "TABLE", tmp_path / "table.csv")
 
     def put(*rows):
@@ -55,12 +55,12 @@ def test_nearest_row(table):
     assert tuning.lookup("other", "d", "bfloat16", 128, 8192, "causal") is None
 
 
-def test_table_comes_back_as_written(table):
+def test_table_round_trips(table):
     table(ROW, ROW._replace(share=0.25, length=1024))
     assert set(tuning.read()) == {ROW, ROW._replace(share=0.25, length=1024)}
 
 
-def test_measured_rows_stay():
+def test_measured_rows_are_kept():
     measured = ROW._replace(source="measured", q=9)
     assert tune.merge((ROW,), [measured]) == [measured]
     assert tune.merge((measured,), [ROW]) == [measured]
@@ -82,7 +82,7 @@ def test_mask_kinds(mask, kind):
     assert tuning.mask_kind(mask) == kind
 
 
-def test_checked_in_rows_are_sound():
+def test_checked_in_rows_are_valid():
     rows = [row for row in tuning.table() if row.device.startswith("TPU")]
     assert rows
     kinds = {target.device_kind for target in TARGETS.values()}
@@ -95,29 +95,29 @@ def test_checked_in_rows_are_sound():
 
 
 def test_cycles_of_a_call():
-    """Two query blocks, causal: one clear block and two on the diagonal."""
+    """Two causal query blocks: one clear block and two on the diagonal."""
     blocks = Blocks(512, 512, 512)
-    found = visits(Causal(), blocks, 1024, 1024)
-    times = {run.compare: times for (run,), times in zip(found.patterns, (2, 1), strict=True)}
+    plan = visits(Causal(), blocks, 1024, 1024)
+    times = {run.compare: times for (run,), times in zip(plan.patterns, (2, 1), strict=True)}
     assert times == {True: 2, False: 1}
     listing = Bundles(always=10, bodies=(1, 1000, 2000, 3), spills=0, total=0)
-    known = cycles.costs("forward", listing, found)
+    known = cycles.costs("forward", listing, plan)
     slow_unit, fast_unit = 1.0, 1e12
-    spent = cycles.cycles("forward", known, found, blocks, 128, fast_unit)
+    spent = cycles.cycles("forward", known, plan, blocks, 128, fast_unit)
     assert spent == 3 * 10 + 2 * (1 + 3) + 2 * 1000 + 2000
-    least = cycles.cycles("forward", known, found, blocks, 128, slow_unit)
+    least = cycles.cycles("forward", known, plan, blocks, 128, slow_unit)
     assert least >= 3 * 4 * 512 * 512 * 128  # no faster than the matrix unit
     assert cycles.useful_flops("forward", Causal(), 1024, 128) == 2 * 1024**2 * 128
     assert cycles.useful_flops("backward", Window(0), 8, 4) == 10 * 8 * 4
     with pytest.raises(ValueError, match="4 bodies in the listing of flash attention backward"):
-        cycles.costs("backward", listing, found)
+        cycles.costs("backward", listing, plan)
 
 
 @pytest.mark.parametrize(
     "device, least", [("TPU v5 lite", 0.79), ("TPU v5", 0.85), ("TPU v6 lite", 0.36)]
 )
 def test_predicted_share_of_the_peak(device, least):
-    """bf16, head dim 128, causal, 8k; at the clocks of `targets`."""
+    """bf16, head dim 128, causal, 8k tokens, at the clocks in `targets`."""
     row = tuning.lookup("flash_attention_forward", device, "bfloat16", 128, 8192, "causal")
     assert (row.device, row.head_dim, row.length, row.mask) == (device, 128, 8192, "causal")
     assert row.share >= least

@@ -1,4 +1,4 @@
-"""Runs the TPU kernels in an interpreter, and the definition they must equal, for the tests."""
+"""Runs the TPU kernels in an interpreter, and the definition that they must match."""
 
 import functools
 
@@ -17,9 +17,9 @@ from .cases import FAST, FEATURES
 
 SMALL = Blocks(64, 128, 32)
 PLAIN = flash.Settings(SMALL, SMALL, interpret=True)
-# Poisons what no one has written, and waits for data as late as it may.
+# Fills uninitialized memory with nan, and waits for data as late as it may.
 STRICT = flash.Settings(SMALL, SMALL, interpret=pltpu.InterpretParams(uninitialized_memory="nan"))
-# The kernels have no bias array.
+# The kernels do not support bias arrays.
 NAMES = [name for name in FEATURES if "bias" not in name]
 SIZES = dict(q_length=141, kv_length=301, head_dim=16)
 
@@ -31,7 +31,7 @@ def split(arrays, static):
 
 
 def results(run, x, spec: Spec):
-    """((out, lse), gradients of x) of a loss that weighs out and lse unevenly; run(x, spec)."""
+    """((out, lse), gradients of x) for a loss with uneven weights on out and lse; run(x, spec)."""
     floats = lambda x: {n: a for n, a in x._asdict().items() if _is_float(a)}
 
     def loss(arrays):

@@ -1,4 +1,4 @@
-"""The TPU kernels on a mesh of 8 simulated devices against one: the differences, as JSON."""
+"""Compares the TPU kernels on 8 simulated devices with one; prints the differences as JSON."""
 
 import json
 
@@ -26,7 +26,7 @@ FEATURES = dict(
     segments=True,
     offsets=True,
 )
-# name: (mesh, what `mesh_axes` is given or None)
+# name: (mesh, arguments of `mesh_axes` or None)
 MESHES = {
     "data and tensor": (dict(data=2, fsdp=2, tensor=2), None),
     "axes of other names": (dict(rows=4, columns=2), dict(batch=("rows",), heads=("columns",))),
@@ -35,7 +35,7 @@ MESHES = {
 
 
 def difference(mesh, axes, x, spec, want) -> float:
-    """The largest difference of outputs and gradients, by the size of each."""
+    """The largest difference of outputs and gradients, relative to the magnitude of each."""
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
     x = x._replace(**{n: jax.device_put(getattr(x, n), place) for n in ("q", "k", "v")})
     with jax.set_mesh(mesh):
@@ -55,12 +55,12 @@ def difference(mesh, axes, x, spec, want) -> float:
 def main() -> None:
     x, spec = split(*make(**FEATURES))
     want = results(kernel(), x, spec)
-    found = {}
+    differences = {}
     for name, (sizes, axes) in MESHES.items():
         types = (AxisType.Auto,) * len(sizes)
         mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
-        found[name] = difference(mesh, axes, x, spec, want)
-    print(json.dumps(found))
+        differences[name] = difference(mesh, axes, x, spec, want)
+    print(json.dumps(differences))
 
 
 if __name__ == "__main__":
