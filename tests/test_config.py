@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from genai_jax.components import all_components, parse_run
-from genai_jax.config import ConfigError, field, help_text, parse
+from genai_jax.config import ConfigError, field, help_text, name_flags, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,31 @@ def test_a_wrong_value_is_one_line_with_what_is_allowed(flag, said):
     with pytest.raises(ConfigError, match=said) as error:
         read(flag)
     assert "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    low: int = field(0, "The lower bound.")
+    high: int = field(9, "The upper bound.")
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(
+                f"low={self.low} is more than high={self.high}: lower it or set `high`"
+            )
+
+
+def test_fields_that_contradict_each_other_are_named_as_the_flags_of_their_component():
+    for components, said in (
+        ({"one": Pair, "two": Pair}, "--two.low=12 is more than --two.high=9: lower it or set "
+         "--two.high"),
+        ({"run": Pair}, "--low=12 is more than --high=9: lower it or set --high"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as error:
+            parse([said.split()[0]], components)
+        assert str(error.value) == said
+    named = "--first.low=1 and `other`, below=2"
+    assert name_flags(named, "second", Pair) == named
 
 
 def test_flagfiles_nest_and_the_later_line_wins(tmp_path, monkeypatch):

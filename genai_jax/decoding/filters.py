@@ -30,7 +30,9 @@ def filter_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
     return jnp.put_along_axis(jnp.zeros_like(logits), order, ranked, -1, inplace=False)
 
 
-def draw(rngs: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float):
+def sample_tokens(
+    rngs: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
+) -> jax.Array:
     """One token per row, [batch] int32, from one key per row; temperature 0 takes the argmax."""
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)

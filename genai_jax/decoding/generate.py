@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from genai_jax.decoding.filters import draw
+from genai_jax.decoding.filters import sample_tokens
 
 # One pass of a network over new tokens of each row:
 #   (tokens [batch, n], positions [batch, n], lengths [batch], state)
@@ -69,7 +69,7 @@ def generate(
     def body(carry):
         count, tokens, ends, done, logits, state = carry
         rngs = jax.vmap(jax.random.fold_in, (0, None))(row_rngs, count)
-        sampled = draw(rngs, logits, temperature, top_k, top_p)
+        sampled = sample_tokens(rngs, logits, temperature, top_k, top_p)
         tokens = tokens.at[rows, ends].set(jnp.where(done, tokens[rows, ends], sampled))
         real = jnp.where(done, 0, 1)
         next_logits, state = step(sampled[:, None], ends[:, None], real, state)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax.decoding.filters import draw, filter_logits
+from genai_jax.decoding.filters import filter_logits, sample_tokens
 
 
 def support(probabilities, **options) -> list[int]:
@@ -59,8 +59,8 @@ def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
     rngs = jax.random.split(jax.random.key(0), 4000)
     rows = jnp.broadcast_to(logits, (4000, 3))
-    shares = np.bincount(draw(rngs, rows, 1.0, 0, 1.0), minlength=3) / 4000
+    shares = np.bincount(sample_tokens(rngs, rows, 1.0, 0, 1.0), minlength=3) / 4000
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.03)
-    shares = np.bincount(draw(rngs, rows, 1.0, 2, 1.0), minlength=3) / 4000
+    shares = np.bincount(sample_tokens(rngs, rows, 1.0, 2, 1.0), minlength=3) / 4000
     np.testing.assert_allclose(shares, [0.625, 0.375, 0], atol=0.03)
-    assert np.all(draw(rngs, rows, 0, 0, 1.0) == 0)
+    assert np.all(sample_tokens(rngs, rows, 0, 0, 1.0) == 0)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from genai_jax.config import ConfigError
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.slots import (
     Places,
@@ -81,7 +82,7 @@ def apply_experts(
       [batch, length, embed] and [batch, length, choices] bool.
 
     Raises:
-      ValueError: with a capacity, a length that is not divisible into groups.
+      ConfigError: with a capacity, a length that is not divisible into groups.
     """
     apply_local = functools.partial(_apply_local_experts, config, activation)
     if on_one_device():
@@ -142,7 +143,7 @@ def apply_with_capacity(axis, config: MoeConfig, mlp: ExpertMlp, x, choice, weig
     exchanged.
 
     Raises:
-      ValueError: a length that is not divisible into groups.
+      ConfigError: a length that is not divisible into groups.
     """
     _, length, choices = choice.shape
     group = _group_size(config, length)
@@ -165,7 +166,7 @@ def _group_size(config: MoeConfig, length: int) -> int:
         return length
     group = min(config.group_size, length)
     if length % group:
-        raise ValueError(f"a row of {length} tokens is not divisible into groups of {group}")
+        raise ConfigError(f"a row of {length} tokens is not divisible into groups of {group}")
     return group
 
 

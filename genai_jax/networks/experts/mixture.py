@@ -54,7 +54,7 @@ class MixtureOfExperts(nn.Module):
             the tokens beside it.
 
         Raises:
-          ValueError: with a capacity, a length that is not divisible into groups.
+          ConfigError: with a capacity, a length that is not divisible into groups.
         """
         c = self.config
         hidden_dim = c.expert_dim or self.hidden_dim

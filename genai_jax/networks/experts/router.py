@@ -96,7 +96,7 @@ def router_sums(
 
     Args:
       logits: [batch, length, experts].
-      routes: the choices made from them.
+      routes: the choices that follow from them.
       real: [batch, length] bool, False for padding.
       computed: [batch, length, choices] bool, which choices an expert computed.
     """

@@ -127,7 +127,7 @@ class Block(nn.Module):
         batch, frames, points, dim = x.shape
         video = frames > 1
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
-        attends = lambda name, scale=1.0, parallel=self.parallel: Attention(
+        make_attention = lambda name, scale=1.0, parallel=self.parallel: Attention(
             c.num_heads, c.head_dim, c.qk_norm, scale, self.backend, self.dtype, parallel, name=name
         )
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *in_time = Modulation(
@@ -135,18 +135,20 @@ class Block(nn.Module):
         )(context.vector)
 
         normed = modulate(x, shift, scale).reshape(batch * frames, points, dim)
-        update = attends("attention")(normed, rotate_by=context.space_rotation).reshape(x.shape)
+        update = make_attention("attention")(normed, rotate_by=context.space_rotation).reshape(
+            x.shape
+        )
         x = x + dropout(gated(gate, checkpoint_name(update, "attention")))
         if text is not None:
             zero = jnp.zeros_like(shift)
             normed = modulate(x, zero, zero).reshape(batch, frames * points, dim)
             # Its output is initialized to zero, which replaces a gate.
-            update = attends("cross_attention", 0.0)(normed, text, context.text_mask)
+            update = make_attention("cross_attention", 0.0)(normed, text, context.text_mask)
             x = x + dropout(update.reshape(x.shape))
         if video:
             normed = modulate(x, *in_time[:2]).swapaxes(1, 2).reshape(-1, frames, dim)
-            attend_in_time = attends("time_attention", parallel=None)
-            update = attend_in_time(normed, rotate_by=context.time_rotation)
+            time_attention = make_attention("time_attention", parallel=None)
+            update = time_attention(normed, rotate_by=context.time_rotation)
             update = update.reshape(batch, points, frames, dim).swapaxes(1, 2)
             x = x + dropout(gated(in_time[2], update))
         mlp = Mlp(c.mlp_dim or 4 * dim, "gelu", True, 1.0, self.dtype, name="mlp")
@@ -166,9 +168,9 @@ class JointBlock(nn.Module):
     parallel: ParallelConfig = ParallelConfig()
 
     @nn.compact
-    def __call__(self, x: tuple[jax.Array, jax.Array], state: None, context: DitContext):
+    def __call__(self, tokens: tuple[jax.Array, jax.Array], state: None, context: DitContext):
         c = self.config
-        image, text = x
+        image, text = tokens
         batch, _, points, dim = image.shape
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         streams, modulations, projected = {"image": image[:, 0], "text": text}, {}, []
@@ -255,12 +257,7 @@ class Dit(nn.Module):
             raise ValueError("joint text streams are for images and signals; video needs cross")
         self._check_sequence(tokens.shape[2], "joint text" if joint else "video" * (frames > 1))
         h = Dense((c.embed_dim,), use_bias=True, dtype=self.dtype, name="patch_embed")(tokens)
-        if c.positions == "sinusoidal":
-            h = h + axial_sinusoidal(grid, c.embed_dim).astype(self.dtype)
-            if frames > 1:
-                in_time = axial_sinusoidal((frames,), c.embed_dim)[:, None]
-                h = h + in_time.astype(self.dtype)
-        h = nn.with_logical_constraint(h, TOKEN_AXES)
+        h = nn.with_logical_constraint(self._add_positions(h, grid, frames), TOKEN_AXES)
         context = DitContext(embedded.vector, None if joint else embedded.text, embedded.text_mask)
         stack = self._stack(JointBlock if joint else Block)
         rotate = functools.partial(self._add_rotations, grid=grid, frames=frames)
@@ -289,6 +286,15 @@ class Dit(nn.Module):
                 f"{points} patches of size {self.config.patch_size} are not divisible by "
                 f"{describe_axis(SEQUENCE)}"
             )
+
+    def _add_positions(self, h: jax.Array, grid: tuple[int, ...], frames: int) -> jax.Array:
+        c = self.config
+        if c.positions != "sinusoidal":
+            return h
+        h = h + axial_sinusoidal(grid, c.embed_dim).astype(self.dtype)
+        if frames > 1:
+            h = h + axial_sinusoidal((frames,), c.embed_dim)[:, None].astype(self.dtype)
+        return h
 
     def _stack(self, block: type[nn.Module]) -> BlockStack:
         c = self.config
@@ -351,7 +357,7 @@ _BLOCK = (
     (r"modulation/dense/bias", (None, "mlp")),
 )
 
-# Parameter path -> logical axes. The first pattern found in the path decides.
+# Parameter path -> logical axes. The first pattern that matches in the path decides.
 PARTITION_RULES = (
     *((f"condition/{path}", axes) for path, axes in conditioning.PARTITION_RULES),
     *attention.stacked("blocks/", _BLOCK, "layers"),

@@ -168,7 +168,7 @@ class TransformerConfig:
 
     @property
     def width_growth(self) -> float:
-        """Divides outputs, and multiplies the variance of the matrix that makes them."""
+        """Divides outputs, and multiplies the variance of the matrix that computes them."""
         return self.growth.get("embed", 1.0)
 
     @property

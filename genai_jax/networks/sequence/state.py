@@ -36,7 +36,7 @@ class RecurrentState(NamedTuple):
     It can be rewound by as many tokens as it keeps earlier values: `rewind` of `empty`.
 
     Attributes:
-      values: a pytree of arrays [batch, rewind + 1, ...]; the value after t tokens is at
+      values: a pytree of float arrays [batch, rewind + 1, ...]; the value after t tokens is at
         t % (rewind + 1).
       length: [batch] int32, tokens of each row so far.
     """

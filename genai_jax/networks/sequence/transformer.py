@@ -158,7 +158,7 @@ class Transformer(nn.Module):
           state: what `empty_state` or an earlier call returned; positions[:, 0] says where each row
             continues.
           lengths: [batch] real tokens of each row, which come first; the rest is padding, which
-            does not enter the state. None: all are real.
+            does not enter the state. None: all are real. Not for use with the zigzag order.
 
         Raises:
           ConfigError: sizes that the mesh does not divide.

@@ -82,6 +82,12 @@ def test_unrolling_and_recomputing_change_neither_output_nor_gradient(network):
         )
 
 
+def test_joint_text_streams_are_refused_for_video():
+    model = NETWORKS["dit"](told=TOLD, text_mode="joint")
+    with pytest.raises(ValueError, match="joint text streams are for images and signals"):
+        shapes_of(model, *arguments("video"))
+
+
 @both
 def test_dropout_acts_where_an_rng_is_given(network):
     model = NETWORKS[network](dropout=0.5)

@@ -12,10 +12,14 @@ sys.path.insert(0, ".")
 
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
+from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.parallel.pipeline import pipeline
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
+from tests.networks.sequence.recurrence import NAME
 from tests.training.eight_devices import difference
 
 ROWS, LENGTH, STEPS = 8, 48, 2  # no other size is 48: see `whole_lengths`
@@ -161,6 +165,39 @@ def pipelined(stages: int, microbatches: int, repeats: int) -> float:
     return difference(*results)
 
 
+def hybrid_pipeline() -> float:
+    """Difference of a pipeline over the periods of a pattern of mixers and the plain stack."""
+    config = TransformerConfig(
+        num_layers=4, embed_dim=16, num_heads=2, pattern=f"{NAME},attention", remat="full"
+    )
+    model = Transformer(config, 11, parallel=ParallelConfig(repeats=1, microbatches=2))
+    batch = text_batch(0)
+    tokens = batch["tokens"] % 11
+    apply = lambda p: model.apply({"params": p}, tokens, batch["positions"], batch["segment_ids"])
+    both = lambda p: (lambda out: (jnp.mean(jnp.sin(out)), out))(apply(p)[0])
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    results = []
+    for sizes in ({}, dict(data=4, stage=2)):
+        devices = jax.devices() if sizes else jax.devices()[:1]
+        with mesh_context(make_mesh(MeshConfig(**{"data": 1} | sizes), devices)):
+            results.append(jax.jit(jax.value_and_grad(both, has_aux=True))(params))
+    return difference(*results)
+
+
+def refused_experts() -> str:
+    """What is said of a mixture of experts over the stages of a pipeline."""
+    config = TransformerConfig(num_layers=2, embed_dim=16, num_heads=2)
+    model = Transformer(config, 11, moe=MoeConfig(num_experts=2))
+    tokens = jnp.zeros((8, 4), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    try:
+        with mesh_context(make_mesh(MeshConfig(data=4, stage=2), jax.devices())):
+            jax.eval_shape(model.apply, variables, tokens)
+    except ConfigError as error:
+        return str(error)
+    return "not refused"
+
+
 def refusal(mesh: dict, *flags: str) -> str:
     try:
         made(mesh, *flags)
@@ -180,10 +217,12 @@ def main():
             if name == "ring, mixed":
                 report["mixed"] = facts(program)
     report["pipelines"] = [pipelined(*sizes) for sizes in ((2, 1, 1), (4, 4, 2), (2, 8, 4))]
+    report["hybrid"] = hybrid_pipeline()
     report["refused"] = {
         name: refusal(mesh, *(() if name == "unused" else LANGUAGE), *more)
         for name, (mesh, *more) in REFUSED.items()
     }
+    report["refused"]["experts"] = refused_experts()
     print(json.dumps(report))
 
 

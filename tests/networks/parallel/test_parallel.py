@@ -10,6 +10,7 @@ REFUSALS = {
     "layers": "6 layers are not divisible by 4: mesh axis `stage` of size 4 x 1 repeats",
     "microbatches": "8 rows is not divisible by 4 microbatches x 4 device(s)",
     "repeats": "at least as many microbatches as stages: mesh axis `stage` of size 4, but 2",
+    "experts": "mesh axis `stage` of size 2: a mixture of experts cannot run as a pipeline",
     "unused": "--mesh.sequence=2 splits nothing of this task",
 }
 
@@ -41,6 +42,10 @@ def test_a_pipeline_is_its_layers(report):
     """In values and gradients, plain and circular."""
     assert len(report["pipelines"]) == 3
     assert max(report["pipelines"]) < 1e-5, report["pipelines"]
+
+
+def test_a_pipeline_of_a_pattern_is_its_periods(report):
+    assert report["hybrid"] < 1e-5
 
 
 @pytest.mark.parametrize("name", REFUSALS)

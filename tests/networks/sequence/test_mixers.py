@@ -42,7 +42,7 @@ REWIND = 3
 
 
 @functools.cache
-def made(name: str, **changes):
+def build(name: str, **changes):
     config = dataclasses.replace(
         TINY, pattern=PATTERNS[name], num_layers=LAYERS.get(name, 4), **changes
     )
@@ -63,7 +63,7 @@ def decode(model, variables, state, tokens, starts, lengths=None):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_prefill_of_padded_prompts_and_single_steps_equal_the_full_pass(name):
-    model, variables = made(name)
+    model, variables = build(name)
     expected = logits_of(model, variables, TOKENS)
     ends = np.array([3, 7])
     padded = jnp.where(jnp.arange(7) < ends[:, None], TOKENS[:, :7], 5)  # 5: padding that shows
@@ -83,7 +83,7 @@ def test_prefill_of_padded_prompts_and_single_steps_equal_the_full_pass(name):
 
 @every_pattern
 def test_generation_equals_repeated_full_passes(name):
-    model, variables = made(name)
+    model, variables = build(name)
     prompts, lengths = jnp.array([[1, 0, 0, 0], [1, 5, 2, 9], [3, 3, 0, 0]]), jnp.array([1, 4, 2])
 
     def step(tokens, positions, lengths, state):
@@ -102,7 +102,7 @@ def test_generation_equals_repeated_full_passes(name):
 
 @every_pattern
 def test_selected_rows_continue_as_the_rows_they_came_from(name):
-    model, variables = made(name)
+    model, variables = build(name)
     expected = logits_of(model, variables, TOKENS)
     _, state = decode(model, variables, fresh_state(model), TOKENS[:, :6], [0, 0], [4, 6])
     rows, ends = jnp.array([1, 0, 1]), jnp.array([6, 4, 6])
@@ -114,7 +114,7 @@ def test_selected_rows_continue_as_the_rows_they_came_from(name):
 
 @every_pattern
 def test_a_rewound_state_continues_as_if_the_tokens_had_never_come(name):
-    model, variables = made(name)
+    model, variables = build(name)
     expected = logits_of(model, variables, TOKENS)
     _, state = decode(model, variables, fresh_state(model, rewind=REWIND), TOKENS[:, :5], [0, 0])
     guesses = jnp.array([[3, 3, 3], [8, 8, 8]])
@@ -137,14 +137,14 @@ def test_what_a_recurrent_state_cannot_take_back():
         assert np.isnan(state.rewind(jnp.array([length])).value)
     with pytest.raises(ValueError, match=r"cannot be rewound: make it with `empty_state"):
         RecurrentState.empty(jnp.zeros((1, 1))).rewind(jnp.array([0]))
-    model, _ = made("hybrid")
+    model, _ = build("hybrid")
     with pytest.raises(ValueError, match="cannot be rewound"):
         fresh_state(model).rewind(jnp.array([0, 0]))
 
 
 @more_patterns
 def test_documents_of_a_row_do_not_see_each_other(name):
-    model, variables = made(name)
+    model, variables = build(name)
     positions = jnp.array([[*range(5), *range(7)]] * 2)
     segment_ids = jnp.array([[1] * 5 + [2] * 7] * 2)
     packed = logits_of(model, variables, TOKENS, positions, segment_ids)
@@ -155,7 +155,7 @@ def test_documents_of_a_row_do_not_see_each_other(name):
 def test_parameters_are_stacked_by_their_place_in_the_period():
     shapes = lambda name: {
         path_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(made(name)[1]["params"])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(build(name)[1]["params"])
     }
     assert shapes("attention")["layers/attention/query/kernel"] == (4, 16, 4, 4)
     assert shapes("recurrence")["layers/linear_recurrence/decay"] == (4, 16)
@@ -168,7 +168,7 @@ def test_parameters_are_stacked_by_their_place_in_the_period():
 
 @more_patterns
 def test_every_parameter_has_a_rule(name):
-    model, variables = made(name, use_bias=True, qk_norm=True, norm="layernorm", activation="gelu")
+    model, variables = build(name, use_bias=True, qk_norm=True, norm="layernorm", activation="gelu")
     axes = logical_axes(variables["params"], partition_rules(model.config))
     stacked = jax.tree.leaves(axes["layers"], is_leaf=lambda a: isinstance(a, tuple))
     assert {a[0] for a in stacked} == {"layers"}
@@ -176,7 +176,7 @@ def test_every_parameter_has_a_rule(name):
 
 @more_patterns
 def test_unrolling_and_recomputing_change_neither_output_nor_gradient(name):
-    model, variables = made(name)
+    model, variables = build(name)
 
     def gradient(**changes):
         other = model.clone(config=dataclasses.replace(model.config, **changes))
@@ -191,7 +191,7 @@ def test_unrolling_and_recomputing_change_neither_output_nor_gradient(name):
 
 
 def test_routers_are_collected_wherever_they_are():
-    model = made("period_of_three")[0].clone(moe=MoeConfig(num_experts=3))
+    model = build("period_of_three")[0].clone(moe=MoeConfig(num_experts=3))
     params = fresh_params(model)
     apply = lambda p, **options: model.apply({"params": p}, TOKENS, mutable=["router"], **options)
     _, written = jax.jit(apply)(params)
@@ -223,7 +223,7 @@ def test_an_encoder_sees_everything_but_padding_and_takes_vectors():
 
 
 def test_tokens_are_their_embeddings():
-    model, variables = made("attention")
+    model, variables = build("attention")
     x = model.apply(variables, TOKENS, method="embed_tokens")
     hidden, _ = model.apply(variables, x, method="from_embeddings")
     np.testing.assert_array_equal(
@@ -232,7 +232,7 @@ def test_tokens_are_their_embeddings():
 
 
 def test_flops_are_those_of_each_mixer():
-    hybrid = made("hybrid")[0].config
+    hybrid = build("hybrid")[0].config
     plain = transformer_forward_flops(dataclasses.replace(hybrid, pattern=None), 11, 8)
     parts = transformer_forward_flops(hybrid, 11, 8)
     assert parts["attention"] == plain["attention"] / 2

@@ -56,16 +56,16 @@ class State(Protocol):
         """The state after only the first lengths [batch] tokens of each row (speculation).
 
         Raises:
-          ValueError: a state that was not made to be rewound.
+          ValueError: a state that keeps no past.
         """
 
 
 class Mixer(Protocol):
     """A Flax module that mixes tokens: [batch, length, embed] -> the same shape.
 
-    It is made as `mixer(config=, backend=, dtype=, parallel=, name=)`: the network's configuration
-    (a `TransformerConfig`), the backend of `kernels_pallas`, the dtype of matmuls, and the
-    `ParallelConfig`, whose `token_order` is the order in which tokens come.
+    Its constructor takes the keywords config, backend, dtype, parallel and name: the network's
+    `TransformerConfig`, the backend of `kernels_pallas`, the dtype of matmuls, and the
+    `ParallelConfig`. Tokens come in the order of `parallel.axes.token_order`.
     """
 
     # Parameter path below the mixer -> logical axes of one layer. The first match decides.
