@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import traceback
 import urllib.error
 import urllib.request
@@ -199,12 +200,24 @@ def join_processes(config: DistributedConfig) -> Iterator[None]:
             shutdown_timeout_seconds=config.timeout_s,
         )
         if jax.default_backend() == "cpu":
+            _keep_stdout_clean()
             # There only process 0 finds its programs again, and gloo gives up on a process that is
             # 30 s late: all are to compile at the same time.
             jax.config.update("jax_enable_compilation_cache", False)
         yield
         jax.distributed.shutdown()
     call.bye()
+
+
+def _keep_stdout_clean():
+    """Sends what libraries print to standard error: Gloo reports every connection that it makes.
+
+    Standard output stays for what the command itself prints.
+    """
+    sys.stdout.flush()
+    original = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(original, "w", buffering=1, encoding=sys.stdout.encoding)
 
 
 @contextlib.contextmanager

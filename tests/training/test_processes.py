@@ -47,22 +47,25 @@ def free_port() -> int:
 
 
 class Processes:
-    """One run by several processes of 8 / count devices."""
+    """One command by several processes of 8 / count devices."""
 
-    def __init__(self, count: int, *flags: str):
+    def __init__(self, count: int, *flags: str, command: str = "train"):
         address = f"--distributed.coordinator=127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "genai_jax.train", *flags, address]
+        command = [sys.executable, "-m", f"genai_jax.{command}", *flags, address]
         self.said = [""] * count  # stderr of each, so far
+        self.printed = [""] * count  # stdout of each
         self.processes = [
             subprocess.Popen(
                 [*command, f"--distributed.num_processes={count}", f"--distributed.process_id={i}"],
                 env=environment(devices=8 // count), cwd=ROOT, text=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for i in range(count)
         ]  # fmt: skip
         self.threads = [
-            threading.Thread(target=self._listen, args=(i,), daemon=True) for i in range(count)
+            threading.Thread(target=listen, args=(i,), daemon=True)
+            for i in range(count)
+            for listen in (self._listen, self._read)
         ]
         for thread in self.threads:
             thread.start()
@@ -70,6 +73,9 @@ class Processes:
     def _listen(self, index: int):
         for line in self.processes[index].stderr:
             self.said[index] += line
+
+    def _read(self, index: int):
+        self.printed[index] = self.processes[index].stdout.read()
 
     def wait_until(self, condition, seconds: float = 400):
         deadline = time.monotonic() + seconds
@@ -187,3 +193,20 @@ def test_a_worker_that_never_joins_is_named_by_the_command(tmp_path):
     ours = (*place, "--distributed.process_id=0", "--distributed.timeout_s=1")
     _, err = run("train", *ours, f"--workdir={tmp_path}", code=2)
     assert err.strip() == "error: process 1 of 2 did not join within 1 s"
+
+
+def test_a_run_is_evaluated_and_sampled_by_two_processes_as_by_one(whole):
+    workdir = f"--workdir={whole[0]}"
+    request = ("--prompt=the cat", "--num_samples=3", "--max_tokens=12", "--temperature=0.8")
+    for command, flags in (("evaluate", ("--batches=2",)), ("sample", request)):
+        alone, _ = run(command, workdir, *flags)
+        two = Processes(2, workdir, *flags, command=command)
+        assert two.wait() == [0, 0], two.said
+        assert two.printed[1] == ""  # one of them prints
+        if command == "sample":
+            assert two.printed[0] == alone and alone.count("the cat") == 3
+            continue
+        ours, theirs = json.loads(two.printed[0]), json.loads(alone)
+        assert ours.keys() == theirs.keys()
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
