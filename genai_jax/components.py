@@ -46,14 +46,11 @@ class RunConfig:
     )
     workdir: str = field("", "Folder of the run.", changeable=True)
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
-    init_from: str | None = field(
-        None, "Workdir of a run whose parameters this one begins with.", changeable=True
-    )
+    init_from: str | None = field(None, "Workdir of a run whose parameters this one begins with.")
     init_map: str | None = field(
         None,
         "What to take from --init_from: comma-separated parameter paths, SOURCE or SOURCE:TARGET "
         "(model:teacher); every group that both runs have if unset.",
-        changeable=True,
     )
 
 

@@ -4,7 +4,6 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -151,7 +150,7 @@ class Run:
                 self._say(f"stopped by signal {stopping} at step {step}")
                 return
 
-    def _log_step(self, step: int, report, collected: Mapping, write: bool = True) -> dict:
+    def _log_step(self, step: int, report, collected: dict, write: bool = True) -> dict:
         """Reads and checks the report of a step, and writes its row if it is a logged one."""
         try:
             metrics = {**self.reader.read(step, report), **collected}
@@ -195,9 +194,8 @@ class Run:
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
-        clock = {
-            "seconds": elapsed, "unfinished_row": self.unfinished_row, "rare": self.reader.rare,
-        }  # fmt: skip
+        clock = {"seconds": elapsed, "rare": self.reader.rare}
+        clock["unfinished_row"] = self.unfinished_row
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), clock, loss)
         except Exception as error:
