@@ -81,7 +81,10 @@ class Checkpointer:
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
-            item_names=("state", "data", "clock", "checksums"),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
+            },
         )
         self._frozen_folder = directory.with_name("frozen")
         self._read_only = read_only
@@ -266,7 +269,8 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=not self._read_only, read_only=self._read_only
         )
-        return ocp.CheckpointManager(self._frozen_folder, options=options, item_names=("params",))
+        handlers = {"params": ocp.PyTreeCheckpointHandler()}
+        return ocp.CheckpointManager(self._frozen_folder, options=options, item_handlers=handlers)
 
     def _save_frozen(self, frozen: Any):
         args = self._ocp.args
