@@ -151,8 +151,8 @@ def request_class(cls: type, kind: str) -> type:
 
 def recorded_task(workdir: str, flag: str = "--workdir") -> str:
     """The task that the run in `workdir` says it is; nothing is imported."""
-    lines = flags_path(workdir, flag).read_text(encoding="utf-8").splitlines()
-    return last_value(lines, "task") or DEFAULT_TASK
+    argv = expand_flagfiles([f"--flagfile={flags_path(workdir, flag)}"])
+    return last_value(argv, "task") or DEFAULT_TASK
 
 
 def read_config(

@@ -64,20 +64,10 @@ def test_training_refuses(refuse, base, tmp_path, flags, said):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_flag_of_another_task_is_refused(refuse, base, monkeypatch):
-    import dataclasses
-
-    from genai_jax import tasks
-    from genai_jax.config import field
-
-    @dataclasses.dataclass(frozen=True)
-    class OtherConfig:
-        width: int = field(1, "")
-
-    other = type("Other", (), {"components": {"other": OtherConfig}})
-    monkeypatch.setitem(tasks.TASKS, "other", other)
-    said = refuse("train", *base, "--other.width=2")
-    assert "--other.width is not used by --task=language_model" in said and "transformer" in said
+def test_a_flag_of_another_task_is_refused(refuse, base):
+    said = refuse("train", *base, "--dit.num_layers=2")
+    assert "--dit.num_layers is not a flag of --task=language_model" in said
+    assert "its components are run, train," in said and "transformer" in said
 
 
 def test_flagfiles_that_are_empty_or_circular(refuse, base, tmp_path):
@@ -125,6 +115,16 @@ def test_a_batch_that_the_devices_do_not_divide(base):
 def test_commands_on_what_is_not_a_run(refuse, tmp_path, name):
     assert "--workdir is not set" in refuse(name)
     assert "it has no flags.txt" in refuse(name, f"--workdir={tmp_path}")
+
+
+def test_a_workdir_does_not_decide_what_is_imported(refuse, tmp_path):
+    """Neither by its flags nor by a flagfile that they name."""
+    nested = tmp_path / "nested.flags"
+    nested.write_text("--task=no_such_module_x:Task\n")
+    for line in (nested.read_text(), f"--flagfile={nested}\n"):
+        (tmp_path / "flags.txt").write_text(line)
+        said = refuse("evaluate", f"--workdir={tmp_path}")
+        assert "is a run of --task=no_such_module_x:Task, code outside of genai_jax" in said
 
 
 def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from genai_jax import evaluate, sample, train
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language.causal import LanguageModel
+from genai_jax.tasks.language.data import TextData
 from tests.commands import TINY, run, start
 
 SPEED = ("perf/",)
@@ -153,10 +153,10 @@ def test_a_signal_saves_and_the_same_command_goes_on_bit_for_bit(
 
 
 def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp_path, monkeypatch):
-    batches = LanguageModel.evaluation_batches
+    held_out = TextData.held_out
 
-    def interrupted(task, count, rows):
-        for i, batch in enumerate(batches(task, count, rows)):
+    def interrupted(data, max_batches, rows):
+        for i, batch in enumerate(held_out(data, max_batches, rows)):
             assert i < 2, "the evaluation went on"
             if i == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -165,7 +165,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp
 
     command = [*flags(text_folder), f"--workdir={tmp_path}"]
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "evaluation_batches", interrupted)
+        patch.setattr(TextData, "held_out", interrupted)
         assert train.main(command) == 143
     assert steps_in(tmp_path) == [4, 6] and [row["step"] for row in rows(tmp_path)] == [2, 4]
     assert train.main([*command, "--data.prefetch=0"]) == 0

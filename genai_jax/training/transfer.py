@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from genai_jax.config import Config, ConfigError, parse
+from genai_jax.config import Config, ConfigError, expand_flagfiles, parse
 from genai_jax.tasks.protocol import Params, PyTree, Task, Transfer
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema import EmaConfig
@@ -143,8 +143,8 @@ def _by_flag(task: Task, config: Config, shapes: Params) -> list[Transfer]:
 
 def _average_in_use(workdir: str) -> str | None:
     """The average that --ema.use of a run names; its other flags are not looked at."""
-    lines = flags_path(workdir, FLAG).read_text(encoding="utf-8").splitlines()
-    ema = [line for line in lines if line.startswith("--ema.")]
+    argv = expand_flagfiles([f"--flagfile={flags_path(workdir, FLAG)}"])
+    ema = [argument for argument in argv if argument.startswith("--ema.")]
     return parse(ema, {"ema": EmaConfig})[0].ema.use or None
 
 

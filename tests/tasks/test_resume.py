@@ -38,5 +38,5 @@ def test_resumed_metrics_equal_those_of_an_uninterrupted_run(tmp_path, capsys):
         assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
     assert evaluate.main([f"--workdir={whole}", "--batches=1"]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] > 0
-    with pytest.raises(ConfigError, match="--max_tokens is not used by a run of --task=few_step"):
+    with pytest.raises(ConfigError, match="--max_tokens is not a flag of a run of --task=few_step"):
         sample.main([f"--workdir={whole}", "--max_tokens=3"])

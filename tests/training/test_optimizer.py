@@ -13,13 +13,13 @@ from genai_jax.training.optimizer import (
     make_optimizer,
 )
 
-AXES = {
-    "embed": ("vocabulary", "embed"),
-    "kernel": ("layers", "embed", "mlp"),
-    "out": ("layers", "heads", "head_dim", "embed"),
-    "scale": ("layers", "embed"),
-    "experts": ("layers", "experts", "mlp", "embed"),
-}
+RULES = (
+    ("^embed$", ("vocabulary", "embed")),
+    ("^kernel$", ("layers", "embed", "mlp")),
+    ("^out$", ("layers", "heads", "head_dim", "embed")),
+    ("^scale$", ("layers", "embed")),
+    ("^experts$", ("layers", "experts", "mlp", "embed")),
+)
 PARAMS = {
     name: 0.1 * jax.random.normal(jax.random.key(i), shape)
     for i, (name, shape) in enumerate(
@@ -51,7 +51,7 @@ def test_schedules_follow_their_formulas():
 def test_every_optimizer_lowers_a_loss(name):
     rate = {"sgd": 0.5, "muon": 0.1}.get(name, 0.02)
     config = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=0, weight_decay=0.0)
-    optimizer = make_optimizer(config, 50, AXES)
+    optimizer = make_optimizer(config, 50, RULES)
     target = jax.tree.map(lambda x: x + 0.3, PARAMS)
     loss = lambda p: sum(
         jnp.sum(jnp.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True)
@@ -75,7 +75,7 @@ def test_weight_decay_shrinks_matrices_alone(name):
         name=name, learning_rate=0.1, warmup_steps=0, weight_decay=0.5, schedule="constant"
     )
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    optimizer = make_optimizer(config, 10, AXES)
+    optimizer = make_optimizer(config, 10, RULES)
     update = jax.jit(optimizer.update)
     _, state = update(zeros, optimizer.init(PARAMS), PARAMS)
     updates, _ = update(zeros, state, PARAMS)  # the second: momentum must not gather decay
@@ -89,7 +89,7 @@ def test_muon_makes_every_layer_and_expert_of_a_stack_orthogonal_on_its_own():
         name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0
     )
     grads = jax.tree.map(lambda x: 3 * x, PARAMS)
-    optimizer = make_optimizer(config, 10, AXES)
+    optimizer = make_optimizer(config, 10, RULES)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(PARAMS), PARAMS)
     for layer in range(2):
         matrices = [updates["kernel"][layer], updates["out"][layer].reshape(6, 4)]
@@ -104,7 +104,7 @@ def test_clipping_bounds_the_update():
     config = OptimizerConfig(
         name="sgd", learning_rate=1.0, warmup_steps=0, weight_decay=0, clip_norm=0.5, momentum=0
     )
-    optimizer = make_optimizer(config, 10, AXES)
+    optimizer = make_optimizer(config, 10, RULES)
     updates, _ = optimizer.update(
         jax.tree.map(lambda x: 100 * x, PARAMS), optimizer.init(PARAMS), PARAMS
     )

@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from genai_jax import evaluate, sample, train
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import MESH_AXES
 from tests.commands import TINY, run
@@ -41,7 +40,7 @@ def assert_member(rows: list[dict], member: int, alone: list[dict]):
 
 @pytest.mark.smoke
 def test_members_with_seeds_equal_their_own_runs(text, tmp_path, capsys):
-    """Parameters, dropout and data order of a member are its seed's; so are draws and scores."""
+    """Parameters, dropout and data order of a member are its seed's; so are samples and scores."""
     flags = (*text, "--transformer.dropout=0.1")
     rows = run_to(tmp_path / "all", 4, *flags, "--population.size=3")
     assert rows[-1]["train/loss"] == pytest.approx(
@@ -115,10 +114,14 @@ def test_a_population_that_contradicts_itself_is_refused(flags, said, text, tmp_
 
 
 def test_a_mesh_that_splits_a_member_is_refused(text):
-    population = Population(LanguageModel, parse_run([*text, "--population.size=3"]))
+    config = parse_run([*text, "--population.size=3"])
     sizes = dict.fromkeys(MESH_AXES, 1)
-    population.check_mesh(AbstractMesh(tuple((sizes | {"data": 3}).values()), MESH_AXES))
+
+    def population(**split):
+        mesh = AbstractMesh(tuple((sizes | split).values()), MESH_AXES)
+        return Population(make_task(config), config, mesh)
+
     with pytest.raises(ConfigError, match=r"--population.size=3 is not divisible by --mesh.data=2"):
-        population.check_mesh(AbstractMesh(tuple((sizes | {"data": 2}).values()), MESH_AXES))
+        population(data=2)
     with pytest.raises(ConfigError, match=r"--mesh.fsdp=2: a member of a population is whole"):
-        population.check_mesh(AbstractMesh(tuple((sizes | {"fsdp": 2}).values()), MESH_AXES))
+        population(fsdp=2)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.tasks.protocol import Phase
+from genai_jax.tasks.protocol import LossOutput, Phase
 from genai_jax.training.ema import EmaConfig
 from genai_jax.training.step import init_state, make_step, phase_ran
 
@@ -19,13 +19,14 @@ RATE = 0.1
 def dirac_gan(penalty: float) -> tuple[Phase, ...]:
     """The Dirac-GAN of Mescheder et al. 2018: real data at 0, a generator theta, a critic psi x."""
 
-    def critic_loss(params, mutables, batch, rng):
+    def critic_loss(params, mutables, batch, info):
         psi, theta = params["critic"], params["generator"]
         loss = -jax.nn.log_sigmoid(psi * 0.0) - jax.nn.log_sigmoid(-psi * theta)
-        return loss + penalty / 2 * psi**2, ({}, mutables)
+        return LossOutput(loss + penalty / 2 * psi**2, {}, mutables)
 
-    def generator_loss(params, mutables, batch, rng):
-        return jax.nn.log_sigmoid(-params["critic"] * params["generator"]), ({}, mutables)
+    def generator_loss(params, mutables, batch, info):
+        loss = jax.nn.log_sigmoid(-params["critic"] * params["generator"])
+        return LossOutput(loss, {}, mutables)
 
     return (
         Phase("critic", ("critic",), critic_loss, optax.sgd(RATE)),
@@ -73,9 +74,10 @@ def test_alternating_dirac_gan_has_the_eigenvalues_of_the_closed_form(penalty, e
 def quadratic(name, group, every=1, repeats=1, optimizer=None):
     """Half the squared distance of params[group] to the mean of the batch."""
 
-    def loss(params, mutables, batch, rng):
+    def loss(params, mutables, batch, info):
         value = 0.5 * jnp.mean(jnp.square(params[group] - batch["x"]))
-        return value, ({"mean": batch["x"].mean(), "noise": jax.random.normal(rng)}, mutables + 1)
+        metrics = {"mean": batch["x"].mean(), "noise": jax.random.normal(info.rng)}
+        return LossOutput(value, metrics, mutables + 1)
 
     return Phase(name, (group,), loss, optimizer or optax.sgd(RATE), every, repeats)
 
@@ -86,10 +88,10 @@ BATCH = {"x": jnp.arange(8.0)}
 def test_a_phase_changes_its_own_groups_alone():
     phases = (quadratic("a", "one"),)
     state = begin(phases, {"one": 1.0, "two": 2.0}, 0)
-    state, metrics = jax.jit(make_step(phases))(state, BATCH)
+    state, report = jax.jit(make_step(phases))(state, BATCH)
     assert float(state.params["one"]) == pytest.approx(1 - RATE * (1 - 3.5))
     assert float(state.params["two"]) == 2.0
-    assert set(metrics) == {"loss", "grad_norm", "mean", "noise"}
+    assert set(report.metrics) == {"loss", "grad_norm", "mean", "noise"}
 
 
 def test_a_lazy_phase_runs_on_its_steps_exactly():
@@ -98,29 +100,30 @@ def test_a_lazy_phase_runs_on_its_steps_exactly():
     step = jax.jit(make_step(phases))
     for i in range(7):
         before = float(state.params["two"])
-        state, metrics = step(state, BATCH)
+        state, report = step(state, BATCH)
         assert (float(state.params["two"]) != before) == (i % 3 == 0)
         assert phase_ran(phases, "b/loss", i) == (i % 3 == 0) and phase_ran(phases, "a/loss", i)
-        assert (float(metrics["b/loss"]) != 0) == (i % 3 == 0)
+        assert (float(report.metrics["b/loss"]) != 0) == (i % 3 == 0)
     assert int(state.mutables) == 7 + 3
 
 
 def test_repeats_see_different_slices_of_the_batch():
     phases = (quadratic("a", "one", repeats=4),)
-    state, metrics = jax.jit(make_step(phases))(begin(phases, {"one": 0.0}, 0), BATCH)
+    state, report = jax.jit(make_step(phases))(begin(phases, {"one": 0.0}, 0), BATCH)
     expected = 0.0
     for i in range(4):
         expected -= RATE * (expected - np.mean(np.arange(8.0)[i::4]))
     assert float(state.params["one"]) == pytest.approx(expected, rel=1e-6)
-    assert float(metrics["mean"]) == 5.0  # rows 3 and 7
+    assert float(report.metrics["mean"]) == 5.0  # rows 3 and 7
     assert int(state.mutables) == 4
 
 
 def test_microbatches_give_the_gradient_of_the_whole_batch_weighted_by_targets():
-    def loss(params, mutables, batch, rng):
+    def loss(params, mutables, batch, info):
         weight = batch["mask"].sum()
         total = jnp.sum(batch["mask"] * jnp.square(params["one"] - batch["x"]))
-        return total / jnp.maximum(weight, 1), ({"weight": weight}, mutables)
+        loss = total / jnp.maximum(weight, 1)
+        return LossOutput(loss, {}, mutables, weight)
 
     batch = {"x": jnp.arange(8.0), "mask": jnp.array([1.0, 1, 0, 1, 0, 0, 0, 1])}
     phases = (Phase("a", ("one",), loss, optax.sgd(RATE)),)
@@ -128,10 +131,10 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_weighted_by_targets()
         jax.jit(make_step(phases, accumulate=n))(begin(phases, {"one": 0.5}), batch)
         for n in (1, 2, 4)
     ]
-    for state, metrics in results[1:]:
+    for state, report in results[1:]:
         assert float(state.params["one"]) == pytest.approx(float(results[0][0].params["one"]))
-        assert float(metrics["weight"]) == 4
-        assert float(metrics["loss"]) == pytest.approx(float(results[0][1]["loss"]))
+        expected = results[0][1].metrics["loss"]
+        assert float(report.metrics["loss"]) == pytest.approx(float(expected))
 
 
 def test_randomness_differs_by_step_and_phase_and_repeats_by_seed():
@@ -139,11 +142,11 @@ def test_randomness_differs_by_step_and_phase_and_repeats_by_seed():
     step = jax.jit(make_step(phases))
     state, seen = begin(phases, {"one": 0.0}, 0), []
     for _ in range(2):
-        state, metrics = step(state, BATCH)
-        seen += [float(metrics["a/noise"]), float(metrics["b/noise"])]
+        state, report = step(state, BATCH)
+        seen += [float(report.metrics["a/noise"]), float(report.metrics["b/noise"])]
     assert len(set(seen)) == 4
     _, again = step(begin(phases, {"one": 0.0}, 0), BATCH)
-    assert float(again["a/noise"]) == seen[0]
+    assert float(again.metrics["a/noise"]) == seen[0]
 
 
 def test_averages_start_at_the_parameters_and_follow_the_closed_form():

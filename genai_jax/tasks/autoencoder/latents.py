@@ -92,6 +92,6 @@ class Latents:
 
     def shrink_mask(self, mask: jax.Array) -> jax.Array:
         """[1, *space, 1] -> [1, *small, 1]: 1 where all of the pixels are."""
-        space = self.data.shape[:-1]
+        space = self._data.shape[:-1]
         window = (1, *(n // m for n, m in zip(space, self.shape[:-1], strict=True)), 1)
         return jax.lax.reduce_window(mask, math.inf, jax.lax.min, window, window, "VALID")

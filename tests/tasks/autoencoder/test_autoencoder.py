@@ -10,16 +10,18 @@ import pytest
 
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.data.images.loader import ImageDataConfig, ImageLoader
 from genai_jax.losses.adversarial import adaptive_weight
+from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.codec import kl_to_normal
 from genai_jax.tasks.autoencoder.latents import Latents
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
 from genai_jax.tasks.autoencoder.task import Autoencoder, ReconstructionRequest
+from genai_jax.tasks.protocol import StepInfo
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.loop import train
 from genai_jax.training.restore import restore_model
 from genai_jax.training.step import init_state, make_step
+from genai_jax.training.transfer import initial_parts
 from genai_jax.training.workdir import claim
 
 TINY = (
@@ -70,20 +72,16 @@ def delayed():
     return task, state, batch
 
 
-def at_step(state, step: int):
-    return state.replace(mutables={"calls": jnp.int32(step)})
-
-
 def test_the_discriminator_moves_alone_and_from_its_start_on(delayed):
     task, state, batch = delayed
     discriminator, _ = task.phases(state.params)
     step = jax.jit(make_step((discriminator,)))
-    before, metrics = step(at_step(state, 0), batch)
+    before, report = step(state, batch)
     assert moved(state.params, before.params) == set()  # not even by weight decay
-    assert float(metrics["loss"]) == 0
-    after, metrics = step(at_step(before, 1), batch)
+    assert float(report.metrics["loss"]) == 0
+    after, report = step(before, batch)
     assert moved(state.params, after.params) == {"discriminator"}
-    assert float(metrics["loss"]) > 0
+    assert float(report.metrics["loss"]) > 0
 
 
 def test_the_autoencoder_moves_alone_and_hears_the_discriminator_from_its_start_on(delayed):
@@ -91,9 +89,9 @@ def test_the_autoencoder_moves_alone_and_hears_the_discriminator_from_its_start_
     _, autoencoder = task.phases(state.params)
     step = jax.jit(make_step((autoencoder,)))
     for i in range(2):
-        after, metrics = step(at_step(state, i), batch)
+        after, report = step(state.replace(step=jnp.int32(i)), batch)
+        metrics = report.metrics
         assert moved(state.params, after.params) == {"autoencoder"}
-        assert int(after.mutables["calls"]) == i + 1
         expected = metrics["l1"] + 1e-6 * metrics["kl"] / 64
         if i:
             expected += 0.5 * metrics["adversarial_scale"] * metrics["adversarial"]
@@ -106,7 +104,7 @@ def test_the_adversarial_weight_is_the_ratio_of_the_gradients_of_the_last_layer(
 
     @jax.jit
     def scale_and_gradients(params, mutables):
-        _, (metrics, _) = task._autoencoder_loss(params, mutables, batch, rng)
+        output = task._autoencoder_loss(params, mutables, batch, StepInfo(rng, jnp.int32(1)))
 
         def reconstructed(kernel):
             last = {**params["autoencoder"]["last"], "kernel": kernel}
@@ -124,9 +122,9 @@ def test_the_adversarial_weight_is_the_ratio_of_the_gradients_of_the_last_layer(
             return -jnp.mean(task.discriminator.apply(verdict, reconstructed(kernel)[1]))
 
         kernel = params["autoencoder"]["last"]["kernel"]
-        return metrics["adversarial_scale"], jax.grad(l1)(kernel), jax.grad(fooling)(kernel)
+        return output.metrics["adversarial_scale"], jax.grad(l1)(kernel), jax.grad(fooling)(kernel)
 
-    scale, *gradients = scale_and_gradients(state.params, {"calls": np.int32(1)})
+    scale, *gradients = scale_and_gradients(state.params, state.mutables)
     first, second = (np.linalg.norm(g) for g in gradients)
     assert float(scale) == pytest.approx(first / (second + 1e-4), rel=1e-4)
     assert float(adaptive_weight(jnp.array([3.0, 4.0]), jnp.zeros(2))) == 1e4
@@ -140,7 +138,7 @@ def test_losses_with_closed_forms():
 def test_the_perceptual_distance_is_zero_for_equal_images_alone(tmp_path):
     flags = ("--task=image_classifier", "--classifier.channels=4", "--classifier.num_stages=2")
     (tmp_path / "flags.txt").write_text("\n".join(flags) + "\n")
-    perceptual = Perceptual(str(tmp_path), make().loader)
+    perceptual = Perceptual(str(tmp_path), make().data)
     params = random(jax.eval_shape(perceptual.init, jax.random.key(0)))
     x, y = np.random.default_rng(1).uniform(-1, 1, (2, 3, 8, 8, 1)).astype(np.float32)
     y[2] = x[2]
@@ -187,15 +185,25 @@ def test_scores_and_pictures(run, tmp_path):
     assert scores["images"] == 16 and 0 < scores["usage"] <= 1 <= scores["perplexity"] <= 16
     assert scores["psnr"] == pytest.approx(10 * math.log10(4 / scores["mse"]))
     assert scores["loss"] == pytest.approx(scores["l1"] + 0.25 * scores["commitment"])
-    drawn = task.sample(model.params, model.mutables, ReconstructionRequest(num_samples=4))
-    (path,) = drawn.write("", tmp_path)
+    files = task.sample(model.params, model.mutables, ReconstructionRequest(num_samples=4))
+    (path,) = files.write("", tmp_path)
     assert path.endswith("reconstructions.png")
+
+
+def begun(latents: Latents, task: Autoencoder) -> dict:
+    """The two groups as a run that uses them begins."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(latents.init, jax.random.key(0)),
+    )
+    return initial_parts(latents, task.config, shapes, shapes)
 
 
 def test_latents_are_of_zero_mean_and_unit_variance_and_decode_as_the_autoencoder_does(run):
     workdir, task, model = run
-    latents = Latents(str(workdir), task.data.loader)
-    params = latents.pretrained()
+    latents = Latents(str(workdir), task.data)
+    params = begun(latents, task)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(jax.eval_shape(latents.init, jax.random.key(0))) == shapes(params)
     images = task.data.loader.examples("train", 2048)["image"]
@@ -219,27 +227,25 @@ def test_latents_are_of_zero_mean_and_unit_variance_and_decode_as_the_autoencode
 def test_a_mask_shrinks_to_where_all_pixels_are_known(run):
     workdir, task, _ = run
     mask = jnp.ones((1, 8, 8, 1)).at[0, 3, 4, 0].set(0)
-    shrunk = Latents(str(workdir), task.data.loader).shrink_mask(mask)
+    shrunk = Latents(str(workdir), task.data).shrink_mask(mask)
     assert shrunk.shape == (1, 4, 4, 1)
     assert float(shrunk[0, 1, 2, 0]) == 0 and float(shrunk.sum()) == 15
 
 
 def test_a_workdir_that_does_not_fit_is_refused(run, tmp_path):
     workdir, task, _ = run
-    other = ImageLoader(ImageDataConfig(dataset="shapes"), 0)
+    other = ArrayData(task.config.replace("data", dataset="shapes"))
     with pytest.raises(ConfigError, match=r"vq was trained on .*\[8, 8, 1\].* has \[32, 32, 3\]"):
         Latents(str(workdir), other)
     with pytest.raises(ConfigError, match=r"no run in --diffusion.autoencoder="):
-        Latents(str(tmp_path), task.data.loader)
+        Latents(str(tmp_path), task.data)
     (tmp_path / "flags.txt").write_text("--task=language_model\n")
     with pytest.raises(ConfigError, match="is a run of --task=language_model, not autoencoder"):
-        Latents(str(tmp_path), task.data.loader)
+        Latents(str(tmp_path), task.data)
     shutil.copy(workdir / "flags.txt", tmp_path)
-    unsaved = Latents(
-        str(tmp_path), task.data.loader
-    )  # enough for a run that has its own checkpoint
+    unsaved = Latents(str(tmp_path), task.data)  # enough for a run that has its own checkpoint
     with pytest.raises(ConfigError, match="no checkpoint in"):
-        unsaved.pretrained()
+        begun(unsaved, task)
 
 
 @pytest.mark.parametrize(

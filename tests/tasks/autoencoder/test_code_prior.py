@@ -1,4 +1,4 @@
-"""Two stages: an autoencoder with codes, and a transformer that learns and draws them."""
+"""Two stages: an autoencoder with codes, and a transformer that learns and samples them."""
 
 import json
 import pathlib
@@ -15,6 +15,7 @@ from genai_jax.networks.latent import quantization
 from genai_jax.tasks.autoencoder.code_prior import CodePrior
 from genai_jax.tasks.autoencoder.task import Autoencoder
 from genai_jax.training.step import init_state, make_step
+from tests.tasks.runs import transferred
 
 COMMON = (
     "--data.batch_size=8",
@@ -55,7 +56,7 @@ def state(task):
         lambda x: rng.normal(size=x.shape).astype(np.float32), shapes.params["prior"]
     )
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.opt_state)
-    params = {"prior": prior, **task.pretrained()}
+    params = {"prior": prior, **transferred(task)}
     return shapes.replace(step=np.int32(0), params=params, opt_state=zeros, rng=key)
 
 
@@ -83,13 +84,14 @@ def test_codes_become_tokens_and_images_again(task, state):
 
 def test_codes_of_a_grid_give_its_vectors():
     z = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32) * 2
-    found = quantization.finite_scalar(z, (4, 5, 2))
-    np.testing.assert_allclose(quantization.on_grid(found.codes, (4, 5, 2)), found.vectors)
+    quantized = quantization.finite_scalar(z, (4, 5, 2))
+    grid = quantization.on_grid(quantized.codes, (4, 5, 2))
+    np.testing.assert_allclose(grid, quantized.vectors)
 
 
 def test_only_the_prior_moves_and_the_loss_counts_codes_alone(task, state):
     batch = batch_of(task)
-    after, metrics = jax.jit(make_step(task.phases(state.params)))(state, batch)
+    after, report = jax.jit(make_step(task.phases(state.params)))(state, batch)
     equal = lambda group: jax.tree.map(np.array_equal, state.params[group], after.params[group])
     assert all(jax.tree.leaves(equal("autoencoder")))
     assert not all(jax.tree.leaves(equal("prior")))
@@ -102,7 +104,7 @@ def test_only_the_prior_moves_and_the_loss_counts_codes_alone(task, state):
     hidden, _ = task.model.apply(variables, sequence[:, :-1])
     logits = jax.nn.log_softmax(task.model.apply(variables, hidden, method="logits"))
     nll = -jnp.take_along_axis(logits, tokens[..., None], -1).mean()
-    assert float(metrics["loss"]) == pytest.approx(float(nll), rel=1e-5)
+    assert float(report.metrics["loss"]) == pytest.approx(float(nll), rel=1e-5)
 
 
 def test_both_stages_through_the_commands(first, tmp_path, capsys):
@@ -116,11 +118,11 @@ def test_both_stages_through_the_commands(first, tmp_path, capsys):
     assert pathlib.Path(capsys.readouterr().out.strip()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_draws_keep_to_the_codebook_whose_turn_it_is(task, state):
+def test_samples_keep_to_the_codebook_whose_turn_it_is(task, state):
     request = task.sample_request(temperature=2.0)
-    draw = jax.jit(lambda key: task._generated(state.params["prior"], labels, key, 6, request))
+    sample = jax.jit(lambda key: task._generated(state.params["prior"], labels, key, 6, request))
     labels = np.arange(6, dtype=np.int32)[:, None]
-    codes = np.asarray(task.codes_of(draw(jax.random.key(0))))
+    codes = np.asarray(task.codes_of(sample(jax.random.key(0))))
     assert codes.min() >= 0 and codes.max() < 8 and len(np.unique(codes)) > 4
 
 

@@ -1,4 +1,4 @@
-"""The diffusion task: its conditions, its objectives, its latents' place, how it is drawn from."""
+"""The diffusion task: its conditions, its objectives, its latents' place, how it is sampled."""
 
 import dataclasses
 import json
@@ -11,9 +11,11 @@ import pytest
 from genai_jax import evaluate, sample, train
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Drawer, draw
+from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Sampler, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
 from genai_jax.tasks.diffusion.task import Diffusion
+from genai_jax.tasks.protocol import StepInfo
+from genai_jax.tasks.registry import task_class
 
 TINY_DIT = (
     "--task=diffusion",
@@ -82,7 +84,8 @@ def test_every_objective_has_a_finite_loss_whose_gradient_reaches_all_that_is_tr
     trained = {g: params[g] for g in phase.trains}
 
     def loss(trained):
-        return phase.loss({**params, **trained}, {}, batch, jax.random.key(2))[0]
+        info = StepInfo(jax.random.key(2), jnp.int32(0))
+        return phase.loss({**params, **trained}, {}, batch, info).loss
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(trained)
     assert np.isfinite(value)
@@ -93,10 +96,10 @@ def test_every_objective_has_a_finite_loss_whose_gradient_reaches_all_that_is_tr
 
 
 def test_a_dropped_condition_is_the_null_condition(conditional):
-    task = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=1")
-    condition = task.condition(labels=jnp.array([[3], [4]]))
-    assert np.all(np.asarray(task.dropped(condition, jax.random.key(0)).labels) == 10)
-    none = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=0")
+    model = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=1").model
+    condition = model.condition(labels=jnp.array([[3], [4]]))
+    assert np.all(np.asarray(model.dropped(condition, jax.random.key(0)).labels) == 10)
+    none = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=0").model
     assert np.all(np.asarray(none.dropped(condition, jax.random.key(0)).labels) == [[3], [4]])
 
 
@@ -104,29 +107,33 @@ def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_bit_for_bit
     conditional, params
 ):
     labels = np.array([[3], [7]], np.int32)
-    draws = {}
+    sampled, condition = conditional.sampled(), conditional.model.condition(labels=labels)
+    samples = {}
     for weight in (1.0, 0.0, 2.0):
-        sampler = dataclasses.replace(conditional.config.sampler, guidance=weight)
-        drawer = Drawer(conditional, params, sampler)
-        condition = conditional.condition(labels=labels)
-        draws[weight] = drawer.draw(jax.random.key(0), 2, condition)[0]
-    plain = Drawer(conditional, params, conditional.config.sampler)
-    null = conditional.null_condition(2)
-    unconditional = plain.draw(jax.random.key(0), 2, null)[0]
-    np.testing.assert_array_equal(draws[0.0], unconditional)
-    assert np.any(draws[2.0] != draws[1.0])
+        settings = dataclasses.replace(conditional.config.sampler, guidance=weight)
+        sampler = Sampler(sampled, params, settings)
+        samples[weight] = sampler.sample(jax.random.key(0), 2, condition)[0]
+    plain = Sampler(sampled, params, conditional.config.sampler)
+    null = conditional.model.null_condition(2)
+    unconditional = plain.sample(jax.random.key(0), 2, null)[0]
+    np.testing.assert_array_equal(samples[0.0], unconditional)
+    assert np.any(samples[2.0] != samples[1.0])
 
 
-def test_draws_depend_on_the_seed_and_a_batch_is_drawn_in_parts(conditional, params):
-    sampler = dataclasses.replace(conditional.config.sampler, batch_size=2)
-    drawer = Drawer(conditional, params, sampler)
-    labels = conditional.condition(labels=np.array([[0], [1], [2]], np.int32))
-    first, strip = drawer.draw(jax.random.key(0), 3, labels, strip=True)
+def test_samples_depend_on_the_seed_and_a_batch_is_sampled_in_parts(conditional, params):
+    settings = dataclasses.replace(conditional.config.sampler, batch_size=2)
+    sampler = Sampler(conditional.sampled(), params, settings)
+    labels = conditional.model.condition(labels=np.array([[0], [1], [2]], np.int32))
+
+    def sample(seed):
+        return sampler.sample(jax.random.key(seed), 3, labels, strip=True)
+
+    first, strip = sample(0)
     assert first.shape == (3, 8, 8, 1) and first.dtype == np.uint8 and first.max() <= 16
     assert strip.shape == (2, 9, 8, 8, 1)
-    np.testing.assert_array_equal(drawer.draw(jax.random.key(0), 3, labels, strip=True)[0], first)
-    assert np.any(drawer.draw(jax.random.key(1), 3, labels, strip=True)[0] != first)
-    assert drawer._program(2, False, True)._cache_size() == 1  # one compilation serves all
+    np.testing.assert_array_equal(sample(0)[0], first)
+    assert np.any(sample(1)[0] != first)
+    assert sampler._program(2, False, True)._cache_size() == 1  # one compilation serves all
 
 
 def write_png(path, values):
@@ -136,16 +143,20 @@ def write_png(path, values):
     return str(path)
 
 
-def test_a_masked_draw_keeps_what_is_not_masked(conditional, params, tmp_path):
+def samples_of(task, params, **request) -> np.ndarray:
+    """The images that a request of the sample command writes."""
+    files = sample_request(task.sampled(), params, DiffusionRequest(workdir="x", **request))
+    (write,) = files.writers.values()
+    return write.keywords["examples"]
+
+
+def test_a_masked_sample_keeps_what_is_not_masked(conditional, params, tmp_path):
     image = batch_of(conditional)["image"][0]
     known = write_png(tmp_path / "image.png", np.round(image[..., 0] * (255 / 16)))
     white = np.zeros((8, 8))
     white[:, 4:] = 255
-    request = DiffusionRequest(
-        workdir="x", num_samples=2, init_image=known, mask=write_png(tmp_path / "mask.png", white)
-    )
-    drawn = draw(conditional, params, request)
-    images = drawn.writers[".png"].keywords["examples"]
+    mask = write_png(tmp_path / "mask.png", white)
+    images = samples_of(conditional, params, num_samples=2, init_image=known, mask=mask)
     np.testing.assert_array_equal(images[:, :, :4], np.stack([image[:, :4]] * 2))
     assert np.any(images[:, :, 4:] != image[:, 4:])
 
@@ -155,11 +166,9 @@ def test_a_start_near_the_data_stays_near_the_image(conditional, params, tmp_pat
     known = write_png(tmp_path / "image.png", np.round(image[..., 0] * (255 / 16)))
 
     def distance(strength):
-        request = DiffusionRequest(
-            workdir="x", num_samples=4, init_image=known, strength=strength, steps=8
-        )
-        drawn = draw(conditional, params, request).writers[".png"].keywords["examples"]
-        return np.mean(np.abs(drawn.astype(float) - image))
+        request = dict(num_samples=4, init_image=known, strength=strength, steps=8)
+        samples = samples_of(conditional, params, **request)
+        return np.mean(np.abs(samples.astype(float) - image))
 
     assert distance(0.02) < 0.5 < distance(0.9)
 
@@ -169,23 +178,21 @@ def test_an_interpolation_has_as_many_images_as_asked_for(conditional, params, t
     paths = [
         write_png(tmp_path / f"{i}.png", np.round(images[i][..., 0] * (255 / 16))) for i in (0, 1)
     ]
-    request = DiffusionRequest(
-        workdir="x", num_samples=5, init_image=paths[0], interpolate_to=paths[1]
-    )
-    drawn = draw(conditional, params, request).writers[".png"].keywords["examples"]
-    assert drawn.shape == (5, 8, 8, 1) and np.any(drawn[0] != drawn[-1])
+    request = dict(num_samples=5, init_image=paths[0], interpolate_to=paths[1])
+    samples = samples_of(conditional, params, **request)
+    assert samples.shape == (5, 8, 8, 1) and np.any(samples[0] != samples[-1])
 
 
 def test_likelihood_is_finite_and_the_estimate_agrees_with_it(conditional, params):
-    found = {}
+    bits = {}
     for kind in ("exact", "hutchinson"):
         request = ScoreRequest(
             workdir="x", likelihood=kind, likelihood_steps=4, likelihood_probes=64, batches=1
         )
-        batches = conditional.evaluation_batches(1)
-        found[kind] = likelihood(conditional, params, batches, request)["ode_bits_per_dim"]
-    assert np.isfinite(found["exact"])
-    assert found["hutchinson"] == pytest.approx(found["exact"], rel=0.02)
+        batches = conditional.data.held_out(1)
+        bits[kind] = likelihood(conditional.model, params, batches, request)["ode_bits_per_dim"]
+    assert np.isfinite(bits["exact"])
+    assert bits["hutchinson"] == pytest.approx(bits["exact"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +224,7 @@ def test_settings_that_contradict_each_other(flags, said):
 def test_requests_that_an_unconditional_model_cannot_answer(request_flags, said):
     task = task_of("--diffusion.num_times=50")
     with pytest.raises(ConfigError, match=said):
-        draw(task, {}, DiffusionRequest(workdir="x", **request_flags))
+        samples_of(task, {}, **request_flags)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,7 @@ def test_requests_that_a_class_conditional_model_cannot_answer(
     conditional, params, request_flags, said
 ):
     with pytest.raises(ConfigError, match=said):
-        draw(conditional, params, DiffusionRequest(workdir="x", num_samples=2, **request_flags))
+        samples_of(conditional, params, num_samples=2, **request_flags)
 
 
 def test_images_and_masks_of_another_size_are_refused(conditional, params, tmp_path):
@@ -249,7 +256,7 @@ def test_images_and_masks_of_another_size_are_refused(conditional, params, tmp_p
         ({"init_image": right, "strength": 0.0}, "--strength=0.0: times from start=0.0"),
     ):
         with pytest.raises(ConfigError, match=said):
-            draw(conditional, params, DiffusionRequest(workdir="x", **request))
+            samples_of(conditional, params, **request)
     with pytest.raises(ValueError, match="--mask needs --init_image"):
         DiffusionRequest(workdir="x", mask=right)
 
@@ -261,13 +268,11 @@ def test_a_video_and_a_signal_go_through_the_same_task():
             flags.append("--data.num_frames=2")
         task = task_of(*flags)
         params = random_params(task)
-        drawn = draw(task, params, DiffusionRequest(workdir="x", num_samples=2, steps=2))
-        (write,) = drawn.writers.values()
-        assert write.keywords["examples"].shape == (2, *shape)
+        assert samples_of(task, params, num_samples=2, steps=2).shape == (2, *shape)
 
 
-def test_captions_are_drawn_and_scored_by_what_they_ask_for(tmp_path, capsys):
-    """A text-conditioned model, its draws and a classifier of a step, through the commands."""
+def test_captions_are_sampled_and_scored_by_what_they_ask_for(tmp_path, capsys):
+    """A text-conditioned model, its samples and a classifier of a step, through the commands."""
     shapes = ("--data.dataset=shapes", "--data.image_size=16", "--data.batch_size=8")
     few = ("--train.steps=1", "--eval.batches=0", "--train.progress=false")
     text = ("--data.captions", "--diffusion.condition=text", "--dit.text_layers=1")
@@ -295,4 +300,4 @@ def test_the_forward_pass_is_counted(conditional):
 
 
 def test_the_class_is_registered():
-    assert TASKS["diffusion"] is Diffusion
+    assert task_class("diffusion") is Diffusion

@@ -1,4 +1,4 @@
-"""Models that draw in few steps: targets in closed form, and the task."""
+"""Models that sample in few steps: targets in closed form, and the task."""
 
 import dataclasses
 
@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 from genai_jax import train
+from genai_jax.components import make_task, read_config
 from genai_jax.config import ConfigError
 from genai_jax.diffusion import few_step
 from genai_jax.diffusion import schedule as schedules
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, draw
-from tests.tasks.diffusion.test_diffusion import TINY_DIT, batch_of, random_params, task_of
+from genai_jax.tasks.diffusion.sampling import Sampler
+from genai_jax.tasks.protocol import StepInfo
+from genai_jax.training.restore import restore_model
+from tests.tasks.diffusion.test_diffusion import (
+    TINY_DIT,
+    batch_of,
+    random_params,
+    samples_of,
+    task_of,
+)
+from tests.tasks.runs import transferred
 
 MEAN, STD = 0.5, 0.3
 
@@ -67,8 +77,8 @@ def test_the_exact_consistency_function_has_nearly_no_loss_and_the_denoiser_has(
 
 def test_the_number_of_intervals_doubles_from_first_to_last():
     steps = jnp.arange(0, 1000, 250)
-    found = [int(few_step.consistency_steps(k, 1000, 10, 80)) for k in steps]
-    assert found == [10, 20, 40, 80]
+    intervals = [int(few_step.consistency_steps(k, 1000, 10, 80)) for k in steps]
+    assert intervals == [10, 20, 40, 80]
 
 
 def test_shortcut_loss_is_zero_for_a_straight_flow_and_asks_the_right_questions():
@@ -110,26 +120,24 @@ def teacher(tmp_path_factory) -> str:
 
 def test_a_weaker_model_guides_a_stronger_one(teacher):
     """Autoguidance by the workdir of a run; by the model itself it changes nothing."""
-    from genai_jax.tasks.diffusion.sampling import Drawer
-
     task = task_of("--diffusion.condition=class")
-    sampler = task.config.sampler
-    labels = task.condition(labels=np.array([[1], [2]], np.int32))
+    settings, sampled = task.config.sampler, task.sampled()
+    labels = task.model.condition(labels=np.array([[1], [2]], np.int32))
 
-    def drawn(params, **changes):
-        drawer = Drawer(task, params, dataclasses.replace(sampler, **changes))
-        return drawer.draw(jax.random.key(0), 2, labels)[0]
+    def samples(params, **changes):
+        sampler = Sampler(sampled, params, dataclasses.replace(settings, **changes))
+        return sampler.sample(jax.random.key(0), 2, labels)[0]
 
     params = random_params(task)
-    plain = drawn(params)
-    assert np.any(drawn(params, guidance=2.0, weak=teacher) != plain)
-    own = Drawer(task, params, dataclasses.replace(sampler, guidance=2.0, weak=teacher))
+    plain = samples(params)
+    assert np.any(samples(params, guidance=2.0, weak=teacher) != plain)
+    own = Sampler(sampled, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
     own.weak = params
-    difference = own.draw(jax.random.key(0), 2, labels)[0].astype(int) - plain
+    difference = own.sample(jax.random.key(0), 2, labels)[0].astype(int) - plain
     assert np.abs(difference).max() <= 1
     with pytest.raises(ConfigError, match=r"has another --diffusion.schedule"):
-        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid")
-        Drawer(other, params, dataclasses.replace(sampler, guidance=2.0, weak=teacher))
+        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid").sampled()
+        Sampler(other, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
 
 
 METHODS = {
@@ -156,7 +164,7 @@ def few_step_task(method: str, teacher: str, *flags: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_its_model_alone_and_can_be_drawn_from(method, teacher):
+def test_every_method_trains_its_model_alone_and_can_be_sampled(method, teacher):
     task = few_step_task(method, teacher)
     params = random_params(task)
     batch = batch_of(task)
@@ -164,23 +172,21 @@ def test_every_method_trains_its_model_alone_and_can_be_drawn_from(method, teach
     assert phase.trains == ("model",)
 
     def loss(model):
-        everything = {**params, "model": model}
-        return phase.loss(everything, {"calls": jnp.int32(3)}, batch, jax.random.key(0))
+        info = StepInfo(jax.random.key(0), jnp.int32(3))
+        return phase.loss({**params, "model": model}, {}, batch, info).loss
 
-    grad = jax.jit(jax.grad(loss, has_aux=True))
-    gradient, (_, mutables) = grad(params["model"])
-    assert int(mutables["calls"]) == 4
+    gradient = jax.jit(jax.grad(loss))(params["model"])
     norms = [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradient)]
     assert np.all(np.isfinite(norms)) and np.mean(np.array(norms) > 0) > 0.8
-    drawn = draw(task, params, DiffusionRequest(workdir="x", num_samples=2))
-    assert drawn.writers[".png"].keywords["examples"].shape == (2, 8, 8, 1)
+    assert samples_of(task, params, num_samples=2).shape == (2, 8, 8, 1)
 
 
 def test_a_student_begins_as_its_teacher(teacher):
     task = few_step_task("progressive", teacher)
-    groups = task.pretrained()
-    for a, b in zip(*(jax.tree.leaves(groups[g]) for g in ("model", "teacher")), strict=True):
-        np.testing.assert_array_equal(a, b)
+    groups, config = transferred(task), read_config(teacher)
+    average = restore_model(make_task(config), config, ema="0.5").params["model"]
+    for group in ("model", "teacher"):
+        jax.tree.map(np.testing.assert_array_equal, groups[group], average)
 
 
 @pytest.mark.parametrize(

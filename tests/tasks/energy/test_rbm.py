@@ -14,6 +14,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.energy import rbm
 from genai_jax.tasks.energy.rbm import Rbm
+from genai_jax.tasks.protocol import StepInfo
 from tests.tasks.runs import run_to
 
 TINY = (
@@ -103,18 +104,18 @@ def test_the_loss_is_a_contrast_and_its_chains_go_on():
     task = Rbm(parse_run(TINY))
     params, mutables = task.init(jax.random.key(0))
     batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
-    loss = jax.jit(task._loss)
-    value, (metrics, after) = loss(params, mutables, batch, jax.random.key(1))
-    assert float(value) == pytest.approx(
+    loss, info = jax.jit(task._loss), StepInfo(jax.random.key(1), jnp.int32(0))
+    output = loss(params, mutables, batch, info)
+    metrics = output.metrics
+    assert float(output.loss) == pytest.approx(
         float(metrics["data_free_energy"] - metrics["model_free_energy"]), abs=1e-4
     )
-    chains = after["chains"]
+    chains = output.mutables["chains"]
     assert chains.shape == (10, 64) and set(np.unique(chains)) == {0, 1}
     held = {"machine": machine(64, 6, 3.0)}  # whose next state depends on the one before
-    _, (_, after) = loss(held, mutables, batch, jax.random.key(1))
-    _, (_, further) = loss(held, after, batch, jax.random.key(1))
-    chains = after["chains"]
-    assert not np.array_equal(further["chains"], chains)
+    after = loss(held, mutables, batch, info).mutables
+    further = loss(held, after, batch, info).mutables
+    assert not np.array_equal(further["chains"], after["chains"])
 
 
 def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_the_data():
@@ -123,8 +124,16 @@ def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_
     params = {"machine": machine(64, 6, 0.5)}
     batch = task.data.loader.gather(task.data.loader.open("train"), np.arange(8))
     key = jax.random.key(1)
-    gradient = jax.jit(jax.grad(task._loss, has_aux=True))
-    found, (_, after) = gradient(params, mutables, batch, key)
+
+    @jax.jit
+    def gradient_and_chains(params):
+        def loss(params):
+            output = task._loss(params, mutables, batch, StepInfo(key, jnp.int32(0)))
+            return output.loss, output.mutables["chains"]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    gradient, chains = gradient_and_chains(params)
 
     def statistics(v):
         h = jax.nn.sigmoid(rbm.hidden_logits(params["machine"], v))
@@ -133,8 +142,8 @@ def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_
         }  # fmt: skip
 
     data = statistics(task._visible(batch["image"], jax.random.split(key, 3)[0]))
-    model = statistics(after["chains"])
-    for name, value in found["machine"].items():
+    model = statistics(chains)
+    for name, value in gradient["machine"].items():
         np.testing.assert_allclose(value, model[name] - data[name], atol=1e-6)
 
 

@@ -16,7 +16,7 @@ SGD = OptimizerConfig(
     name="sgd", learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0,
     momentum=0, clip_norm=0,
 )  # fmt: skip
-AXES = {"critic": (), "generator": ()}
+RULES = (("^(critic|generator)$", ()),)
 
 
 def of_numbers(config: GameConfig) -> Game:
@@ -28,10 +28,10 @@ def of_numbers(config: GameConfig) -> Game:
     return Game(
         config,
         Players(
-            real=lambda mutables, batch: batch["x"],
+            real=lambda batch, step: batch["x"],
             styles=styles,
-            synthesize=lambda params, mutables, styles, rng: styles,
-            judge=lambda params, mutables, x, batch, rng: params["critic"] * x,
+            synthesize=lambda params, styles, step, rng: styles,
+            judge=lambda params, mutables, x, batch, step, rng: params["critic"] * x,
         ),
     )
 
@@ -52,7 +52,7 @@ class Toy:
 def play(optimizer=SGD, **rules):
     """(phases, jitted step, function from psi and theta to a fresh state)."""
     game = of_numbers(GameConfig(**rules))
-    phases = game.phases(optimizer, 100, AXES)
+    phases = game.phases(optimizer, 100, RULES)
 
     def begin(psi, theta):
         task = Toy(game, phases, {"critic": psi, "generator": theta})
@@ -102,7 +102,8 @@ def test_lazy_penalties_run_on_their_steps_with_the_critics_optimizer_and_correc
     state = begin(1.0, 0.5)
     assert set(state.opt_state) == {"critic", "generator"}
     for i in range(5):
-        state, metrics = step(state, DIRAC)
+        state, report = step(state, DIRAC)
+        metrics = report.metrics
         for name, every in (("r1", 4), ("r2", 2)):
             ran = phase_ran(phases, f"{name}/loss", i)
             assert ran == (i % every == 0) == (float(metrics[f"{name}/{name}_penalty"]) != 0)
@@ -116,9 +117,9 @@ def test_lazy_penalties_run_on_their_steps_with_the_critics_optimizer_and_correc
 def test_a_lazy_penalty_weighs_as_much_as_one_of_every_critic_update():
     batch = {"x": jnp.array([1.0, 20.0, 300.0, 5.0, 60.0, 700.0])}
     _, step, begin = play(r1=0.5, r1_every=4, critic_updates=3)
-    _, metrics = step(begin(1.0, 0.5), batch)
-    penalty = float(metrics["r1/r1_penalty"])
-    assert float(metrics["r1/loss"]) == pytest.approx(0.5 * 4 * 3 * penalty) and penalty > 0
+    _, report = step(begin(1.0, 0.5), batch)
+    penalty = float(report.metrics["r1/r1_penalty"])
+    assert float(report.metrics["r1/loss"]) == pytest.approx(0.5 * 4 * 3 * penalty) and penalty > 0
 
 
 def test_clipping_leaves_a_lazy_penalty_its_weight():
@@ -129,8 +130,8 @@ def test_clipping_leaves_a_lazy_penalty_its_weight():
     )  # fmt: skip
     phases, _, begin = play(clipped, r1=1.0, r1_every=8)
     alone = tuple(phase for phase in phases if phase.name == "r1")
-    state, metrics = jax.jit(make_step(alone))(begin(1.0, 0.0), DIRAC)
-    assert float(metrics["grad_norm"]) == pytest.approx(8)  # of 8 / 2 * psi^2
+    state, report = jax.jit(make_step(alone))(begin(1.0, 0.0), DIRAC)
+    assert float(report.metrics["grad_norm"]) == pytest.approx(8)  # of 8 / 2 * psi^2
     rate = 0.1 / (1 + 1 / 8)
     assert float(state.params["critic"]) == pytest.approx(1 - 8 * rate, rel=1e-5)
 
@@ -150,17 +151,18 @@ def test_critic_updates_see_different_slices_of_the_batch():
     """With Wasserstein's loss each update moves psi by the mean of its slice."""
     batch = {"x": jnp.array([1.0, 20.0, 300.0, 5.0, 60.0, 700.0])}
     _, step, begin = play(loss="wasserstein", critic_updates=3)
-    state, metrics = step(begin(0.0, 0.0), batch)
+    state, report = step(begin(0.0, 0.0), batch)
     assert float(state.params["critic"]) == pytest.approx(0.1 * (3 + 40 + 500))
-    assert float(metrics["critic/real"]) == pytest.approx(0.1 * (3 + 40) * 500)
+    assert float(report.metrics["critic/real"]) == pytest.approx(0.1 * (3 + 40) * 500)
 
 
-def test_a_critic_that_says_the_same_of_everything_is_not_alive():
-    _, step, begin = play()
-    _, metrics = step(begin(0.0, 1.0), {"x": jnp.ones(2)})
-    assert float(metrics["critic/alive"]) == 0
-    _, metrics = step(begin(0.1, 1.0), {"x": jnp.zeros(2)})
-    assert float(metrics["critic/alive"]) == 1
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_a_critic_that_says_the_same_of_everything_leaves_nothing_to_learn(updates):
+    phases, step, begin = play(updates=updates)
+    _, report = step(begin(0.0, 1.0), {"x": jnp.ones(2)})
+    assert not report.can_learn[phases[0].name]
+    _, report = step(begin(0.1, 1.0), {"x": jnp.zeros(2)})
+    assert all(report.can_learn.values())
 
 
 @pytest.mark.parametrize("kind", LOSSES)

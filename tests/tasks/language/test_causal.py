@@ -29,7 +29,7 @@ def test_a_uniform_model_scores_eight_bits_a_target(task, params):
     scores = Evaluator(task)(uniform, {}, task.data.held_out(-1))
     assert scores["perplexity"] == pytest.approx(256, rel=1e-5)
     # Every byte is a target, and so is the end of each document.
-    documents = task.data_record()["validation_documents"]
+    documents = task.data.record()["validation_documents"]
     assert scores["tokens"] == scores["bytes"] + documents
     assert scores["bits_per_byte"] == pytest.approx(8 * scores["tokens"] / scores["bytes"])
 

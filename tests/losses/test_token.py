@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from genai_jax.losses.cross_entropy import cross_entropy
+
+from genai_jax.losses.token import cross_entropy, token_log_probs, token_scores
 
 
 def inputs(length=12):
@@ -60,3 +61,26 @@ def test_no_logits_of_the_whole_batch_in_the_program():
 
     assert "[3,64,17]" in program(0) or "[192,17]" in program(0)
     assert "[3,64,17]" not in program(8) and "[192,17]" not in program(8)
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 3.0, "chunk_size": 5}])
+def test_the_scores_of_single_targets_sum_to_the_cross_entropy_in_value_and_gradient(options):
+    hidden, kernel, targets, mask = inputs()
+    summed = jax.value_and_grad(
+        lambda h, w: cross_entropy(h, w, targets, mask, **options)[0], (0, 1)
+    )
+
+    @jax.value_and_grad
+    def single(inputs):
+        return -jnp.sum(token_log_probs(*inputs, targets, **options) * mask)
+
+    for a, b in zip(
+        jax.tree.leaves(summed(hidden, kernel)),
+        jax.tree.leaves(single((hidden, kernel))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+    scores = token_scores(hidden, kernel, targets, **options)
+    assert scores.log_probs.shape == scores.correct.shape == targets.shape
+    *_, right = cross_entropy(hidden, kernel, targets, mask, **options)
+    assert float(right) == float(jnp.sum(scores.correct * mask))
