@@ -16,7 +16,6 @@ from kernels_pallas.gpu import grouped_matmul as gpu
 from kernels_pallas.group_visits import group_visits
 from kernels_pallas.tpu import grouped_matmul as tpu
 
-from . import operation_targets
 from .cases import FAST, close, finished
 
 module = importlib.import_module("kernels_pallas.grouped_matmul")
@@ -253,10 +252,3 @@ def test_a_kernel_says_what_it_cannot_do(kernels, shape, dtype, match):
     )
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         kernels.check(lhs, rhs, None)
-
-
-@pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers of other chips: make targets"
-)
-def test_kernels_compile_for_every_target():
-    operation_targets.check("grouped")
