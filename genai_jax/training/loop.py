@@ -79,8 +79,9 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     device = mesh.devices.flat[0]
     platform = device.platform
     population = task if isinstance(task, Population) else None
+    init = lambda rng: init_state(task, rng, averages)
     with mesh_context(mesh):
-        shapes = state_shapes(task, config, mesh)
+        shapes = state_shapes(task, config, mesh, init)
         phases = task.phases(shapes.params)
         for phase in phases:
             shards = 1 if population else batch_shards(mesh)
@@ -95,7 +96,6 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
             batch_in = batch_shardings(task.batch_shapes(), task.batch_axes, mesh)
             split = jax.tree.leaves(shardings), list(batch_in.values())
             check_mesh_is_used(mesh, *split, task.activation_axes)
-            init = lambda rng: init_state(task, rng, averages)
             step = make_step(phases, accumulate=accumulate, averages=averages)
         step = jax.jit(
             step,

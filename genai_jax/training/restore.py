@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +24,20 @@ from genai_jax.training.step import init_state
 from genai_jax.training.workdir import read_record
 
 
-def state_shapes(task: Task, config: Config, mesh: Mesh) -> Any:
-    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
+def state_shapes(
+    task: Task, config: Config, mesh: Mesh, init: Callable[[jax.Array], Any] | None = None
+) -> Any:
+    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`.
+
+    init: rng -> state. A caller that compiles it afterwards, with these shardings, passes the very
+    function, so that jax traces it once.
+    """
     averages = config.ema.averages()
     if isinstance(task, Population):
         return task.state_shapes(averages, mesh)
+    init = init or (lambda rng: init_state(task, rng, averages))
     with mesh_context(mesh):
-        shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages))
+        shapes = jax.eval_shape(jax.jit(init), jax.eval_shape(lambda: jax.random.key(0)))
     shardings = state_shardings(shapes, task.partition_rules, mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
