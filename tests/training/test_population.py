@@ -13,7 +13,7 @@ from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import MESH_AXES
 from tests.commands import TINY, run
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 GAN = (
     "--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--critic.channels=4",
@@ -64,14 +64,14 @@ def test_members_with_seeds_equal_their_own_runs(text, tmp_path, capsys):
 
 def test_members_with_learning_rates_equal_their_own_runs_and_resume(text, tmp_path, capsys):
     """One that diverges is named and left out, and the others go on."""
-    population = (*text, "--population.size=3", "--population.learning_rates=1e-2,1e30,3e-3")
+    rates = ("--population.size=3", "--population.learning_rates=1e-2,1e30,3e-3")
+    population = (*text, *rates, "--checkpoint.every=2")
     rows = run_to(tmp_path / "all", 4, *population)
     assert capsys.readouterr().err.count("member 1 has diverged") == 1
     assert "train/loss/1" not in rows[-1] and np.isfinite(rows[-1]["train/loss"])
     alone = run_to(tmp_path / "one", 4, *text, "--optimizer.learning_rate=3e-3")
     assert_member(rows, 2, alone)
-    run_to(tmp_path / "stopped", 2, *population)
-    assert run_to(tmp_path / "stopped", 4, *population) == rows
+    assert resumed(tmp_path / "all", 2, tmp_path / "on", 4, *population) == rows
 
 
 @pytest.mark.parametrize("flags", [GAN, RBM], ids=["gan", "rbm"])

@@ -14,7 +14,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.invertible.glow import Glow, GlowConfig, squeeze, unsqueeze
 from genai_jax.tasks.flow.task import NormalizingFlow
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 TINY = (
     "--task=normalizing_flow",
@@ -98,9 +98,9 @@ def test_the_density_of_a_fresh_flow_is_that_of_a_normal_fit():
 
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    whole = run_to(tmp_path / "whole", 4, *TINY)
-    run_to(tmp_path / "stopped", 2, *TINY)
-    assert run_to(tmp_path / "stopped", 4, *TINY) == whole and len(whole) == 4
+    flags = (*TINY, "--checkpoint.every=2")
+    whole = run_to(tmp_path / "whole", 4, *flags)
+    assert resumed(tmp_path / "whole", 2, tmp_path / "on", 4, *flags) == whole and len(whole) == 4
     capsys.readouterr()
     workdir = f"--workdir={tmp_path / 'whole'}"
     assert evaluate.main([workdir, "--batches=1"]) == 0
