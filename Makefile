@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Most modules of the packages are never imported; those that are get compiled then.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: quickstart test test_all record targets lint golden benchmark clean
 
@@ -37,15 +39,15 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.scaling_fit
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) -e .
 	@touch $@
 
 $(VENV)/test.installed: setup.py pyproject.toml | $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/core.installed
 
 $(VENV)/targets.installed: $(VENV)/test.installed kernels_pallas/target_packages.py
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
+	$(PIP) --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
 	@touch $@
 
 $(VENV):

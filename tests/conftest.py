@@ -58,31 +58,6 @@ def pytest_configure(config):
                 path.unlink()
 
 
-# Files of few long tests. One that a worker begins last is what all the others wait for.
-LONG = (
-    "test_gpu_targets.py",
-    "test_eight_devices.py",
-    "test_resume.py",
-    "test_gan.py",
-    "test_pods_compile.py",
-    "test_processes.py",
-    "test_parallel.py",
-    "test_population.py",
-    "test_grouped_matmul.py",
-    "test_decoding_targets.py",
-    "test_tpu_targets.py",
-    "test_linear_cross_entropy.py",
-    "test_train.py",
-    "test_study.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    """The long files first; a file is one worker's."""
-    place = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
-
-
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory) -> pathlib.Path:
     """Forty short documents of made-up sentences, the same every time."""
