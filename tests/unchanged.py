@@ -1,14 +1,15 @@
 """Tests that run again only when what they depend on has changed.
 
-Compiling kernels and pod programs for chips that are not here takes minutes and depends on few
-files and on the versions of jax and of the compilers. A test says so with
+Compiling kernels and pod programs for chips that are not here, and running kernels in an
+interpreter of a GPU, takes minutes and depends on few files and on the versions of jax and of the
+compilers. A test says so with
 `@pytest.mark.depends_on("kernels")`, a name of `GROUPS`. `tests/golden/unchanged.json` holds, per
 group, the hash of its files and the versions with which all of its tests passed; where both match,
 the tests of the group are skipped. `make record` runs the groups and rewrites the file, `make
 test_all` does so as part of the whole suite.
 
-`python -m tests.unchanged` exits with 1 if a group has to run, so that the compilers, most of a
-gigabyte, are only installed then.
+`python -m tests.unchanged` exits with 1 if a group that needs the compilers has to run: they are
+most of a gigabyte, and `make test` installs them only then.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Group(NamedTuple):
     """What the results of some tests depend on."""
 
     files: tuple[str, ...]  # globs, relative to the repository; each matches at least one file
-    packages: tuple[str, ...] = ()  # besides jax, jaxlib and the compilers
+    packages: tuple[str, ...] = ()  # besides jax and jaxlib
+    compilers: bool = True  # those of `make targets`
 
 
 GROUPS = {
@@ -48,6 +50,19 @@ GROUPS = {
             "tests/kernels_pallas/*_bundles.json",
             PROCESS,
         )
+    ),
+    "interpreted GPU kernels": Group(
+        (
+            "kernels_pallas/**/*.py",
+            "kernels_pallas/tuning.csv",
+            "tests/kernels_pallas/*cases.py",
+            "tests/kernels_pallas/tpu_calls.py",
+            "tests/kernels_pallas/test_decoding_gpu.py",
+            "tests/kernels_pallas/test_gpu_flash.py",
+            "tests/kernels_pallas/test_grouped_matmul.py",
+            "tests/kernels_pallas/test_linear_cross_entropy.py",
+        ),
+        compilers=False,
     ),
     "compiler options": Group(
         (
@@ -98,7 +113,8 @@ def files_hash(group: str) -> str:
 def versions(group: str) -> str:
     """The versions that the group's results depend on; of compilers, what this jax asks for."""
     names = ("jax", "jaxlib", *GROUPS[group].packages)
-    return ", ".join((*(f"{name}=={version(name)}" for name in names), *packages()))
+    compilers = packages() if GROUPS[group].compilers else ()
+    return ", ".join((*(f"{name}=={version(name)}" for name in names), *compilers))
 
 
 def read() -> dict:
@@ -191,7 +207,7 @@ def pytest_collection_modifyitems(config, items):
 def main() -> int:
     changed = [group for group in GROUPS if not is_unchanged(group)]
     print("\n".join(f"{group!r} has changed: its tests will run" for group in changed))
-    return 1 if changed else 0
+    return 1 if any(GROUPS[group].compilers for group in changed) else 0
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def test_tpu_kernels_have_no_race(capfd):
 
 
 @pytest.mark.smoke
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 def test_gpu_kernels_are_the_definition():
     """And have no race: the interpreter raises on one."""

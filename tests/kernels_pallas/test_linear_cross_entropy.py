@@ -142,6 +142,7 @@ def test_tpu_kernels_have_no_race(capfd):
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 @pytest.mark.parametrize(
     "options", ["plain", pytest.param("z-loss, soft cap", marks=pytest.mark.smoke)]

@@ -39,7 +39,6 @@ def assert_member(rows: list[dict], member: int, alone: list[dict]):
                 np.testing.assert_allclose(row[f"{name}/{member}"], value, TOLERANCE, 1e-6)
 
 
-@pytest.mark.smoke
 def test_members_with_seeds_equal_their_own_runs(text, tmp_path, capsys):
     """Parameters, dropout and data order of a member are its seed's; so are draws and scores."""
     flags = (*text, "--transformer.dropout=0.1")
@@ -74,7 +73,9 @@ def test_members_with_learning_rates_equal_their_own_runs_and_resume(text, tmp_p
     assert resumed(tmp_path / "all", 2, tmp_path / "on", 4, *population) == rows
 
 
-@pytest.mark.parametrize("flags", [GAN, RBM], ids=["gan", "rbm"])
+@pytest.mark.parametrize(
+    "flags", [GAN, pytest.param(RBM, marks=pytest.mark.smoke)], ids=["gan", "rbm"]
+)
 def test_phases_and_mutables_have_members_as_well(flags, tmp_path):
     rows = run_to(tmp_path / "all", 3, *flags, "--population.size=2")
     assert_member(rows, 1, run_to(tmp_path / "1", 3, *flags, "--seed=1"))

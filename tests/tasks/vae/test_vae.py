@@ -243,6 +243,7 @@ def test_a_ladder_is_trained_and_walked_through(tmp_path, capsys):
         sample.main([f"--workdir={tmp_path}", "--show=interpolation", "--seed=1"])
 
 
+@pytest.mark.smoke
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
     flags = (*TINY, *DENSE, "--vae.likelihood=gaussian", "--vae.samples=2", "--checkpoint.every=2")
     whole = run_to(tmp_path / "whole", 4, *flags)
