@@ -146,7 +146,7 @@ def test_the_perceptual_distance_is_zero_for_equal_images_alone(tmp_path):
     y[2] = x[2]
     measure = lambda y: jnp.sum(perceptual.distance(params, x, y))
     gradient = jax.jit(jax.grad(measure))(y)
-    distances = perceptual.distance(params, x, y)
+    distances = jax.jit(perceptual.distance)(params, x, y)
     assert distances.shape == (3,) and float(distances[2]) == 0
     assert np.all((distances[:2] > 0) & (distances[:2] <= 4))
     sizes = np.abs(gradient).max((1, 2, 3))
