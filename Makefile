@@ -1,15 +1,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Most modules of the packages are never imported; those that are get compiled then.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test targets lint golden benchmark clean
+.PHONY: quickstart test test_all record targets lint golden benchmark clean
 
 quickstart: $(VENV)/core.installed
 	$(RUN) -m genai_jax.train --flagfile=experiments/quickstart/transformer.flags --workdir=runs/quickstart
 	$(RUN) -m genai_jax.sample --workdir=runs/quickstart --prompt="The " --temperature=0.7 --max_tokens=400
 
-test: $(VENV)/test.installed $(VENV)/targets.installed
+test: $(VENV)/test.installed  ## without what is compiled for other chips and has not changed
+	$(RUN) -m tests.unchanged || $(MAKE) targets
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+test_all: $(VENV)/targets.installed  ## everything; records which of these groups passed
+	$(RUN) -m pytest --record $(PYTEST_FLAGS)
+
+record: $(VENV)/targets.installed  ## only these groups; records which of them passed
+	$(RUN) -m pytest --record -m depends_on $(PYTEST_FLAGS)
 
 targets: $(VENV)/targets.installed  ## compilers for TPUs and GPUs that are not here
 
@@ -30,15 +39,15 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.scaling_fit
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	$(PIP) -e .
 	@touch $@
 
 $(VENV)/test.installed: setup.py pyproject.toml | $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/core.installed
 
 $(VENV)/targets.installed: $(VENV)/test.installed kernels_pallas/target_packages.py
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
+	$(PIP) --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
 	@touch $@
 
 $(VENV):
@@ -46,4 +55,5 @@ $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .jax_cache
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	@echo "the tests of all clones share their compiled programs: rm -rf $${XDG_CACHE_HOME:-~/.cache}/genai_jax/tests"

@@ -1,12 +1,19 @@
 """Every test runs on the CPU, on programs that are compiled quickly and kept between runs."""
 
+import contextlib
+import itertools
 import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+# Compiled programs are kept outside the clone, so that a second clone is warm. jax's keys cover its
+# version, XLA's flags and the features of the CPU.
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+CACHE = CACHE / "genai_jax" / "tests"
+CACHE_BYTES = 2 << 30
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
@@ -36,29 +43,19 @@ for _name, _value in _before.items():
         os.environ[_name] = _value
 
 
-# Files of few long tests. One that a worker begins last is what all the others wait for.
-LONG = (
-    "test_gpu_targets.py",
-    "test_eight_devices.py",
-    "test_resume.py",
-    "test_gan.py",
-    "test_pods_compile.py",
-    "test_processes.py",
-    "test_parallel.py",
-    "test_population.py",
-    "test_grouped_matmul.py",
-    "test_decoding_targets.py",
-    "test_tpu_targets.py",
-    "test_linear_cross_entropy.py",
-    "test_train.py",
-    "test_study.py",
-)
+pytest_plugins = ("tests.unchanged", "pytester")
 
 
-def pytest_collection_modifyitems(items):
-    """The long files first; a file is one worker's."""
-    place = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+def pytest_configure(config):
+    """Deletes the oldest programs of a large cache. jax's own limit reads the folder each time."""
+    if hasattr(config, "workerinput") or os.environ["JAX_COMPILATION_CACHE_DIR"] != str(CACHE):
+        return
+    with contextlib.suppress(FileNotFoundError):  # another session deletes them
+        files = sorted(CACHE.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = itertools.accumulate(path.stat().st_size for path in files)
+        for path, size in zip(files, total, strict=True):
+            if size > CACHE_BYTES:
+                path.unlink()
 
 
 @pytest.fixture(scope="session")

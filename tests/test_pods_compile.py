@@ -11,6 +11,7 @@ from genai_jax.scaling.program import executed, parse
 from tests.conftest import ROOT
 from tests.kernels_pallas.target_process import COMPILERS, need
 
+pytestmark = pytest.mark.depends_on("pods")
 NAMES = ("ladder_512_v5e_16", "ladder_768_v5e_16", "ladder_1024_v5e_16")
 
 

@@ -16,6 +16,7 @@ from genai_jax import evaluate, sample, train
 from genai_jax.config import ConfigError
 from genai_jax.tasks.language.data import TextData
 from tests.commands import TINY, run, start
+from tests.tasks.runs import copy_until, steps_in
 
 SPEED = ("perf/",)
 
@@ -105,19 +106,6 @@ def test_other_flags_in_the_same_workdir_are_named(whole, text_folder):
     changed = flags(text_folder, **{"optimizer.learning_rate": 0.5})
     with pytest.raises(ConfigError, match=r"--optimizer.learning_rate=0.001 -> 0.5"):
         train.main([*changed, f"--workdir={whole}"])
-
-
-def steps_in(workdir) -> list[int]:
-    folder = pathlib.Path(workdir) / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-
-
-def copy_until(whole, step, workdir):
-    """A copy of the run as it was when `step` was saved; its metrics go further."""
-    shutil.copytree(whole, workdir, dirs_exist_ok=True)
-    for later in steps_in(workdir):
-        if later > step:
-            shutil.rmtree(workdir / "checkpoints" / str(later))
 
 
 def wait_for(condition, process, seconds=120):

@@ -102,11 +102,22 @@ def phases_of(task: Task, config: Config) -> Callable[[Params], tuple[Phase, ...
     return phases
 
 
-def state_shapes(task: Task, config: Config, mesh: Mesh) -> TrainState:
-    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`."""
+def initializer(task: Task, config: Config) -> Callable[[jax.Array], TrainState]:
+    """Base key -> a fresh state; jax traces the same function only once."""
     averages, phases = config.ema.averages(), phases_of(task, config)
+    return lambda key: init_state(task, key, averages, phases)
+
+
+def state_shapes(
+    task: Task, config: Config, mesh: Mesh, init: Callable[[jax.Array], TrainState] | None = None
+) -> TrainState:
+    """The train state as `jax.ShapeDtypeStruct`s that know their sharding on `mesh`.
+
+    A caller that compiles the `initializer` afterwards passes it as `init`.
+    """
+    init = init or initializer(task, config)
     with mesh_context(mesh):
-        shapes = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages, phases))
+        shapes = jax.eval_shape(jax.jit(init), jax.eval_shape(lambda: jax.random.key(0)))
     shardings = state_shardings(shapes, task.partition_rules, mesh, task.mutable_rules)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
@@ -116,15 +127,15 @@ def state_shapes(task: Task, config: Config, mesh: Mesh) -> TrainState:
 def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
     averages, accumulate = config.ema.averages(), config.train.accumulate
+    init = initializer(task, config)
     with mesh_context(mesh):
-        shapes = state_shapes(task, config, mesh)
+        shapes = state_shapes(task, config, mesh, init)
         phases = phases_of(task, config)(shapes.params)
         check_rows(batch_rows(step_spec(task)), phases, accumulate, batch_shards(mesh))
         batch_in = batch_shardings(step_spec(task), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         split = jax.tree.leaves(shardings), list(batch_in.values())
         check_mesh_is_used(mesh, *split, task.activation_axes)
-        init = lambda rng: init_state(task, rng, averages, phases_of(task, config))
         step = make_step(
             phases, accumulate=accumulate, averages=averages, materialize=task.materialize
         )

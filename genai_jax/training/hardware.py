@@ -1,5 +1,6 @@
 """What a device could do at most: the number that MFU is divided by."""
 
+import functools
 import re
 import time
 from typing import NamedTuple
@@ -49,6 +50,7 @@ def peak_of(devices: list) -> Peak | None:
     return None
 
 
+@functools.cache  # it takes the better part of a second
 def measured_matmul_rate(device=None, size: int = 2048, repeats: int = 5) -> float:
     """Median float32 FLOP/s of a size x size x size matmul."""
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)

@@ -1,8 +1,8 @@
 """Compiles the kernels of grouped matmul, linear cross-entropy and the selective scan for chips
 that are not here.
 
-A process of its own, see `in_a_process`; with `--record` it writes the bundle budgets of this jax
-anew.
+A process of its own (see `main`); `python -m tests.kernels_pallas.operation_targets --record`
+writes the bundle budgets of this jax.
 """
 
 import functools
@@ -10,14 +10,11 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 from kernels_pallas import bundles, targets
 from kernels_pallas.chunked_cross_entropy import Spec
@@ -27,22 +24,12 @@ from kernels_pallas.tpu import grouped_matmul as tpu_grouped
 from kernels_pallas.tpu import linear_cross_entropy as tpu_loss
 from kernels_pallas.tpu import selective_scan as tpu_scan
 
+from .target_process import record, report_of
+
 BUDGETS = pathlib.Path(__file__).parent / "operation_bundles.json"
-COMPILERS = pathlib.Path(sys.prefix) / "targets"
-VERSION = f"jax {version('jax')}"
 TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
 TOKENS, EMBED, WIDTH, GROUPS, VOCAB = 16384, 1024, 1408, 8, 50257
 DTYPE = jnp.dtype("bfloat16")
-
-# The most stores that a kernel spills: (on v4, elsewhere). The rest spill nothing.
-KNOWN_SPILLS = {
-    "grouped_matmul": (80, 0),
-    "grouped_outer": (40, 0),
-    "linear_cross_entropy_forward": (100, 32),
-    "linear_cross_entropy_weight_gradient": (150, 0),
-    "selective_scan_backward": (0, 350),  # nearly all outside of its loops
-    "selective_scan_backward, segments": (0, 350),
-}
 
 
 def _like(*dims, dtype=DTYPE):
@@ -134,48 +121,10 @@ def compile_gpu(which: str, folder: pathlib.Path) -> dict:
     return found
 
 
-@functools.cache
-def in_a_process(which: str) -> dict:
-    """What `main` prints of one of TPU_CASES, from a process with the compilers on its path."""
-    path = os.pathsep.join((str(COMPILERS), os.environ.get("PYTHONPATH", "")))
-    command = [sys.executable, "-m", "tests.kernels_pallas.operation_targets", which]
-    with tempfile.TemporaryDirectory() as folder:
-        dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder, PYTHONPATH=path)
-        done = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def budgets() -> dict:
-    """{version: {"kernel, target": bundles and spills}}."""
-    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
-
-
-def check(which: str) -> None:
-    """Asserts that every kernel compiles everywhere, without spills but for those known, and within
-    its bundle budget; where this jax has none, skips what is left of the test."""
-    found = in_a_process(which)
-    for name, got in found["gpu"].items():
-        assert got["spills"] == 0 and not got["serialized"], (name, got)
-    recorded = budgets().get(VERSION)
-    for name, got in found["tpu"].items():
-        kernel, target = name.rsplit(", ", 1)
-        assert got["spills"] <= KNOWN_SPILLS.get(kernel, (0, 0))[target != "v4"], (name, got)
-    if recorded is None:
-        pytest.skip(
-            f"no budgets for {VERSION}: python -m tests.kernels_pallas.operation_targets --record"
-        )
-    for name, got in found["tpu"].items():
-        every = lambda found: (found["always"], *found["bodies"])
-        for count, budget in zip(every(got), every(recorded[name]), strict=True):
-            assert count <= 1.03 * budget + 2, (name, got, recorded[name])
-
-
 def main() -> None:
     if "--record" in sys.argv:
-        now = {k: v for which in TPU_CASES for k, v in in_a_process(which)["tpu"].items()}
-        recorded = budgets() | {VERSION: now}
-        BUDGETS.write_text(json.dumps(recorded, sort_keys=True).replace("}, ", "},\n") + "\n")
+        reports = [report_of("operation_targets", which)["tpu"] for which in TPU_CASES]
+        record(BUDGETS, {name: got for report in reports for name, got in report.items()})
         return
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

@@ -6,6 +6,8 @@ import pytest
 from .decode_targets import BUDGETS, CASES
 from .target_process import asked, budgets, cases, check_bundles, need, report_of
 
+pytestmark = pytest.mark.depends_on("kernels")
+
 ON_TPU = [name for name in CASES if not name.endswith("h200")]
 ON_GPU = [name for name in CASES if name.endswith("h200")]
 

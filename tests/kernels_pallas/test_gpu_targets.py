@@ -6,6 +6,8 @@ import pytest
 from .gpu_targets import CASES, LONG_HEADS, LONG_LENGTH
 from .target_process import asked, cases, need, report_of
 
+pytestmark = pytest.mark.depends_on("kernels")
+
 # Bytes of a thread that do not fit into its 240 registers, of which the sums take 128 here; 12
 # bytes with jax 0.10.2.
 SPILLS = {"head dim 256, flash_attention_backward_keys": 32}

@@ -16,7 +16,6 @@ from kernels_pallas.gpu import grouped_matmul as gpu
 from kernels_pallas.group_visits import group_visits
 from kernels_pallas.tpu import grouped_matmul as tpu
 
-from . import operation_targets
 from .cases import FAST, close, finished
 
 module = importlib.import_module("kernels_pallas.grouped_matmul")
@@ -112,6 +111,7 @@ def test_tpu_kernels_have_no_race(capfd):
 
 
 @pytest.mark.smoke
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 def test_gpu_kernels_match_the_definition():
     """Also checks for races: the interpreter raises an error if there is one."""
@@ -254,10 +254,3 @@ def test_unsupported_calls(kernels, shape, dtype, match):
     )
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         kernels.check(lhs, rhs, None)
-
-
-@pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
-)
-def test_kernels_compile_for_every_target():
-    operation_targets.check("grouped")

@@ -15,7 +15,6 @@ from kernels_pallas.chunked_cross_entropy import Spec, Tokens, losses
 from kernels_pallas.gpu import linear_cross_entropy as gpu
 from kernels_pallas.tpu import linear_cross_entropy as tpu
 
-from . import operation_targets
 from .cases import FAST, close, finished
 
 module = importlib.import_module("kernels_pallas.linear_cross_entropy")
@@ -143,6 +142,7 @@ def test_tpu_kernels_have_no_race(capfd):
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 @pytest.mark.parametrize(
     "options", ["plain", pytest.param("z-loss, soft cap", marks=pytest.mark.smoke)]
@@ -306,10 +306,3 @@ def test_unsupported_calls(kernels, embed, dtype, match):
     with jax.enable_x64(True), pytest.raises(Unsupported, match=match):
         x = jax.ShapeDtypeStruct((1, 8, embed), dtype)
         kernels.check(x, jax.ShapeDtypeStruct((embed, 100), dtype), Spec())
-
-
-@pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
-)
-def test_kernels_compile_for_every_target():
-    operation_targets.check("loss")

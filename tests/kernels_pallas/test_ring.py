@@ -21,7 +21,6 @@ from tests.commands import environment
 from tests.conftest import ROOT
 
 from .cases import FAST, close, make
-from .target_process import need, report_of
 
 
 def test_eight_devices_match_one():
@@ -34,19 +33,6 @@ def test_eight_devices_match_one():
     assert len(report) == 4
     for name, facts in report.items():
         assert facts["values"] < 2e-6 and facts["gradients"] < 2e-5, (name, facts)
-
-
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_pieces_are_sent_while_others_are_attended_to(order):
-    """Checks the program compiled for four TPUs."""
-    need("libtpu")
-    events = report_of("ring_targets", order)
-    names = [name for name, *_ in events]
-    computing = [kind in ("custom-call", "conditional") for _, kind, _ in events]
-    travels = [(names.index(source), at) for at, (_, kind, source) in enumerate(events)
-               if kind == "collective-permute-done"]  # fmt: skip
-    assert len(travels) == 6  # keys and values, three times each
-    assert all(any(computing[start:stop]) for start, stop in travels), events
 
 
 def test_gradients_of_pieces_add_up(monkeypatch):

@@ -15,7 +15,6 @@ from kernels_pallas import Unsupported
 from kernels_pallas.choose import Backend
 from kernels_pallas.tpu import selective_scan as tpu
 
-from . import operation_targets
 from .cases import FAST, close, finished
 
 module = importlib.import_module("kernels_pallas.selective_scan")
@@ -309,10 +308,3 @@ def test_errors_name_the_value_and_what_is_allowed(change, match):
     with pytest.raises(ValueError, match=match) as error:
         selective_scan(**(OK | change))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(
-    not operation_targets.COMPILERS.exists(), reason="no compilers for other chips: make targets"
-)
-def test_kernels_compile():
-    operation_targets.check("scan")

@@ -6,6 +6,8 @@ import pytest
 from .target_process import GROWTH, asked, budgets, cases, check_bundles, need, report_of
 from .tpu_targets import BUDGETS, CASES, LONG_HEADS, LONG_LENGTH
 
+pytestmark = pytest.mark.depends_on("kernels")
+
 
 @pytest.fixture(scope="module")
 def compiled(request):

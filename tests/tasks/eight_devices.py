@@ -4,6 +4,7 @@ import json
 import sys
 
 import jax
+import numpy as np
 
 sys.path.insert(0, ".")
 
@@ -67,20 +68,25 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS = 2
 
 
-def trained(flags, mesh_config: MeshConfig, devices):
+def trained(flags, mesh_config: MeshConfig, devices, begin=None):
+    """(state at the start, state after some steps); begin: None, or the state to start with."""
     config = parse_run((*COMMON, *flags))
     task = make_task(config)
     compiled = build(task, config, make_mesh(mesh_config, devices))
     source = task.data.loader.open("train")
     with mesh_context(compiled.mesh):
-        state = compiled.init(jax.random.key(0))
+        if begin is None:
+            begin = jax.device_get(compiled.init(jax.random.key(0)).replace(rng=None))
+        # Copies: the step is given its state to write over.
+        state = jax.tree.map(np.array, begin).replace(rng=jax.random.key(1))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, compiled.shapes))
         for step in range(STEPS):
             rows = range(8 * step, 8 * step + 8)
             batch = jax.device_put(
                 task.data.loader.gather(source, list(rows)), compiled.batch_shardings
             )
             state, _ = compiled.step(state, batch)
-    return state
+    return begin, state
 
 
 def main():
@@ -88,8 +94,8 @@ def main():
     report = {}
     for name in sys.argv[1:]:
         flags = TASK_FLAGS[name]
-        one = trained(flags, MeshConfig(), jax.devices()[:1])
-        eight = trained(flags, MESH, jax.devices())
+        begin, eight = trained(flags, MESH, jax.devices())
+        _, one = trained(flags, MeshConfig(), jax.devices()[:1], begin)
         split = [x for x in jax.tree.leaves(eight.params) if not x.sharding.is_fully_replicated]
         report[name] = {"difference": difference(one, eight), "sharded": len(split)}
     print(json.dumps(report))

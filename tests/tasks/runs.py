@@ -1,7 +1,8 @@
-"""Real runs, in this process."""
+"""Real runs, in this process, and what they leave."""
 
 import json
 import pathlib
+import shutil
 
 import jax
 
@@ -25,3 +26,24 @@ def transferred(task) -> dict:
     mesh = make_mesh(task.config.mesh, jax.devices()[:1])
     shapes = state_shapes(task, task.config, mesh).params
     return initial_parts(task, task.config, shapes, params=shapes)
+
+
+def steps_in(workdir) -> list[int]:
+    """The steps of which there are checkpoints."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def copy_until(whole, step: int, workdir):
+    """A copy of the run as it was when `step` was saved; its metrics go further."""
+    shutil.copytree(whole, workdir, dirs_exist_ok=True)
+    for later in steps_in(workdir):
+        if later > step:
+            shutil.rmtree(workdir / "checkpoints" / str(later))
+    assert steps_in(workdir)[-1] == step
+
+
+def resumed(whole, step: int, workdir, steps: int, *flags: str) -> list[dict]:
+    """What `run_to` returns of a copy of the run that goes on from its checkpoint of `step`."""
+    copy_until(whole, step, workdir)
+    return run_to(workdir, steps, *flags)

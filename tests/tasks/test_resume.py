@@ -11,7 +11,7 @@ import pytest
 from genai_jax import evaluate, sample
 from genai_jax.config import ConfigError
 from tests.tasks.eight_devices import TASK_FLAGS
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 COMMON = (
     "--data.batch_size=8",
@@ -28,10 +28,9 @@ SHORTCUT = (*TASK_FLAGS["shortcut"], "--sampler.solver=euler", "--sampler.steps=
 
 def test_resumed_metrics_equal_those_of_an_uninterrupted_run(tmp_path, capsys):
     flags = (*COMMON, *SHORTCUT)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole = tmp_path / "whole"
     rows = run_to(whole, 4, *flags)
-    run_to(stopped, 2, *flags)
-    assert run_to(stopped, 4, *flags) == rows and len(rows) == 4
+    assert resumed(whole, 2, tmp_path / "on", 4, *flags) == rows and len(rows) == 4
     capsys.readouterr()
     assert sample.main([f"--workdir={whole}", "--num_samples=4", "--ema=0.9"]) == 0
     for path in capsys.readouterr().out.split():

@@ -12,7 +12,7 @@ from genai_jax.config import ConfigError
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import MESH_AXES
 from tests.commands import TINY, run
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 GAN = (
     "--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--critic.channels=4",
@@ -38,7 +38,6 @@ def assert_member(rows: list[dict], member: int, alone: list[dict]):
                 np.testing.assert_allclose(row[f"{name}/{member}"], value, TOLERANCE, 1e-6)
 
 
-@pytest.mark.smoke
 def test_members_with_seeds_equal_their_own_runs(text, tmp_path, capsys):
     """Parameters, dropout and data order of a member are its seed's; so are samples and scores."""
     flags = (*text, "--transformer.dropout=0.1")
@@ -63,17 +62,19 @@ def test_members_with_seeds_equal_their_own_runs(text, tmp_path, capsys):
 
 def test_members_with_learning_rates_equal_their_own_runs_and_resume(text, tmp_path, capsys):
     """One that diverges is named and left out, and the others go on."""
-    population = (*text, "--population.size=3", "--population.learning_rates=1e-2,1e30,3e-3")
+    rates = ("--population.size=3", "--population.learning_rates=1e-2,1e30,3e-3")
+    population = (*text, *rates, "--checkpoint.every=2")
     rows = run_to(tmp_path / "all", 4, *population)
     assert capsys.readouterr().err.count("member 1 has diverged") == 1
     assert "train/loss/1" not in rows[-1] and np.isfinite(rows[-1]["train/loss"])
     alone = run_to(tmp_path / "one", 4, *text, "--optimizer.learning_rate=3e-3")
     assert_member(rows, 2, alone)
-    run_to(tmp_path / "stopped", 2, *population)
-    assert run_to(tmp_path / "stopped", 4, *population) == rows
+    assert resumed(tmp_path / "all", 2, tmp_path / "on", 4, *population) == rows
 
 
-@pytest.mark.parametrize("flags", [GAN, RBM], ids=["gan", "rbm"])
+@pytest.mark.parametrize(
+    "flags", [GAN, pytest.param(RBM, marks=pytest.mark.smoke)], ids=["gan", "rbm"]
+)
 def test_phases_and_mutables_have_members_as_well(flags, tmp_path):
     rows = run_to(tmp_path / "all", 3, *flags, "--population.size=2")
     assert_member(rows, 1, run_to(tmp_path / "1", 3, *flags, "--seed=1"))

@@ -19,7 +19,8 @@ import pytest
 
 from tests.commands import TINY, environment, run
 from tests.conftest import ROOT
-from tests.test_train import copy_until, reached, rows, steps_in
+from tests.tasks.runs import copy_until, steps_in
+from tests.test_train import reached, rows
 
 STEPS = 8
 FLAGS = (

@@ -67,17 +67,15 @@ def batch_of(task):
 def test_codes_become_tokens_and_images_again(task, state):
     batch, group = batch_of(task), state.params["autoencoder"]
     x = task.data.scaled(jnp.asarray(batch["image"]))
-    codes = task.codec.codes(**group, x=x)
+    codes = jax.jit(task.codec.codes)(**group, x=x)
     assert codes.shape == (8, *task.code_shape) == (8, 2, 2, 2)
     tokens = task.tokens_of(codes)
     np.testing.assert_array_equal(task.codes_of(tokens), codes)
     assert np.all(np.asarray(tokens) // 8 == np.tile([0, 1], 4))  # codebooks take turns
     autoencoder = Autoencoder(task.latents.config)
-    params = {"autoencoder": group["params"]}
-    expected = autoencoder.decode(
-        params, group["mutables"], autoencoder.encode(params, group["mutables"], x)
-    )
-    decoded = task.codec.decode_codes(**group, codes=codes)
+    model = {"autoencoder": group["params"]}, group["mutables"]
+    expected = jax.jit(lambda x: autoencoder.decode(*model, autoencoder.encode(*model, x)))(x)
+    decoded = jax.jit(task.codec.decode_codes)(**group, codes=codes)
     np.testing.assert_allclose(decoded, expected, atol=1e-5)
     np.testing.assert_array_equal(task.front(batch["labels"], 8)[:, 0], 16 + batch["labels"][:, 0])
 
@@ -97,12 +95,16 @@ def test_only_the_prior_moves_and_the_loss_counts_codes_alone(task, state):
     assert not all(jax.tree.leaves(equal("prior")))
     # By hand: every code's log-softmax, given the class and the codes before it.
     group, variables = state.params["autoencoder"], {"params": state.params["prior"]}
-    tokens = task.tokens_of(
-        task.codec.codes(**group, x=task.data.scaled(jnp.asarray(batch["image"])))
-    )
+    x = task.data.scaled(jnp.asarray(batch["image"]))
+    tokens = task.tokens_of(jax.jit(task.codec.codes)(**group, x=x))
     sequence = jnp.concatenate([task.front(batch["labels"], 8), tokens], 1)
-    hidden, _ = task.model.apply(variables, sequence[:, :-1])
-    logits = jax.nn.log_softmax(task.model.apply(variables, hidden, method="logits"))
+
+    @jax.jit
+    def log_probs(tokens):
+        hidden, _ = task.model.apply(variables, tokens)
+        return jax.nn.log_softmax(task.model.apply(variables, hidden, method="logits"))
+
+    logits = log_probs(sequence[:, :-1])
     nll = -jnp.take_along_axis(logits, tokens[..., None], -1).mean()
     assert float(report.metrics["loss"]) == pytest.approx(float(nll), rel=1e-5)
 

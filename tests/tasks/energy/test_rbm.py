@@ -15,7 +15,7 @@ from genai_jax.config import ConfigError
 from genai_jax.networks.energy import rbm
 from genai_jax.tasks.energy.rbm import Rbm
 from genai_jax.tasks.protocol import StepInfo
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 TINY = (
     "--task=rbm",
@@ -155,9 +155,9 @@ def test_bad_flags_are_refused_in_one_line(flag):
 
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    whole = run_to(tmp_path / "whole", 4, *TINY)
-    run_to(tmp_path / "stopped", 2, *TINY)
-    assert run_to(tmp_path / "stopped", 4, *TINY) == whole and len(whole) == 4
+    flags = (*TINY, "--checkpoint.every=2")
+    whole = run_to(tmp_path / "whole", 4, *flags)
+    assert resumed(tmp_path / "whole", 2, tmp_path / "on", 4, *flags) == whole and len(whole) == 4
     capsys.readouterr()
     workdir = f"--workdir={tmp_path / 'whole'}"
     assert evaluate.main([workdir]) == 0

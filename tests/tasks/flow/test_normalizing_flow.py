@@ -14,7 +14,7 @@ from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.invertible.glow import Glow, GlowConfig, squeeze, unsqueeze
 from genai_jax.tasks.flow.task import NormalizingFlow
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 TINY = (
     "--task=normalizing_flow",
@@ -76,7 +76,7 @@ def test_a_fresh_flow_makes_activations_standard_and_squeezes_back():
     x = 3 + 5 * np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
     network = Glow(GlowConfig(levels=1, steps_per_level=2, hidden_channels=4))
     variables = jax.jit(network.init)(jax.random.key(0), x)
-    (z,), _, _ = network.apply(variables, x, method="forward")
+    (z,), _, _ = jax.jit(lambda x: network.apply(variables, x, method="forward"))(x)
     np.testing.assert_allclose(np.mean(z, (0, 1, 2)), 0, atol=1e-4)
     # Each channel of its own before the mixing, a rotation, which keeps the sum of variances.
     assert np.var(z, (0, 1, 2)).mean() == pytest.approx(1, abs=1e-2)
@@ -89,7 +89,7 @@ def test_the_density_of_a_fresh_flow_is_that_of_a_normal_fit():
     rng = np.random.default_rng(0)
     x = 2 + 0.5 * rng.normal(size=(500, 2, 2, 1)).astype(np.float32)
     network = Glow(GlowConfig(levels=1, steps_per_level=1, hidden_channels=4))
-    density = network.apply(jax.jit(network.init)(jax.random.key(0), x), x)
+    density = jax.jit(network.apply)(jax.jit(network.init)(jax.random.key(0), x), x)
     flat = x.reshape(-1, 4).astype(np.float64)
     z = (flat - flat.mean(0)) / (flat.std(0) + 1e-3)
     expected = -(np.square(z).sum(1) + 4 * math.log(2 * math.pi)) / 2
@@ -98,9 +98,9 @@ def test_the_density_of_a_fresh_flow_is_that_of_a_normal_fit():
 
 
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    whole = run_to(tmp_path / "whole", 4, *TINY)
-    run_to(tmp_path / "stopped", 2, *TINY)
-    assert run_to(tmp_path / "stopped", 4, *TINY) == whole and len(whole) == 4
+    flags = (*TINY, "--checkpoint.every=2")
+    whole = run_to(tmp_path / "whole", 4, *flags)
+    assert resumed(tmp_path / "whole", 2, tmp_path / "on", 4, *flags) == whole and len(whole) == 4
     capsys.readouterr()
     workdir = f"--workdir={tmp_path / 'whole'}"
     assert evaluate.main([workdir, "--batches=1"]) == 0

@@ -22,7 +22,7 @@ from genai_jax.tasks.protocol import LossOutput, Phase, StepInfo
 from genai_jax.tasks.vae.sampling import VaeRequest, latent_traversal
 from genai_jax.tasks.vae.task import Vae, kl_of, log_ratio
 from genai_jax.training.step import init_state, make_step
-from tests.tasks.runs import run_to
+from tests.tasks.runs import resumed, run_to
 
 TINY = (
     "--task=vae",
@@ -243,11 +243,11 @@ def test_a_ladder_is_trained_and_walked_through(tmp_path, capsys):
         sample.main([f"--workdir={tmp_path}", "--show=interpolation", "--seed=1"])
 
 
+@pytest.mark.smoke
 def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
-    flags = (*DENSE, "--vae.likelihood=gaussian", "--vae.samples=2")
-    whole = run_to(tmp_path / "whole", 4, *TINY, *flags)
-    run_to(tmp_path / "stopped", 2, *TINY, *flags)
-    assert run_to(tmp_path / "stopped", 4, *TINY, *flags) == whole and len(whole) == 4
+    flags = (*TINY, *DENSE, "--vae.likelihood=gaussian", "--vae.samples=2", "--checkpoint.every=2")
+    whole = run_to(tmp_path / "whole", 4, *flags)
+    assert resumed(tmp_path / "whole", 2, tmp_path / "on", 4, *flags) == whole and len(whole) == 4
     capsys.readouterr()
     request = (f"--workdir={tmp_path / 'whole'}", "--batches=1", "--importance_samples=4")
     assert evaluate.main(request) == 0
