@@ -12,6 +12,7 @@ import jax
 from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
 from genai_jax.training.distributed import all_processes, barrier, is_main
+from genai_jax.training.frozen import FrozenStore, partial_restore, shapes_of
 from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_name, select
 
 
@@ -62,7 +63,6 @@ class Checkpointer:
 
         self._ocp = ocp
         self._frozen = frozenset(frozen)
-        self._frozen_sums: dict[str, int] | None = None
         keep = [policies.LatestN(config.keep)]
         if config.keep_best:
             keep.append(
@@ -86,7 +86,7 @@ class Checkpointer:
                 **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
             },
         )
-        self._frozen_folder = directory.with_name("frozen")
+        self._store = FrozenStore(directory.with_name("frozen"), read_only)
         self._read_only = read_only
 
     def steps(self) -> list[int]:
@@ -101,10 +101,10 @@ class Checkpointer:
         """
         args = self._ocp.args
         state, frozen = self._without_frozen(state)
-        if self._frozen and self._frozen_sums is None:
-            self._save_frozen(frozen)
         clock = {**clock, "layout": LAYOUT}
-        sums = checksums(state, data=data, clock=clock) | (self._frozen_sums or {})
+        sums = checksums(state, data=data, clock=clock)
+        if frozen:
+            sums |= {f"params/{path}": value for path, value in self._store.save(frozen).items()}
         self._manager.save(
             step,
             args=args.Composite(
@@ -152,7 +152,7 @@ class Checkpointer:
                 f"{problem}; no other checkpoint is left in {self._manager.directory}"
             )
         if not self._read_only:
-            self._forget_frozen()
+            self._store.remove()  # what an earlier life of the run left that never saved
         return None
 
     def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
@@ -162,18 +162,9 @@ class Checkpointer:
           ConfigError: a checkpoint of an older layout.
         """
         self._check_layout(step)
-        trees = [self._manager.item_metadata(step)["state"]]
-        if (self._frozen_folder / "0").is_dir():
-            trees.append({"params": self._frozen_manager().item_metadata(0)["params"]})
-        return {
-            path_name(path): tuple(x.shape)
-            for tree in trees
-            for path, x in jax.tree_util.tree_flatten_with_path(_plain(tree))[0]
-            if hasattr(x, "shape")
-        }
-
-    def _state_paths(self, step: int) -> set[str]:
-        return set(leaf_paths(_plain(self._manager.item_metadata(step)["state"])))
+        saved = shapes_of(self._manager.item_metadata(step)["state"])
+        frozen = {f"params/{path}": shape for path, shape in self._store.shapes().items()}
+        return saved | frozen
 
     def read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Path -> array of the state, for paths and `jax.ShapeDtypeStruct`s with shardings.
@@ -181,15 +172,15 @@ class Checkpointer:
         Raises:
           ConfigError: an array that is not what was saved.
         """
-        saved = self._state_paths(step)
+        saved = shapes_of(self._manager.item_metadata(step)["state"])
         here = nested({path: x for path, x in wanted.items() if path in saved})
         frozen = nested({p.removeprefix("params/"): x for p, x in wanted.items() if p not in saved})
         state: Any = {}
         if here:
-            args = self._ocp.args.Composite(state=self._partial(here))
+            args = self._ocp.args.Composite(state=partial_restore(here))
             state = self._manager.restore(step, args=args)["state"]
         if frozen:
-            state = overlay({"params": {}, **state}, {"params": self._read_frozen(frozen)})
+            state = overlay({"params": {}, **state}, {"params": self._store.read(frozen)})
         arrays = {path_name(p): x for p, x in jax.tree_util.tree_flatten_with_path(state)[0]}
         args = self._ocp.args.Composite(checksums=self._ocp.args.JsonRestore())
         expected = self._manager.restore(step, args=args)["checksums"]
@@ -223,14 +214,14 @@ class Checkpointer:
                     checksums=args.JsonRestore(),
                 ),
             )
-            never = self._read_frozen(_only_frozen(frozen, only)) if frozen else {}
+            unchanged = self._store.read(_only_frozen(frozen, only)) if frozen else {}
         except Exception as error:
             problem = error
         if not all_processes(problem is None):  # a damaged file is seen by those who read it
             raise problem or ValueError("another process cannot read it")
         state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
         if frozen:
-            params = overlay(jax.tree.map(lambda _: None, frozen), never)
+            params = overlay(jax.tree.map(lambda _: None, frozen), unchanged)
             state = state.replace(params=merged(state.params, params))
         data, clock = restored["data"], restored["clock"]
         sums, saved = checksums(state, data=data, clock=clock), restored["checksums"]
@@ -238,8 +229,6 @@ class Checkpointer:
         damaged = [name for name in names if sums.get(name) != saved.get(name)]
         if damaged:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
-        if only is None and frozen:
-            self._frozen_sums = {f"params/{p}": sums[f"params/{p}"] for p in self._frozen}
         return state, data, clock
 
     def _check_layout(self, step: int):
@@ -252,8 +241,6 @@ class Checkpointer:
                 "or use the version that run.json names"
             )
 
-    # What never changes.
-
     def _without_frozen(self, state: Any) -> tuple[Any, Any]:
         """The state without the parameters that never change, and those."""
         if not self._frozen:
@@ -262,44 +249,6 @@ class Checkpointer:
         return (
             state.replace(params=select(state.params, changing)),
             select(state.params, self._frozen),
-        )
-
-    def _frozen_manager(self):
-        ocp = self._ocp
-        options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=not self._read_only, read_only=self._read_only
-        )
-        handlers = {"params": ocp.PyTreeCheckpointHandler()}
-        return ocp.CheckpointManager(self._frozen_folder, options=options, item_handlers=handlers)
-
-    def _save_frozen(self, frozen: Any):
-        args = self._ocp.args
-        with self._frozen_manager() as manager:
-            if not manager.all_steps():
-                manager.save(0, args=args.Composite(params=args.PyTreeSave(frozen)), force=True)
-                manager.wait_until_finished()
-        self._frozen_sums = {f"params/{p}": x for p, x in checksums(frozen).items()}
-
-    def _read_frozen(self, target: Any) -> Any:
-        """The arrays of a nested dictionary of shapes, out of those that never change."""
-        if not target:
-            return {}
-        with self._frozen_manager() as manager:
-            args = self._ocp.args.Composite(params=self._partial(target))
-            return manager.restore(0, args=args)["params"]
-
-    def _forget_frozen(self):
-        """Removes what an earlier life of the run, which never saved a checkpoint, left."""
-        if is_main():
-            shutil.rmtree(self._frozen_folder, ignore_errors=True)
-        barrier()
-
-    def _partial(self, target: Any):
-        """Reads these arrays of a tree, and no others."""
-        return self._ocp.args.PyTreeRestore(
-            target,
-            self._ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
         )
 
     def set_aside_after(self, step: int):
@@ -332,11 +281,6 @@ class Checkpointer:
 def _only_frozen(frozen: Any, only: Sequence[str] | None) -> Any:
     """What of the parameters that never change is in `only`."""
     return select(frozen, [p for p in leaf_paths(frozen) if _is_part(f"params/{p}", only)])
-
-
-def _plain(tree: Any) -> Any:
-    """The metadata of an item as nested dictionaries."""
-    return getattr(tree, "tree", tree)
 
 
 def _is_part(path: str, only: Sequence[str] | None) -> bool:
