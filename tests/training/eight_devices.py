@@ -10,6 +10,7 @@ import numpy as np
 sys.path.insert(0, ".")
 
 from genai_jax.components import parse_run
+from genai_jax.losses.token import token_log_probs
 from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.execution import build
 from genai_jax.training.sharding import MeshConfig, make_mesh, mesh_context
@@ -81,6 +82,32 @@ def dirac_difference() -> float:
     return difference(*results)
 
 
+def log_prob_differences() -> dict[str, dict]:
+    """Log-probabilities of targets and a gradient through them, on one device and on eight."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (8, 16, 32))
+    kernel = jax.random.normal(keys[1], (32, 64))
+    targets = jax.random.randint(keys[2], (8, 16), 0, 64)
+
+    def scored(hidden, kernel):
+        log_probs = token_log_probs(hidden, kernel, targets, soft_cap=5.0)
+        # As a preference loss weighs them: by row, not by token.
+        return jnp.sum(jax.nn.sigmoid(jnp.sum(log_probs, 1) / 50)), log_probs
+
+    gradient = jax.value_and_grad(scored, (0, 1), has_aux=True)
+    one = gradient(hidden, kernel)
+    results = {}
+    for name, mesh_config in (
+        ("mixed", MeshConfig(data=2, fsdp=2, tensor=2)),
+        ("sequence", MeshConfig(data=1, fsdp=2, sequence=4)),
+    ):
+        with mesh_context(make_mesh(mesh_config, jax.devices())):
+            eight = jax.jit(gradient)(hidden, kernel)
+        split = not eight[0][1].sharding.is_fully_replicated
+        results[name] = {"difference": difference(one, eight), "sharded": split}
+    return results
+
+
 def main():
     assert jax.device_count() == 8, jax.devices()
     one = trained(MeshConfig(), jax.devices()[:1])
@@ -96,6 +123,7 @@ def main():
         kernel = state.opt_state["next_token"]
         split = [x for x in jax.tree.leaves(kernel) if not x.sharding.is_fully_replicated]
         report[name] = {"difference": difference(one, state), "sharded": bool(split)}
+    report |= {f"log_probs_{name}": facts for name, facts in log_prob_differences().items()}
     report["dirac"] = {"difference": dirac_difference()}
     print(json.dumps(report))
 
