@@ -245,7 +245,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def gathered(record: Any) -> list[Any]:
+def gather_records(record: Any) -> list[Any]:
     """What every process has as `record` (JSON serialisable), in the order of the processes."""
     if jax.process_count() == 1:
         return [record]
@@ -258,12 +258,12 @@ def gathered(record: Any) -> list[Any]:
 
 def all_processes(condition: bool) -> bool:
     """Whether `condition` holds in every process; waits for all of them."""
-    return all(gathered(bool(condition)))
+    return all(gather_records(bool(condition)))
 
 
 def barrier():
     """Waits until every process is here."""
-    gathered(None)
+    gather_records(None)
 
 
 def to_host(tree: Any) -> Any:

@@ -10,7 +10,7 @@ from genai_jax.metrics.sample_scores import sample_scores
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.classification.images import load_classifier
 
-MOST_REAL = 10_000  # held-out images to compare with, at most
+MAX_REAL = 10_000  # held-out images to compare with, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +24,20 @@ class ScoreFlags:
         "", "File of Inception weights of torch-fidelity, to score sampled images by FID."
     )
     num_samples: int = field(1000, "Images to sample and score.", minimum=10)
-    drawing: ClassVar[tuple[str, ...]] = ("num_samples",)  # flags that matter to samples only
+    sample_flags: ClassVar[tuple[str, ...]] = ("num_samples",)  # flags that matter to samples only
 
     def __post_init__(self):
-        if self.draws():
+        if self.scores_samples():
             return
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name in self.drawing and value != f.default:
+            if f.name in self.sample_flags and value != f.default:
                 raise ValueError(
                     f"--{f.name}={value} is for sampled images, which --classifier or "
                     "--inception scores; neither is set"
                 )
 
-    def draws(self) -> bool:
+    def scores_samples(self) -> bool:
         return bool(self.classifier or self.inception)
 
 
@@ -54,7 +54,7 @@ def score_images(
       labels: what they are samples of, [n, attributes]; None or no attributes if nothing was asked.
       flags: what to score by.
     """
-    real = data.loader.examples("validation", MOST_REAL)
+    real = data.loader.examples("validation", MAX_REAL)
     scores = {}
     if flags.classifier:
         describe = load_classifier(flags.classifier, data)

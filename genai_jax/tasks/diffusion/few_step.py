@@ -15,7 +15,7 @@ from genai_jax.requests import Files
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Sampled, sample_request
+from genai_jax.tasks.diffusion.sampling import DiffusionRequest, SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
 from genai_jax.tasks.diffusion.task import Diffusion
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
@@ -205,14 +205,14 @@ class FewStep(Task):
         return metrics | {"images": int(reduced["loss"].weight)}
 
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
-        return report(self.sampled(), params, batches, request)
+        return report(self.sampled_model(), params, batches, request)
 
     def sample(self, params, mutables, request: DiffusionRequest) -> Files:
-        return sample_request(self.sampled(), params, request)
+        return sample_request(self.sampled_model(), params, request)
 
-    def sampled(self) -> Sampled:
+    def sampled_model(self) -> SampledModel:
         """How the model is sampled from."""
-        return Sampled(self.config, self.model, self._sampling_denoiser, self.check_sampler)
+        return SampledModel(self.config, self.model, self._sampling_denoiser, self.check_sampler)
 
     def check_sampler(self, sampler):
         """Each method has the solver and the numbers of steps that it was trained for."""

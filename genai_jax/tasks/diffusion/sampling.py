@@ -17,7 +17,7 @@ from genai_jax.diffusion.solvers import SOLVERS, solve
 from genai_jax.diffusion.times import SPACINGS, time_grid
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.arrays.drawing import in_turn, requested_labels
+from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.protocol import Params
 from genai_jax.tasks.registry import task_class
@@ -116,7 +116,7 @@ class DiffusionRequest(Overrides, SampleRequest):
             raise ValueError("--interpolate_to and --mask exclude each other")
 
 
-class Sampled(NamedTuple):
+class SampledModel(NamedTuple):
     """A model that can be sampled from.
 
     Attributes:
@@ -132,7 +132,7 @@ class Sampled(NamedTuple):
     check: Callable[[SamplerConfig], None] = lambda sampler: None
 
 
-def sample_request(sampled: Sampled, params: Params, request: DiffusionRequest) -> Files:
+def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Files:
     """What a request of the sample command asks for."""
     model = sampled.model
     sampler = override(sampled.config.sampler, request)
@@ -154,7 +154,7 @@ def sample_request(sampled: Sampled, params: Params, request: DiffusionRequest) 
     return _files(sampled, images, request, strip)
 
 
-def _files(sampled: Sampled, images: np.ndarray, request, strip) -> Files:
+def _files(sampled: SampledModel, images: np.ndarray, request, strip) -> Files:
     name = f"{sampled.config.diffusion.network}_seed{request.seed}"
     return Files(name, media.writers(images, sampled.model.data.levels, strip))
 
@@ -178,7 +178,7 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
         held_out = lambda: loader.examples("validation", count)["caption"]
         texts = [request.prompt] if request.prompt else held_out()
         tokens, mask = loader.encode_captions(texts)
-        return model.condition(tokens=in_turn(tokens, count), token_mask=in_turn(mask, count))
+        return model.condition(tokens=cycled(tokens, count), token_mask=cycled(mask, count))
     return Condition()
 
 
@@ -204,20 +204,20 @@ def _read_mask(model: DenoisingModel, path: str):
 class Sampler:
     """Samples batch after batch with one compiled program for each kind of request."""
 
-    def __init__(self, sampled: Sampled, params: Params, settings: SamplerConfig):
+    def __init__(self, sampled: SampledModel, params: Params, settings: SamplerConfig):
         self.sampled, self.params, self.settings = sampled, params, settings
         self.model = sampled.model
-        self.weak_sampled, self.weak = weaker(settings.weak, sampled)
+        self.weak_model, self.weak = weaker(settings.weak, sampled)
         self._check()
 
     def _check(self):
         config, settings = self.model.config, self.settings
-        if settings.guidance != 1 and config.condition == "none" and not self.weak_sampled:
+        if settings.guidance != 1 and config.condition == "none" and not self.weak_model:
             raise ConfigError(
                 f"--guidance={settings.guidance} needs a conditional model "
                 "(--diffusion.condition), or --weak, a weaker one to guide with"
             )
-        if settings.guidance == 1 and (self.weak_sampled or settings.guidance_interval):
+        if settings.guidance == 1 and (self.weak_model or settings.guidance_interval):
             raise ConfigError("--weak and --guidance_interval need a --guidance other than 1")
         if config.num_times and settings.steps > config.num_times:
             raise ConfigError(
@@ -244,7 +244,7 @@ class Sampler:
         program, times = self._program(rows, start < 1, strip), self._times(start)
         images, paths = [], []
         for i, begin in enumerate(range(0, count, rows)):
-            part = jax.tree.map(lambda x, b=begin: in_turn(x[b : b + rows], rows), condition)
+            part = jax.tree.map(lambda x, b=begin: cycled(x[b : b + rows], rows), condition)
             samples, path = program(
                 self.params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
             )
@@ -282,8 +282,8 @@ class Sampler:
         plain = sampled.denoiser(params, condition, settings.steps)
         if settings.guidance == 1:
             return plain
-        if self.weak_sampled:
-            other = self.weak_sampled.denoiser(weak, condition, settings.steps)
+        if self.weak_model:
+            other = self.weak_model.denoiser(weak, condition, settings.steps)
             guided = guidance.autoguidance(plain, other, settings.guidance)
         else:
             null = self.model.null_condition(jax.tree.leaves(condition)[0].shape[0])
@@ -337,7 +337,7 @@ class Sampler:
         return to_host(program(self.params, self.weak, condition, first, second))
 
 
-def weaker(workdir: str, sampled: Sampled) -> tuple[Sampled | None, Params | None]:
+def weaker(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:
     """The model in `workdir` and its parameters, (None, None) if that is empty.
 
     Raises:
@@ -355,4 +355,4 @@ def weaker(workdir: str, sampled: Sampled) -> tuple[Sampled | None, Params | Non
     shape, other = sampled.model.sample_shape, task.model.sample_shape
     if other != shape:
         raise ConfigError(f"--weak={workdir} samples arrays of shape {other}, this run {shape}")
-    return task.sampled(), restore_model(task, config).params
+    return task.sampled_model(), restore_model(task, config).params

@@ -13,10 +13,10 @@ from genai_jax.config import ConfigError, field, override
 from genai_jax.diffusion.likelihood import log_density
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import EvaluateRequest
-from genai_jax.tasks.arrays.drawing import in_turn, requested_labels
+from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import Overrides, Sampled, Sampler
+from genai_jax.tasks.diffusion.sampling import Overrides, SampledModel, Sampler
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
 
@@ -30,15 +30,18 @@ class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
     )
     likelihood_steps: int = field(100, "Steps of that ODE.", minimum=1)
     likelihood_probes: int = field(1, "Random directions of a Hutchinson estimate.", minimum=1)
-    drawing: ClassVar = (*ScoreFlags.drawing, *(f.name for f in dataclasses.fields(Overrides)))
+    sample_flags: ClassVar = (
+        *ScoreFlags.sample_flags,
+        *(f.name for f in dataclasses.fields(Overrides)),
+    )
 
 
-def report(sampled: Sampled, params: Params, batches: Callable, request: ScoreRequest) -> dict:
+def report(sampled: SampledModel, params: Params, batches: Callable, request: ScoreRequest) -> dict:
     """What the request asks for: bits per dimension, and the scores of sampled images."""
     metrics, model = {}, sampled.model
     if request.likelihood != "none":
         metrics |= likelihood(model, params, batches(request.batches), request)
-    if request.draws():
+    if request.scores_samples():
         settings = override(sampled.config.sampler, request)
         labels, condition = _held_out_condition(model, request.num_samples)
         sampler = Sampler(sampled, params, settings)
@@ -59,7 +62,7 @@ def _held_out_condition(model: DenoisingModel, count: int) -> tuple[np.ndarray |
         tokens, mask = loader.encode_captions(examples["caption"])
         unlabelled = np.zeros((len(tokens), 0), np.int32)
         labels, tokens, mask = (
-            in_turn(x, count) for x in (examples.get("labels", unlabelled), tokens, mask)
+            cycled(x, count) for x in (examples.get("labels", unlabelled), tokens, mask)
         )
         return labels, model.condition(tokens=tokens, token_mask=mask)
     return np.zeros((count, 0), np.int32), Condition()

@@ -18,7 +18,7 @@ from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.diffusion.model import DenoisingModel, DiffusionConfig
 from genai_jax.tasks.diffusion.sampling import (
     DiffusionRequest,
-    Sampled,
+    SampledModel,
     SamplerConfig,
     sample_request,
 )
@@ -108,14 +108,14 @@ class Diffusion(Task):
         return metrics
 
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
-        return report(self.sampled(), params, batches, request)
+        return report(self.sampled_model(), params, batches, request)
 
     def sample(self, params, mutables, request: DiffusionRequest) -> Files:
-        return sample_request(self.sampled(), params, request)
+        return sample_request(self.sampled_model(), params, request)
 
-    def sampled(self) -> Sampled:
+    def sampled_model(self) -> SampledModel:
         """How the model is sampled from."""
-        return Sampled(self.config, self.model, self._sampling_denoiser)
+        return SampledModel(self.config, self.model, self._sampling_denoiser)
 
     def _sampling_denoiser(self, params: Params, condition: Condition, steps: int):
         del steps

@@ -43,7 +43,7 @@ class RbmRequest(SampleRequest):
 @dataclasses.dataclass(frozen=True)
 class RbmScoreRequest(ScoreFlags, EvaluateRequest):
     sweeps: int = field(1000, "Gibbs sweeps before an image is taken", minimum=1)
-    drawing: ClassVar = (*ScoreFlags.drawing, "sweeps")
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "sweeps")
 
 
 class Rbm(Task):
@@ -144,7 +144,7 @@ class Rbm(Task):
 
     def report(self, params, mutables, batches, request) -> dict:
         """Scores of sampled images, if asked for."""
-        if not request.draws():
+        if not request.scores_samples():
             return {}
         images = self._sampled(params, mutables, request)
         return score_images(self.data, images, None, request)

@@ -17,14 +17,19 @@ from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
-from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
+from genai_jax.tasks.arrays.sampling import (
+    check_label,
+    check_show_flags,
+    in_batches,
+    requested_labels,
+)
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.optimizer import default_optimizer
 
 START_IMAGES = 256  # from which the first scales and biases are set
-MOST_ROWS = 12  # of a walk
+MAX_ROWS = 12  # of a walk
 USES = {  # what can be shown -> the flags that are for it
     "draws": ("label", "temperature", "seed"),
     "interpolation": ("path", "columns"),
@@ -39,7 +44,7 @@ class FlowConfig:
 @dataclasses.dataclass(frozen=True)
 class FlowRequest(SampleRequest):
     num_samples: int = field(
-        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+        64, f"images, or rows of a walk, of which there are at most {MAX_ROWS}", minimum=1
     )
     show: str = field("draws", "draws, or walks between held-out images", choices=tuple(USES))
     label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
@@ -51,7 +56,7 @@ class FlowRequest(SampleRequest):
 @dataclasses.dataclass(frozen=True)
 class FlowScoreRequest(ScoreFlags, EvaluateRequest):
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
-    drawing: ClassVar = (*ScoreFlags.drawing, "temperature")
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature")
 
 
 class NormalizingFlow(Task):
@@ -121,14 +126,14 @@ class NormalizingFlow(Task):
 
     def report(self, params, mutables, batches, request) -> dict:
         """Scores of sampled images, if asked for."""
-        if not request.draws():
+        if not request.scores_samples():
             return {}
         images, labels = self._sampled(params, request, "")
         return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
-        check_shown(request, USES)
+        check_show_flags(request, USES)
         columns = None
         if request.show == "draws":
             images, _ = self._sampled(params, request, request.label)
@@ -162,7 +167,7 @@ class NormalizingFlow(Task):
 
     def _interpolated(self, params, request) -> np.ndarray:
         """Rows from one held-out image to another, through their latents."""
-        rows = min(request.num_samples, MOST_ROWS)
+        rows = min(request.num_samples, MAX_ROWS)
         held_out = self.data.loader.examples("validation", 2 * rows)
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None

@@ -11,7 +11,12 @@ import numpy as np
 from genai_jax import media
 from genai_jax.config import field
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
+from genai_jax.tasks.arrays.sampling import (
+    check_label,
+    check_show_flags,
+    in_batches,
+    requested_labels,
+)
 from genai_jax.tasks.arrays.walks import PATHS, path, read_latents
 
 USES = {  # what can be shown -> the flags that are for it
@@ -19,14 +24,14 @@ USES = {  # what can be shown -> the flags that are for it
     "interpolation": ("truncation", "path", "columns"),
     "truncation": ("columns",),
 }
-MOST_ROWS = 12  # of a walk or a grid
+MAX_ROWS = 12  # of a walk or a grid
 
 
 @dataclasses.dataclass(frozen=True)
 class GanRequest(SampleRequest):
     num_samples: int = field(
         64,
-        f"images, or rows of a walk or a grid, of which there are at most {MOST_ROWS}",
+        f"images, or rows of a walk or a grid, of which there are at most {MAX_ROWS}",
         minimum=1,
     )
     show: str = field(
@@ -51,7 +56,7 @@ class GanRequest(SampleRequest):
 def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
-    check_shown(request, USES)
+    check_show_flags(request, USES)
     key, columns = jax.random.key(request.seed), request.columns
     if request.show == "draws":
         given, count, columns = None, request.num_samples, None
@@ -87,7 +92,7 @@ def sample_images(
 
 def interpolation(task, params, mutables, key, request: GanRequest) -> np.ndarray:
     """Rows from one draw to another."""
-    rows = min(request.num_samples, MOST_ROWS)
+    rows = min(request.num_samples, MAX_ROWS)
     z = jax.random.normal(key, (2, rows, task.config.generator.latent_dim))
     points = jnp.moveaxis(path(z[0], z[1], request.columns, request.path), 0, 1)
     labels = _row_labels(task, request, rows)
@@ -97,7 +102,7 @@ def interpolation(task, params, mutables, key, request: GanRequest) -> np.ndarra
 
 def truncation_grid(task, params, mutables, key, request: GanRequest) -> np.ndarray:
     """Rows of one draw each, from the mean style to as drawn."""
-    rows, columns = min(request.num_samples, MOST_ROWS), request.columns
+    rows, columns = min(request.num_samples, MAX_ROWS), request.columns
     z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
     amounts = jnp.tile(jnp.linspace(0, 1, columns), rows)[:, None]
     labels = _row_labels(task, request, rows)

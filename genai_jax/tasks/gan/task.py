@@ -25,7 +25,7 @@ from genai_jax.tasks.gan.sampling import GanRequest, sample_images, sample_reque
 from genai_jax.tasks.protocol import Mean, Params, Phase, Rows, Task, Transfer
 
 STYLE_DECAY = 0.995  # of the mean style, which truncation goes to
-MOST_COMPARED = 1024  # images in the energy distance of an evaluation
+MAX_COMPARED = 1024  # images in the energy distance of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GanConfig(GameConfig):
 @dataclasses.dataclass(frozen=True)
 class GanScoreRequest(ScoreFlags, EvaluateRequest):
     truncation: float = field(1.0, "how far styles are from their mean; 1: as drawn", minimum=0)
-    drawing: ClassVar = (*ScoreFlags.drawing, "truncation")
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "truncation")
 
 
 class Gan(Task):
@@ -246,8 +246,8 @@ class Gan(Task):
         return {
             "real": Mean(judge(self.data.scaled(batch["image"])) * mask, mask),
             "fake": Mean(judge(y) * mask, mask),
-            "held_out": Rows(batch["image"], mask, MOST_COMPARED),
-            "samples": Rows(self.data.to_levels(y), mask, MOST_COMPARED),
+            "held_out": Rows(batch["image"], mask, MAX_COMPARED),
+            "samples": Rows(self.data.to_levels(y), mask, MAX_COMPARED),
         }
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
@@ -260,7 +260,7 @@ class Gan(Task):
 
     def report(self, params, mutables, batches, request) -> dict:
         """Scores of sampled images, if asked for."""
-        if not request.draws():
+        if not request.scores_samples():
             return {}
         images, labels = sample_images(
             self, params, mutables, jax.random.key(request.seed), request.num_samples,

@@ -12,7 +12,12 @@ from genai_jax import media
 from genai_jax.config import field
 from genai_jax.networks.latent.latent_variables import Latents
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
+from genai_jax.tasks.arrays.sampling import (
+    check_label,
+    check_show_flags,
+    in_batches,
+    requested_labels,
+)
 from genai_jax.tasks.arrays.walks import PATHS, most_active, path, traversal
 
 USES = {  # what can be shown -> the flags that are for it
@@ -22,14 +27,14 @@ USES = {  # what can be shown -> the flags that are for it
     "traversal": ("columns", "seed"),
 }
 SPREAD = 3.0  # prior standard deviations that a traversal goes each way
-MOST_ROWS = 12  # of a walk
+MAX_ROWS = 12  # of a walk
 MEASURED_IMAGES = 512  # that tell which latents are used
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeRequest(SampleRequest):
     num_samples: int = field(
-        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+        64, f"images, or rows of a walk, of which there are at most {MAX_ROWS}", minimum=1
     )
     show: str = field(
         "prior",
@@ -47,7 +52,7 @@ class VaeRequest(SampleRequest):
 def sample_request(task: Any, params: dict, request: VaeRequest) -> Files:
     """What a request of the sample command asks for."""
     check_label(request.label, bool(task.network.label_sizes))
-    check_shown(request, USES)
+    check_show_flags(request, USES)
     columns = None
     if request.show == "prior":
         images, _ = sample_images(
@@ -79,7 +84,7 @@ def sample_images(
         if pixels == "mean":
             return task.data.to_levels(task.likelihood.mean(outputs))
         own = params.get("likelihood", {})
-        return task.data.to_levels(task.likelihood.draw(own, outputs, pixels_key))
+        return task.data.to_levels(task.likelihood.sample(own, outputs, pixels_key))
 
     return in_batches(functools.partial(some, params), key, count, labels), labels
 
@@ -94,7 +99,7 @@ def reconstructions(task, params, count: int) -> np.ndarray:
 
 def interpolation(task, params, request: VaeRequest) -> np.ndarray:
     """Rows from one held-out image to another, through the means of their latents."""
-    rows = min(request.num_samples, MOST_ROWS)
+    rows = min(request.num_samples, MAX_ROWS)
     held_out = task.data.loader.examples("validation", 2 * rows)
     rows = len(held_out["image"]) // 2
     latents, labels = posterior_means(task, params, held_out)
@@ -119,7 +124,7 @@ def latent_traversal(task, params, request: VaeRequest) -> np.ndarray:
     mean, prior, scale = (
         np.concatenate([flat(x) for x in parts], 1) for parts in zip(*triples, strict=True)
     )
-    dimensions = most_active((mean - prior) / scale, min(request.num_samples, MOST_ROWS))
+    dimensions = most_active((mean - prior) / scale, min(request.num_samples, MAX_ROWS))
     chosen = request.seed % len(mean)
     steps = np.linspace(-SPREAD, SPREAD, request.columns)
     values = prior[chosen, dimensions, None] + scale[chosen, dimensions, None] * steps

@@ -11,7 +11,7 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bits
+from genai_jax.losses.bounds import importance_weighted, kl_with_free_bits, normal_kl
 from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import dense_vae, ladder_vae
@@ -61,7 +61,7 @@ class VaeScoreRequest(ScoreFlags, EvaluateRequest):
     )
     temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
     pixels: str = field("mean", "expected values, or drawn ones", choices=("mean", "draw"))
-    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "pixels")
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature", "pixels")
 
 
 class Vae(Task):
@@ -131,7 +131,7 @@ class Vae(Task):
         kl = jnp.mean(kl, 0)
         bound = jnp.mean(importance_weighted(log_weight))
         if c.samples == 1:
-            bound = jnp.mean(fit) - self._kl_weight(info.step) * with_free_bits(kl, c.free_bits)
+            bound = jnp.mean(fit) - self._kl_weight(info.step) * kl_with_free_bits(kl, c.free_bits)
         elbo = jnp.mean(fit) - jnp.mean(jnp.sum(kl, 1))
         metrics = {
             "kl": jnp.mean(jnp.sum(kl, 1)),
@@ -216,7 +216,7 @@ class Vae(Task):
         metrics = {}
         if request.importance_samples:
             metrics |= self._importance(params, batches, request)
-        if request.draws():
+        if request.scores_samples():
             key = jax.random.key(request.seed)
             images, labels = sample_images(
                 self, params, key, request.num_samples, temperature=request.temperature,

@@ -17,7 +17,7 @@ def all_labels(sizes: tuple[int, ...]) -> np.ndarray:
     return np.stack([x.ravel() for x in np.indices(sizes)], 1).astype(np.int32)
 
 
-def in_turn(rows: Any, count: int) -> np.ndarray:
+def cycled(rows: Any, count: int) -> np.ndarray:
     """The rows, again and again, until there are `count`."""
     rows = np.asarray(rows)
     return rows[np.arange(count) % len(rows)]
@@ -30,7 +30,7 @@ def requested_labels(loader: Any, text: str, count: int) -> np.ndarray:
       ConfigError: a class that the data does not have.
     """
     wanted = [loader.parse_label(part) for part in text.split(",") if part]
-    return in_turn(wanted or all_labels(loader.label_sizes), count)
+    return cycled(wanted or all_labels(loader.label_sizes), count)
 
 
 def check_label(text: str, conditional: bool):
@@ -39,7 +39,7 @@ def check_label(text: str, conditional: bool):
         raise ConfigError(f"--label={text}: this model was trained without a condition")
 
 
-def check_shown(request: Any, uses: dict[str, tuple[str, ...]]):
+def check_show_flags(request: Any, uses: dict[str, tuple[str, ...]]):
     """Raises `ConfigError` if a flag is set that what is to be shown does not use.
 
     Args:
@@ -69,6 +69,6 @@ def in_batches(
     rows = min(BATCH, count)
     made = []
     for i, begin in enumerate(range(0, count, rows)):
-        told = None if labels is None else in_turn(labels[begin : begin + rows], rows)
+        told = None if labels is None else cycled(labels[begin : begin + rows], rows)
         made.append(np.asarray(program(told, jax.random.fold_in(key, i), rows)))
     return np.concatenate(made)[:count]
