@@ -79,7 +79,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         hint = "; JAX_NUM_CPU_DEVICES=8 simulates eight" if devices[0].platform == "cpu" else ""
         raise ConfigError(
             f"mesh {_mesh_flags(config.sizes())} does not fit {len(devices)} device(s): the "
-            f"product of the sizes must equal the number of devices, or divide it if one is -1{hint}"
+            f"sizes must multiply to the number of devices, or to a divisor if one is -1{hint}"
         )
     order = [MESH_AXES.index(axis) for axis in PHYSICAL_ORDER]
     arranged = _arrange(

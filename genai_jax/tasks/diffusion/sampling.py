@@ -1,4 +1,4 @@
-"""Sampling from a diffusion model: what the flags of the sample command mean."""
+"""Sampling from a diffusion model with the flags of the sample command."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ STRIP_ROWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How images are sampled, unless a command says otherwise."""
+    """How images are sampled, unless flags of a command override it."""
 
     solver: str = field(
         "dpmpp_2m", "Solver of the reverse process.", choices=tuple(SOLVERS), changeable=True
@@ -51,15 +51,17 @@ class SamplerConfig:
     )
     guidance: float = field(
         1.0,
-        "Guidance weight of the condition, or of the model over a weaker one; 1: no guidance.",
+        "Guidance weight, over no condition or over the --weak model; 1: no guidance.",
         changeable=True,
     )
     guidance_interval: str = field(
-        "", "LOW,HIGH: log-SNR between which guidance acts; everywhere if empty.", changeable=True
+        "",
+        "LOW,HIGH: range of log-SNR in which to apply guidance; everywhere if empty.",
+        changeable=True,
     )
     guidance_rescale: float = field(
         0.0,
-        "Share of the guided contrast that is set back to the unguided contrast.",
+        "How far the contrast is rescaled from guided (0) to unguided (1).",
         minimum=0,
         maximum=1,
         changeable=True,
@@ -94,24 +96,24 @@ class DiffusionRequest(Overrides, SampleRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     label: str = field(
         "",
-        "Classes to sample: comma-separated names or numbers, repeated in order; every class in "
+        "Classes to sample: comma-separated names or numbers, repeated in order; all classes in "
         "order if empty.",
     )
-    prompt: str = field("", "Caption of what to sample; captions of held-out images if empty.")
+    prompt: str = field("", "Caption to sample from; captions of held-out images if empty.")
     strip: bool = field(False, "Also show trajectories from noise to image.")
     init_image: str = field("", "Image to start from, or whose masked part is replaced.")
     strength: float = field(
-        0.6, "How far towards noise --init_image is taken: 0 keeps it, 1 forgets it.",
+        0.6, "How much noise to add to --init_image: 0 keeps it, 1 replaces it.",
         minimum=0, maximum=1,
     )  # fmt: skip
-    mask: str = field("", "Image as large as --init_image, white where it is to be replaced.")
+    mask: str = field("", "Image of the size of --init_image, white where to replace it.")
     interpolate_to: str = field("", "Second image: --num_samples steps from --init_image to it.")
 
     def __post_init__(self):
         if self.mask and not self.init_image:
-            raise ValueError("--mask needs --init_image, the image of which a part is replaced")
+            raise ValueError("--mask needs --init_image, the image whose masked part is replaced")
         if self.interpolate_to and not self.init_image:
-            raise ValueError("--interpolate_to needs --init_image, the image to begin at")
+            raise ValueError("--interpolate_to needs --init_image, the image to start from")
         if self.interpolate_to and self.mask:
             raise ValueError("--interpolate_to and --mask exclude each other")
 
@@ -122,7 +124,7 @@ class SampledModel(NamedTuple):
     Attributes:
       config: of the run.
       model: the denoising model.
-      denoiser: (params, condition, solver steps) -> the denoiser for a solver of so many steps.
+      denoiser: (params, condition, solver steps) -> denoiser for that number of solver steps.
       check: raises `ConfigError` for a sampler that this model was not trained for.
     """
 
@@ -133,7 +135,7 @@ class SampledModel(NamedTuple):
 
 
 def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Files:
-    """What a request of the sample command asks for."""
+    """Samples what a request of the sample command asks for."""
     model = sampled.model
     sampler = override(sampled.config.sampler, request)
     condition = requested_condition(model, request)
@@ -163,13 +165,13 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
     """The condition of each of `num_samples` images.
 
     Raises:
-      ConfigError: a condition that the model was not trained with, or a class out of range.
+      ConfigError: a condition that the model was not trained with, or an unknown class.
     """
     kind, loader = model.config.condition, model.data.loader
-    for name, needs in (("label", "class"), ("prompt", "text")):
-        if getattr(request, name) and kind != needs:
+    for name, needed in (("label", "class"), ("prompt", "text")):
+        if getattr(request, name) and kind != needed:
             raise ConfigError(
-                f"--{name}={getattr(request, name)}: this model's condition is {kind}, not {needs}"
+                f"--{name}={getattr(request, name)}: this model's condition is {kind}, not {needed}"
             )
     count = request.num_samples
     if kind == "class":
@@ -183,7 +185,7 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
 
 
 def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):
-    """An image file as the model sees it, [1, *sample_shape]; None without a path."""
+    """Reads an image file as an input of the model, [1, *sample_shape]; None without a path."""
     if not path:
         return None
     data = model.data
@@ -192,7 +194,7 @@ def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):
 
 
 def _read_mask(model: DenoisingModel, path: str):
-    """1 where the image is known and 0 where it is to be sampled, [1, *space, 1]."""
+    """1 where the image is known and 0 where to sample it, [1, *space, 1]."""
     if not path:
         return None
     *space, _ = model.data.shape
@@ -202,12 +204,12 @@ def _read_mask(model: DenoisingModel, path: str):
 
 
 class Sampler:
-    """Samples batch after batch with one compiled program for each kind of request."""
+    """Samples in batches, with one compiled program for each kind of request."""
 
     def __init__(self, sampled: SampledModel, params: Params, settings: SamplerConfig):
         self.sampled, self.params, self.settings = sampled, params, settings
         self.model = sampled.model
-        self.weak_model, self.weak = weaker(settings.weak, sampled)
+        self.weak_model, self.weak = _open_weak(settings.weak, sampled)
         self._check()
 
     def _check(self):
@@ -215,7 +217,7 @@ class Sampler:
         if settings.guidance != 1 and config.condition == "none" and not self.weak_model:
             raise ConfigError(
                 f"--guidance={settings.guidance} needs a conditional model "
-                "(--diffusion.condition), or --weak, a weaker one to guide with"
+                "(--diffusion.condition) or a weaker model to guide with (--weak)"
             )
         if settings.guidance == 1 and (self.weak_model or settings.guidance_interval):
             raise ConfigError("--weak and --guidance_interval need a --guidance other than 1")
@@ -232,12 +234,12 @@ class Sampler:
         """Images [count, *space, channels] in levels; with `strip`, also some trajectories.
 
         Args:
-          key: of the noise.
-          count: how many.
-          condition: of each.
-          start: the time to start at; below 1 from `image` with the noise of that time.
-          image: [1, *space, channels] as the model sees it.
-          mask: [1, *space, 1], 1 where `image` is kept; None samples all of it.
+          key: for the noise.
+          count: number of images.
+          condition: of each image.
+          start: time to start at; below 1, from `image` with the noise of that time.
+          image: [1, *space, channels], as an input of the model.
+          mask: [1, *space, 1], 1 where `image` is kept; None to sample all of it.
           strip: whether to return trajectories, [rows, columns, *space, channels].
         """
         rows = min(count, self.settings.batch_size)
@@ -253,7 +255,7 @@ class Sampler:
         shown = to_host(paths[0])[: min(count, STRIP_ROWS)] if strip else None
         return np.concatenate(images)[:count], shown
 
-    @functools.cache  # noqa: B019  one for each kind of request; it lives as long as the sampler
+    @functools.cache  # noqa: B019  one per kind of request, kept as long as the sampler
     def _program(self, rows: int, from_image: bool, strip: bool):
         model = self.model
 
@@ -277,7 +279,7 @@ class Sampler:
         return jax.jit(program)
 
     def _guided(self, params, weak, condition):
-        """The denoiser of the whole model: guided, within the interval, rescaled."""
+        """The denoiser with guidance, limited to the interval, and rescaled."""
         sampled, settings = self.sampled, self.settings
         plain = sampled.denoiser(params, condition, settings.steps)
         if settings.guidance == 1:
@@ -298,7 +300,7 @@ class Sampler:
         return guided
 
     def _times(self, start: float = 1.0) -> jax.Array:
-        """The solver's times; ConfigError where there are none such."""
+        """The times of the solver; ConfigError for settings that allow none."""
         settings = self.settings
         try:
             schedule = self.model.schedule(self.params)
@@ -316,7 +318,7 @@ class Sampler:
         return solve(settings.solver, denoise, schedule, x, times, key, return_path=True, **options)
 
     def interpolate(self, first, second, count: int, condition) -> np.ndarray:
-        """Images [count, ...] from `first` to `second`, on a great circle of their noise."""
+        """Images [count, ...] from `first` to `second`, along a great circle of noise."""
         times, model = self._times(), self.model
 
         @jax.jit
@@ -337,8 +339,8 @@ class Sampler:
         return to_host(program(self.params, self.weak, condition, first, second))
 
 
-def weaker(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:
-    """The model in `workdir` and its parameters, (None, None) if that is empty.
+def _open_weak(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:
+    """The model in `workdir` and its parameters; (None, None) if `workdir` is empty.
 
     Raises:
       ConfigError: a run of another task, or a model that cannot guide this one.
@@ -351,8 +353,11 @@ def weaker(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Pa
     mine, theirs = sampled.model.config, config.diffusion
     for name in ("schedule", "condition", "num_times", "zero_terminal_snr"):
         if getattr(mine, name) != getattr(theirs, name):
-            raise ConfigError(f"--weak={workdir} has another --diffusion.{name} than this run")
+            raise ConfigError(
+                f"--weak={workdir} has --diffusion.{name}={getattr(theirs, name)}, but this run "
+                f"has {getattr(mine, name)}"
+            )
     shape, other = sampled.model.sample_shape, task.model.sample_shape
     if other != shape:
-        raise ConfigError(f"--weak={workdir} samples arrays of shape {other}, this run {shape}")
+        raise ConfigError(f"--weak={workdir} samples arrays of shape {other}, but this run {shape}")
     return task.sampled_model(), restore_model(task, config).params

@@ -1,4 +1,4 @@
-"""What is reported of a diffusion model beyond its loss: likelihood, and scores of its samples."""
+"""Reports on a diffusion model beyond its loss: likelihood, and scores of its samples."""
 
 import dataclasses
 import math
@@ -25,11 +25,11 @@ from genai_jax.training.distributed import to_host
 class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
     likelihood: str = field(
         "none",
-        "Log-density by the probability-flow ODE, with exact or estimated divergence.",
+        "Log-density from the probability-flow ODE, with exact or estimated divergence.",
         choices=("none", "exact", "hutchinson"),
     )
-    likelihood_steps: int = field(100, "Steps of that ODE.", minimum=1)
-    likelihood_probes: int = field(1, "Random directions of a Hutchinson estimate.", minimum=1)
+    likelihood_steps: int = field(100, "Steps of the probability-flow ODE.", minimum=1)
+    likelihood_probes: int = field(1, "Random probes of the Hutchinson estimate.", minimum=1)
     sample_flags: ClassVar = (
         *ScoreFlags.sample_flags,
         *(f.name for f in dataclasses.fields(Overrides)),
@@ -37,7 +37,7 @@ class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
 
 
 def report(sampled: SampledModel, params: Params, batches: Callable, request: ScoreRequest) -> dict:
-    """What the request asks for: bits per dimension, and the scores of sampled images."""
+    """Bits per dimension, and scores of sampled images, as requested."""
     metrics, model = {}, sampled.model
     if request.likelihood != "none":
         metrics |= likelihood(model, params, batches(request.batches), request)
@@ -52,7 +52,7 @@ def report(sampled: SampledModel, params: Params, batches: Callable, request: Sc
 
 
 def _held_out_condition(model: DenoisingModel, count: int) -> tuple[np.ndarray | None, Condition]:
-    """The conditions, and the labels that they stand for: every class in order, or captions."""
+    """Labels and conditions of `count` samples: all classes in order, or held-out captions."""
     kind, loader = model.config.condition, model.data.loader
     if kind == "class":
         labels = requested_labels(loader, "", count)
@@ -60,23 +60,23 @@ def _held_out_condition(model: DenoisingModel, count: int) -> tuple[np.ndarray |
     if kind == "text":
         examples = loader.examples("validation", count)
         tokens, mask = loader.encode_captions(examples["caption"])
-        unlabelled = np.zeros((len(tokens), 0), np.int32)
+        unlabeled = np.zeros((len(tokens), 0), np.int32)
         labels, tokens, mask = (
-            cycled(x, count) for x in (examples.get("labels", unlabelled), tokens, mask)
+            cycled(x, count) for x in (examples.get("labels", unlabeled), tokens, mask)
         )
         return labels, model.condition(tokens=tokens, token_mask=mask)
     return np.zeros((count, 0), np.int32), Condition()
 
 
 def likelihood(model: DenoisingModel, params: Params, batches, request: ScoreRequest) -> dict:
-    """Bits per dimension of held-out images through the probability-flow ODE.
+    """Bits per dimension of held-out images, from the probability-flow ODE.
 
-    The images are dequantized with uniform noise, so this is an upper bound of their discrete
-    negative log-likelihood (Theis et al. 2016, equation 3); the density itself is exact up to the
-    solver, and up to the estimate of the divergence if that is chosen.
+    The images are dequantized with uniform noise, so this is an upper bound on their discrete
+    negative log-likelihood (Theis et al. 2016, equation 3). The density itself is exact up to the
+    error of the solver and of the divergence, if that is estimated.
     """
     if model.latents:
-        raise ConfigError("--likelihood is of images; this model's density is that of latents")
+        raise ConfigError("--likelihood is for models of images, and this is a model of latents")
     bin_width = 2 / (model.data.levels - 1)
 
     @jax.jit

@@ -159,7 +159,7 @@ def test_a_run_is_scored_and_shown(whole, tmp_path, capsys):
     np.save(z, np.zeros((3, 7)))
     with pytest.raises(ConfigError, match=r"z.npy holds float64 \[3, 7\]; .* takes \[n, 6\]"):
         sample.main([f"--workdir={workdir}", f"--latents={z}"])
-    with pytest.raises(ConfigError, match=r"--num_samples=20 is for drawn images"):
+    with pytest.raises(ConfigError, match=r"--num_samples=20 is for sampled images"):
         evaluate.main([f"--workdir={workdir}", "--num_samples=20"])
     with pytest.raises(ConfigError, match=r"--truncation=0.5 is for --show=draws or inter"):
         sample.main([f"--workdir={workdir}", "--show=truncation", "--truncation=0.5"])
