@@ -154,10 +154,10 @@ def test_a_run_is_scored_and_shown(whole, tmp_path, capsys):
         assert sample.main([f"--workdir={workdir}", *request]) == 0
         written = pathlib.Path(capsys.readouterr().out.strip())
         assert written.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match=r"--seed=1: the file --latents=.* says what is drawn"):
+    with pytest.raises(ConfigError, match=r"--seed=1: the file --latents=.* sets the latents"):
         sample.main([f"--workdir={workdir}", f"--latents={z}", "--seed=1"])
     np.save(z, np.zeros((3, 7)))
-    with pytest.raises(ConfigError, match=r"z.npy holds float64 \[3, 7\]; .* takes \[n, 6\]"):
+    with pytest.raises(ConfigError, match=r"z.npy holds float64 \[3, 7\]; .* of shape \[n, 6\]"):
         sample.main([f"--workdir={workdir}", f"--latents={z}"])
     with pytest.raises(ConfigError, match=r"--num_samples=20 is for sampled images"):
         evaluate.main([f"--workdir={workdir}", "--num_samples=20"])
@@ -187,7 +187,7 @@ def test_a_run_grows_from_one_on_smaller_images(tmp_path):
     assert [float(task.fade({"steps": n})) for n in (0, 1, 2, 5)] == [0, 0.5, 1, 1]
     with pytest.raises(ConfigError, match=r"has shape .* half the channels at twice the size"):
         make(*fading, "--generator.channels=8").pretrained()
-    with pytest.raises(ConfigError, match=r"small has .*, which this run has not"):
+    with pytest.raises(ConfigError, match=r"small has .*, which this run lacks"):
         make(*fading, "--critic.network=residual").pretrained()
     with pytest.raises(ConfigError, match=r"fade_steps=2 is above --train.steps=1"):
         make(*fading, "--train.steps=1")
@@ -217,7 +217,7 @@ def test_a_collapsed_critic_stops_the_run(tmp_path, monkeypatch):
         (("--gan.critic_updates=0",), "gan.critic_updates"),
         (
             ("--gan.loss=wasserstein", "--augmentation.kinds=flip", "--augmentation.target=0.6"),
-            "how sure the critic is, which --gan.loss=wasserstein leaves open",
+            "how certain the critic is, which needs .*, not wasserstein",
         ),
         (("--gan.r1=1", "--gan.r1_every=1000"), "--gan.r1_every=1000 is not below --train.steps"),
         (("--generator.base_height=3",), "--generator.base_height=3: doubling it does not lead"),
