@@ -1,4 +1,4 @@
-"""How every command ends: a user's mistake is one line and a non-zero exit, a bug a traceback."""
+"""How commands end: a user's mistake prints one line and exits non-zero; a bug, a traceback."""
 
 import gc
 import logging
@@ -9,8 +9,8 @@ import absl.logging
 
 from genai_jax.config import ConfigError
 
-# Imports make a million objects that stay. To look for garbage among them, as they come and again
-# at the end, is half of what `--help` would take.
+# Imports create about a million objects that live until the end. Collecting garbage among them,
+# during the imports and again at exit, would take half the time of `--help`.
 if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("genai_jax."):
     gc.disable()
 
@@ -33,12 +33,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def _quiet():
-    """Orbax explains its options at length, and a failed save, which it also raises, many times."""
+    """Silences Orbax, which logs its options at length and repeats every error that it raises."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
     def print_traceback(problem):
-        # Writes of tensorstore that end after a save has failed have nobody left to tell.
+        # Tensorstore writes that end after a failed save find the event loop closed.
         if str(problem.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(problem)
 

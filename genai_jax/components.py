@@ -1,4 +1,4 @@
-"""The flags that every run has, and how a command line becomes the configuration of one task."""
+"""The flags that all runs share, and how a command line becomes the configuration of a task."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -46,15 +46,15 @@ class RunConfig:
     )
     workdir: str = field("", "Folder of the run.", changeable=True)
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
-    init_from: str | None = field(None, "Workdir of a run whose parameters this one begins with.")
+    init_from: str | None = field(None, "Workdir of a run whose parameters initialize this one.")
     init_map: str | None = field(
         None,
         "What to take from --init_from: comma-separated parameter paths, SOURCE or SOURCE:TARGET "
-        "(model:teacher); every group that both runs have if unset.",
+        "(model:teacher). If unset, every group that both runs have.",
     )
 
 
-# In the order of flags.txt. Those of GRADIENT mean nothing to a task that is fitted in one pass.
+# In the order of flags.txt. A task that is fitted in one pass does not use those in GRADIENT.
 SHARED = {
     "run": RunConfig,
     "train": TrainConfig,
@@ -74,7 +74,7 @@ HELP = {"--help", "-h", "--helpfull"}
 
 
 def components_of(cls: type) -> dict[str, type]:
-    """Name -> dataclass of the flag components of one task."""
+    """Flag components of a task: name -> dataclass."""
     unused = GRADIENT if hasattr(cls, "fit") else ()
     return {n: c for n, c in SHARED.items() if n not in unused} | dict(cls.components)
 
@@ -83,7 +83,7 @@ def parse_run(argv: Sequence[str]) -> Config:
     """The configuration of a run: the shared components and those of its task.
 
     Raises:
-      ConfigError: as `genai_jax.config.parse` and `task_class`.
+      ConfigError: see `genai_jax.config.parse` and `task_class`.
     """
     argv = expand_flagfiles(argv)
     task = last_value(argv, "task") or DEFAULT_TASK
@@ -98,10 +98,12 @@ def make_task(config: Config) -> Any:
 
 
 def run_help(argv: Sequence[str], usage: str) -> str:
-    """The help of the train command, for the task that the command line names."""
+    """Help text of the train command for the task that the command line names."""
     argv = expand_flagfiles([a for a in argv if a not in HELP])
     task = last_value(argv, "task") or DEFAULT_TASK
-    notes = f"Flags of --task={task}. Add --task=NAME to see those of another: {', '.join(TASKS)}."
+    notes = (
+        f"Flags of --task={task}. Add --task=NAME to see those of another task: {', '.join(TASKS)}."
+    )
     return help_text(f"{usage}\n\n{notes}", components_of(task_class(task)))
 
 
@@ -110,15 +112,15 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
 
     Args:
       argv: the command line.
-      kind: the attribute of a task that holds its dataclass of flags, a key of REQUESTS.
+      kind: the attribute of a task that holds the dataclass of flags; a key of REQUESTS.
 
     Returns:
-      The request with the component `distributed`, and the run's configuration.
+      The request (components `run` and `distributed`), and the configuration of the run.
     """
     argv = expand_flagfiles(argv)
     workdir = last_value(argv, "workdir")
     if not workdir:
-        raise ConfigError("--workdir is not set: say which run")
+        raise ConfigError("--workdir is not set: name the folder of a run")
     allowed = [last_value(argv, "task"), *(last_value(argv, "mixers") or "").split(",")]
     config = read_config(workdir, allowed=allowed)
     task = config.run.task
@@ -127,7 +129,7 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
 
 
 def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
-    """The help of such a command: for the task or the run that the command line names."""
+    """Help text of such a command, for the task or the run that the command line names."""
     argv = expand_flagfiles([a for a in argv if a not in HELP])
     task, workdir = last_value(argv, "task"), last_value(argv, "workdir")
     if workdir and not task:
@@ -145,12 +147,12 @@ def request_class(cls: type, kind: str) -> type:
       ConfigError: the task cannot be sampled from.
     """
     if kind == "sample_request" and not hasattr(cls, "sample"):
-        raise ConfigError(f"a run of --task={task_name(cls)} has nothing to sample; evaluate it")
+        raise ConfigError(f"--task={task_name(cls)} cannot be sampled from; use genai_jax.evaluate")
     return getattr(cls, kind, REQUESTS[kind])
 
 
 def recorded_task(workdir: str, flag: str = "--workdir") -> str:
-    """The task that the run in `workdir` says it is; nothing is imported."""
+    """Reads the name of the task from the flags of the run in `workdir`; imports nothing."""
     argv = expand_flagfiles([f"--flagfile={flags_path(workdir, flag)}"])
     return last_value(argv, "task") or DEFAULT_TASK
 
@@ -158,24 +160,25 @@ def recorded_task(workdir: str, flag: str = "--workdir") -> str:
 def read_config(
     workdir: str, flag: str = "--workdir", allowed: Collection[str | None] = ()
 ) -> Config:
-    """The configuration of the run in `workdir`, which `flag` named, to be read on this machine.
+    """The configuration of the run in `workdir`, for use on this machine.
 
-    Attention is chosen again: the run's own backend may not exist here, or not decode.
+    The attention backend is reset to "auto": the run's own may be unavailable here, or unable to
+    decode.
 
     Args:
-      workdir: of the run.
-      flag: that named it.
-      allowed: tasks and mixers that the command line names. Code from outside of this project is
+      workdir: folder of the run.
+      flag: the flag that named it, for error messages.
+      allowed: tasks and mixers that the command line names. Code outside of this project is
         imported only if it is among them: a workdir never decides what is executed.
 
     Raises:
-      ConfigError: no run, or one whose code from outside is not `allowed`.
+      ConfigError: there is no run, or it needs outside code that is not `allowed`.
     """
     task = recorded_task(workdir, flag)
     if is_outside(task) and task not in allowed:
         raise ConfigError(
-            f"{flag}={workdir} is a run of --task={task}, code outside of genai_jax: it is opened "
-            "only if the command line names that task too"
+            f"{flag}={workdir} is a run of --task={task}, which is code outside of genai_jax: to "
+            f"allow it, add --task={task} to the command line"
         )
     flagfile = f"--flagfile={flags_path(workdir, flag)}"
     config = parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
@@ -183,8 +186,8 @@ def read_config(
         for mixer in outside_mixers(getattr(component, "pattern", None)):
             if mixer not in allowed:
                 raise ConfigError(
-                    f"{flag}={workdir} uses the mixer {mixer}, code outside of genai_jax: it is "
-                    f"opened only if the command line names it too, with --mixers={mixer}"
+                    f"{flag}={workdir} uses the mixer {mixer}, which is code outside of genai_jax: "
+                    f"to allow it, add --mixers={mixer} to the command line"
                 )
     return config
 
@@ -193,12 +196,12 @@ def open_run(cls: type, workdir: str, flag: str) -> Config:
     """The configuration of a run that another run builds on.
 
     Args:
-      cls: the task that it must be a run of.
-      workdir: its folder.
-      flag: that named it, with its dashes.
+      cls: class of the task that the run must have.
+      workdir: folder of the run.
+      flag: the flag that named it, with its dashes, for error messages.
 
     Raises:
-      ConfigError: no run, or one of another task.
+      ConfigError: there is no run, or it is a run of another task.
     """
     expected, task = task_name(cls), recorded_task(workdir, flag)
     if task != expected:

@@ -19,7 +19,7 @@ from absl import flags
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: one line that names the value and what is allowed."""
+    """A mistake by the user, in one line that names the value and what is allowed."""
 
 
 def field(
@@ -34,12 +34,12 @@ def field(
     """Declares one field of a component.
 
     Args:
-      default: its value when no flag sets it.
+      default: the value when no flag sets it.
       help: one line for ``--help``.
       choices: the allowed strings.
-      minimum: lower bound of a number, itself allowed.
-      maximum: upper bound of a number, itself allowed.
-      changeable: a run may be resumed with another value (a mesh, a logging interval).
+      minimum: inclusive lower bound of a number.
+      maximum: inclusive upper bound of a number.
+      changeable: whether a run may be resumed with a different value (a mesh, a log interval).
     """
     metadata = dict(
         help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable
@@ -51,8 +51,8 @@ def field(
 class Config:
     """The resolved flags of a run: ``config.run.seed``, ``config.transformer.num_layers``.
 
-    The component ``run`` holds the flags that have no prefix. `defaults` are components without
-    flags, which the run does not use but whoever reads it may ask for.
+    The component ``run`` holds the flags that have no prefix. `defaults` holds components that have
+    no flags in this run: its task does not use them, but shared code may read them.
     """
 
     components: Mapping[str, Any]
@@ -65,7 +65,7 @@ class Config:
         raise AttributeError(f"no component {name!r} in this configuration")
 
     def replace(self, component: str, **changes: Any) -> "Config":
-        """A copy with some fields of one component changed."""
+        """Returns a copy with some fields of one component changed."""
         changed = dataclasses.replace(self.components[component], **changes)
         return Config({**self.components, component: changed}, self.defaults)
 
@@ -78,7 +78,7 @@ class Config:
         }
 
     def to_flags(self, *, leave_out: Sequence[str] = ()) -> str:
-        """A flagfile that sets every field, except those named in `leave_out`."""
+        """Returns a flagfile that sets every field except those named in `leave_out`."""
         lines = []
         for name, value in self.items().items():
             if name in leave_out or value is None:
@@ -108,7 +108,7 @@ def parse(
     Args:
       argv: the arguments; ``--flagfile=PATH`` is replaced by the lines of that file.
       components: name -> dataclass; the name ``run`` gives flags without a prefix.
-      user: whose flags these are, for the message about a flag that is not one of them.
+      user: what the flags belong to, named in the error about an unknown flag.
       defaults: see `Config`.
 
     Returns:
@@ -132,7 +132,7 @@ def parse(
 
 
 def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
-    """What to say about a flag that does not exist."""
+    """The error message for a flag that does not exist."""
     names = flag_names(components)
     component = name.rpartition(".")[0]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
@@ -148,11 +148,11 @@ def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
-    """The value that a command line without flagfiles gives a string flag, None if it does not."""
+    """The last value of a string flag in a command line without flagfiles; None if not set."""
     value, arguments = None, iter(argv)
     for argument in arguments:
-        given, equals, text = argument.partition("=")
-        if given in (f"--{name}", f"-{name}"):
+        flag, equals, text = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
             value = text if equals else next(arguments, None)
     return value
 
@@ -178,14 +178,16 @@ def help_text(usage: str, components: Mapping[str, type]) -> str:
             sentence = f.metadata["help"].removesuffix(".")
             lines.append(f"  --{name}\n      {sentence} ({'; '.join(notes)})")
         lines.append("")
-    lines.append("  --flagfile\n      a file of flags, one a line; # starts a comment; may nest")
+    lines.append(
+        "  --flagfile\n      a file with one flag per line; # starts a comment; files may nest"
+    )
     return "\n".join(lines)
 
 
 def expand_flagfiles(argv: Sequence[str], _including: tuple[str, ...] = ()) -> list[str]:
-    """Replaces each ``--flagfile=PATH`` by the flags in it, in place, so that the later one wins.
+    """Replaces each ``--flagfile=PATH`` in place by the flags in the file, so that later flags win.
 
-    A nested path is looked up beside the file that names it, then in the working directory.
+    A nested path is relative to the file that names it or, failing that, to the working directory.
     """
     expanded = []
     arguments = iter(argv)
@@ -229,7 +231,7 @@ def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
 
 
 def name_flags(message: str, component: str, cls: type) -> str:
-    """The message with `field` in backticks, and field=, as the flags of a component."""
+    """Rewrites `field` in backticks, and field=, in a message as the flags of a component."""
     names = "|".join(re.escape(f.name) for f in dataclasses.fields(cls))
     if not names:
         return message
@@ -278,7 +280,7 @@ def _plain_type(annotation: Any) -> type:
 
 
 def overrides(cls: type) -> type:
-    """A dataclass with the fields of `cls`, all unset, for a command that may change some."""
+    """A dataclass with the fields of `cls`, all unset, for a command that may override some."""
     unset = [
         (f.name, _plain_type(f.type) | None, dataclasses.field(default=None, metadata=f.metadata))
         for f in dataclasses.fields(cls)
@@ -287,7 +289,7 @@ def overrides(cls: type) -> type:
 
 
 def override(value: Any, request: Any) -> Any:
-    """`value` with the fields that are set in `request`, whose class has `overrides` of its own.
+    """Returns `value` with the fields that `request` sets; its class derives from `overrides`.
 
     Raises:
       ConfigError: fields that contradict each other.

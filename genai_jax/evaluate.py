@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def scores(task, config, request) -> dict:
-    """The JSON object that the command prints."""
+    """Returns the JSON object that the command prints."""
     from genai_jax.training.batches import BatchPlacement
     from genai_jax.training.evaluation import Evaluator
     from genai_jax.training.restore import restore_model
@@ -42,7 +42,7 @@ def scores(task, config, request) -> dict:
     trained = model.params, model.mutables
     with mesh_context(model.mesh):
         evaluator = Evaluator(task)
-        evaluator(*trained, batches(1), request.seed)  # compiles, so that the speed is of scoring
+        evaluator(*trained, batches(1), request.seed)  # compiles, so that only scoring is timed
         start = time.perf_counter()
         result = evaluator(*trained, batches(request.batches), request.seed)
         seconds = time.perf_counter() - start

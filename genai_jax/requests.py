@@ -1,7 +1,7 @@
 """What the commands ask of a trained run, and what sampling returns.
 
-A task adds flags of its own by a subclass, which its class names (`sample_request`,
-`evaluate_request`).
+A task adds its own flags in a subclass, which its attributes `sample_request` and
+`evaluate_request` name.
 """
 
 import dataclasses
@@ -18,32 +18,32 @@ class RunRequest:
 
     workdir: str = field("", "Folder of the run.")
     task: str | None = field(
-        None, "Task of the run; needed only for one whose code lives outside of genai_jax."
+        None, "Task of the run; needed only if its code lives outside of genai_jax."
     )
     mixers: str | None = field(
         None,
-        "Mixers of the run's pattern whose code lives outside of genai_jax, comma-separated.",
+        "Comma-separated mixers of the run's pattern whose code lives outside of genai_jax.",
     )
     checkpoint_step: int | None = field(
         None, "Step of the checkpoint; the newest if unset.", minimum=0
     )
     ema: str | None = field(
         None,
-        "Average of the parameters: one that the run kept, width:W, or none; --ema.use of the run "
-        "if unset.",
+        "Average of the parameters to use: one that the run kept, width:W, or none for the "
+        "parameters themselves. If unset, the run's --ema.use.",
     )
-    member: int = field(0, "Number of the run within a population.", minimum=0)
+    member: int = field(0, "Index of the run within a population, from 0.", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest(RunRequest):
     seed: int = field(0, "Random seed for sampling.", minimum=0)
-    output: str = field("", "File to write.")
+    output: str = field("", "File to write; a default place if empty.")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateRequest(RunRequest):
-    seed: int = field(0, "Random seed of what is random in the metrics.", minimum=0)
+    seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
     batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
 
 
@@ -51,7 +51,7 @@ class Sampled(Protocol):
     """The result of `Samples.sample`."""
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes to `output`, or else to its default place; returns lines to print."""
+        """Writes to `output`, or to the default place if it is empty; returns lines to print."""
 
 
 class Texts(NamedTuple):
@@ -60,7 +60,7 @@ class Texts(NamedTuple):
     texts: list[str]
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """All texts in the file `output`, or printed."""
+        """Writes all texts to the file `output`; without one, returns them to be printed."""
         del folder
         texts = self.texts
         if len(texts) > 1:
@@ -72,13 +72,13 @@ class Texts(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Sampled pictures, each kind with the function that writes it."""
+    """Sampled images as files, each kind with the function that writes it."""
 
-    name: str  # of the default file, without suffix
+    name: str  # stem of the default file
     writers: Mapping[str, Callable[[pathlib.Path], None]]  # ".png", "_strip.png" -> writer
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Each kind beside `output`, or in `folder`; returns the paths."""
+        """Writes each kind next to `output`, or in `folder` if that is empty; returns the paths."""
         first = next(iter(self.writers))
         path = pathlib.Path(output) if output else folder / f"{self.name}{first}"
         path.parent.mkdir(parents=True, exist_ok=True)

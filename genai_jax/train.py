@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     config = parse_run(argv)
     if not config.run.workdir:
-        raise ConfigError("--workdir is not set: say where the run's files go")
+        raise ConfigError("--workdir is not set: name a folder for the run's files")
     from genai_jax.training.distributed import is_main, join_processes
     from genai_jax.training.loop import train
     from genai_jax.training.workdir import claim

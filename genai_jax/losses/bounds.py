@@ -12,7 +12,7 @@ def importance_weighted(log_weights: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(log_weights, 0) - jnp.log(log_weights.shape[0])
 
 
-def with_free_bits(kl: jax.Array, free: float) -> jax.Array:
+def kl_with_free_bits(kl: jax.Array, free: float) -> jax.Array:
     """The KL divergence with free bits: [batch, groups] -> scalar, nats.
 
     Each group contributes its mean over the batch, but at least `free` nats, so that using up to

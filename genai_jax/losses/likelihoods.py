@@ -50,7 +50,7 @@ class Likelihood:
         """The expected image in [-1, 1], [batch, *space, channels]."""
         raise NotImplementedError
 
-    def draw(self, params: dict, outputs: jax.Array, rng: jax.Array) -> jax.Array:
+    def sample(self, params: dict, outputs: jax.Array, rng: jax.Array) -> jax.Array:
         """Samples every value of an image independently, in [-1, 1]."""
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ class Bernoulli(Likelihood):
     def mean(self, outputs):
         return 2 * jax.nn.sigmoid(outputs[..., 0]) - 1
 
-    def draw(self, params, outputs, rng):
+    def sample(self, params, outputs, rng):
         return 2.0 * jax.random.bernoulli(rng, jax.nn.sigmoid(outputs[..., 0])) - 1
 
 
@@ -99,7 +99,7 @@ class Gaussian(Likelihood):
     def mean(self, outputs):
         return self._center(outputs[..., 0])
 
-    def draw(self, params, outputs, rng):
+    def sample(self, params, outputs, rng):
         mean = outputs[..., 0]
         noise = jnp.exp(params["log_scale"]) * jax.random.normal(rng, mean.shape)
         return self._center(mean + noise)
@@ -132,7 +132,7 @@ class DiscretizedLogistic(Likelihood):
     def mean(self, outputs):
         return outputs[..., 0]
 
-    def draw(self, params, outputs, rng):
+    def sample(self, params, outputs, rng):
         mean, scale = self._split(outputs)
         return mean + scale * jax.random.logistic(rng, mean.shape)
 
@@ -151,7 +151,7 @@ class Categorical(Likelihood):
     def mean(self, outputs):
         return jax.nn.softmax(outputs) @ self.scaled(jnp.arange(self.levels))
 
-    def draw(self, params, outputs, rng):
+    def sample(self, params, outputs, rng):
         return self.scaled(jax.random.categorical(rng, outputs))
 
 

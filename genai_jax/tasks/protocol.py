@@ -17,9 +17,9 @@ Params = Mapping[str, PyTree]  # top-level group -> parameters
 
 
 class StepInfo(NamedTuple):
-    """What a loss may know of the moment it is taken at."""
+    """What a loss may know about the step in which it is computed."""
 
-    rng: jax.Array  # a key of its own for every phase, microbatch, and repeat
+    rng: jax.Array  # a separate key for every phase, microbatch, and repeat
     step: jax.Array  # steps completed before this one; accumulation does not change it
 
 
@@ -30,7 +30,7 @@ class LossOutput(NamedTuple):
     metrics: dict[str, jax.Array]  # scalars to log
     mutables: PyTree  # the state of the networks after the loss (codebooks, chains, ...)
     weight: jax.Array | float = 1.0  # how much this microbatch counts, e.g. its number of targets
-    can_learn: jax.Array | bool = True  # False ends the run: there is nothing left to learn from
+    can_learn: jax.Array | bool = True  # False ends the run: nothing is left to learn from
 
 
 LossFn = Callable[[Params, PyTree, Batch, StepInfo], LossOutput]
@@ -40,10 +40,12 @@ class Phase(NamedTuple):
     """One kind of update within a step."""
 
     name: str  # prefix of its metrics, seed of its randomness, key of its optimizer state
-    trains: tuple[str, ...]  # what it updates; everything else is a constant to it: `trained_paths`
+    trains: tuple[
+        str, ...
+    ]  # paths of the parameters it updates; all others are constants: `trained_paths`
     loss: LossFn
     optimizer: optax.GradientTransformation
-    every: int = 1  # run once every so many steps (lazy regularization)
+    every: int = 1  # steps between updates (lazy regularization)
     repeats: int = 1  # updates per step, each on its own slice of the batch (critic updates)
     epochs: int = 1  # passes over the batch per step, each of `repeats` updates (PPO)
     optimizer_of: str = ""  # phase whose optimizer and optimizer state it shares
@@ -57,8 +59,8 @@ class Phase(NamedTuple):
 class Mean(NamedTuple):
     """A metric as a weighted mean over examples: sum of `total` / sum of `weight`.
 
-    Both are [batch] arrays, 0 where an example is padding. `total` may have further axes, which
-    stay apart (counts of codes).
+    Both are [batch] arrays, 0 where an example is padding. `total` may have more axes, which are
+    kept (counts of codes).
     """
 
     total: jax.Array
@@ -87,16 +89,16 @@ def batch_rows(spec: Mapping[str, ArraySpec]) -> int:
 
 
 class Transfer(NamedTuple):
-    """Parameters (or mutables) that begin as another run trained them.
+    """Parameters (or mutables) that are initialized from another run.
 
     They are read straight into this run's shardings, so no device ever holds a whole copy.
     """
 
     workdir: str  # of the other run
-    flag: str  # that names it, for error messages
+    flag: str  # the flag that names it, for error messages
     source: str  # path in its state, e.g. "params/model" or "mutables/codebooks"
     target: str  # path in this run's parameters, e.g. "teacher"
-    average: str | None = None  # average of the other run to take; None: its parameters
+    average: str | None = None  # average of the other run to use; None: its parameters
     partial: bool = False  # whether the target may have arrays that the source lacks
 
 
@@ -109,9 +111,9 @@ class Data(Protocol):
     def train(self, rows: Sequence[int] | None = None) -> Any:
         """An endless checkpointable iterator: `next`, `get_state`, `set_state`, `close`.
 
-        Its batches are these rows of the global ones (all if None), the same whoever asks for
-        them. Its state is a dictionary; an entry that is itself a dictionary describes single
-        rows, and those of several processes are merged.
+        Its batches are these rows of the global batches (all if None), the same in any process.
+        Its state is a dictionary; an entry that is itself a dictionary describes single rows, and
+        those of several processes are merged.
         """
 
     @abstractmethod
@@ -132,11 +134,11 @@ class Task(Protocol):
     Attributes:
       components: flag component -> dataclass, for the flags that only this task uses.
       partition_rules: ordered (parameter path pattern, logical axes); every parameter needs one.
-      mutable_rules: the same for mutables; those that match no rule are on every device.
+      mutable_rules: the same for mutables; those that match no rule are replicated.
       data: what it is trained on.
       activation_axes: mesh axes that split activations only, neither parameters nor batches.
       loss_unit: unit of the losses, for the axis of the plot.
-      curves: further plots, name -> (suffixes of the names of their metrics, axis label).
+      curves: additional plots: name -> (suffixes of metric names, axis label).
     """
 
     components: ClassVar[Mapping[str, type]]
@@ -149,7 +151,7 @@ class Task(Protocol):
 
     @abstractmethod
     def init(self, key: jax.Array) -> tuple[Params, PyTree]:
-        """Fresh parameters and mutables; traced, so that they are born sharded."""
+        """Initial parameters and mutables; traced, so that they are created sharded."""
 
     @abstractmethod
     def phases(self, params: Params) -> tuple[Phase, ...]:
@@ -165,7 +167,7 @@ class Task(Protocol):
           params: as the run trains them, with adapters merged in (`materialize`).
           mutables: of the run.
           batch: of `data.held_out`.
-          key: for what is random in a metric; follows the seed and the number of the batch.
+          key: for randomness in metrics; depends on the seed and the index of the batch.
         """
 
     def summarize(
@@ -181,7 +183,7 @@ class Task(Protocol):
         return {name: float(x.total / x.weight) for name, x in reduced.items()}
 
     def init_from(self) -> tuple[Transfer, ...]:
-        """What begins as trained elsewhere."""
+        """Parameters to initialize from other runs."""
         return ()
 
     def materialize(self, params: Params) -> Params:
@@ -192,12 +194,12 @@ class Task(Protocol):
         return params
 
     def tokens_per_step(self) -> int | None:
-        """Tokens of a global batch, None where there are none."""
+        """Tokens of a global batch; None for data without tokens."""
         return None
 
 
 def step_spec(task: Task) -> Mapping[str, ArraySpec]:
-    """The batch that the step takes: of the data, or as collected from the model."""
+    """Specification of the batch that a step takes: from the data, or collected from the model."""
     return getattr(task, "collected_spec", None) or task.data.batch_spec
 
 
@@ -205,7 +207,7 @@ def step_spec(task: Task) -> Mapping[str, ArraySpec]:
 class Samples(Protocol):
     """A task that the sample command can sample from."""
 
-    sample_request: ClassVar[type]  # flags of the command, a `requests.SampleRequest`
+    sample_request: ClassVar[type]  # flags of the command, a subclass of `requests.SampleRequest`
 
     def sample(self, params: Params, mutables: PyTree, request: Any) -> Any:
         """What `request` asks for, as a `requests.Sampled`."""
@@ -215,16 +217,18 @@ class Samples(Protocol):
 class Reports(Protocol):
     """A task for which the evaluate command prints more than the held-out metrics."""
 
-    evaluate_request: ClassVar[type]  # flags of the command, a `requests.EvaluateRequest`
+    evaluate_request: ClassVar[
+        type
+    ]  # flags of the command, a subclass of `requests.EvaluateRequest`
 
     def report(
         self, params: Params, mutables: PyTree, batches: Callable[[int], Iterator], request: Any
     ) -> dict:
-        """Further metrics; `batches(count)` yields held-out batches, all for -1."""
+        """Additional metrics; `batches(count)` yields held-out batches, all of them for -1."""
 
 
 class Collected(NamedTuple):
-    """A batch made from the model itself, and what to log about it."""
+    """A batch collected from the model itself, and metrics to log about it."""
 
     batch: Mapping[str, Any]
     metrics: Mapping[str, float]
@@ -232,7 +236,7 @@ class Collected(NamedTuple):
 
 @runtime_checkable
 class Collects(Protocol):
-    """A task whose batches are made from the model: rollouts and their rewards.
+    """A task whose batches are collected from the model: rollouts and their rewards.
 
     Attributes:
       collected_spec: entries of the batch that the step takes, instead of `data.batch_spec`.
@@ -259,7 +263,7 @@ class Fitted(Protocol):
     """A task that is fitted in one pass instead of by gradients; its `phases` are ()."""
 
     def fit(self, batches: Iterable[Mapping[str, Any]]) -> Params:
-        """The parameters, shaped as those of `init`, from host batches of the training data."""
+        """Fits parameters, shaped like those of `init`, to host batches of the training data."""
 
 
 @runtime_checkable

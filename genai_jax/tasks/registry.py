@@ -22,7 +22,7 @@ OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_outside(name: str) -> bool:
-    """Whether a task's name says where its class is, instead of being one of `TASKS`."""
+    """Whether a task is named by the path of its class instead of by a key of `TASKS`."""
     return ":" in name
 
 
@@ -30,12 +30,12 @@ def task_class(name: str) -> type:
     """The class of a task: one of `TASKS`, or "my_package.my_module:MyTask".
 
     Raises:
-      ConfigError: an unknown name, a module that cannot be imported, or a class that lacks
-        something that every task has.
+      ConfigError: an unknown name, a module that cannot be imported, or a class that lacks a
+        required attribute.
     """
     if name not in TASKS and not OUTSIDE.fullmatch(name):
         raise ConfigError(
-            f"--task={name} is not one of {', '.join(TASKS)}; a task of your own is named by its "
+            f"--task={name} is not one of {', '.join(TASKS)}; name a task of your own by its "
             "class, as in --task=my_package.my_module:MyTask"
         )
     module_name, class_name = TASKS.get(name, name).split(":")
@@ -49,7 +49,7 @@ def task_class(name: str) -> type:
 
 
 def task_name(cls: type) -> str:
-    """What ``--task`` calls a class."""
+    """The name of a class in ``--task``."""
     where = f"{cls.__module__}:{cls.__qualname__}"
     return next((name for name, place in TASKS.items() if place == where), where)
 
@@ -68,6 +68,6 @@ def _import_outside(name: str, module_name: str, class_name: str) -> type:
 
 
 def _provides(cls: type, name: str) -> bool:
-    """Whether a class has an attribute that is more than a declaration."""
+    """Whether a class defines an attribute rather than only declaring it."""
     value = getattr(cls, name, None)
     return value is not None and not getattr(value, "__isabstractmethod__", False)

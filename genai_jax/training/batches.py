@@ -1,4 +1,4 @@
-"""From a process's own rows in host memory to global arrays on the devices."""
+"""From the rows that a process holds in host memory to global arrays on the devices."""
 
 import collections
 from collections.abc import Iterator, Mapping
@@ -9,21 +9,21 @@ import numpy as np
 from jax.sharding import Sharding
 
 from genai_jax.config import ConfigError
-from genai_jax.training.distributed import gathered
+from genai_jax.training.distributed import gather_records
 
 
 class BatchPlacement:
-    """Which rows of the global batch this process has to make, and the way to its devices.
+    """Which rows of the global batch this process has to load, and how they get to its devices.
 
-    Devices that split the length, or nothing of the batch, need the same rows as others do: several
-    processes may then make a row, each for its own devices.
+    Devices that split the length, or that replicate the batch, need the same rows as others, so
+    several processes may load the same row, each for its own devices.
 
     Args:
       shapes: batch entry -> shape of the global array, its rows first.
       shardings: batch entry -> its sharding.
 
     Attributes:
-      rows: those that this process's devices need of any entry, in order.
+      rows: indices of the rows that this process's devices need, in order.
     """
 
     def __init__(self, shapes: Mapping[str, Any], shardings: Mapping[str, Sharding]):
@@ -36,7 +36,7 @@ class BatchPlacement:
         self.rows = sorted(needed)
 
     def to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays out of this process's rows: each entry ``[len(self.rows), ...]``."""
+        """Global arrays from the rows of this process, ``[len(self.rows), ...]`` for each entry."""
         return {name: self._place(name, rows) for name, rows in batch.items()}
 
     def _place(self, name: str, rows: np.ndarray) -> jax.Array:
@@ -51,7 +51,7 @@ class BatchPlacement:
 
 
 class DeviceBatches:
-    """Keeps the next batch on its way to the devices while a step runs."""
+    """Transfers the next batch to the devices while a step runs."""
 
     def __init__(self, source: Any, placement: BatchPlacement, ahead: int = 1):
         self._source, self._placement, self._ahead = source, placement, ahead
@@ -69,29 +69,29 @@ class DeviceBatches:
         return batch
 
     def get_state(self) -> dict:
-        """State of the source after the last batch that was handed out, for all rows.
+        """State of the source after the last batch that was returned, for all rows.
 
-        Waits for all processes: each knows where its own rows are.
+        Waits for all processes: each knows only the state of its own rows.
         """
-        return joined_states(gathered(self._state))
+        return merged_states(gather_records(self._state))
 
 
-def joined_states(states: list[dict]) -> dict:
-    """One state of a source out of those of all processes.
+def merged_states(states: list[dict]) -> dict:
+    """Merges the states that all processes have of a source.
 
-    An entry that is a dictionary says something of single rows, and is joined; any other must be
-    the same everywhere.
+    An entry that is a dictionary describes single rows, and is merged; any other entry must be the
+    same in all processes.
 
     Raises:
       ConfigError: it is not.
     """
-    whole = dict(states[0])
+    merged = dict(states[0])
     for state in states[1:]:
         for name, value in state.items():
             if isinstance(value, dict):
-                whole[name] = whole[name] | value
-            elif whole[name] != value:
+                merged[name] = merged[name] | value
+            elif merged[name] != value:
                 raise ConfigError(
-                    f"the processes read different data: {name} is {whole[name]} and {value}"
+                    f"the processes read different data: {name} is {merged[name]} and {value}"
                 )
-    return whole
+    return merged

@@ -1,4 +1,4 @@
-"""Checkpoints: train state, data iterator and clock as one object, by orbax."""
+"""Checkpoints: train state, data iterator, and clock as one object, saved by orbax."""
 
 import dataclasses
 import pathlib
@@ -19,34 +19,34 @@ from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_n
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = field(
-        500, "steps between checkpoints; 0 saves the last step alone", minimum=0, changeable=True
+        500, "Steps between checkpoints; 0 saves only the last step.", minimum=0, changeable=True
     )
-    keep: int = field(2, "newest checkpoints kept", minimum=1, changeable=True)
+    keep: int = field(2, "Number of newest checkpoints to keep.", minimum=1, changeable=True)
     keep_best: bool = field(
-        True, "also keep the checkpoint with the lowest held-out loss", changeable=True
+        True, "Also keep the checkpoint with the lowest held-out loss.", changeable=True
     )
 
 
 DEFAULT = CheckpointConfig()
 
 
-LAYOUT = 2  # of the state in a checkpoint; 1 kept counters of loss calls in the mutables
+LAYOUT = 2  # of the state in a checkpoint; layout 1 had counters of loss calls in the mutables
 
 
 class OldLayout(ConfigError):
-    """A checkpoint that another version of this project wrote."""
+    """A checkpoint written by another version of this project."""
 
 
 class Checkpointer:
-    """Saves in the background and restores the newest checkpoint that can be read.
+    """Saves in the background, and restores the newest checkpoint that can be read.
 
-    Parameters that never change are saved once, in the folder ``frozen`` beside the checkpoints',
-    which all checkpoints refer to.
+    Parameters that never change are saved only once, in the folder ``frozen`` next to the folder of
+    the checkpoints, and shared by all of them.
 
     Args:
-      directory: of the checkpoints.
-      config: which to keep.
-      read_only: leaves everything as it is.
+      directory: folder of the checkpoints.
+      config: which checkpoints to keep.
+      read_only: whether to leave all files as they are.
       frozen: paths of the parameters that no step changes ("teacher/...").
     """
 
@@ -68,7 +68,7 @@ class Checkpointer:
             keep.append(
                 policies.BestN(
                     get_metric_fn=lambda metrics: metrics["loss"],
-                    reverse=True,  # the lowest is the best
+                    reverse=True,  # the lowest loss is best
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -90,14 +90,14 @@ class Checkpointer:
         self._read_only = read_only
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, oldest first."""
+        """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, data: dict, clock: dict, loss: float | None = None):
-        """Starts saving; `state` may be donated once this returns.
+        """Starts to save a checkpoint; `state` may be donated once this returns.
 
         Raises:
-          OSError: this save, or the one before it, could not be written.
+          OSError: this checkpoint or the one before it could not be written.
         """
         args = self._ocp.args
         state, frozen = self._without_frozen(state)
@@ -120,18 +120,17 @@ class Checkpointer:
     def restore(
         self, shapes: Any, step: int | None = None, only: Sequence[str] | None = None
     ) -> tuple[int, Any, dict, dict] | None:
-        """(step, state, data, clock) of a step, or of the newest that is whole, or None.
+        """Restores (step, state, data, clock); None if there are no checkpoints.
 
         Args:
-          shapes: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto, which may
-            belong to another mesh than the one that saved it.
-          step: a certain step.
-          only: the parts of the state to read, as paths ("params", "ema/0.99"); all if None. What
-            is not in them comes back as None and is not read.
+          shapes: a tree of `jax.ShapeDtypeStruct` with the shardings to restore onto, on any mesh.
+          step: the step to restore; None for the newest checkpoint that is intact.
+          only: parts of the state to read, as paths ("params", "ema/0.99"); all if None. Other
+            parts are not read and come back as None.
 
         Raises:
-          ConfigError: `step` does not exist, there are checkpoints but none can be read, or they
-            have an older layout.
+          ConfigError: `step` does not exist, none of the checkpoints can be read, or they have
+            another layout.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -156,10 +155,10 @@ class Checkpointer:
         return None
 
     def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Path -> shape of every array of the state, whatever task saved it.
+        """Path -> shape of every array of the state; needs no code of the task that saved it.
 
         Raises:
-          ConfigError: a checkpoint of an older layout.
+          ConfigError: the checkpoint has another layout.
         """
         self._check_layout(step)
         saved = shapes_of(self._manager.item_metadata(step)["state"])
@@ -167,10 +166,17 @@ class Checkpointer:
         return saved | frozen
 
     def read_arrays(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """Path -> array of the state, for paths and `jax.ShapeDtypeStruct`s with shardings.
+        """Reads some arrays of the state.
+
+        Args:
+          step: of the checkpoint.
+          wanted: path -> `jax.ShapeDtypeStruct` with the sharding to read onto.
+
+        Returns:
+          Path -> array.
 
         Raises:
-          ConfigError: an array that is not what was saved.
+          ConfigError: an array is damaged.
         """
         saved = shapes_of(self._manager.item_metadata(step)["state"])
         here = nested({path: x for path, x in wanted.items() if path in saved})
@@ -187,8 +193,8 @@ class Checkpointer:
         damaged = [p for p, value in checksums(state).items() if expected.get(p) != value]
         if damaged:
             raise ConfigError(
-                f"checkpoint {step} in {self._manager.directory} is damaged: {damaged[0]} is not "
-                "what was saved (its checksum differs)"
+                f"checkpoint {step} in {self._manager.directory} is damaged: the checksum of "
+                f"{damaged[0]} differs"
             )
         return arrays
 
@@ -217,7 +223,9 @@ class Checkpointer:
             unchanged = self._store.read(_only_frozen(frozen, only)) if frozen else {}
         except Exception as error:
             problem = error
-        if not all_processes(problem is None):  # a damaged file is seen by those who read it
+        if not all_processes(
+            problem is None
+        ):  # only the processes that read a damaged file see the error
             raise problem or ValueError("another process cannot read it")
         state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
         if frozen:
@@ -237,12 +245,12 @@ class Checkpointer:
         if layout != LAYOUT:
             raise OldLayout(
                 f"checkpoint {step} in {self._manager.directory} has layout {layout} of another "
-                f"version of genai_jax, and this one reads layout {LAYOUT}: train the run again, "
-                "or use the version that run.json names"
+                f"version of genai_jax; this one reads layout {LAYOUT}: train the run again, or "
+                "use the commit that run.json names"
             )
 
     def _without_frozen(self, state: Any) -> tuple[Any, Any]:
-        """The state without the parameters that never change, and those."""
+        """The state without the parameters that never change, and those parameters."""
         if not self._frozen:
             return state, {}
         changing = frozenset(leaf_paths(state.params)) - self._frozen
@@ -252,13 +260,13 @@ class Checkpointer:
         )
 
     def set_aside_after(self, step: int):
-        """Moves checkpoints newer than `step` to the folder ``damaged`` beside the others'."""
+        """Moves checkpoints newer than `step` to the folder ``damaged`` next to the checkpoints."""
         later = [other for other in self.steps() if other > step]
         if not later:
             return
         if is_main():
             self._move_aside(later)
-        barrier()  # nobody looks before they are moved
+        barrier()  # no process looks before they are moved
         self._manager.reload()
 
     def _move_aside(self, later: list[int]):
@@ -268,10 +276,10 @@ class Checkpointer:
         for other in later:
             shutil.rmtree(aside / str(other), ignore_errors=True)
             shutil.move(folder / str(other), aside / str(other))
-            print(f"warning: checkpoint {other} is moved to {aside}", file=sys.stderr)
+            print(f"warning: checkpoint {other} was moved to {aside}", file=sys.stderr)
 
     def wait(self):
-        """Blocks until the last save is on disk; raises what went wrong with it."""
+        """Blocks until the last checkpoint is on disk; raises the error if saving it failed."""
         self._manager.wait_until_finished()
 
     def close(self):
@@ -279,16 +287,16 @@ class Checkpointer:
 
 
 def _only_frozen(frozen: Any, only: Sequence[str] | None) -> Any:
-    """What of the parameters that never change is in `only`."""
+    """The parameters that never change, restricted to the parts in `only`."""
     return select(frozen, [p for p in leaf_paths(frozen) if _is_part(f"params/{p}", only)])
 
 
 def _is_part(path: str, only: Sequence[str] | None) -> bool:
-    """Whether a path is in one of the parts, each the beginning of a path."""
+    """Whether a path lies within one of the parts, which are leading segments of paths."""
     return only is None or any(f"{path}/".startswith(f"{part}/") for part in only)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type; the middle of a long one is left out."""
+    """First line of an error's message, shortened in the middle if long; its type if empty."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:130]} ... {line[-160:]}"

@@ -1,7 +1,7 @@
-"""Checksums of a train state, computed on its devices: what was read is what was saved.
+"""Checksums of a train state, computed on its devices, to verify that a checkpoint is intact.
 
-Neither orbax nor its storage notices a byte that changed inside an array. Sums of integers modulo
-2**32 depend on no order, so a checksum is the same on every mesh.
+Neither orbax nor its storage detects a changed byte inside an array. Sums of integers modulo 2**32
+do not depend on their order, so a checksum is the same on every mesh.
 """
 
 import json
@@ -15,12 +15,12 @@ from genai_jax.training.trees import path_name
 
 
 def checksums(state: Any, **records: Any) -> dict[str, int]:
-    """Path -> checksum of every array of `state`, and name -> checksum of every JSON record."""
+    """Path -> checksum of each array of `state`, and name -> checksum of each JSON record."""
     paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
     sums = jax.device_get(_checksums(jax.tree.leaves(state)))
-    found = {path: int(value) for path, value in zip(paths, sums, strict=True)}
+    array_sums = {path: int(value) for path, value in zip(paths, sums, strict=True)}
     texts = {name: json.dumps(record, sort_keys=True) for name, record in records.items()}
-    return found | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
+    return array_sums | {name: zlib.crc32(text.encode()) for name, text in texts.items()}
 
 
 @jax.jit
@@ -29,7 +29,7 @@ def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Sum of the scrambled bits of every element and its index: any one changed element shows."""
+    """Sum of hashes of every element and its index: a change of any one element changes it."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

@@ -1,7 +1,8 @@
-"""Options of XLA for the training step, in named groups of one meaning each.
+"""XLA compiler options for the training step, in named groups with one purpose each.
 
-They are given to `jax.jit`, not to the process through XLA_FLAGS or LIBTPU_INIT_ARGS: so a run's
-flags say all of it, and a compile check on another machine compiles the same program.
+They are passed to `jax.jit` rather than set for the process in XLA_FLAGS or LIBTPU_INIT_ARGS, so
+that a run's flags record all of them and a compile check on another machine compiles the same
+program.
 """
 
 import dataclasses
@@ -20,27 +21,29 @@ class Group(NamedTuple):
     platform: str  # "tpu" or "gpu"
     meaning: str
     options: Options
-    chips: tuple[str, ...] = ()  # the only ones it is for, as in kernels_pallas.targets; (): all
+    chips: tuple[
+        str, ...
+    ] = ()  # that it applies to, by their names in kernels_pallas.targets; (): all
 
 
-# How the sparse cores share a chip with the tensor cores, whatever they are given to do.
+# How the sparse cores share a chip with the tensor cores, whichever collective they run.
 _SPARSE_CORE = {
     "xla_tpu_use_tc_device_shape_on_sc": True,
     "xla_sc_enable_instruction_fusion": False,
     "xla_sc_disable_megacore_partitioning": True,
 }
-_SPARSE_CORE_CHIPS = ("v5p", "v6e", "7x")  # those that have sparse cores
+_SPARSE_CORE_CHIPS = ("v5p", "v6e", "7x")  # chips with sparse cores
 _COMBINED = 2**30  # bytes
 
-# libtpu 0.0.50 refuses fused collectives on chips other than v5e, and says that they may compute
-# wrong results there; 0.0.42 takes them without a word.
+# libtpu 0.0.50 refuses fused collectives on chips other than v5e because they may compute wrong
+# results there; 0.0.42 accepts them silently.
 GROUPS = {
     "large_vmem": Group(
-        "tpu", "96 MiB of the 128 MiB on-chip memory for one fusion",
+        "tpu", "one fusion may use 96 MiB of the 128 MiB of on-chip memory",
         {"xla_tpu_scoped_vmem_limit_kib": 98304}, ("v5e", "v6e"),
     ),
     "fused_all_gather": Group(
-        "tpu", "all-gathers go on inside the fusions of matmuls, through several of them",
+        "tpu", "all-gathers run inside fused matmuls, and may span several of them",
         {
             "xla_tpu_enable_async_collective_fusion": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -51,7 +54,7 @@ GROUPS = {
         ("v5e",),
     ),
     "fused_all_reduce": Group(
-        "tpu", "all-reduces go on inside the fusions of matmuls, through several of them",
+        "tpu", "all-reduces run inside fused matmuls, and may span several of them",
         {
             "xla_tpu_enable_async_collective_fusion": True,
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
@@ -62,7 +65,7 @@ GROUPS = {
         ("v5e",),
     ),
     "async_all_to_all": Group(
-        "tpu", "the exchange of experts' tokens goes on beside computation",
+        "tpu", "the exchange of tokens between experts overlaps computation",
         {"xla_tpu_enable_async_all_to_all": True},
     ),
     "pipelined_all_gather": Group(
@@ -70,14 +73,14 @@ GROUPS = {
         {"xla_tpu_enable_ag_backward_pipelining": True},
     ),
     "data_parallel_all_reduce": Group(
-        "tpu", "all-reduces of gradients, of different sizes too, overlap the backward pass",
+        "tpu", "all-reduces of gradients, also of different sizes, overlap the backward pass",
         {
             "xla_tpu_enable_data_parallel_all_reduce_opt": True,
             "xla_tpu_data_parallel_opt_different_sized_ops": True,
         },
     ),
     "reduce_scatter_layout": Group(
-        "tpu", "layouts chosen such that an all-reduce and slice becomes a reduce-scatter",
+        "tpu", "layouts are chosen so that an all-reduce plus slice becomes a reduce-scatter",
         {
             "xla_tpu_assign_all_reduce_scatter_layout": True,
             "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
@@ -85,7 +88,7 @@ GROUPS = {
         },
     ),
     "sparse_core_all_gather": Group(
-        "tpu", "all-gathers run on the sparse cores, not on the tensor cores",
+        "tpu", "all-gathers run on the sparse cores instead of the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
             "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
@@ -95,7 +98,7 @@ GROUPS = {
         _SPARSE_CORE_CHIPS,
     ),
     "sparse_core_reduce_scatter": Group(
-        "tpu", "reduce-scatters run on the sparse cores, not on the tensor cores",
+        "tpu", "reduce-scatters run on the sparse cores instead of the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
             "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
@@ -105,7 +108,7 @@ GROUPS = {
         _SPARSE_CORE_CHIPS,
     ),
     "sparse_core_all_reduce": Group(
-        "tpu", "all-reduces run on the sparse cores, not on the tensor cores",
+        "tpu", "all-reduces run on the sparse cores instead of the tensor cores",
         {
             "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
             "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
@@ -115,19 +118,19 @@ GROUPS = {
         _SPARSE_CORE_CHIPS,
     ),
     "windowed_einsum": Group(
-        "tpu", "every matmul with a gathered operand is a ring of small ones, whatever its size",
+        "tpu", "matmuls with a gathered operand, of any size, become rings of small ones",
         {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 0},
     ),
     "no_windowed_einsum": Group(
-        "tpu", "no matmul with a gathered operand is a ring of small ones: gather, then multiply",
+        "tpu", "matmuls with a gathered operand gather first, then multiply; none becomes a ring",
         {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
     ),
     "reschedule": Group(
-        "tpu", "a schedule that does not fit in memory is made again with less overlap, five times",
+        "tpu", "a schedule that does not fit in memory is retried with less overlap, five times",
         {"xla_latency_hiding_scheduler_rerun": 5},
     ),
     "host_offload": Group(
-        "tpu", "many transfers to and from the host at once, beside computation",
+        "tpu", "many transfers to and from the host run at once and overlap computation",
         {
             "xla_tpu_enable_all_experimental_scheduler_features": True,
             "xla_tpu_enable_scheduler_memory_pressure_tracking": True,
@@ -143,19 +146,19 @@ GROUPS = {
         {"xla_gpu_enable_latency_hiding_scheduler": True},
     ),
     "gpu_priority": Group(
-        "gpu", "collectives go before other work of the device",
+        "gpu", "collectives take priority over other work on the device",
         {"xla_gpu_enable_highest_priority_async_stream": True},
     ),
     "gpu_double_buffering": Group(
-        "gpu", "loops over layers are unrolled by two, so that collectives of both overlap",
+        "gpu", "loops over layers are unrolled by two, so that the collectives of both overlap",
         {"xla_gpu_enable_while_loop_double_buffering": True},
     ),
     "gpu_pipelined_stages": Group(
-        "gpu", "sends between pipeline stages overlap the next turn of their loop",
+        "gpu", "sends between pipeline stages overlap the next iteration of their loop",
         {"xla_gpu_enable_pipelined_p2p": True},
     ),
     "gpu_combine": Group(
-        "gpu", "collectives of one kind are joined to up to 1 GiB, whatever their dimension",
+        "gpu", "collectives of one kind are combined up to 1 GiB, whatever their dimension",
         {
             "xla_gpu_all_gather_combine_threshold_bytes": _COMBINED,
             "xla_gpu_reduce_scatter_combine_threshold_bytes": _COMBINED,
@@ -165,21 +168,23 @@ GROUPS = {
         },
     ),
     "gpu_windowed_einsum": Group(
-        "gpu", "every matmul with a gathered operand is a ring of small ones, on several streams",
+        "gpu", "matmuls with a gathered operand become rings of small ones on several streams",
         {
             "xla_gpu_threshold_for_windowed_einsum_mib": 0,
             "xla_gpu_multi_streamed_windowed_einsum": True,
         },
     ),
     "gpu_library_matmul": Group(
-        "gpu", "matmuls are cuBLAS's, none generated", {"xla_gpu_enable_triton_gemm": False}
+        "gpu", "all matmuls use cuBLAS instead of generated kernels",
+        {"xla_gpu_enable_triton_gemm": False},
     ),
 }  # fmt: skip
 
-# Without any group. On CPU the YNNPACK fusions of XLA make this step slower by a tenth to a quarter
+# Used whatever the groups. On CPU, XLA's YNNPACK fusions slow the step down by 10 to 25 percent
 # (jax 0.10.2).
 _ALWAYS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
-# What runs once is not worth optimizing: compiling the init of a small network takes 2 s, not 23 s.
+# A program that runs once is not worth optimizing: the init of a small network compiles in 2 s
+# instead of 23 s.
 _INIT = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
@@ -187,8 +192,8 @@ _INIT = {"cpu": {"xla_backend_optimization_level": 0}}
 class CompilerConfig:
     groups: str = field(
         "",
-        f"groups of compiler options, separated by commas, of {', '.join(GROUPS)}; each acts on "
-        "its own platform alone",
+        f"Comma-separated groups of compiler options: {', '.join(GROUPS)}. Each applies only to "
+        "its own platform.",
         changeable=True,
     )
 
@@ -196,11 +201,10 @@ class CompilerConfig:
         for name in self.names:
             if name not in GROUPS:
                 raise ValueError(
-                    f"--compiler.groups={self.groups}: {name!r} is unknown; known: "
-                    f"{', '.join(GROUPS)}"
+                    f"--compiler.groups={self.groups}: {name!r} is not one of {', '.join(GROUPS)}"
                 )
         for platform in {group.platform for group in GROUPS.values()}:
-            _joined(self.names, platform)
+            _merge_options(self.names, platform)
 
     @property
     def names(self) -> list[str]:
@@ -208,15 +212,15 @@ class CompilerConfig:
 
 
 def options(config: CompilerConfig, platform: str, device_kind: str = "") -> Options | None:
-    """What the step is compiled with; None for the compiler's defaults.
+    """The options to compile the step with; None for the compiler's defaults.
 
     Args:
-      config: which groups.
+      config: the groups.
       platform: "cpu", "gpu" or "tpu".
       device_kind: as jax names it, e.g. "TPU v6 lite".
 
     Raises:
-      ConfigError: a group that is not for such a device.
+      ConfigError: a group that does not apply to such a device.
     """
     kinds = {target.device_kind: name for name, target in TARGETS.items()}
     for name in config.names:
@@ -226,26 +230,26 @@ def options(config: CompilerConfig, platform: str, device_kind: str = "") -> Opt
                 f"--compiler.groups={config.groups}: {name} is for {', '.join(group.chips)}, not "
                 f"for {chip}"
             )
-    return {**_ALWAYS.get(platform, {}), **_joined(config.names, platform)} or None
+    return {**_ALWAYS.get(platform, {}), **_merge_options(config.names, platform)} or None
 
 
 def init_options(platform: str) -> Options | None:
-    """What the first state's making is compiled with."""
+    """The options to compile the initialization of the state with."""
     return _INIT.get(platform)
 
 
-def _joined(names: list[str], platform: str) -> Options:
-    """The options of the groups for a platform. ValueError if two of them contradict each other."""
-    found, owner = {}, {}
+def _merge_options(names: list[str], platform: str) -> Options:
+    """The options of the groups for a platform; ValueError if two groups contradict each other."""
+    merged, owner = {}, {}
     for name in names:
         group = GROUPS[name]
         if group.platform != platform:
             continue
         for option, value in group.options.items():
-            if found.setdefault(option, value) != value:
+            if merged.setdefault(option, value) != value:
                 raise ValueError(
-                    f"--compiler.groups: {owner[option]} sets {option} to {found[option]}, {name} "
+                    f"--compiler.groups: {owner[option]} sets {option} to {merged[option]}, {name} "
                     f"to {value}; leave one out"
                 )
             owner.setdefault(option, name)
-    return found
+    return merged

@@ -1,8 +1,8 @@
-"""Several processes as one program: found by flags, SLURM or a TPU pod, joined by jax.distributed.
+"""Several processes as one program, connected by `jax.distributed`.
 
-Every process runs the same command. Which one it is comes from ``--distributed.*``, or from what
-the machine says: the environment of a SLURM step, that of a TPU pod under GKE, or the metadata of a
-TPU VM.
+Every process runs the same command. Its index and the address of process 0 come from
+``--distributed.*`` or are detected from the environment of a SLURM step, the environment of a TPU
+pod under GKE, or the metadata of a TPU VM.
 """
 
 import contextlib
@@ -25,47 +25,53 @@ from jax.experimental import multihost_utils
 from genai_jax.config import ConfigError, field
 from genai_jax.training.roll_call import RollCall
 
-TPU_PORT = 8790  # of the coordinator on a TPU pod, where nobody names one
+TPU_PORT = 8790  # of the coordinator on a TPU pod, which names none
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
     coordinator: str = field(
-        "", "HOST:PORT of process 0, which listens there and on the port above; from SLURM or the "
-        "TPU pod if unset", changeable=True,
+        "", "HOST:PORT of process 0, which listens on that port and the next one; detected on "
+        "SLURM and TPU pods if empty.", changeable=True,
     )  # fmt: skip
     num_processes: int | None = field(
-        None, "processes of the run, with --distributed.coordinator", minimum=1, changeable=True
+        None, "Number of processes; needs --distributed.coordinator.", minimum=1, changeable=True
     )
     process_id: int | None = field(
-        None, "which of them this is, with --distributed.coordinator", minimum=0, changeable=True
+        None,
+        "Index of this process, from 0; needs --distributed.coordinator.",
+        minimum=0,
+        changeable=True,
     )
     detect: bool = field(
-        True, "join the other processes of a SLURM step or TPU pod", changeable=True
+        True, "Detect and join the other processes of a SLURM step or TPU pod.", changeable=True
     )
     timeout_s: int = field(
-        300, "seconds in which all processes have to join", minimum=1, changeable=True
+        300, "Seconds to wait for all processes to join.", minimum=1, changeable=True
     )
     heartbeat_s: int = field(
-        40, "seconds of silence after which a process is given up", minimum=5, changeable=True
+        40,
+        "Seconds without a heartbeat after which a process counts as lost.",
+        minimum=5,
+        changeable=True,
     )
 
 
 class Place(NamedTuple):
-    """Which process this is, and how to find the others."""
+    """The index of this process, and where process 0 is."""
 
     host: str  # of process 0
     port: int
     count: int
     index: int
-    local_devices: list[int] | None = None  # the only ones to use; None: all that are visible
+    local_devices: list[int] | None = None  # the devices to use; None: all that are visible
 
 
 def find_place(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Place | None:
-    """This process's place among others by the flags or, without them, by the machine; else None.
+    """The place of this process, from the flags or else detected; None if it is the only one.
 
     Raises:
-      ConfigError: flags that are half given or contradict each other.
+      ConfigError: some of the flags are missing or contradict each other.
     """
     names = ("coordinator", "num_processes", "process_id")
     given = [name for name in names if getattr(config, name) not in ("", None)]
@@ -97,26 +103,26 @@ def _from_flags(config: DistributedConfig) -> Place:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Place | None:
-    """Of a step of several tasks that srun started.
+    """The place of a task in a SLURM step, as srun starts it.
 
-    Several tasks of one node take one device each, unless SLURM itself gave each task its own.
+    Several tasks on one node use one device each, unless SLURM already assigned each task its own.
     """
     names = ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST")
     if not all(name in environ for name in names):
         return None
     job, count, index, nodes = (environ[name] for name in names)
-    # The first of "node1", "node[003-017,021]", "node1,other2".
+    # The first node of "node1", "node[003-017,021]", or "node1,other2".
     host = "".join(re.match(r"([^,\[]+)\[?(\w*)", nodes).groups())
     together = int(re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
     visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES", ""))
     bound = bool(visible) and "," not in visible
     local = [int(environ.get("SLURM_LOCALID", 0))] if together > 1 and not bound else None
-    port = 61440 + 2 * (int(job) % 2000)  # two jobs on a node seldom meet
+    port = 61440 + 2 * (int(job) % 2000)  # two jobs on a node rarely collide
     return Place(host, port, int(count), int(index), local)
 
 
 def _from_tpu_pod(environ: Mapping[str, str]) -> Place | None:
-    """Of a worker of a TPU slice, or of several slices: GKE's environment, or a VM's metadata."""
+    """The place of a worker of one or more TPU slices, from GKE's environment or VM metadata."""
     hosts, index = environ.get("TPU_WORKER_HOSTNAMES"), environ.get("TPU_WORKER_ID")
     facts = environ
     if hosts is None or index is None:
@@ -126,7 +132,7 @@ def _from_tpu_pod(environ: Mapping[str, str]) -> Place | None:
         if hosts is None or index is None:
             return None
         facts = _tpu_env() | dict(environ)
-    # A worker is named by its host, or by name:number:address.
+    # A worker is listed as its host, or as name:number:address.
     workers = [worker.split(":")[-1] for worker in hosts.split(",")]
     slices, which = (int(facts.get(f"MEGASCALE_{n}") or d) for n, d in
                      (("NUM_SLICES", 1), ("SLICE_ID", 0)))  # fmt: skip
@@ -135,7 +141,7 @@ def _from_tpu_pod(environ: Mapping[str, str]) -> Place | None:
 
 
 def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
-    """Whether this machine has TPUs, by its device files and Google's PCI vendor number."""
+    """Whether this machine has TPUs: device files, and Google's PCI vendor ID."""
     if environ.get("TPU_SKIP_MDS_QUERY") or "tpu" not in (environ.get("JAX_PLATFORMS") or "tpu"):
         return False
     devices = pathlib.Path("/dev")
@@ -146,7 +152,7 @@ def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
 
 
 def _metadata(name: str) -> str | None:
-    """An attribute that Google's cloud keeps of this machine, None if it does not."""
+    """An attribute of this machine from Google Cloud's metadata server; None if it is not set."""
     server = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{name}",
@@ -160,23 +166,23 @@ def _metadata(name: str) -> str | None:
     except OSError as error:
         raise ConfigError(
             f"this TPU VM's metadata server does not answer ({error}): set "
-            "--distributed.coordinator, .num_processes and .process_id, or "
+            "--distributed.coordinator, .num_processes, and .process_id, or "
             "--distributed.detect=false"
         ) from None
 
 
 def _tpu_env() -> dict[str, str]:
-    """The attribute "tpu-env" of a TPU VM: lines of NAME: 'value'."""
+    """The attribute "tpu-env" of a TPU VM, which has lines of the form NAME: 'value'."""
     pairs = re.findall(r"^(\w+):\s*'?(.*?)'?$", _metadata("tpu-env") or "", re.MULTILINE)
     return dict(pairs)
 
 
 @contextlib.contextmanager
 def join_processes(config: DistributedConfig) -> Iterator[None]:
-    """Inside, all processes of the run are one program; nothing happens where there is only one.
+    """Within this context, all processes of the run are one program; does nothing for a single one.
 
-    To be entered before anything touches a device. A process that fails inside ends all others,
-    which show its error; one that is lost is named by the others.
+    Must be entered before anything touches a device. If a process fails inside, all others end and
+    show its error; if a process is lost, the others name it.
 
     Raises:
       ConfigError: bad flags, or some process did not join in time.
@@ -186,23 +192,23 @@ def join_processes(config: DistributedConfig) -> Iterator[None]:
         yield
         return
     call = RollCall(place.host, place.port + 1, place.count, place.index, config.timeout_s)
-    with _ending_all(call, config.heartbeat_s):
-        # Our own handler of SIGTERM takes part in the agreement on stops; XLA's would displace it.
+    with _fail_together(call, config.heartbeat_s):
+        # XLA's handler of SIGTERM would replace ours, by which all processes agree when to stop.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             f"{place.host}:{place.port}",
             place.count,
             place.index,
             place.local_devices,
-            "deactivate",  # of the automatic search: all is said
+            "deactivate",  # cluster detection: everything is given
             initialization_timeout=config.timeout_s,
             heartbeat_timeout_seconds=config.heartbeat_s,
             shutdown_timeout_seconds=config.timeout_s,
         )
         if jax.default_backend() == "cpu":
             _keep_stdout_clean()
-            # There only process 0 finds its programs again, and gloo gives up on a process that is
-            # 30 s late: all are to compile at the same time.
+            # On CPU only process 0 gets hits in the compilation cache, and Gloo gives up on a
+            # process that is 30 s late, so all processes have to compile at the same time.
             jax.config.update("jax_enable_compilation_cache", False)
         yield
         jax.distributed.shutdown()
@@ -210,9 +216,9 @@ def join_processes(config: DistributedConfig) -> Iterator[None]:
 
 
 def _keep_stdout_clean():
-    """Sends what libraries print to standard error: Gloo reports every connection that it makes.
+    """Redirects what libraries print to standard error: Gloo reports every connection.
 
-    Standard output stays for what the command itself prints.
+    Standard output is reserved for what the command itself prints.
     """
     sys.stdout.flush()
     original = os.dup(1)
@@ -221,8 +227,8 @@ def _keep_stdout_clean():
 
 
 @contextlib.contextmanager
-def _ending_all(call: RollCall, heartbeat_s: int) -> Iterator[None]:
-    """A failure in here ends this process and, with its reason, all the others."""
+def _fail_together(call: RollCall, heartbeat_s: int) -> Iterator[None]:
+    """Ends all processes, with the reason, if this one fails within this context."""
     try:
         yield
     except (ConfigError, OSError) as error:
@@ -232,7 +238,7 @@ def _ending_all(call: RollCall, heartbeat_s: int) -> Iterator[None]:
         call.tell("interrupted", 130)
         call.leave("interrupted", 130)
     except BaseException as error:
-        # What breaks here when another process is lost is a collective; the line says who.
+        # If another process is lost, a collective fails here; the roll call knows which process.
         if isinstance(error, jax.errors.JaxRuntimeError) and call.wait_for_end(heartbeat_s):
             call.leave(call.reason, call.code)
         call.tell(f"{type(error).__name__}: {error}", 1)
@@ -241,12 +247,12 @@ def _ending_all(call: RollCall, heartbeat_s: int) -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes what only one may write."""
+    """Whether this is the process that writes and prints for all."""
     return jax.process_index() == 0
 
 
-def gathered(record: Any) -> list[Any]:
-    """What every process has as `record` (JSON serialisable), in the order of the processes."""
+def gather_records(record: Any) -> list[Any]:
+    """The JSON-serializable `record` of every process, in the order of the processes."""
     if jax.process_count() == 1:
         return [record]
     data = np.frombuffer(json.dumps(record).encode(), np.uint8)
@@ -257,17 +263,17 @@ def gathered(record: Any) -> list[Any]:
 
 
 def all_processes(condition: bool) -> bool:
-    """Whether `condition` holds in every process; waits for all of them."""
-    return all(gathered(bool(condition)))
+    """Whether `condition` holds in every process; waits for all processes."""
+    return all(gather_records(bool(condition)))
 
 
 def barrier():
-    """Waits until every process is here."""
-    gathered(None)
+    """Waits until every process has called this."""
+    gather_records(None)
 
 
 def to_host(tree: Any) -> Any:
-    """All of every global array of a tree, in host memory; all processes have to call it."""
+    """Copies a tree of global arrays to host memory in full; all processes have to call this."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
 

@@ -1,8 +1,8 @@
 """Averages of the parameters: exponential ones, and power-function profiles.
 
-A power-function average weighs the parameters of step t by t^gamma (Karras et al. 2024, "Analyzing
-and improving the training dynamics of diffusion models", section 3.1). Its width is a share of the
-run, whatever the run's length, and from snapshots of two of them any other can be reconstructed:
+A power-function average weights the parameters of step t by t^gamma (Karras et al. 2024, "Analyzing
+and improving the training dynamics of diffusion models", section 3.1). Its width is relative to the
+length of the run, and from snapshots of two such averages any other one can be reconstructed: see
 `genai_jax.training.ema_profiles`.
 """
 
@@ -17,16 +17,18 @@ from genai_jax.config import ConfigError, field
 
 @dataclasses.dataclass(frozen=True)
 class EmaConfig:
-    decay: str = field("", "decays of the averages to keep, comma-separated; none if empty")
+    decay: str = field("", "Comma-separated decay rates of the averages to keep; none if empty.")
     relative_width: str = field(
-        "", "widths of power-function averages to keep, shares of the run, comma-separated"
+        "",
+        "Comma-separated relative widths of the power-function averages to keep, as fractions of "
+        "the run.",
     )
     snapshot_every: int = field(
-        0, "steps between snapshots of the power-function averages, from which any width can be "
-        "had later; 0: none", minimum=0,
+        0, "Steps between snapshots of the power-function averages, from which an average of any "
+        "width can be reconstructed later; 0: no snapshots.", minimum=0,
     )  # fmt: skip
     use: str = field(
-        "", "average that sample and evaluate take where none is named; empty: the parameters",
+        "", "Average that sample and evaluate use by default; the parameters themselves if empty.",
         changeable=True,
     )  # fmt: skip
 
@@ -40,18 +42,18 @@ class EmaConfig:
             raise ValueError(f"--ema.use={self.use} is not an average of this run; it keeps {kept}")
 
     def averages(self) -> dict[str, "Average"]:
-        """Name -> average; a decay is named as it was written, a width ``widthW``."""
-        found = {}
-        for text in _listed("decay", self.decay):
+        """Name -> average: the decay as it was written, or ``widthW`` for a relative width W."""
+        averages = {}
+        for text in _numbers("decay", self.decay):
             if not 0 <= float(text) < 1:
                 raise ConfigError(f"--ema.decay={text} is outside [0, 1)")
-            found[text] = Average(decay=float(text))
-        for text in _listed("relative_width", self.relative_width):
-            found[f"width{text}"] = Average(gamma=gamma_of(float(text)))
-        return found
+            averages[text] = Average(decay=float(text))
+        for text in _numbers("relative_width", self.relative_width):
+            averages[f"width{text}"] = Average(gamma=gamma_of(float(text)))
+        return averages
 
 
-def _listed(flag: str, text: str) -> list[str]:
+def _numbers(flag: str, text: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     try:
         [float(name) for name in names]
@@ -62,13 +64,13 @@ def _listed(flag: str, text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Average:
-    """An exponential average of this decay, or a power-function average of this exponent."""
+    """An exponential average with this decay, or a power-function average with this exponent."""
 
     decay: float | None = None
     gamma: float | None = None
 
     def kept(self, step: jax.Array):
-        """The share of the average that is kept at step 1, 2, ..."""
+        """Weight of the old average in the update of step 1, 2, ..."""
         if self.decay is not None:
             return self.decay
         t = jnp.asarray(step, jnp.float32)
@@ -76,13 +78,13 @@ class Average:
 
 
 def gamma_of(relative_width: float) -> float:
-    """The exponent of the profile whose standard deviation is this share of the run.
+    """The exponent of the profile whose standard deviation is this fraction of the run.
 
     sigma_rel = (gamma + 1)^1/2 (gamma + 2)^-1 (gamma + 3)^-1/2 (Karras et al. 2024, equation 9),
     solved for gamma as a cubic.
 
     Raises:
-      ConfigError: no profile is so wide, the uniform one being the widest.
+      ConfigError: no profile has this width; the widest is the uniform one.
     """
     widest = (1 / 12) ** 0.5
     if not 0 < relative_width <= widest + 1e-9:
@@ -92,12 +94,12 @@ def gamma_of(relative_width: float) -> float:
 
 
 def init_ema(params, averages: dict[str, Average]) -> dict:
-    """Averages that start at the parameters, so they need no debiasing."""
+    """Averages initialized to the parameters, so that they need no bias correction."""
     return {name: jax.tree.map(lambda x: x.copy(), params) for name in averages}
 
 
 def update_ema(ema: dict, params, averages: dict[str, Average], step: jax.Array) -> dict:
-    """average <- kept * average + (1 - kept) * parameters, after step number `step` from 1 on."""
+    """average <- kept * average + (1 - kept) * parameters, after step `step`, counted from 1."""
 
     def update(average: Average, values):
         rest = 1 - average.kept(step)

@@ -1,7 +1,7 @@
-"""Snapshots of power-function averages, and any profile out of them afterwards.
+"""Snapshots of power-function averages, from which any profile can be reconstructed afterwards.
 
-Karras et al. 2024, section 3.2: the profile wanted is fitted, by least squares, with the profiles
-of the snapshots, and the snapshots are summed with the same weights.
+Karras et al. 2024, section 3.2: the desired profile is fitted by least squares with the profiles of
+the snapshots, and the snapshots are summed with the same weights.
 """
 
 import os
@@ -30,17 +30,17 @@ def inner_product(t_a, gamma_a, t_b, gamma_b) -> np.ndarray:
 
 
 def profile_weights(steps, gammas, step: float, gamma: float) -> np.ndarray:
-    """Weights of snapshots taken at `steps` with exponents `gammas`, for a profile at `step`."""
+    """Weights of snapshots (`steps`, `gammas`) that best fit the profile (`step`, `gamma`)."""
     steps, gammas = np.asarray(steps, np.float64), np.asarray(gammas, np.float64)
     products = inner_product(steps[:, None], gammas[:, None], steps[None], gammas[None])
-    wanted = inner_product(steps, gammas, step, gamma)
-    return np.linalg.lstsq(products, wanted, rcond=1e-14)[0]
+    target = inner_product(steps, gammas, step, gamma)
+    return np.linalg.lstsq(products, target, rcond=1e-14)[0]
 
 
 def write_snapshot(workdir: pathlib.Path, step: int, ema: dict) -> None:
-    """Writes the power-function averages of a step; the same step again gives the same file.
+    """Writes the power-function averages of a step; writing a step again gives the same file.
 
-    All processes have to call it; one of them writes.
+    All processes have to call this; one of them writes.
     """
     averages = {name: values for name, values in ema.items() if name.startswith("width")}
     arrays = {
@@ -57,10 +57,10 @@ def write_snapshot(workdir: pathlib.Path, step: int, ema: dict) -> None:
 
 
 def reconstruct(workdir: pathlib.Path, relative_width: float, step: int, shapes):
-    """The average of this width at `step`, host arrays like `shapes`.
+    """The average of this width at `step`, as host arrays shaped like `shapes`.
 
     Raises:
-      ConfigError: no snapshot up to that step, or no such width.
+      ConfigError: there is no snapshot up to that step, or no profile of that width.
     """
     gamma = gamma_of(relative_width)
     files = sorted((workdir / FOLDER).glob("*.npz"), key=lambda path: int(path.stem))

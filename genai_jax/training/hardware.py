@@ -1,4 +1,4 @@
-"""What a device could do at most: the number that MFU is divided by."""
+"""Peak FLOP/s of devices: the denominator of MFU."""
 
 import functools
 import re
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Dense bfloat16 FLOP/s of one JAX device, by words of `device_kind`; the first match counts.
-# TPU: "TPU versions" and the system architecture pages of Google Cloud's documentation; a v4 or v5p
-# chip is one device, a 7x chip (2307e12) is two. NVIDIA: the SXM column of each data sheet.
+# Dense bfloat16 FLOP/s of one JAX device, by a pattern of `device_kind`; the first match counts.
+# TPU: "TPU versions" and the system architecture pages of the Google Cloud documentation; a v4 or
+# v5p chip is one device, a 7x chip (2307e12) is two. NVIDIA: the SXM column of each data sheet.
 PEAK_BFLOAT16 = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -29,17 +29,17 @@ PEAK_BFLOAT16 = (
 
 
 class Peak(NamedTuple):
-    """FLOP/s of all devices together, and where the number is from."""
+    """FLOP/s of all devices together, and the source of the number."""
 
     flops_per_second: float
     source: str
 
 
 def peak_of(devices: list) -> Peak | None:
-    """The peak of these devices: published for known chips, measured on a CPU, else None."""
+    """The peak of these devices: published for known chips, measured on CPU, otherwise None."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        # Simulated devices share the machine, so its rate is the peak of all of them.
+        # Simulated devices share the machine, so its rate is the peak of all of them together.
         return Peak(
             measured_matmul_rate(devices[0]),
             "float32 2048x2048x2048 matmul measured on this machine",

@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, and plots of them."""
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, and plots."""
 
 import json
 import os
@@ -6,10 +6,10 @@ import pathlib
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step, and mirrors it to TensorBoard.
+    """Appends one JSON object per logged step, and mirrors it to TensorBoard.
 
-    Rows after `start_step` are from a run that went on after its last checkpoint and then died:
-    they are dropped, since the resumed run writes them again.
+    Rows after `start_step` were written between the last checkpoint and a crash. They are dropped,
+    since the resumed run writes them again.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
@@ -36,7 +36,7 @@ class MetricsLog:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-    """The rows of a metrics file; a last line cut short by a crash is left out."""
+    """The rows of a metrics file, without a last line that a crash cut short."""
     if not path.exists():
         return []
     rows = []
@@ -49,13 +49,13 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
 
 
 def plot_curves(workdir: pathlib.Path, plot: str, ends: tuple[str, ...], label: str):
-    """Draws ``plots/<plot>.png`` from the metrics file: all metrics whose names so end, over steps.
+    """Plots metrics over steps into ``plots/<plot>.png``; does nothing if there are none.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       plot: name of the file.
-      ends: of the names of the metrics.
-      label: of the vertical axis, with its unit.
+      ends: suffixes of the names of the metrics to plot.
+      label: label of the vertical axis, with its unit.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, from optax, chosen by flags."""
+"""Optimizers and learning-rate schedules from optax, configured by flags."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,36 +17,44 @@ SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = field("adamw", "optimizer", choices=OPTIMIZERS)
-    learning_rate: float = field(1e-3, "peak learning rate", minimum=0)
+    name: str = field("adamw", "Optimizer.", choices=OPTIMIZERS)
+    learning_rate: float = field(1e-3, "Peak learning rate.", minimum=0)
     schedule: str = field(
-        "cosine", "shape after the warm-up; wsd is warm-up, stable, decay", choices=SCHEDULES
+        "cosine",
+        "Learning-rate schedule after warmup; wsd: warmup, stable, decay.",
+        choices=SCHEDULES,
     )
-    warmup_steps: int = field(100, "steps of linear warm-up", minimum=0)
+    warmup_steps: int = field(100, "Steps of linear warmup.", minimum=0)
     decay_fraction: float = field(
-        0.2, "share of the steps in which wsd decays", minimum=0, maximum=1
+        0.2, "Fraction of the steps in which wsd decays.", minimum=0, maximum=1
     )
     final_fraction: float = field(
-        0.1, "learning rate at the end, relative to the peak", minimum=0, maximum=1
+        0.1, "Final learning rate relative to the peak.", minimum=0, maximum=1
     )
-    weight_decay: float = field(0.1, "decoupled decay of matrices", minimum=0)
-    momentum: float = field(0.95, "of sgd and muon", minimum=0, maximum=1)
-    beta1: float = field(0.9, "of the first moment: adamw, lion, muon", minimum=0, maximum=1)
-    beta2: float = field(0.95, "of the second moment: adamw, lion, muon", minimum=0, maximum=1)
-    epsilon: float = field(1e-8, "added to the root of the second moment: adamw, muon", minimum=0)
-    clip_norm: float = field(1.0, "largest norm of the gradient; 0 does not clip", minimum=0)
+    weight_decay: float = field(0.1, "Decoupled weight decay of matrices.", minimum=0)
+    momentum: float = field(0.95, "Momentum of sgd and muon.", minimum=0, maximum=1)
+    beta1: float = field(
+        0.9, "Decay rate of the first moment of adamw, lion, and muon.", minimum=0, maximum=1
+    )
+    beta2: float = field(
+        0.95, "Decay rate of the second moment of adamw, lion, and muon.", minimum=0, maximum=1
+    )
+    epsilon: float = field(
+        1e-8, "Term added to the root of the second moment of adamw and muon.", minimum=0
+    )
+    clip_norm: float = field(1.0, "Maximum norm of the gradient; 0: no clipping.", minimum=0)
     trainable: str | None = field(
         None,
-        "Comma-separated parameter paths or regular expressions: what to train of what the task "
-        "trains; the rest stays as it began. Everything if unset.",
+        "Comma-separated parameter paths or regular expressions: the parameters to train, out of "
+        "those that the task trains; the others stay as initialized. All of them if unset.",
     )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, for a run of `steps` steps.
 
-    `rsqrt` falls as the inverse root of the step after the warm-up (Vaswani et al. 2017) and has no
-    end, `constant` stays; the others reach final_fraction of the peak at the last step.
+    After warmup, `constant` stays at the peak and `rsqrt` falls as the inverse square root of the
+    step (Vaswani et al. 2017); the others reach final_fraction of the peak at the last step.
     """
     peak = config.learning_rate
     warmup = min(config.warmup_steps, steps)
@@ -60,7 +68,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         after = optax.linear_schedule(peak, final, rest)
     elif config.schedule == "rsqrt":
         shift = max(warmup, 1)
-        # join_schedules also asks for steps before the boundary, and drops what it gets.
+        # join_schedules also evaluates steps before the boundary and discards the results.
         after = lambda step: peak * (shift / (shift + jnp.maximum(step, 0))) ** 0.5
     else:
         decay = min(max(round(config.decay_fraction * steps), 1), rest)
@@ -70,7 +78,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         )
     if warmup == 0:
         return after
-    # The first step already learns: it takes 1 / warmup of the peak, not 0.
+    # The first step already learns: its rate is 1 / warmup of the peak, not 0.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
 
@@ -78,7 +86,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def default_optimizer(
     config: Config, rules: Sequence, *, growth: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer of a run with one phase: `make_optimizer` by its flags."""
+    """The optimizer of a run with one phase: `make_optimizer` with the flags of the run."""
     return make_optimizer(config.optimizer, config.train.steps, rules, growth=growth)
 
 
@@ -94,17 +102,17 @@ def make_optimizer(
     """The optimizer of one phase, or of several that share it, for any part of the parameters.
 
     Args:
-      config: flags.
+      config: the flags.
       steps: steps of the run, for the schedule.
-      rules: partition rules of the task, (parameter path pattern, logical axes). The axes say which
-        parameters are matrices: weight decay and Muon act on those only.
+      rules: partition rules of the task, (parameter path pattern, logical axes). The axes determine
+        which parameters are matrices: weight decay and Muon apply only to those.
       growth: logical axis -> its size relative to the base shape of maximal-update
         parametrization, which scales the learning rate of each parameter; None for one rate.
       updates_per_step: on average; the schedule advances by its inverse at each update.
-      correction: for lazy regularization, the share of the updates that are not regularization:
+      correction: for lazy regularization, the fraction of the updates that are not regularization:
         learning rate x correction, momenta ^ correction (Karras et al. 2020, "Analyzing and
-        improving the image quality of StyleGAN", appendix B), so that a step does as much as
-        without it.
+        improving the image quality of StyleGAN", appendix B), so that a step changes the parameters
+        as much as it would without regularization.
     """
     axes_of = lambda params: logical_axes(params, rules)
     rate = learning_rate_schedule(config, steps)
@@ -129,7 +137,7 @@ def make_optimizer(
         if name == "sgd":
             rule = optax.sgd(schedule, momentum=config.momentum or None)
         elif name == "adafactor":
-            # optax decays by an unscaled rate here; ours follows the learning rate, as elsewhere.
+            # optax does not scale this decay by the learning rate; ours is scaled, as elsewhere.
             rule = optax.adafactor(schedule, multiply_by_parameter_scale=False)
         else:
             # optax's own decay would skip what Muon leaves to Adam, and include scales there.
@@ -141,10 +149,10 @@ def make_optimizer(
 
 
 def _by_width(name: str, axes_of, growth) -> list[optax.GradientTransformation]:
-    """Multiplies updates by what the width calls for; nothing without a base shape."""
+    """Scales updates by width, for maximal-update parametrization; [] without a base shape."""
     if not growth:
         return []
-    rule = name if name in ("sgd", "muon") else "adam"  # updates whose size no gradient changes
+    rule = name if name in ("sgd", "muon") else "adam"  # size independent of the gradient
 
     def multiply(updates, _):
         factors = _map_axes(lambda a: learning_rate_factor(a, growth, rule), axes_of(updates))
@@ -154,7 +162,7 @@ def _by_width(name: str, axes_of, growth) -> list[optax.GradientTransformation]:
 
 
 def _muon(config, schedule, axes_of):
-    """Muon (Jordan et al. 2024) for hidden matrices, Adam for the rest."""
+    """Muon (Jordan et al. 2024) for hidden matrices, Adam for all other parameters."""
 
     def dimensions(params):
         chosen = _map_axes(_muon_dimensions, axes_of(params))
@@ -166,7 +174,7 @@ def _muon(config, schedule, axes_of):
         schedule,
         beta=config.momentum,
         eps=config.epsilon,
-        consistent_rms=0.2,  # one learning rate serves both (Liu et al. 2025, section 2.2)
+        consistent_rms=0.2,  # one learning rate suits both (Liu et al. 2025, section 2.2)
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         muon_weight_dimension_numbers=dimensions,
@@ -174,7 +182,7 @@ def _muon(config, schedule, axes_of):
 
 
 def _decay_at_rate(schedule, decay, mask):
-    """Decoupled weight decay at the learning rate, for an optimizer without its own."""
+    """Decoupled weight decay scaled by the learning rate, for an optimizer that has none."""
     negative = lambda count: -schedule(count)
     decay_only = optax.chain(
         optax.add_decayed_weights(decay, mask), optax.scale_by_schedule(negative)
@@ -199,7 +207,7 @@ _BIASES = (["heads", "head_dim"], ["kv_heads", "head_dim"], [None, "mlp"])
 
 
 def _is_matrix(axes: tuple) -> bool:
-    """Not a scale nor a bias: those have one axis, or a head's two, or one for each modulation."""
+    """Whether a parameter is neither a scale nor a bias, some of which have two axes: `_BIASES`."""
     inner = [a for a in axes if a not in _BATCH_AXES]
     return len(inner) >= 2 and inner not in _BIASES
 
@@ -209,18 +217,18 @@ def _is_dimension(x) -> bool:
 
 
 def _muon_dimensions(axes: tuple):
-    """Which axes a matrix reduces and which it makes; None for what muon leaves to Adam.
+    """The input and output axes of a hidden matrix; None for parameters that Muon leaves to Adam.
 
-    A hidden matrix has the residual stream ("embed") on one side; the rest is the other side.
+    A hidden matrix has the residual stream ("embed") on one side and all other axes on the other.
     """
     inner = [i for i, a in enumerate(axes) if a not in _BATCH_AXES]
     names = [axes[i] for i in inner]
     if len(inner) < 2 or {"vocabulary", None} & set(names) or names.count("embed") != 1:
         return None
-    side = [i for i in inner if axes[i] == "embed"]
+    embed = [i for i in inner if axes[i] == "embed"]
     other = [i for i in inner if axes[i] != "embed"]
     if names[0] == "embed":
-        return optax.contrib.MuonDimensionNumbers(tuple(side), tuple(other))
+        return optax.contrib.MuonDimensionNumbers(tuple(embed), tuple(other))
     if names[-1] == "embed":
-        return optax.contrib.MuonDimensionNumbers(tuple(other), tuple(side))
+        return optax.contrib.MuonDimensionNumbers(tuple(other), tuple(embed))
     return None

@@ -1,4 +1,4 @@
-"""How many parameters a model has, by the three counts that papers give."""
+"""Number of parameters of a model, in the ways that papers count them."""
 
 import jax
 
@@ -11,11 +11,11 @@ def parameter_counts(params: Params, inactive: int = 0) -> dict[str, int]:
 
     Args:
       params: group -> tree.
-      inactive: parameters that a token does not use: of the experts that it does not choose.
+      inactive: parameters of the experts that a token is not routed to.
 
     Returns:
-      `total`; `embedding`, the tables that are looked up (an untied head is none); `non_embedding`;
-      `active`, embeddings included; and each group.
+      `total`; `embedding`, the lookup tables (without an untied head); `non_embedding`; `active`,
+      including embeddings; and the count of each group.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     total = sum(x.size for _, x in leaves)

@@ -1,9 +1,9 @@
-"""Maximal-update parametrization: what of a parameter's learning rate depends on the width.
+"""Maximal-update parametrization: how the learning rate of a parameter scales with the width.
 
 Yang et al. 2022 ("Tensor Programs V"), in the form of table 8, which also holds for an embedding
-that is both read from and written to. All widths grow in the proportions of a base shape, at which
-it is the standard parametrization; `growth` says how much, logical axis by logical axis. A network
-takes what is not a learning rate from the same growth:
+that is shared with the output. At a base shape it equals the standard parametrization; `growth` is
+the size of each logical axis relative to that shape, and all widths grow in proportion. Networks
+scale their initialization and multipliers by the same growth:
 
               initial variance   multiplier   SGD        Adam, Lion   Muon
     vector    as standard        1            out        1            1 (Adam)
@@ -11,15 +11,16 @@ takes what is not a learning rate from the same growth:
     hidden    as standard        1            out / in   1 / in       sqrt(out / in / max(in, out))
     output    in x standard      1 / in       in         1            1 (Adam)
 
-where `in` and `out` are the growth of what a matrix contracts and of what it makes, and standard
-variances are 1 / fan-in, but constant for embeddings. The scores of attention are those of
-1 / head_dim (definition 4.1), equal to 1 / sqrt(head_dim) at the base shape.
+where `in` and `out` are the growth of a matrix's input and output axes, and standard variances are
+1 / fan-in, but constant for embeddings. Attention scores are scaled by 1 / head_dim (definition
+4.1), times a constant that makes it 1 / sqrt(head_dim) at the base shape.
 
-Muon's column is not of that paper. Its update is an orthogonal matrix times sqrt(max(in, out))
-(Liu et al. 2025, section 2.2), and its spectral norm has to grow as sqrt(out / in) (Yang, Simon,
-Bernstein 2023, condition 1). Decoupled weight decay does not follow these factors: a step shrinks a
-matrix by the same share at every width (Wang and Aitchison 2024). The epsilon of Adam is not scaled
-either: it has to stay far below gradients, which fall as 1 / width.
+The column for Muon is not from that paper. Its update is an orthogonal matrix times
+sqrt(max(in, out)) (Liu et al. 2025, section 2.2), and its spectral norm has to grow as
+sqrt(out / in) (Yang, Simon, Bernstein 2023, condition 1). Decoupled weight decay is not scaled by
+these factors: a step shrinks a matrix by the same fraction at every width (Wang and Aitchison
+2024). Adam's epsilon is not scaled either: it has to stay far below the gradients, which fall as
+1 / width.
 """
 
 import math
@@ -28,26 +29,28 @@ from collections.abc import Mapping
 from genai_jax.config import ConfigError
 
 RULES = ("sgd", "adam", "muon")
-STACKED = ("layers", "experts")  # axes of many parameters in one array
+STACKED = ("layers", "experts")  # axes that stack many parameters in one array
 _WIDTHS = ("embed", "heads", "kv_heads", "head_dim", "mlp")
-_COUNTS = ("vocabulary", None)  # of things that are not made more of as the network gets wider
+_COUNTS = ("vocabulary", None)  # axes that do not grow with the width of the network
 
 
 def fans(axes: tuple) -> tuple[tuple, tuple]:
-    """The axes that a matrix contracts, and those that it makes; a scale or bias contracts none.
+    """The input axes of a parameter, which it contracts, and its output axes.
 
-    A matrix has the residual stream ("embed") on one side, what it contracts comes first, and an
-    embedding contracts its rows.
+    A matrix has the residual stream ("embed") on one side and its input axes first. The input axis
+    of an embedding is the vocabulary; a scale or bias has no input axes.
 
     Args:
       axes: logical axes of a parameter, as the sharding table names them.
 
     Raises:
-      ConfigError: axes of which no rule here speaks.
+      ConfigError: axes without a rule.
     """
     inner = tuple(axis for axis in axes if axis not in STACKED)
     if not {*inner} <= {*_WIDTHS, *_COUNTS}:
-        raise ConfigError(f"no maximal-update parametrization for a parameter of axes {axes}")
+        raise ConfigError(
+            f"maximal-update parametrization has no rule for a parameter with axes {axes}"
+        )
     if len(inner) < 2 or "embed" not in inner:
         return (), inner
     if inner[-1] == "embed":
@@ -56,7 +59,7 @@ def fans(axes: tuple) -> tuple[tuple, tuple]:
 
 
 def kind(axes: tuple) -> str:
-    """ "vector", "input", "hidden" or "output": which sides of a parameter grow with the width."""
+    """ "vector", "input", "hidden", or "output", by the sides that grow with the width."""
     into, out = fans(axes)
     if not into:
         return "vector"
@@ -66,16 +69,13 @@ def kind(axes: tuple) -> str:
 
 
 def learning_rate_factor(axes: tuple, growth: Mapping[str, float], rule: str) -> float:
-    """What the learning rate of a parameter is multiplied by.
+    """The factor on the learning rate of a parameter, 1 at the base shape.
 
     Args:
       axes: logical axes of the parameter.
-      growth: logical axis -> its size relative to the base shape; 1 where it is not named.
-      rule: "sgd" for updates in proportion to the gradient, "adam" for those whose size does not
-        depend on it, "muon" for those made orthogonal, with "adam" for all but hidden matrices.
-
-    Returns:
-      A number, 1 at the base shape.
+      growth: logical axis -> its size relative to the base shape; axes left out have 1.
+      rule: "sgd" for updates proportional to the gradient, "adam" for updates whose size does not
+        depend on it, "muon" for orthogonal updates of hidden matrices and "adam" elsewhere.
     """
     into, out = (math.prod(growth.get(axis, 1.0) for axis in side) for side in fans(axes))
     which = kind(axes)

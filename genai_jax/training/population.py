@@ -1,8 +1,8 @@
-"""Several runs of one task as one: a compiled step trains all of them side by side.
+"""Several runs of one task as one: a single compiled step trains all of them side by side.
 
-Members differ in their seed or in their learning rate. The state is a run's with the members' axis
-in front of every array, and the step is a run's under `jax.vmap`. Along the mesh's data axis it is
-the members that are split, each whole on its device, so that no device talks to another.
+Members differ in seed or learning rate. The state is that of a single run with a leading axis of
+members on every array, and the step is that of a single run under `jax.vmap`. The data axis of the
+mesh splits the members, each of which is whole on its device, so that devices do not communicate.
 """
 
 import dataclasses
@@ -33,10 +33,11 @@ AXIS = "data"  # the mesh axis that splits the members
 @dataclasses.dataclass(frozen=True)
 class PopulationConfig:
     size: int = field(
-        1, "runs trained side by side in one compiled step, with seeds from --seed on", minimum=1
+        1, "Runs trained side by side in one compiled step; run k has seed --seed + k.", minimum=1
     )
     learning_rates: str = field(
-        "", "one for each of them, comma-separated: they then differ in these, not in their seed"
+        "",
+        "Comma-separated learning rates, one per run; the runs then differ in these, not in seed.",
     )
 
     def __post_init__(self):
@@ -55,16 +56,17 @@ class PopulationConfig:
             )
         if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
             raise ValueError(
-                f"--population.learning_rates={self.learning_rates}: rates are finite, at least 0"
+                f"--population.learning_rates={self.learning_rates}: rates must be finite and at "
+                "least 0"
             )
 
     def rates(self) -> list[float]:
-        """The learning rates, empty where members differ in their seed."""
+        """The learning rates; empty if members differ in seed."""
         return [float(text) for text in self.learning_rates.split(",") if text]
 
 
 def member_config(config: Config, member: int) -> Config:
-    """The configuration of the run that a member is.
+    """The configuration of a member as a run of its own.
 
     Raises:
       ConfigError: there is no such member.
@@ -75,35 +77,37 @@ def member_config(config: Config, member: int) -> Config:
     if population.size == 1:
         return config
     rates = population.rates()
-    alone = config.replace("population", size=1, learning_rates="")
+    single = config.replace("population", size=1, learning_rates="")
     if rates:
-        return alone.replace("optimizer", learning_rate=rates[member])
-    return alone.replace("run", seed=config.run.seed + member)
+        return single.replace("optimizer", learning_rate=rates[member])
+    return single.replace("run", seed=config.run.seed + member)
 
 
 class Population:
     """Several runs side by side; see `genai_jax.training.execution.Execution`.
 
-    With learning rates all members take the same batch, else each takes the batches of its own
-    seed, stacked as ``[members, rows, ...]``: rows of the global batch are then members.
+    Members that differ in learning rate share each batch. Otherwise each takes the batches of its
+    own seed, stacked as ``[members, rows, ...]``, so that "rows" of the global batch are members.
 
     Args:
-      task: of the population's configuration; those of the members are made like it.
+      task: of the population's configuration; its class makes the tasks of the members.
       config: of the population.
-      mesh: whose data axis splits the members.
+      mesh: its data axis splits the members.
     """
 
     def __init__(self, task: Task, config: Config, mesh: Mesh):
         self.size, self._mesh = config.population.size, mesh
         self.configs = [member_config(config, k) for k in range(self.size)]
-        self._make = type(task)
+        self._task_class = type(task)
         self.shared_batch = bool(config.population.learning_rates)
-        self.members = [self._make(c) for c in self.configs[: 1 if self.shared_batch else None]]
+        self.members = [
+            self._task_class(c) for c in self.configs[: 1 if self.shared_batch else None]
+        ]
         first = self.task = self.members[0]
         if hasattr(first, "collect"):
             raise ConfigError(
-                f"--population.size={self.size}: --task={config.run.task} makes its batches from "
-                "its model, so it trains alone"
+                f"--population.size={self.size}: --task={config.run.task} collects batches from "
+                "its model, and such a task needs --population.size=1"
             )
         self.compiled = self._build(config)
         one = self.shapes_of_one(self.compiled.shapes)
@@ -160,7 +164,7 @@ class Population:
 
         def own_rate(state, rate, batch):
             changed = config.replace("optimizer", learning_rate=rate)
-            return update(self._make(changed), changed, state, batch)
+            return update(self._task_class(changed), changed, state, batch)
 
         if not self.shared_batch:
             return self._over_members(lambda *x: update(self.task, config, *x), 2)
@@ -169,10 +173,10 @@ class Population:
         return lambda state, batch: run(state, rates, batch)
 
     def _over_members(self, function: Callable, split: int, shared: int = 0) -> Callable:
-        """`function` of one member, for all: `split` arguments have a members axis, others none."""
+        """Maps `function` over members: `split` arguments have their axis, `shared` ones do not."""
 
         def part(*arguments):
-            # Inside, no logical axis means an axis of the mesh: a member is whole.
+            # No logical axis maps to an axis of the mesh in here: members are whole.
             with nn.logical_axis_rules([(name, None) for name in LOGICAL_AXES]):
                 return jax.vmap(function, in_axes=(0,) * split + (None,) * shared)(*arguments)
 
@@ -182,17 +186,17 @@ class Population:
             mesh=self._mesh,
             in_specs=(along,) * split + (whole,) * shared,
             out_specs=along,
-            axis_names={AXIS},  # the others, all of size 1, stay free: kernels need to see them
+            axis_names={AXIS},  # the others, of size 1, stay automatic: kernels need to see them
             check_vma=False,
         )
 
     def _check_mesh(self):
-        """Raises `ConfigError` for a mesh that divides members unevenly, or divides a member."""
+        """Raises `ConfigError` for a mesh that splits a member, or the members unevenly."""
         for axis, size in self._mesh.shape.items():
             if size > 1 and axis != AXIS:
                 raise ConfigError(
-                    f"--mesh.{axis}={size}: a member of a population is whole on its device; "
-                    f"allowed: --mesh.{AXIS}"
+                    f"--mesh.{axis}={size}: a member of a population is whole on its device; only "
+                    f"--mesh.{AXIS} may be above 1"
                 )
         if self.size % self._mesh.shape[AXIS]:
             raise ConfigError(
@@ -228,7 +232,7 @@ class Population:
     # Numbers.
 
     def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
-        """The held-out metrics of all members, as `numbers`."""
+        """The held-out metrics of all members, formatted by `numbers`."""
         trained = state.params, state.mutables
         metrics = [
             self._evaluator(*take_member(trained, k, self._mesh), batches(), c.run.seed)
@@ -237,16 +241,16 @@ class Population:
         return self.numbers({n: np.array([m[n] for m in metrics]) for n in metrics[0]})
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Each metric's mean over the members, and ``metric/k`` of member k.
+        """The mean of each metric over the members, and ``metric/k`` for member k.
 
-        A member that has diverged is left out, and named once; if all have, none is left out.
+        A member that has diverged is left out, with one warning; if all have, none is left out.
         """
         bad = [~np.isfinite(x) for x in metrics.values() if x.dtype.kind == "f"]
         diverged = {int(k) for k in np.flatnonzero(np.any(bad, axis=0))} if bad else set()
         if len(diverged) == self.size:
             diverged = set()
         for k in sorted(diverged - self._reported_diverged):
-            print(f"warning: member {k} has diverged; the others go on", file=sys.stderr)
+            print(f"warning: member {k} has diverged; the others continue", file=sys.stderr)
         self._reported_diverged |= diverged
         alive = [k for k in range(self.size) if k not in diverged]
         means = {name: float(np.mean(x[alive])) for name, x in metrics.items()}
@@ -256,7 +260,7 @@ class Population:
 def stacked_shapes(task: Task, config: Config, size: int, mesh: Mesh) -> TrainState:
     """The state of `size` members as `jax.ShapeDtypeStruct`s.
 
-    Members are over the mesh's data axis if it divides their number.
+    The data axis of the mesh splits the members if it divides their number.
     """
     averages, phases = config.ema.averages(), phases_of(task, config)
     one = jax.eval_shape(lambda: init_state(task, jax.random.key(0), averages, phases))
@@ -267,14 +271,14 @@ def stacked_shapes(task: Task, config: Config, size: int, mesh: Mesh) -> TrainSt
 
 
 def take_member(tree: PyTree, member: int, mesh: Mesh) -> PyTree:
-    """One member's arrays, whole on every device of the mesh."""
+    """The arrays of one member, replicated on the mesh."""
     where = NamedSharding(mesh, PartitionSpec())
     take = jax.jit(lambda tree, k: jax.tree.map(lambda x: x[k], tree), out_shardings=where)
     return take(tree, member)
 
 
 class _StackedBatches:
-    """The batches of several members' iterators, stacked; see `Task.train_batches`."""
+    """The batches of several members, stacked; an iterator as `Data.train` returns it."""
 
     def __init__(self, sources: dict[int, Any]):
         self._sources = sources

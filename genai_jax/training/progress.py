@@ -1,4 +1,4 @@
-"""Speed of a run: the numbers of the progress bar and of ``perf/*``."""
+"""Speed of a run: the progress bar and the metrics ``perf/*``."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from genai_jax.training.hardware import Peak
 
 
 class Progress:
-    """A bar with loss, tokens a second, MFU and the time left, and the clock behind it."""
+    """A progress bar with loss, tokens per second, MFU, and time left; and the clock for them."""
 
     def __init__(self, start: int, total: int, examples: int, tokens: int | None, flops: float,
                  peak: Peak | None, show: bool):  # fmt: skip
@@ -26,7 +26,7 @@ class Progress:
         )
 
     def leave_out(self, seconds: float):
-        """Leaves time that was not spent on steps (evaluating, saving) out of the measurement."""
+        """Excludes time that was not spent on steps (evaluating, saving) from the measurement."""
         self._last_time += seconds
 
     def measure(self, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A trained model out of a workdir, for sampling and scoring."""
+"""Restoring a trained model from a workdir, for sampling and evaluation."""
 
 import math
 import pathlib
@@ -20,17 +20,17 @@ from genai_jax.training.workdir import read_record
 
 
 class Restored(NamedTuple):
-    """A model, on a mesh of this machine's devices."""
+    """A model on a mesh of this machine's devices."""
 
     step: int
     params: Params
     mutables: PyTree
     mesh: Mesh
-    ema: str | None  # the average that `params` is, None for the parameters themselves
+    ema: str | None  # the average that `params` are; None for the parameters themselves
 
 
 def _mesh_here(config: Config, rows: int) -> Mesh:
-    """The run's own mesh; where that does not fit, the devices that share the batch evenly."""
+    """The mesh of the run or, if it does not fit, as many devices as share the batch evenly."""
     try:
         mesh = make_mesh(config.mesh)
         if rows % batch_shards(mesh) == 0:
@@ -49,18 +49,19 @@ def restore_model(
     ema: str | None = None,
     member: int = 0,
 ) -> Restored:
-    """Restores the parameters of a run, or an average of them, copied to this machine's devices.
+    """Restores the parameters of a run, or an average of them, onto this machine's devices.
 
     Args:
       task: of the run.
       config: of the run.
       step: of the checkpoint; the newest if None.
-      ema: an average that the run kept, "width:W" for the power-function profile of that relative
-        width out of its snapshots, "none" for the parameters; None for what ``--ema.use`` says.
-      member: of a population, counted from 0.
+      ema: an average that the run kept; "width:W" for the power-function average of that relative
+        width, reconstructed from snapshots; "none" for the parameters; None for ``--ema.use``.
+      member: index within a population, from 0.
 
     Raises:
-      ConfigError: no such checkpoint, average or member, or data that the run was not trained on.
+      ConfigError: there is no such checkpoint, average, or member; or the data differs from what
+        the run was trained on.
     """
     workdir = pathlib.Path(config.run.workdir)
     task.data.check(read_record(workdir).get("data", {}))
@@ -77,7 +78,7 @@ def restore_model(
             shapes = stacked_shapes(task, first, size, mesh)
     else:
         shapes = state_shapes(task, config, mesh)
-    averaged = _averaged(shapes, ema)  # parameters that are never trained have no average
+    averaged = _averaged(shapes, ema)  # parameters that are not trained have no average
     rest = frozenset(leaf_paths(shapes.params)) - frozenset(leaf_paths(averaged))
     average = [f"ema/{ema}"] if ema in kept else []
     checkpointer = Checkpointer(
@@ -104,7 +105,7 @@ def restore_model(
 
 
 def _averaged(shapes: Any, ema: str) -> Params:
-    """The groups that the average `ema` has, as shapes; none of them for "none"."""
+    """The parameters that the average `ema` covers, as shapes; {} for "none"."""
     if not ema.startswith("width:"):
         return shapes.ema.get(ema, {})
     try:
@@ -114,4 +115,4 @@ def _averaged(shapes: Any, ema: str) -> Params:
     for name, values in shapes.ema.items():
         if name.startswith("width"):
             return values
-    raise ConfigError(f"--ema={ema} needs a run with --ema.relative_width and snapshots")
+    raise ConfigError(f"--ema={ema} needs a run with --ema.relative_width and --ema.snapshot_every")

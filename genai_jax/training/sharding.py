@@ -19,7 +19,7 @@ from genai_jax.training.trees import path_name
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence", "stage")
 
-# Logical axis -> mesh axes. What is not named here is never split.
+# Logical axis -> mesh axes. Axes that are not listed are never split.
 LOGICAL_AXES = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
@@ -28,8 +28,8 @@ LOGICAL_AXES = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
-    # Of a convolution only the output is split: XLA's partitioner gets the gradient of a strided
-    # convolution wrong when both sides of its kernel are (jax 0.10.2, 2 x 2 x 2 devices).
+    # Only the output features of a convolution are split: XLA's partitioner computes a wrong
+    # gradient of a strided convolution if both sides are (jax 0.10.2, 2 x 2 x 2 devices).
     "features": ("fsdp", "tensor"),
     "experts": ("expert",),
     "layers": ("stage",),
@@ -39,36 +39,38 @@ LOGICAL_AXES = {
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = field(
-        -1, "copies of the parameters; -1: the devices left", minimum=-1, changeable=True
+        -1, "Copies of the parameters; -1 uses the remaining devices.", minimum=-1, changeable=True
     )
-    fsdp: int = field(1, "shards of parameters and moments", minimum=-1, changeable=True)
-    tensor: int = field(1, "shards of heads and MLP", minimum=-1, changeable=True)
-    expert: int = field(1, "shards of experts", minimum=-1, changeable=True)
-    sequence: int = field(1, "shards of the length", minimum=-1, changeable=True)
-    stage: int = field(1, "pipeline stages", minimum=-1, changeable=True)
+    fsdp: int = field(
+        1, "Shards of the parameters and optimizer moments.", minimum=-1, changeable=True
+    )
+    tensor: int = field(1, "Shards of the attention heads and MLPs.", minimum=-1, changeable=True)
+    expert: int = field(1, "Shards of the experts.", minimum=-1, changeable=True)
+    sequence: int = field(1, "Shards of the sequence length.", minimum=-1, changeable=True)
+    stage: int = field(1, "Pipeline stages.", minimum=-1, changeable=True)
     across_slices: str = field(
-        "data", "axis whose outer part spans slices, linked by the data-center network",
+        "data", "Mesh axis whose outer part spans slices, over the data-center network.",
         choices=MESH_AXES, changeable=True,
     )  # fmt: skip
 
     def sizes(self) -> dict[str, int]:
-        """Mesh axis -> size as the flags say, -1 included."""
+        """Mesh axis -> size from the flags, which may be -1."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
-# From the outside in: what talks most is laid on neighbouring devices.
+# From the outside in: axes that communicate most are placed on neighboring devices.
 PHYSICAL_ORDER = ("stage", "data", "fsdp", "sequence", "expert", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of the flags over `devices` (all of them by default)."""
+    """The mesh that the flags describe, over `devices` (by default all of them)."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes()
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or 0 in sizes.values():
         raise ConfigError(
-            f"mesh {_say(sizes)}: sizes are at least 1, and one of them may be -1, which "
-            "--mesh.data is if unset"
+            f"mesh {_mesh_flags(sizes)}: sizes must be at least 1, but one of them may be -1 "
+            "(--mesh.data by default)"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free:
@@ -76,24 +78,26 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         hint = "; JAX_NUM_CPU_DEVICES=8 simulates eight" if devices[0].platform == "cpu" else ""
         raise ConfigError(
-            f"mesh {_say(config.sizes())} does not fit {len(devices)} device(s): the product of "
-            f"the sizes has to be their number, and that of all but -1 has to divide it{hint}"
+            f"mesh {_mesh_flags(config.sizes())} does not fit {len(devices)} device(s): the "
+            f"sizes must multiply to the number of devices, or to a divisor if one is -1{hint}"
         )
     order = [MESH_AXES.index(axis) for axis in PHYSICAL_ORDER]
-    placed = _placed({axis: sizes[axis] for axis in PHYSICAL_ORDER}, config.across_slices, devices)
+    arranged = _arrange(
+        {axis: sizes[axis] for axis in PHYSICAL_ORDER}, config.across_slices, devices
+    )
     # Linen's partitioning needs Auto axes; the default became Explicit in jax 0.9.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(np.transpose(placed, np.argsort(order)), MESH_AXES, axis_types=kinds)
+    return Mesh(np.transpose(arranged, np.argsort(order)), MESH_AXES, axis_types=kinds)
 
 
-def _placed(sizes: dict[str, int], across: str, devices: list) -> np.ndarray:
-    """The devices in an array of these sizes, neighbours on the chip's network kept together."""
+def _arrange(sizes: dict[str, int], across: str, devices: list) -> np.ndarray:
+    """Arranges the devices in an array of these sizes, keeping network neighbors together."""
     slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
     if slices > 1:
         if sizes[across] % slices:
             raise ConfigError(
-                f"--mesh.{across}={sizes[across]} spans {slices} slices (--mesh.across_slices) and "
-                "is not divisible by their number"
+                f"--mesh.{across}={sizes[across]} is not divisible by the {slices} slices that it "
+                "spans (--mesh.across_slices)"
             )
         outer = [slices if axis == across else 1 for axis in sizes]
         inner = [size // o for size, o in zip(sizes.values(), outer, strict=True)]
@@ -105,12 +109,12 @@ def _placed(sizes: dict[str, int], across: str, devices: list) -> np.ndarray:
     )
 
 
-def _say(sizes: dict[str, int]) -> str:
+def _mesh_flags(sizes: dict[str, int]) -> str:
     return " x ".join(f"--mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "1"
 
 
 def logical_rules(mesh: Mesh) -> list[tuple[str, tuple[str, ...] | None]]:
-    """The table for `flax.linen.logical_axis_rules`, less the mesh axes of size 1."""
+    """The table for `flax.linen.logical_axis_rules`, without mesh axes of size 1."""
     return [(name, _active(axes, mesh) or None) for name, axes in LOGICAL_AXES.items()]
 
 
@@ -119,10 +123,10 @@ def _active(axes: tuple[str, ...], mesh: Mesh) -> tuple[str, ...]:
 
 
 def logical_axes(params: Any, rules) -> Any:
-    """A tree like `params` with a tuple of logical axes for every parameter.
+    """A tree like `params` with the logical axes of every parameter, as tuples.
 
     Raises:
-      ConfigError: a parameter that no rule matches, or one of another rank than its rule says.
+      ConfigError: a parameter that no rule matches, or whose rank differs from its rule's.
     """
 
     def find(path, leaf):
@@ -139,7 +143,7 @@ def logical_axes(params: Any, rules) -> Any:
 
 
 def spec_of(name: str, shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> PartitionSpec:
-    """The partition of one array; a size that its mesh axes do not divide is an error."""
+    """The partition of one array; ConfigError for a size that its mesh axes do not divide."""
     parts = []
     for size, axis in zip(shape, axes, strict=True):
         mesh_axes = _active(LOGICAL_AXES.get(axis, ()), mesh)
@@ -152,7 +156,7 @@ def spec_of(name: str, shape: tuple[int, ...], axes: tuple, mesh: Mesh) -> Parti
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices, or groups of them, that the rows of a batch are divided over."""
+    """The number of devices, or groups of devices, that share the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_AXES["batch"])
 
 
@@ -165,7 +169,7 @@ def batch_shardings(specs: Mapping[str, ArraySpec], mesh: Mesh) -> dict[str, Nam
 
 
 def parameter_specs(params: Any, rules, mesh: Mesh) -> Any:
-    """A tree like `params` with the partition of every parameter; errors as `spec_of`."""
+    """A tree like `params` with the partition of every parameter; raises as `spec_of` does."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, axes: spec_of(f"parameter {path_name(path)}", leaf.shape, axes, mesh),
         params,
@@ -176,9 +180,9 @@ def parameter_specs(params: Any, rules, mesh: Mesh) -> Any:
 def state_shardings(state: Any, rules, mesh: Mesh, mutable_rules=()) -> Any:
     """Shardings of a whole `TrainState` of shapes.
 
-    Parameters follow the table. An array of an average or of an optimizer state follows the
-    parameter that its path ends with, if it has its shape. Mutables follow `mutable_rules`.
-    Everything else is on every device.
+    Parameters follow the table. Arrays of an average or an optimizer state follow the parameter
+    that their path ends with, if they have its shape. Mutables follow `mutable_rules`. Everything
+    else is replicated.
     """
     specs = parameter_specs(state.params, rules, mesh)
     by_name = {
@@ -217,9 +221,9 @@ def _check_rank(name: str, shape: tuple[int, ...], axes: tuple):
 
 
 def placements(params: Any, rules, mesh: Mesh) -> str:
-    """A line for every parameter: its name, shape, partition, and the shape of one device's part.
+    """One line per parameter: name, shape, partition, and the shape of the part on one device.
 
-    `params` may be shapes, and the mesh one without devices.
+    `params` may be shapes, and the mesh may be abstract.
     """
 
     def line(path, x, spec):
@@ -243,6 +247,6 @@ def _dims(shape: tuple[int, ...]) -> str:
 
 @contextlib.contextmanager
 def mesh_context(mesh: Mesh):
-    """Inside, the networks' logical axes mean axes of this mesh."""
+    """Within this context, the logical axes of networks map to the axes of this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(mesh)):
         yield

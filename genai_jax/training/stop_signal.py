@@ -1,10 +1,10 @@
-"""SIGTERM and SIGINT ask a run to save and leave; a second one ends it at once.
+"""SIGTERM and SIGINT make a run save a checkpoint and exit; a second one ends it at once.
 
-With several processes a signal may reach any one of them, and all have to stop at the same step. So
-each time that they ask, the signals of all processes are reduced to their maximum on the devices,
-and the answer is read when they ask the next time: one tiny program in the queue behind each step,
-and nobody waits for it. (`multihost_utils.reached_preemption_sync_point` serves SIGTERM alone, and
-steps alone: not SIGINT, nor the batches of an evaluation.)
+With several processes, a signal may reach any one of them, but all have to stop at the same step.
+So whenever they ask, the signals of all processes are reduced to their maximum on the devices, and
+the answer is read when they ask the next time: one tiny program queued after each step, which no
+host waits for. (`multihost_utils.reached_preemption_sync_point` covers only SIGTERM and only steps,
+not SIGINT or the batches of an evaluation.)
 """
 
 import signal
@@ -15,17 +15,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 class Stopped(Exception):
-    """Raised where work is abandoned because a signal arrived."""
+    """Raised to abandon work because a signal arrived."""
 
 
 class StopSignal:
-    """While entered, remembers the first SIGTERM or SIGINT; `agreed` is what all know of it."""
+    """While entered, records the first SIGTERM or SIGINT; `agreed` is what all processes know."""
 
     def __init__(self):
         self._received = 0
         self._before = {}
         self._agreement = _Agreement() if jax.process_count() > 1 else None
-        self.agreed: int | None = None  # the same in all processes, as of their last question
+        self.agreed: int | None = None  # the same in all processes, as of the last `ask`
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -42,16 +42,16 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
 
     def ask(self) -> int | None:
-        """The signal on which all processes are to stop, once they know: one question later.
+        """The signal on which all processes stop, once all know of it: one call later.
 
-        All processes must ask as often as each other.
+        All processes must call this equally often.
         """
-        found = self._agreement.exchange(self._received) if self._agreement else self._received
-        self.agreed = self.agreed or found or None
+        signals = self._agreement.exchange(self._received) if self._agreement else self._received
+        self.agreed = self.agreed or signals or None
         return self.agreed
 
     def watch(self, items):
-        """Passes `items` on, and raises `Stopped` once a signal has arrived."""
+        """Yields `items`; raises `Stopped` once a signal has arrived."""
         for item in items:
             if self.ask():
                 raise Stopped
@@ -59,7 +59,7 @@ class StopSignal:
 
 
 class _Agreement:
-    """The maximum of a number over all processes, one question late."""
+    """The maximum of a number over all processes, one call late."""
 
     def __init__(self):
         mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
@@ -67,15 +67,15 @@ class _Agreement:
         self._maximum = jax.jit(
             lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
-        self._questions: dict[int, jax.Array] = {}  # number -> it on every device of this process
-        self._answer: jax.Array | None = None  # to the last question
+        self._inputs: dict[int, jax.Array] = {}  # number -> array of it on all local devices
+        self._answer: jax.Array | None = None  # of the last call
 
     def exchange(self, number: int) -> int:
-        """Puts `number` into the queue of the devices; returns the answer to the last question."""
+        """Enqueues the reduction of `number`; returns the result of the last call."""
         before = self._answer
-        if number not in self._questions:
-            self._questions[number] = jax.make_array_from_callback(
+        if number not in self._inputs:
+            self._inputs[number] = jax.make_array_from_callback(
                 (jax.device_count(),), self._split, lambda _: np.array([number], np.int32)
             )
-        self._answer = self._maximum(self._questions[number])
+        self._answer = self._maximum(self._inputs[number])
         return 0 if before is None else int(before)

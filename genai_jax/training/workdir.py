@@ -1,4 +1,4 @@
-"""The files that say what a run is: ``flags.txt`` and ``run.json``."""
+"""The files that describe a run: ``flags.txt`` and ``run.json``."""
 
 import datetime
 import json
@@ -20,13 +20,13 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def claim(config: Config) -> list[str]:
-    """Makes the workdir of a run, or checks that it belongs to the same configuration.
+    """Creates the workdir of a run, or checks that it belongs to the same configuration.
 
     Returns:
-      What changed since the run began, among the flags that may change.
+      The changes to flags since the run began; only changeable flags can be among them.
 
     Raises:
-      ConfigError: it belongs to a run with other flags (they are named), or cannot be written.
+      ConfigError: it belongs to a run with other flags (which are named), or is not writable.
     """
     workdir = pathlib.Path(config.run.workdir)
     path = workdir / "flags.txt"
@@ -37,7 +37,7 @@ def claim(config: Config) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
-    # Which process of how many this is says nothing of the run.
+    # The number of processes and the index of this one are not part of the run.
     placement = [name for name in config.items() if name.startswith("distributed.")]
     changes = []
     saved = has_checkpoints(workdir)
@@ -49,8 +49,8 @@ def claim(config: Config) -> list[str]:
         fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
         if fixed:
             raise ConfigError(
-                f"--workdir={workdir} holds a run with other flags: {', '.join(fixed)}; "
-                "use another workdir or the same flags"
+                f"--workdir={workdir} holds a run with different flags: {', '.join(fixed)}; use "
+                "the same flags or another workdir"
             )
     elif saved:
         raise ConfigError(
@@ -61,7 +61,7 @@ def claim(config: Config) -> list[str]:
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-    """Whether there is anything to protect: a run that never saved may be started over."""
+    """Whether there is a checkpoint to protect; a run without one may start over."""
     folder = workdir / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
@@ -82,7 +82,7 @@ def write_record(workdir: pathlib.Path, record: dict):
     """Writes ``run.json``.
 
     Raises:
-      ConfigError: the data or the tokenizer are not those that the run began with.
+      ConfigError: the data or the tokenizer differ from those that the run began with.
     """
     old = read_record(workdir) if has_checkpoints(workdir) else {}
     for name, value in record["data"].items():
@@ -90,7 +90,7 @@ def write_record(workdir: pathlib.Path, record: dict):
         if before != value:
             raise ConfigError(
                 f"the data changed since the run in --workdir={workdir} began: "
-                f"{name} was {before}, is {value}"
+                f"{name} was {before} and is now {value}"
             )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
@@ -98,7 +98,7 @@ def write_record(workdir: pathlib.Path, record: dict):
 
 
 def _flag_texts(flagfile: str) -> dict[str, str]:
-    """Flag name -> value as text, of a file that `Config.to_flags` wrote."""
+    """Flag name -> value as text, from a file that `Config.to_flags` wrote."""
     return dict(line.removeprefix("--").split("=", 1) for line in flagfile.splitlines())
 
 
@@ -109,7 +109,7 @@ def read_record(workdir: str | pathlib.Path) -> dict:
 
 
 def write_atomically(path: pathlib.Path, text: str):
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -130,7 +130,7 @@ def environment() -> dict:
 
 
 def run_record(task: Task, mesh: Mesh, params: Params, flops: dict, peak: Any) -> dict:
-    """What run.json says of a run: `params` are those of a single model, or their shapes."""
+    """The contents of run.json; `params` are those of a single model, or their shapes."""
     return {
         **environment(),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},

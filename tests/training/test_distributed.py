@@ -155,7 +155,7 @@ def test_all_leave_when_one_is_lost_or_fails(killed, fails):
         _, said = process.communicate(timeout=60)
         if killed >= 0 and index != killed:
             assert process.returncode == 1
-            assert said.startswith(f"error: process {killed} is gone; the same command goes on")
+            assert said.startswith(f"error: process {killed} is gone; run the same command")
         elif killed < 0:
             assert process.returncode == 2
             who = "" if index == fails else f"process {fails}: "
@@ -164,4 +164,4 @@ def test_all_leave_when_one_is_lost_or_fails(killed, fails):
 
 def test_processes_of_different_runs_do_not_mix():
     found = call_all([0, 1], 2, counts={1: 3}, seconds=5)
-    assert set(found.values()) == {"process 1 of 3 joined a run of 2 processes"}
+    assert set(found.values()) == {"process 1 of 3 tried to join a run of 2 processes"}

@@ -53,7 +53,9 @@ def test_the_sharding_table_says_what_every_parameter_is():
         "head/kernel": "output",
     }
     assert fans(("layers", "heads", "head_dim", "embed")) == (("heads", "head_dim"), ("embed",))
-    with pytest.raises(ConfigError, match=r"no maximal-update .* axes \(None, 'features'\)"):
+    with pytest.raises(
+        ConfigError, match=r"maximal-update .* has no rule .* axes \(None, 'features'\)"
+    ):
         kind((None, "features"))
 
 

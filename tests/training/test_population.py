@@ -106,7 +106,7 @@ def test_members_are_split_over_devices(text, tmp_path, capsys):
         (["--population.size=0"], "population.size"),
         (["--population.learning_rates=1e-3,1e-2"], "has 2 rate.s. for --population.size=1"),
         (["--population.size=2", "--population.learning_rates=1,x"], "is not a list of numbers"),
-        (["--population.size=2", "--population.learning_rates=1,-1"], "finite, at least 0"),
+        (["--population.size=2", "--population.learning_rates=1,-1"], "finite and at least 0"),
     ],
 )
 def test_a_population_that_contradicts_itself_is_refused(flags, said, text, tmp_path):

@@ -159,7 +159,7 @@ def test_the_others_name_a_killed_process_and_leave(story):
     assert codes[2] == -signal.SIGKILL and seconds < 60
     for i in (0, 1, 3):
         assert codes[i] == 1, said
-        assert "error: process 2 is gone; the same command goes on" in said[i]
+        assert "error: process 2 is gone; run the same command to resume" in said[i]
         assert "Traceback" not in said[i]
     stopped_at = story[1]["stopped"][2]
     assert story[1]["steps"] == [2, stopped_at]  # what it did after that is lost

@@ -17,7 +17,7 @@ class ArrayData:
     Attributes:
       loader: reads the examples.
       shape: (*space, channels).
-      levels: values are 0 .. levels - 1.
+      levels: number of levels; values are 0 .. levels - 1.
       label_sizes: number of values of each attribute of the labels; empty without labels.
     """
 
@@ -51,14 +51,14 @@ class ArrayData:
         return self.loader.fingerprint()
 
     def check(self, trained_on: dict) -> None:
-        """Raises `ConfigError` if the images are not shaped and labelled as a run's data was."""
+        """Raises `ConfigError` if shapes, levels, or labels differ from those of a run's data."""
         now = self.loader.fingerprint()
         for name in ("shape", "levels", "label_sizes", "tokenizer_sha256"):
             before, after = trained_on.get(name), now.get(name)
             if name in trained_on and _plain(before) != _plain(after):
                 raise ConfigError(
-                    f"--data.dataset={self._config.dataset} has {name} {_plain(after)}, "
-                    f"the checkpoint was trained with {_plain(before)}"
+                    f"--data.dataset={self._config.dataset} has {name} {_plain(after)}, but the "
+                    f"checkpoint was trained with {_plain(before)}"
                 )
 
     def scaled(self, image: jax.Array) -> jax.Array:
@@ -70,10 +70,10 @@ class ArrayData:
         return jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.levels - 1) / 2)).astype(jnp.uint8)
 
     def conditional_labels(self, condition: str, flag: str) -> tuple[int, ...]:
-        """The label sizes that a model with this condition is given; () unless it is "class".
+        """The label sizes for a model with this condition; () unless it is "class".
 
         Raises:
-          ConfigError: "class" where the data has no labels. `flag` is named.
+          ConfigError: the condition is "class" but the data has no labels; names `flag`.
         """
         if condition != "class":
             return ()

@@ -1,4 +1,4 @@
-"""Other runs on images, whose models a task builds on."""
+"""Other runs on images whose models a task builds on."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from genai_jax.training.workdir import read_record
 
 
 def open_fitting(cls: type, workdir: str, flag: str, data: ArrayData) -> Config:
-    """The configuration of a run of images like those of `data`.
+    """The configuration of a run that was trained on images like those of `data`.
 
     Args:
-      cls: the task that it must be a run of.
-      workdir: its folder.
-      flag: that named it, with its dashes.
-      data: that its model is to be used on.
+      cls: class of the task that the run must have.
+      workdir: folder of the run.
+      flag: the flag that named it, with its dashes, for error messages.
+      data: the data to use its model on.
 
     Raises:
-      ConfigError: no run, one of another task, or one of images with another shape or other levels.
+      ConfigError: there is no run, it is a run of another task, or its images have another shape or
+        number of levels.
     """
     config = open_run(cls, workdir, flag)
     trained_on = read_record(workdir).get("data", {})
@@ -36,11 +37,11 @@ def open_fitting(cls: type, workdir: str, flag: str, data: ArrayData) -> Config:
 
 
 def best_average(config: Config) -> str | None:
-    """The average of a run that others take over: the one in use, or else the first one it kept."""
+    """The average of a run that other runs use: ``--ema.use``, or else the first that it kept."""
     return config.ema.use or next(iter(config.ema.averages()), None)
 
 
 def zeros_like(function: Any, *args: Any) -> Any:
-    """Zeros shaped as what a function returns, without running it."""
+    """Zeros shaped like the result of a function, which is not run."""
     shapes = jax.eval_shape(function, *args)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,4 +1,4 @@
-"""Ways through a space of latents, to be looked at."""
+"""Paths through a latent space, for visualization."""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ PATHS = ("linear", "spherical")
 
 
 def path(first: jax.Array, second: jax.Array, steps: int, kind: str) -> jax.Array:
-    """From `first` to `second` in `steps` points, both ends among them: [steps, batch, ...].
+    """Points on a path from `first` to `second`, both included: [steps, batch, ...].
 
     Args:
       first, second: [batch, ...].
-      steps: at least 2.
-      kind: "linear", or "spherical", along a great circle.
+      steps: number of points, at least 2.
+      kind: "linear", or "spherical" for a path along a great circle.
     """
     weights = jnp.linspace(0.0, 1.0, steps)
     if kind == "linear":
@@ -28,9 +28,9 @@ def traversal(center: np.ndarray, dimensions: np.ndarray, values: np.ndarray) ->
     """Copies of one point, each with one dimension set to one value.
 
     Args:
-      center: [size].
-      dimensions: [rows].
-      values: of each of them, [rows, columns].
+      center: the point, [size].
+      dimensions: dimension to change in each row, [rows].
+      values: its values, [rows, columns].
 
     Returns:
       [rows * columns, size].
@@ -41,9 +41,10 @@ def traversal(center: np.ndarray, dimensions: np.ndarray, values: np.ndarray) ->
 
 
 def most_active(means: np.ndarray, count: int) -> np.ndarray:
-    """The dimensions whose posterior mean varies most over images [images, size], at most `count`.
+    """The `count` dimensions whose posterior means [images, size] vary most over the images.
 
-    What the model uses varies, the rest stays at the prior's mean (Burda et al. 2016, section 5).
+    The means of dimensions that the model does not use stay at the prior's (Burda et al. 2016,
+    section 5).
     """
     return np.argsort(-np.var(means, 0), kind="stable")[:count]
 
@@ -52,16 +53,16 @@ def read_latents(path: str, latent_dim: int) -> np.ndarray:
     """Latents [n, latent_dim], float32, from an .npy file.
 
     Raises:
-      ConfigError: no such file, or latents of another size.
+      ConfigError: the file cannot be read, or its latents have another size.
     """
     try:
         z = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no .npy array"
+        reason = getattr(error, "strerror", None) or "it is not an .npy array"
         raise ConfigError(f"cannot read --latents={path}: {reason}") from None
     if z.ndim != 2 or z.shape[1] != latent_dim or z.dtype.kind not in "fiu" or not len(z):
         raise ConfigError(
-            f"--latents={path} holds {z.dtype} {list(z.shape)}; this model takes "
-            f"[n, {latent_dim}] numbers"
+            f"--latents={path} holds {z.dtype} {list(z.shape)}; this model takes numbers of shape "
+            f"[n, {latent_dim}]"
         )
     return z.astype(np.float32)

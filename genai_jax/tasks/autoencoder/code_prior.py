@@ -25,7 +25,7 @@ from genai_jax.networks.sequence.flops import CONVENTION, transformer_training_f
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
-from genai_jax.tasks.arrays.drawing import check_label, in_batches, requested_labels
+from genai_jax.tasks.arrays.sampling import check_label, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.autoencoder.latents import Latents
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
@@ -55,7 +55,7 @@ class CodeRequest(_Drawing, SampleRequest):
 
 @dataclasses.dataclass(frozen=True)
 class CodeScoreRequest(_Drawing, ScoreFlags, EvaluateRequest):
-    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "top_k", "top_p")
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature", "top_k", "top_p")
 
 
 class CodePrior(Task):
@@ -206,7 +206,7 @@ class CodePrior(Task):
 
     def report(self, params, mutables, batches, request) -> dict:
         """Scores of sampled images, if asked for."""
-        if not request.draws():
+        if not request.scores_samples():
             return {}
         images, labels = self._sampled(params, request, "")
         return score_images(self.data, images, labels, request)

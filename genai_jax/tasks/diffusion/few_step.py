@@ -1,4 +1,4 @@
-"""Diffusion models that sample in few steps: distilled from a teacher, or trained so directly."""
+"""Diffusion models that sample in few steps, distilled from a teacher or trained directly."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from genai_jax.requests import Files
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Sampled, sample_request
+from genai_jax.tasks.diffusion.sampling import DiffusionRequest, SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
 from genai_jax.tasks.diffusion.task import Diffusion
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 from genai_jax.training.optimizer import default_optimizer
 
-TAUGHT = ("progressive", "consistency_distillation")
-METHODS = (*TAUGHT, "consistency_training", "shortcut")
+DISTILLED = ("progressive", "consistency_distillation")
+METHODS = (*DISTILLED, "consistency_training", "shortcut")
 SAME_AS_TEACHER = (
     "network", "schedule", "zero_terminal_snr", "num_times", "parameterization", "sigma_data",
     "noise_input", "condition", "autoencoder",
@@ -33,7 +33,7 @@ SAME_AS_TEACHER = (
 class FewStepConfig:
     method: str = field("consistency_training", "Training method.", choices=METHODS)
     teacher: str = field(
-        "", "Workdir of the model to distill; its weights are also where the student starts."
+        "", "Workdir of the model to distill, whose weights also initialize the student."
     )
     teacher_guidance: float = field(1.0, "Classifier-free guidance weight of the teacher.")
     steps: int = field(8, "Solver steps that a progressive student takes.", minimum=1)
@@ -43,9 +43,11 @@ class FewStepConfig:
     last_intervals: int = field(
         160, "Intervals of the consistency time grid at the end.", minimum=2
     )
-    finest: int = field(128, "Steps of a shortcut model at its finest, a power of two.", minimum=2)
+    finest: int = field(
+        128, "Finest number of steps of a shortcut model, a power of two.", minimum=2
+    )
     bootstrap: float = field(
-        0.25, "Share of the examples that teach a shortcut model its long steps.",
+        0.25, "Fraction of the examples that train the long steps of a shortcut model.",
         minimum=0, maximum=1,
     )  # fmt: skip
 
@@ -57,15 +59,15 @@ class FewStepConfig:
                 f"--few_step.last_intervals={self.last_intervals} is less than "
                 f"--few_step.first_intervals={self.first_intervals}"
             )
-        if (self.method in TAUGHT) != bool(self.teacher):
-            needs = "needs" if self.method in TAUGHT else "has no use for"
+        if (self.method in DISTILLED) != bool(self.teacher):
+            needs = "needs" if self.method in DISTILLED else "does not use"
             raise ValueError(f"--few_step.method={self.method} {needs} a --few_step.teacher")
 
 
 class FewStep(Task):
     """The task behind ``--task=few_step``; see `genai_jax.tasks.protocol.Task`.
 
-    A teacher is a group of parameters that is never trained.
+    The teacher, if any, is a group of parameters that is never trained.
     """
 
     components: ClassVar = {**Diffusion.components, "few_step": FewStepConfig}
@@ -92,7 +94,10 @@ class FewStep(Task):
                 "--diffusion.parameterization=velocity"
             )
         if diffusion.schedule == "learned" or diffusion.objective == "bound":
-            raise ConfigError(f"--few_step.method={method} takes no learned schedule and no bound")
+            raise ConfigError(
+                f"--few_step.method={method} does not support "
+                "--diffusion.schedule=learned or --diffusion.objective=bound"
+            )
         if method == "progressive" and diffusion.num_times % self.config.few_step.steps:
             raise ConfigError(
                 f"--few_step.steps={self.config.few_step.steps} does not divide "
@@ -103,7 +108,7 @@ class FewStep(Task):
         """The configuration of the teacher: a diffusion model, or an earlier progressive student.
 
         Raises:
-          ConfigError: a model that differs in what the two have in common.
+          ConfigError: the teacher differs where it must equal the student.
         """
         workdir, flag = self.config.few_step.teacher, "--few_step.teacher"
         student = self.method == "progressive" and recorded_task(workdir, flag) == "few_step"
@@ -112,11 +117,11 @@ class FewStep(Task):
         for name in SAME_AS_TEACHER:
             if getattr(mine, name) != getattr(theirs, name):
                 raise ConfigError(
-                    f"--diffusion.{name}={getattr(mine, name)}, but that of the teacher in "
-                    f"{workdir} is {getattr(theirs, name)}"
+                    f"--diffusion.{name}={getattr(mine, name)}, but the teacher in {workdir} has "
+                    f"{getattr(theirs, name)}"
                 )
         if getattr(config, mine.network) != self.model.network_shape:
-            raise ConfigError(f"--{mine.network}.* are not those of the teacher in {workdir}")
+            raise ConfigError(f"--{mine.network}.* differs from the teacher in {workdir}")
         return config
 
     # Parameters and loss.
@@ -128,7 +133,7 @@ class FewStep(Task):
         return params, {}
 
     def init_from(self) -> tuple[Transfer, ...]:
-        """Both student and teacher begin with the teacher's weights."""
+        """Student and teacher are both initialized with the weights of the teacher."""
         transfers = self.model.init_from()
         if self.teacher:
             workdir, average = self.config.few_step.teacher, best_average(self.teacher)
@@ -153,7 +158,7 @@ class FewStep(Task):
         return LossOutput(jnp.mean(losses), metrics, mutables)
 
     def losses(self, params, batch, key, condition, step, rngs=None) -> tuple[jax.Array, dict]:
-        """Loss of each image [batch] at a step of training, and means to be logged."""
+        """Loss of each image [batch] at a step of training, and metrics to log."""
         few, total, model = self.config.few_step, self.config.train.steps, self.model
         schedule = model.schedule(params)
         x0 = model.examples(params, batch)
@@ -205,27 +210,28 @@ class FewStep(Task):
         return metrics | {"images": int(reduced["loss"].weight)}
 
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
-        return report(self.sampled(), params, batches, request)
+        return report(self.sampled_model(), params, batches, request)
 
     def sample(self, params, mutables, request: DiffusionRequest) -> Files:
-        return sample_request(self.sampled(), params, request)
+        return sample_request(self.sampled_model(), params, request)
 
-    def sampled(self) -> Sampled:
-        """How the model is sampled from."""
-        return Sampled(self.config, self.model, self._sampling_denoiser, self.check_sampler)
+    def sampled_model(self) -> SampledModel:
+        """What samplers need of this model."""
+        return SampledModel(self.config, self.model, self._sampling_denoiser, self.check_sampler)
 
     def check_sampler(self, sampler):
-        """Each method has the solver and the numbers of steps that it was trained for."""
-        few, given = self.config.few_step, f"--solver={sampler.solver} --steps={sampler.steps}"
+        """Raises `ConfigError` for a sampler that the model was not trained for."""
+        few, flags = self.config.few_step, f"--solver={sampler.solver} --steps={sampler.steps}"
         if self.method == "progressive" and (sampler.solver, sampler.steps) != ("ddim", few.steps):
-            raise ConfigError(f"{given}: this model was distilled for ddim in {few.steps} step(s)")
+            raise ConfigError(f"{flags}: this model was distilled for ddim in {few.steps} step(s)")
         if self.method.startswith("consistency") and sampler.solver != "consistency":
-            raise ConfigError(f"{given}: this model was trained for --solver=consistency")
+            raise ConfigError(f"{flags}: this model was trained for --solver=consistency")
         if self.method == "shortcut" and (
             sampler.solver != "euler" or sampler.steps & (sampler.steps - 1)
         ):
             raise ConfigError(
-                f"{given}: this model was trained for euler in a power of two of steps"
+                f"{flags}: this model was trained for euler, in a number of steps that is a power "
+                "of two"
             )
         if sampler.spacing != "uniform":
             raise ConfigError(f"--spacing={sampler.spacing}: this model was trained for uniform")

@@ -1,4 +1,4 @@
-"""The denoising model of a run: network, noise schedule, condition, and perhaps latents."""
+"""The denoising model of a run: network, noise schedule, condition, and optional latents."""
 
 import dataclasses
 from typing import Any
@@ -31,11 +31,11 @@ CONDITIONS = ("none", "class", "text")
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    network: str = field("unet", "Network that predicts.", choices=tuple(NETWORKS))
+    network: str = field("unet", "Denoising network.", choices=tuple(NETWORKS))
     objective: str = field("denoising", "Training objective.", choices=OBJECTIVES)
     schedule: str = field("cosine", "Noise schedule.", choices=(*schedules.SCHEDULES, "learned"))
     zero_terminal_snr: bool = field(
-        False, "Rescale the schedule so that no signal is left at t = 1."
+        False, "Rescale the schedule to zero terminal SNR (no signal at t = 1)."
     )
     num_times: int = field(
         0, "Number of times of a discrete schedule; 0: continuous time.", minimum=0
@@ -43,7 +43,7 @@ class DiffusionConfig:
     gamma_min: float = field(-13.3, "Minus log-SNR at t = 0 of the learned schedule.")
     gamma_max: float = field(5.0, "Minus log-SNR at t = 1 of the learned schedule.")
     parameterization: str = field("v", "What the network outputs.", choices=PARAMETERIZATIONS)
-    sigma_data: float = field(0.5, "Standard deviation of the data, for edm.", minimum=0)
+    sigma_data: float = field(0.5, "Standard deviation of the data, used by edm.", minimum=0)
     weighting: str = field(
         "output", "Weight of the denoising error at each noise level.",
         choices=tuple(weighting.WEIGHTINGS),
@@ -55,33 +55,38 @@ class DiffusionConfig:
     time_std: float = field(
         1.0, "Standard deviation of the logit of t, or of the log of sigma.", minimum=0
     )
-    low_discrepancy: bool = field(True, "Spread the times of a batch evenly.")
+    low_discrepancy: bool = field(True, "Spread the training times of a batch evenly.")
     noise_input: str = field(
-        "time", "How the network is given the noise level.", choices=("time", "log_snr")
+        "time",
+        "Representation of the noise level in the input of the network.",
+        choices=("time", "log_snr"),
     )
     condition: str = field("none", "What the model is conditioned on.", choices=CONDITIONS)
     condition_dropout: float = field(
-        0.1, "Share of the examples trained without condition, for guidance.", minimum=0, maximum=1
+        0.1,
+        "Fraction of the examples trained without the condition, for guidance.",
+        minimum=0,
+        maximum=1,
     )
     autoencoder: str = field(
-        "", "Workdir of an autoencoder whose latents are modeled; images themselves if empty."
+        "", "Workdir of an autoencoder whose latents to model; the images themselves if empty."
     )
 
 
 class DenoisingModel:
-    """Everything about a diffusion model but its loss and its solver.
+    """Everything about a diffusion model except its loss and its solver.
 
     Args:
       config: of the run.
       data: of the run.
-      uses_step_size: whether the size of a solver's step is an input of the network.
+      uses_step_size: whether the network takes the step size of a solver as input.
 
     Attributes:
       config: the component `diffusion`.
       data: of the run.
       network: Flax module.
-      latents: None where images themselves are modeled.
-      sample_shape: of what is modeled, (*space, channels).
+      latents: None if images themselves are modeled.
+      sample_shape: shape of what is modeled, (*space, channels).
       partition_rules, activation_axes: see `Task`.
 
     Raises:
@@ -95,14 +100,14 @@ class DenoisingModel:
         check_flags(config)
         if (chosen.condition == "text") != config.data.captions:
             raise ConfigError(
-                f"--diffusion.condition={chosen.condition} does not go with "
-                f"--data.captions={str(config.data.captions).lower()}: captions are for text"
+                f"--diffusion.condition={chosen.condition} does not fit --data.captions="
+                f"{str(config.data.captions).lower()}: text, and only text, needs captions"
             )
         labels = data.conditional_labels(chosen.condition, "--diffusion.condition")
         self.latents = Latents(chosen.autoencoder, data) if chosen.autoencoder else None
         self.sample_shape = self.latents.shape if self.latents else data.shape
         network, _, rules = NETWORKS[chosen.network]
-        # Groups that are never trained, and the few numbers of a schedule, are on every device.
+        # Groups that are never trained, and the small schedule, are replicated.
         self.partition_rules = (
             *((f"^(model|teacher)/.*{pattern}$", axes) for pattern, axes in rules),
             ("^(schedule|autoencoder|latents)/", (...,)),
@@ -121,14 +126,14 @@ class DenoisingModel:
         self.activation_axes = (SEQUENCE,) if chosen.network == "dit" else ()
         try:
             jax.eval_shape(self._init_network, jax.random.key(0))
-        except ValueError as error:  # sizes that the network cannot take
+        except ValueError as error:  # sizes that the network does not support
             message = name_flags(str(error), chosen.network, type(self.network_shape))
             raise ConfigError(f"--data.dataset={config.data.dataset}: {message}") from None
 
     # Parameters.
 
     def init(self, key: jax.Array) -> Params:
-        """The groups "model", "schedule" if it is learned, and those of the latents."""
+        """The groups "model", "schedule" (if it is learned), and those of the latents."""
         model_key, schedule_key, latent_key = jax.random.split(key, 3)
         params = {"model": self._init_network(model_key)}
         if self.config.schedule == "learned":
@@ -148,7 +153,7 @@ class DenoisingModel:
     def prepare(self, params: Params) -> Params:
         return self.latents.prepare(params) if self.latents else {}
 
-    # What the network is given, and what becomes of its output.
+    # Inputs and outputs of the network.
 
     def schedule(self, params: Params) -> schedules.Schedule:
         """The noise schedule, with its parameters if it is learned."""
@@ -166,7 +171,7 @@ class DenoisingModel:
         return schedules.discrete(schedule, config.num_times) if config.num_times else schedule
 
     def noise_input(self, schedule, t: jax.Array) -> jax.Array:
-        """The number that tells the network how noisy its input is, of the order of 1000."""
+        """The noise level as an input of the network, on the order of 1000."""
         if self.config.noise_input == "time":
             return 1000 * t
         return 25 * jnp.clip(schedule.log_snr(t), -20, 20)
@@ -205,7 +210,7 @@ class DenoisingModel:
     # Conditions.
 
     def condition(self, labels=None, tokens=None, token_mask=None) -> Condition:
-        """What of these the model is conditioned on."""
+        """The condition, from the parts that this model is conditioned on."""
         kind = self.config.condition
         if kind == "class":
             return Condition(labels=labels)
@@ -215,7 +220,7 @@ class DenoisingModel:
         return self.condition(*(batch.get(n) for n in ("labels", "tokens", "token_mask")))
 
     def null_condition(self, count: int) -> Condition:
-        """The condition of `count` images about which nothing is said."""
+        """The null condition of `count` images, for unconditional prediction."""
         sizes = jnp.array(self.data.label_sizes, jnp.int32)
         return self.condition(
             jnp.broadcast_to(sizes, (count, len(sizes))),
@@ -224,7 +229,7 @@ class DenoisingModel:
         )
 
     def dropped(self, condition: Condition, key: jax.Array) -> Condition:
-        """The condition with a random share of the images made unconditional."""
+        """The condition, replaced by the null condition for a random fraction of the images."""
         rate = self.config.condition_dropout
         present = [x for x in condition if x is not None]
         if not present or not rate:
@@ -233,18 +238,18 @@ class DenoisingModel:
         null = self.null_condition(present[0].shape[0])
         return jax.tree.map(lambda x, n: jnp.where(drop, n, x), condition, null)
 
-    # What is modeled.
+    # Data.
 
     def examples(self, params: Params, batch: Batch) -> jax.Array:
         """Images in [-1, 1], or latents of unit variance, [batch, *sample_shape]."""
         return self.encode(params, self.data.scaled(batch["image"]))
 
     def encode(self, params: Params, x: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> what is modeled."""
+        """Images in [-1, 1] -> images or latents, as modeled."""
         return self.latents.encode(params, x) if self.latents else x
 
     def pixels(self, params: Params, x: jax.Array) -> jax.Array:
-        """What is modeled -> images, uint8 levels."""
+        """Images or latents, as modeled -> images, uint8 levels."""
         return self.data.to_levels(self.latents.decode(params, x) if self.latents else x)
 
     def times(self, key: jax.Array, count: int, schedule: Any) -> jax.Array:
@@ -256,7 +261,7 @@ class DenoisingModel:
         )  # fmt: skip
 
     def flops_per_step(self, rows: int) -> dict:
-        """Three times the forward pass of the network: its gradients cost twice as much."""
+        """Three times the forward pass of the network: the backward pass costs twice as much."""
         x = jax.ShapeDtypeStruct((rows, *self.sample_shape), jnp.float32)
         network = self.network.clone(backend="xla", dtype=jnp.float32)
         condition = jax.eval_shape(lambda: self.null_condition(rows))
@@ -287,18 +292,20 @@ def check_flags(config: Config):
         )
     if chosen.schedule == "learned" and chosen.objective != "bound":
         raise ConfigError(
-            "--diffusion.schedule=learned needs --diffusion.objective=bound: other losses do "
-            "not say which schedule is better"
+            "--diffusion.schedule=learned needs --diffusion.objective=bound: no other loss "
+            "measures how good a schedule is"
         )
     if chosen.zero_terminal_snr and chosen.schedule not in ("vp_linear", "cosine", "sigmoid"):
         raise ConfigError(
             f"--diffusion.zero_terminal_snr does not apply to --diffusion.schedule="
-            f"{chosen.schedule}, but to vp_linear, cosine, sigmoid"
+            f"{chosen.schedule}, only to vp_linear, cosine, and sigmoid"
         )
     if chosen.objective == "bound" and (chosen.zero_terminal_snr or chosen.schedule not in BOUNDED):
         raise ConfigError(
-            "--diffusion.objective=bound needs a schedule that preserves the variance and has "
-            f"a finite log-SNR at both ends: one of {', '.join(BOUNDED)}, not rescaled"
+            "--diffusion.objective=bound needs a variance-preserving schedule with finite log-SNR "
+            f"at both ends: one of {', '.join(BOUNDED)}, without --diffusion.zero_terminal_snr"
         )
     if chosen.objective == "bound" and chosen.autoencoder:
-        raise ConfigError("--diffusion.objective=bound is of pixels, not of latents")
+        raise ConfigError(
+            "--diffusion.objective=bound is for pixels and does not support --diffusion.autoencoder"
+        )

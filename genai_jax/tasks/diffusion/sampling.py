@@ -1,4 +1,4 @@
-"""Sampling from a diffusion model: what the flags of the sample command mean."""
+"""Sampling from a diffusion model with the flags of the sample command."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from genai_jax.diffusion.solvers import SOLVERS, solve
 from genai_jax.diffusion.times import SPACINGS, time_grid
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import Files, SampleRequest
-from genai_jax.tasks.arrays.drawing import in_turn, requested_labels
+from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.protocol import Params
 from genai_jax.tasks.registry import task_class
@@ -30,7 +30,7 @@ STRIP_ROWS = 8
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How images are sampled, unless a command says otherwise."""
+    """How images are sampled, unless flags of a command override it."""
 
     solver: str = field(
         "dpmpp_2m", "Solver of the reverse process.", choices=tuple(SOLVERS), changeable=True
@@ -51,15 +51,17 @@ class SamplerConfig:
     )
     guidance: float = field(
         1.0,
-        "Guidance weight of the condition, or of the model over a weaker one; 1: no guidance.",
+        "Guidance weight, over no condition or over the --weak model; 1: no guidance.",
         changeable=True,
     )
     guidance_interval: str = field(
-        "", "LOW,HIGH: log-SNR between which guidance acts; everywhere if empty.", changeable=True
+        "",
+        "LOW,HIGH: range of log-SNR in which to apply guidance; everywhere if empty.",
+        changeable=True,
     )
     guidance_rescale: float = field(
         0.0,
-        "Share of the guided contrast that is set back to the unguided contrast.",
+        "How far the contrast is rescaled from guided (0) to unguided (1).",
         minimum=0,
         maximum=1,
         changeable=True,
@@ -94,35 +96,35 @@ class DiffusionRequest(Overrides, SampleRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     label: str = field(
         "",
-        "Classes to sample: comma-separated names or numbers, repeated in order; every class in "
+        "Classes to sample: comma-separated names or numbers, repeated in order; all classes in "
         "order if empty.",
     )
-    prompt: str = field("", "Caption of what to sample; captions of held-out images if empty.")
+    prompt: str = field("", "Caption to sample from; captions of held-out images if empty.")
     strip: bool = field(False, "Also show trajectories from noise to image.")
     init_image: str = field("", "Image to start from, or whose masked part is replaced.")
     strength: float = field(
-        0.6, "How far towards noise --init_image is taken: 0 keeps it, 1 forgets it.",
+        0.6, "How much noise to add to --init_image: 0 keeps it, 1 replaces it.",
         minimum=0, maximum=1,
     )  # fmt: skip
-    mask: str = field("", "Image as large as --init_image, white where it is to be replaced.")
+    mask: str = field("", "Image of the size of --init_image, white where to replace it.")
     interpolate_to: str = field("", "Second image: --num_samples steps from --init_image to it.")
 
     def __post_init__(self):
         if self.mask and not self.init_image:
-            raise ValueError("--mask needs --init_image, the image of which a part is replaced")
+            raise ValueError("--mask needs --init_image, the image whose masked part is replaced")
         if self.interpolate_to and not self.init_image:
-            raise ValueError("--interpolate_to needs --init_image, the image to begin at")
+            raise ValueError("--interpolate_to needs --init_image, the image to start from")
         if self.interpolate_to and self.mask:
             raise ValueError("--interpolate_to and --mask exclude each other")
 
 
-class Sampled(NamedTuple):
+class SampledModel(NamedTuple):
     """A model that can be sampled from.
 
     Attributes:
       config: of the run.
       model: the denoising model.
-      denoiser: (params, condition, solver steps) -> the denoiser for a solver of so many steps.
+      denoiser: (params, condition, solver steps) -> denoiser for that number of solver steps.
       check: raises `ConfigError` for a sampler that this model was not trained for.
     """
 
@@ -132,8 +134,8 @@ class Sampled(NamedTuple):
     check: Callable[[SamplerConfig], None] = lambda sampler: None
 
 
-def sample_request(sampled: Sampled, params: Params, request: DiffusionRequest) -> Files:
-    """What a request of the sample command asks for."""
+def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Files:
+    """Samples what a request of the sample command asks for."""
     model = sampled.model
     sampler = override(sampled.config.sampler, request)
     condition = requested_condition(model, request)
@@ -154,7 +156,7 @@ def sample_request(sampled: Sampled, params: Params, request: DiffusionRequest) 
     return _files(sampled, images, request, strip)
 
 
-def _files(sampled: Sampled, images: np.ndarray, request, strip) -> Files:
+def _files(sampled: SampledModel, images: np.ndarray, request, strip) -> Files:
     name = f"{sampled.config.diffusion.network}_seed{request.seed}"
     return Files(name, media.writers(images, sampled.model.data.levels, strip))
 
@@ -163,13 +165,13 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
     """The condition of each of `num_samples` images.
 
     Raises:
-      ConfigError: a condition that the model was not trained with, or a class out of range.
+      ConfigError: a condition that the model was not trained with, or an unknown class.
     """
     kind, loader = model.config.condition, model.data.loader
-    for name, needs in (("label", "class"), ("prompt", "text")):
-        if getattr(request, name) and kind != needs:
+    for name, needed in (("label", "class"), ("prompt", "text")):
+        if getattr(request, name) and kind != needed:
             raise ConfigError(
-                f"--{name}={getattr(request, name)}: this model's condition is {kind}, not {needs}"
+                f"--{name}={getattr(request, name)}: this model's condition is {kind}, not {needed}"
             )
     count = request.num_samples
     if kind == "class":
@@ -178,12 +180,12 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
         held_out = lambda: loader.examples("validation", count)["caption"]
         texts = [request.prompt] if request.prompt else held_out()
         tokens, mask = loader.encode_captions(texts)
-        return model.condition(tokens=in_turn(tokens, count), token_mask=in_turn(mask, count))
+        return model.condition(tokens=cycled(tokens, count), token_mask=cycled(mask, count))
     return Condition()
 
 
 def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):
-    """An image file as the model sees it, [1, *sample_shape]; None without a path."""
+    """Reads an image file as an input of the model, [1, *sample_shape]; None without a path."""
     if not path:
         return None
     data = model.data
@@ -192,7 +194,7 @@ def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):
 
 
 def _read_mask(model: DenoisingModel, path: str):
-    """1 where the image is known and 0 where it is to be sampled, [1, *space, 1]."""
+    """1 where the image is known and 0 where to sample it, [1, *space, 1]."""
     if not path:
         return None
     *space, _ = model.data.shape
@@ -202,22 +204,22 @@ def _read_mask(model: DenoisingModel, path: str):
 
 
 class Sampler:
-    """Samples batch after batch with one compiled program for each kind of request."""
+    """Samples in batches, with one compiled program for each kind of request."""
 
-    def __init__(self, sampled: Sampled, params: Params, settings: SamplerConfig):
+    def __init__(self, sampled: SampledModel, params: Params, settings: SamplerConfig):
         self.sampled, self.params, self.settings = sampled, params, settings
         self.model = sampled.model
-        self.weak_sampled, self.weak = weaker(settings.weak, sampled)
+        self.weak_model, self.weak = _open_weak(settings.weak, sampled)
         self._check()
 
     def _check(self):
         config, settings = self.model.config, self.settings
-        if settings.guidance != 1 and config.condition == "none" and not self.weak_sampled:
+        if settings.guidance != 1 and config.condition == "none" and not self.weak_model:
             raise ConfigError(
                 f"--guidance={settings.guidance} needs a conditional model "
-                "(--diffusion.condition), or --weak, a weaker one to guide with"
+                "(--diffusion.condition) or a weaker model to guide with (--weak)"
             )
-        if settings.guidance == 1 and (self.weak_sampled or settings.guidance_interval):
+        if settings.guidance == 1 and (self.weak_model or settings.guidance_interval):
             raise ConfigError("--weak and --guidance_interval need a --guidance other than 1")
         if config.num_times and settings.steps > config.num_times:
             raise ConfigError(
@@ -232,19 +234,19 @@ class Sampler:
         """Images [count, *space, channels] in levels; with `strip`, also some trajectories.
 
         Args:
-          key: of the noise.
-          count: how many.
-          condition: of each.
-          start: the time to start at; below 1 from `image` with the noise of that time.
-          image: [1, *space, channels] as the model sees it.
-          mask: [1, *space, 1], 1 where `image` is kept; None samples all of it.
+          key: for the noise.
+          count: number of images.
+          condition: of each image.
+          start: time to start at; below 1, from `image` with the noise of that time.
+          image: [1, *space, channels], as an input of the model.
+          mask: [1, *space, 1], 1 where `image` is kept; None to sample all of it.
           strip: whether to return trajectories, [rows, columns, *space, channels].
         """
         rows = min(count, self.settings.batch_size)
         program, times = self._program(rows, start < 1, strip), self._times(start)
         images, paths = [], []
         for i, begin in enumerate(range(0, count, rows)):
-            part = jax.tree.map(lambda x, b=begin: in_turn(x[b : b + rows], rows), condition)
+            part = jax.tree.map(lambda x, b=begin: cycled(x[b : b + rows], rows), condition)
             samples, path = program(
                 self.params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
             )
@@ -253,7 +255,7 @@ class Sampler:
         shown = to_host(paths[0])[: min(count, STRIP_ROWS)] if strip else None
         return np.concatenate(images)[:count], shown
 
-    @functools.cache  # noqa: B019  one for each kind of request; it lives as long as the sampler
+    @functools.cache  # noqa: B019  one per kind of request, kept as long as the sampler
     def _program(self, rows: int, from_image: bool, strip: bool):
         model = self.model
 
@@ -277,13 +279,13 @@ class Sampler:
         return jax.jit(program)
 
     def _guided(self, params, weak, condition):
-        """The denoiser of the whole model: guided, within the interval, rescaled."""
+        """The denoiser with guidance, limited to the interval, and rescaled."""
         sampled, settings = self.sampled, self.settings
         plain = sampled.denoiser(params, condition, settings.steps)
         if settings.guidance == 1:
             return plain
-        if self.weak_sampled:
-            other = self.weak_sampled.denoiser(weak, condition, settings.steps)
+        if self.weak_model:
+            other = self.weak_model.denoiser(weak, condition, settings.steps)
             guided = guidance.autoguidance(plain, other, settings.guidance)
         else:
             null = self.model.null_condition(jax.tree.leaves(condition)[0].shape[0])
@@ -298,7 +300,7 @@ class Sampler:
         return guided
 
     def _times(self, start: float = 1.0) -> jax.Array:
-        """The solver's times; ConfigError where there are none such."""
+        """The times of the solver; ConfigError for settings that allow none."""
         settings = self.settings
         try:
             schedule = self.model.schedule(self.params)
@@ -316,7 +318,7 @@ class Sampler:
         return solve(settings.solver, denoise, schedule, x, times, key, return_path=True, **options)
 
     def interpolate(self, first, second, count: int, condition) -> np.ndarray:
-        """Images [count, ...] from `first` to `second`, on a great circle of their noise."""
+        """Images [count, ...] from `first` to `second`, along a great circle of noise."""
         times, model = self._times(), self.model
 
         @jax.jit
@@ -337,8 +339,8 @@ class Sampler:
         return to_host(program(self.params, self.weak, condition, first, second))
 
 
-def weaker(workdir: str, sampled: Sampled) -> tuple[Sampled | None, Params | None]:
-    """The model in `workdir` and its parameters, (None, None) if that is empty.
+def _open_weak(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:
+    """The model in `workdir` and its parameters; (None, None) if `workdir` is empty.
 
     Raises:
       ConfigError: a run of another task, or a model that cannot guide this one.
@@ -351,8 +353,11 @@ def weaker(workdir: str, sampled: Sampled) -> tuple[Sampled | None, Params | Non
     mine, theirs = sampled.model.config, config.diffusion
     for name in ("schedule", "condition", "num_times", "zero_terminal_snr"):
         if getattr(mine, name) != getattr(theirs, name):
-            raise ConfigError(f"--weak={workdir} has another --diffusion.{name} than this run")
+            raise ConfigError(
+                f"--weak={workdir} has --diffusion.{name}={getattr(theirs, name)}, but this run "
+                f"has {getattr(mine, name)}"
+            )
     shape, other = sampled.model.sample_shape, task.model.sample_shape
     if other != shape:
-        raise ConfigError(f"--weak={workdir} samples arrays of shape {other}, this run {shape}")
-    return task.sampled(), restore_model(task, config).params
+        raise ConfigError(f"--weak={workdir} samples arrays of shape {other}, but this run {shape}")
+    return task.sampled_model(), restore_model(task, config).params

@@ -1,4 +1,4 @@
-"""What is reported of a diffusion model beyond its loss: likelihood, and scores of its samples."""
+"""Reports on a diffusion model beyond its loss: likelihood, and scores of its samples."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ from genai_jax.config import ConfigError, field, override
 from genai_jax.diffusion.likelihood import log_density
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import EvaluateRequest
-from genai_jax.tasks.arrays.drawing import in_turn, requested_labels
+from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import Overrides, Sampled, Sampler
+from genai_jax.tasks.diffusion.sampling import Overrides, SampledModel, Sampler
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
 
@@ -25,20 +25,23 @@ from genai_jax.training.distributed import to_host
 class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
     likelihood: str = field(
         "none",
-        "Log-density by the probability-flow ODE, with exact or estimated divergence.",
+        "Log-density from the probability-flow ODE, with exact or estimated divergence.",
         choices=("none", "exact", "hutchinson"),
     )
-    likelihood_steps: int = field(100, "Steps of that ODE.", minimum=1)
-    likelihood_probes: int = field(1, "Random directions of a Hutchinson estimate.", minimum=1)
-    drawing: ClassVar = (*ScoreFlags.drawing, *(f.name for f in dataclasses.fields(Overrides)))
+    likelihood_steps: int = field(100, "Steps of the probability-flow ODE.", minimum=1)
+    likelihood_probes: int = field(1, "Random probes of the Hutchinson estimate.", minimum=1)
+    sample_flags: ClassVar = (
+        *ScoreFlags.sample_flags,
+        *(f.name for f in dataclasses.fields(Overrides)),
+    )
 
 
-def report(sampled: Sampled, params: Params, batches: Callable, request: ScoreRequest) -> dict:
-    """What the request asks for: bits per dimension, and the scores of sampled images."""
+def report(sampled: SampledModel, params: Params, batches: Callable, request: ScoreRequest) -> dict:
+    """Bits per dimension, and scores of sampled images, as requested."""
     metrics, model = {}, sampled.model
     if request.likelihood != "none":
         metrics |= likelihood(model, params, batches(request.batches), request)
-    if request.draws():
+    if request.scores_samples():
         settings = override(sampled.config.sampler, request)
         labels, condition = _held_out_condition(model, request.num_samples)
         sampler = Sampler(sampled, params, settings)
@@ -49,7 +52,7 @@ def report(sampled: Sampled, params: Params, batches: Callable, request: ScoreRe
 
 
 def _held_out_condition(model: DenoisingModel, count: int) -> tuple[np.ndarray | None, Condition]:
-    """The conditions, and the labels that they stand for: every class in order, or captions."""
+    """Labels and conditions of `count` samples: all classes in order, or held-out captions."""
     kind, loader = model.config.condition, model.data.loader
     if kind == "class":
         labels = requested_labels(loader, "", count)
@@ -57,23 +60,23 @@ def _held_out_condition(model: DenoisingModel, count: int) -> tuple[np.ndarray |
     if kind == "text":
         examples = loader.examples("validation", count)
         tokens, mask = loader.encode_captions(examples["caption"])
-        unlabelled = np.zeros((len(tokens), 0), np.int32)
+        unlabeled = np.zeros((len(tokens), 0), np.int32)
         labels, tokens, mask = (
-            in_turn(x, count) for x in (examples.get("labels", unlabelled), tokens, mask)
+            cycled(x, count) for x in (examples.get("labels", unlabeled), tokens, mask)
         )
         return labels, model.condition(tokens=tokens, token_mask=mask)
     return np.zeros((count, 0), np.int32), Condition()
 
 
 def likelihood(model: DenoisingModel, params: Params, batches, request: ScoreRequest) -> dict:
-    """Bits per dimension of held-out images through the probability-flow ODE.
+    """Bits per dimension of held-out images, from the probability-flow ODE.
 
-    The images are dequantized with uniform noise, so this is an upper bound of their discrete
-    negative log-likelihood (Theis et al. 2016, equation 3); the density itself is exact up to the
-    solver, and up to the estimate of the divergence if that is chosen.
+    The images are dequantized with uniform noise, so this is an upper bound on their discrete
+    negative log-likelihood (Theis et al. 2016, equation 3). The density itself is exact up to the
+    error of the solver and of the divergence, if that is estimated.
     """
     if model.latents:
-        raise ConfigError("--likelihood is of images; this model's density is that of latents")
+        raise ConfigError("--likelihood is for models of images, and this is a model of latents")
     bin_width = 2 / (model.data.levels - 1)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Diffusion and flow matching on images, signals, and video, in data space or in latents."""
+"""Diffusion and flow matching on images, signals, and video, in data space or latent space."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -18,7 +18,7 @@ from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.diffusion.model import DenoisingModel, DiffusionConfig
 from genai_jax.tasks.diffusion.sampling import (
     DiffusionRequest,
-    Sampled,
+    SampledModel,
     SamplerConfig,
     sample_request,
 )
@@ -71,7 +71,7 @@ class Diffusion(Task):
         return LossOutput(jnp.mean(losses), metrics, mutables)
 
     def losses(self, params, batch, key, condition, rngs=None) -> tuple[jax.Array, dict]:
-        """Loss of each image [batch], and means to be logged."""
+        """Loss of each image [batch], and metrics to log."""
         config, model = self.config.diffusion, self.model
         schedule = model.schedule(params)
         x0 = model.examples(params, batch)
@@ -100,7 +100,7 @@ class Diffusion(Task):
         return {"loss": Mean(losses * batch["loss_mask"], batch["loss_mask"])}
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """The mean loss of the held-out images, the noise of each determined by the seed."""
+        """Mean loss of the held-out images; the seed determines the noise of each."""
         metrics = super().summarize(reduced, params, mutables, key)
         metrics["images"] = int(reduced["loss"].weight)
         if self.config.diffusion.objective == "bound":
@@ -108,14 +108,14 @@ class Diffusion(Task):
         return metrics
 
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
-        return report(self.sampled(), params, batches, request)
+        return report(self.sampled_model(), params, batches, request)
 
     def sample(self, params, mutables, request: DiffusionRequest) -> Files:
-        return sample_request(self.sampled(), params, request)
+        return sample_request(self.sampled_model(), params, request)
 
-    def sampled(self) -> Sampled:
-        """How the model is sampled from."""
-        return Sampled(self.config, self.model, self._sampling_denoiser)
+    def sampled_model(self) -> SampledModel:
+        """What samplers need of this model."""
+        return SampledModel(self.config, self.model, self._sampling_denoiser)
 
     def _sampling_denoiser(self, params: Params, condition: Condition, steps: int):
         del steps

@@ -20,37 +20,41 @@ from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.optimizer import default_optimizer
 
-MEASURED_IMAGES = 2048  # that the first visible biases are set from
+MEASURED_IMAGES = 2048  # that the initial visible biases are computed from
 
 
 @dataclasses.dataclass(frozen=True)
 class RbmConfig:
-    num_hidden: int = field(128, "hidden units", minimum=1)
-    chains: int = field(128, "persistent Gibbs chains", minimum=1)
-    sweeps: int = field(5, "of the chains in a step", minimum=1)
-    ais_chains: int = field(512, "of an estimate of the normalizer", minimum=2, changeable=True)
+    num_hidden: int = field(128, "Hidden units.", minimum=1)
+    chains: int = field(128, "Persistent Gibbs chains.", minimum=1)
+    sweeps: int = field(5, "Gibbs sweeps of the persistent chains per step.", minimum=1)
+    ais_chains: int = field(
+        512, "Chains of annealed importance sampling, which estimates the normalizer.", minimum=2,
+        changeable=True,
+    )  # fmt: skip
     ais_temperatures: int = field(
-        2000, "of an estimate of the normalizer", minimum=2, changeable=True
+        2000, "Temperatures of annealed importance sampling.", minimum=2, changeable=True
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class RbmRequest(SampleRequest):
-    num_samples: int = field(64, "images to draw", minimum=1)
-    sweeps: int = field(1000, "Gibbs sweeps from the persistent chains", minimum=1)
+    num_samples: int = field(64, "Images to sample.", minimum=1)
+    sweeps: int = field(1000, "Gibbs sweeps, starting from the persistent chains.", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class RbmScoreRequest(ScoreFlags, EvaluateRequest):
-    sweeps: int = field(1000, "Gibbs sweeps before an image is taken", minimum=1)
-    drawing: ClassVar = (*ScoreFlags.drawing, "sweeps")
+    sweeps: int = field(1000, "Gibbs sweeps before an image is sampled.", minimum=1)
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "sweeps")
 
 
 class Rbm(Task):
     """The task behind ``--task=rbm``; see `genai_jax.tasks.protocol.Task`.
 
-    Grey values are the probabilities of white: binarized anew in training, by a fixed key in
-    scores. Mutables are the states of the persistent chains, [chains, visible].
+    Gray levels are probabilities of white: training binarizes an image again whenever it is used,
+    evaluation with a key from the seed. Mutables are the states of the persistent chains,
+    [chains, visible].
     """
 
     components: ClassVar = {"data": ImageDataConfig, "rbm": RbmConfig}
@@ -67,7 +71,7 @@ class Rbm(Task):
 
     @functools.cached_property
     def data_mean(self) -> np.ndarray:
-        """Share of white of every visible unit, [visible], kept off 0 and 1."""
+        """Mean of every visible unit on training images, [visible], kept away from 0 and 1."""
         images = self.data.loader.examples("train", MEASURED_IMAGES)["image"]
         mean = images.reshape(len(images), -1).mean(0) / (self.data.levels - 1)
         return np.clip(mean, 0.01, 0.99).astype(np.float32)
@@ -88,24 +92,24 @@ class Rbm(Task):
         return self.binary.observe(image, rng)[1].reshape(image.shape[0], -1)
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
-        """Its gradient is that of -log p(data), the model's part of it from the chains.
+        """A loss whose gradient estimates that of -log p(data).
 
-        Tieleman 2008: the chains go on from step to step.
+        The model's term comes from chains that persist from step to step (Tieleman 2008).
         """
-        binary_rng, chain_rng, look_rng = jax.random.split(info.rng, 3)
+        binary_rng, chain_rng, sweep_rng = jax.random.split(info.rng, 3)
         machine, frozen = params["machine"], jax.lax.stop_gradient(params["machine"])
         v = self._visible(batch["image"], binary_rng)
         chains, _ = rbm.gibbs(frozen, mutables["chains"], chain_rng, self.config.rbm.sweeps)
         data, model = (jnp.mean(rbm.free_energy(machine, x)) for x in (v, chains))
-        _, seen = rbm.sweep(frozen, v, look_rng)
+        _, reconstruction = rbm.sweep(frozen, v, sweep_rng)
         metrics = {
             "data_free_energy": data,
             "model_free_energy": model,
-            "reconstruction_error": jnp.mean(jnp.abs(v - seen)),
+            "reconstruction_error": jnp.mean(jnp.abs(v - reconstruction)),
         }
         return LossOutput(data - model, metrics, {"chains": chains})
 
-    # Scores and draws.
+    # Metrics and samples.
 
     @functools.cached_property
     def _log_z(self):
@@ -126,7 +130,7 @@ class Rbm(Task):
         return {"free_energy": Mean(energy * mask, mask)}
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """Log-likelihood of the held-out binarized images, with the normalizer by annealing.
+        """Log-likelihood of held-out binarized images, with the normalizer estimated by annealing.
 
         `loss` is in nats per image. Annealing is unbiased for Z, so it tends to underestimate log Z
         and to overestimate the likelihood; `log_z_standard_error` is the relative error of Z.
@@ -143,17 +147,17 @@ class Rbm(Task):
         }
 
     def report(self, params, mutables, batches, request) -> dict:
-        """Scores of sampled images, if asked for."""
-        if not request.draws():
+        """Scores of sampled images, if requested."""
+        if not request.scores_samples():
             return {}
-        images = self._sampled(params, mutables, request)
+        images = self._sample_images(params, mutables, request)
         return score_images(self.data, images, None, request)
 
     def sample(self, params, mutables, request) -> Files:
-        images = self._sampled(params, mutables, request)
+        images = self._sample_images(params, mutables, request)
         return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
 
-    def _sampled(self, params, mutables, request) -> np.ndarray:
+    def _sample_images(self, params, mutables, request) -> np.ndarray:
         """Probabilities of white after long chains, as levels, uint8 [n, *space, channels]."""
         count = request.num_samples
         start = jnp.resize(mutables["chains"], (count, self.num_visible))

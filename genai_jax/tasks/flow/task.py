@@ -1,4 +1,4 @@
-"""Normalizing flows: images by an invertible network, and their exact density."""
+"""Normalizing flows: images from an invertible network, with their exact density."""
 
 import dataclasses
 import functools
@@ -17,15 +17,20 @@ from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
-from genai_jax.tasks.arrays.drawing import check_label, check_shown, in_batches, requested_labels
+from genai_jax.tasks.arrays.sampling import (
+    check_label,
+    check_show_flags,
+    in_batches,
+    requested_labels,
+)
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.optimizer import default_optimizer
 
-START_IMAGES = 256  # from which the first scales and biases are set
-MOST_ROWS = 12  # of a walk
-USES = {  # what can be shown -> the flags that are for it
+START_IMAGES = 256  # that the initial scales and biases are computed from
+MAX_ROWS = 12  # of a grid of walks
+USES = {  # value of --show -> the flags that apply to it
     "draws": ("label", "temperature", "seed"),
     "interpolation": ("path", "columns"),
 }
@@ -33,25 +38,29 @@ USES = {  # what can be shown -> the flags that are for it
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-    condition: str = field("none", "what the model is told", choices=("none", "class"))
+    condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowRequest(SampleRequest):
     num_samples: int = field(
-        64, f"images, or rows of a walk, of which there are at most {MOST_ROWS}", minimum=1
+        64, f"Images to sample, or walks to show, of which there are at most {MAX_ROWS}.", minimum=1
     )
-    show: str = field("draws", "draws, or walks between held-out images", choices=tuple(USES))
-    label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
-    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
-    path: str = field("linear", "of an interpolation", choices=PATHS)
-    columns: int = field(11, "images of a walk", minimum=2)
+    show: str = field(
+        "draws", "What to show: samples, or walks between held-out images.", choices=tuple(USES)
+    )
+    label: str = field(
+        "", "Classes to sample, comma-separated and repeated in order; all in order if empty."
+    )
+    temperature: float = field(1.0, "Temperature of the sampled latents.", minimum=0)
+    path: str = field("linear", "Path of an interpolation.", choices=PATHS)
+    columns: int = field(11, "Images per walk.", minimum=2)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowScoreRequest(ScoreFlags, EvaluateRequest):
-    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
-    drawing: ClassVar = (*ScoreFlags.drawing, "temperature")
+    temperature: float = field(1.0, "Temperature of the sampled latents.", minimum=0)
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature")
 
 
 class NormalizingFlow(Task):
@@ -73,7 +82,7 @@ class NormalizingFlow(Task):
         condition, flag = config.normalizing_flow.condition, "--normalizing_flow.condition"
         self.label_sizes = self.data.conditional_labels(condition, flag)
         if config.run.dtype != "float32":
-            raise ConfigError(f"--dtype={config.run.dtype}: a flow is inverted in float32 alone")
+            raise ConfigError(f"--dtype={config.run.dtype}: a flow is inverted only in float32")
         try:
             config.glow.check_shape(self.data.shape)
         except ValueError as error:
@@ -82,7 +91,7 @@ class NormalizingFlow(Task):
         self.dimensions = math.prod(self.data.shape)
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """With scales and biases that make activations standard on training images."""
+        """Scales and biases are set so that activations on training images are standardized."""
         examples = self.data.loader.examples("train", START_IMAGES)
         noise_rng, rng = jax.random.split(rng)
         x = self._dequantized(jnp.asarray(examples["image"]), noise_rng)
@@ -93,12 +102,12 @@ class NormalizingFlow(Task):
         return (Phase("likelihood", ("model",), self._loss, optimizer),)
 
     def _dequantized(self, image, rng) -> jax.Array:
-        """Levels with uniform noise, to [-1, 1]."""
+        """Levels with uniform noise added, scaled to [-1, 1]."""
         x = image.astype(jnp.float32) + jax.random.uniform(rng, image.shape)
         return x * (2 / self.data.levels) - 1
 
     def _nats(self, params, batch, rng) -> jax.Array:
-        """Bound of -log p of each discrete image (Theis et al. 2016, equation 3), [batch]."""
+        """Upper bound on -log p of each discrete image (Theis et al. 2016, equation 3), [batch]."""
         x = self._dequantized(batch["image"], rng)
         density = self.model.apply({"params": params["model"]}, x, batch.get("labels"))
         return -density - self.dimensions * math.log(2 / self.data.levels)
@@ -107,50 +116,50 @@ class NormalizingFlow(Task):
         loss = jnp.mean(self._nats(params, batch, info.rng)) / self.dimensions
         return LossOutput(loss, {"bits_per_dim": loss / math.log(2)}, mutables)
 
-    # Scores and draws.
+    # Metrics and samples.
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         nats, mask = self._nats(params, batch, key) / self.dimensions, batch["loss_mask"]
         return {"loss": Mean(nats * mask, mask)}
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """Negative log-likelihood of the held-out images, dequantized by the seed's noise."""
+        """Negative log-likelihood of the held-out images, dequantized with noise from the seed."""
         metrics = super().summarize(reduced, params, mutables, key)
         bits = metrics["loss"] / math.log(2)
         return metrics | {"bits_per_dim": bits, "images": int(reduced["loss"].weight)}
 
     def report(self, params, mutables, batches, request) -> dict:
-        """Scores of sampled images, if asked for."""
-        if not request.draws():
+        """Scores of sampled images, if requested."""
+        if not request.scores_samples():
             return {}
-        images, labels = self._sampled(params, request, "")
+        images, labels = self._sample_images(params, request, "")
         return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
-        check_shown(request, USES)
+        check_show_flags(request, USES)
         columns = None
         if request.show == "draws":
-            images, _ = self._sampled(params, request, request.label)
+            images, _ = self._sample_images(params, request, request.label)
         else:
-            images, columns = self._interpolated(params, request), request.columns
+            images, columns = self._interpolate(params, request), request.columns
         name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
         return Files(name, media.writers(images, self.data.levels, columns=columns))
 
     def paint(self, params, latents, labels) -> jax.Array:
-        """Latents of each level -> images in levels."""
+        """Latents of each scale -> images, uint8 levels."""
         variables = {"params": params["model"]}
         x = self.model.apply(variables, latents, labels, method="inverse")
-        top = self.data.levels - 1  # the bin that a value of [-1, 1] fell in
+        top = self.data.levels - 1  # the bin that contains a value of [-1, 1]
         return jnp.clip(jnp.floor((x + 1) / 2 * self.data.levels), 0, top).astype(jnp.uint8)
 
-    def _sampled(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images, uint8 levels [n, height, width, channels], and the labels asked for."""
+    def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images, uint8 levels [n, height, width, channels], and their requested labels."""
         count, shapes = request.num_samples, self.model.latent_shapes(self.data.shape)
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
         @functools.partial(jax.jit, static_argnums=2)
-        def some(labels, key, rows):
+        def sample_batch(labels, key, rows):
             keys = jax.random.split(key, len(shapes))
             latents = [
                 request.temperature * jax.random.normal(k, (rows, *shape))
@@ -158,11 +167,11 @@ class NormalizingFlow(Task):
             ]
             return self.paint(params, latents, labels)
 
-        return in_batches(some, jax.random.key(request.seed), count, labels), labels
+        return in_batches(sample_batch, jax.random.key(request.seed), count, labels), labels
 
-    def _interpolated(self, params, request) -> np.ndarray:
-        """Rows from one held-out image to another, through their latents."""
-        rows = min(request.num_samples, MOST_ROWS)
+    def _interpolate(self, params, request) -> np.ndarray:
+        """Walks from one held-out image to another through their latents, one per row."""
+        rows = min(request.num_samples, MAX_ROWS)
         held_out = self.data.loader.examples("validation", 2 * rows)
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None
@@ -172,11 +181,11 @@ class NormalizingFlow(Task):
             x = self._dequantized(image, jax.random.key(0))
             variables = {"params": params["model"]}
             latents, *_ = self.model.apply(variables, x, labels, method="forward")
-            ways = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
+            paths = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
                     for z in latents]  # fmt: skip
-            flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in ways]
-            told = None if labels is None else jnp.repeat(labels[:rows], request.columns, 0)
-            return self.paint(params, flat, told)
+            flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in paths]
+            walk_labels = None if labels is None else jnp.repeat(labels[:rows], request.columns, 0)
+            return self.paint(params, flat, walk_labels)
 
         return np.asarray(walk(params, held_out["image"], labels))
 

@@ -1,8 +1,8 @@
-"""Augmenting what a critic sees, with a probability that follows how much it overfits.
+"""Augmentation of the inputs of a critic, with a probability that adapts to its overfitting.
 
-Karras et al. 2020, "Training generative adversarial networks with limited data". Each kind acts on
-an example with the same probability, below 1, so that a generator does not learn to draw augmented
-images.
+Karras et al. 2020, "Training generative adversarial networks with limited data". Each kind is
+applied to an example with the same probability, below 1, so that the generator does not learn to
+produce augmented images.
 """
 
 import dataclasses
@@ -13,26 +13,31 @@ import jax.numpy as jnp
 
 from genai_jax.config import field
 
-SHIFT = 1 / 8  # of the size, at most
-HIGHEST = 0.85  # probability: nearer to 1 the undistorted distribution cannot be told
+SHIFT = 1 / 8  # maximum, relative to the size
+MAX_PROBABILITY = 0.85  # closer to 1, augmentations leak into the generated images
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig:
     kinds: str = field(
-        "", "comma-separated: flip, rotate, translate, scale, brightness, contrast, cutout; or none"
+        "",
+        "Comma-separated kinds: flip, rotate, translate, scale, brightness, contrast, cutout; none "
+        "if empty.",
     )
     probability: float = field(
-        0.0, "of each kind, at the start where it adapts", minimum=0, maximum=HIGHEST
+        0.0,
+        "Probability of each kind; its initial value with --augmentation.target.",
+        minimum=0,
+        maximum=MAX_PROBABILITY,
     )
     target: float | None = field(
         None,
-        "mean sign of the verdicts on data that the probability is steered to; unset: it stays",
+        "Mean sign of the verdicts on data to which the probability adapts; constant if unset.",
         minimum=-1,
         maximum=1,
     )
     ramp_images: int = field(
-        500_000, "images in which the probability would go from 0 to 1", minimum=1
+        500_000, "Images over which the probability could go from 0 to 1.", minimum=1
     )
 
     def __post_init__(self):
@@ -63,31 +68,32 @@ class AugmentationConfig:
 def steered(
     config: AugmentationConfig, probability: jax.Array, verdicts: jax.Array, undecided: float = 0.0
 ) -> jax.Array:
-    """The probability after an update: up where the critic is too sure of data, else down.
+    """The probability after an update: higher if the critic is too certain of data, else lower.
 
-    The measure is the mean sign of its verdicts on data (equation 1, r_t), counted from
-    `undecided`, the verdict of a critic that cannot tell.
+    Certainty is the mean sign of its verdicts on data (equation 1, r_t), relative to `undecided`,
+    the verdict of a critic that cannot tell data from fakes.
     """
     if config.target is None:
         return probability
-    sure = jnp.mean(jnp.sign(verdicts - undecided))
-    step = jnp.sign(sure - config.target) * verdicts.shape[0] / config.ramp_images
-    return jnp.clip(probability + step, 0.0, HIGHEST)
+    certainty = jnp.mean(jnp.sign(verdicts - undecided))
+    step = jnp.sign(certainty - config.target) * verdicts.shape[0] / config.ramp_images
+    return jnp.clip(probability + step, 0.0, MAX_PROBABILITY)
 
 
 def augment(
     config: AugmentationConfig, x: jax.Array, probability: jax.Array, rng: jax.Array
 ) -> jax.Array:
-    """Images in [-1, 1], [batch, height, width, channels], each changed by some of the kinds."""
+    """Augments images in [-1, 1], [batch, height, width, channels], by random kinds for each."""
     for i, name in enumerate(config.names):
-        coin_rng, rng_of_kind = jax.random.split(jax.random.fold_in(rng, i))
-        changed = KINDS[name](x, rng_of_kind)
+        coin_rng, kind_rng = jax.random.split(jax.random.fold_in(rng, i))
+        changed = KINDS[name](x, kind_rng)
         chosen = jax.random.bernoulli(coin_rng, probability, (x.shape[0], *(1,) * (x.ndim - 1)))
         x = jnp.where(chosen, changed, x)
     return x
 
 
 def _each(x: jax.Array) -> tuple[int, ...]:
+    """Shape of one number per image."""
     return (x.shape[0], *(1,) * (x.ndim - 1))
 
 
@@ -96,16 +102,16 @@ def _flip(x, rng):
 
 
 def _rotate(x, rng):
-    """By a multiple of 90 degrees; images that are not square by 180."""
+    """By a multiple of 90 degrees, or of 180 for images that are not square."""
     turns = jax.random.randint(rng, _each(x), 0, 4)
     if x.shape[1] != x.shape[2]:
         return jnp.where(turns % 2 == 1, x[:, ::-1, ::-1], x)
-    turned = [jnp.rot90(x, k, (1, 2)) for k in range(4)]
-    return jnp.select([turns == k for k in range(4)], turned)
+    rotated = [jnp.rot90(x, k, (1, 2)) for k in range(4)]
+    return jnp.select([turns == k for k in range(4)], rotated)
 
 
 def _translate(x, rng):
-    """By whole pixels; the edge repeats."""
+    """By whole pixels; edges are repeated."""
     most = [max(1, round(n * SHIFT)) for n in x.shape[1:3]]
     padded = jnp.pad(x, ((0, 0), *((m, m) for m in most), (0, 0)), mode="edge")
     limits = jnp.array([2 * m + 1 for m in most])
@@ -115,14 +121,14 @@ def _translate(x, rng):
 
 
 def _scale(x, rng):
-    """About the middle, by 2^(0.2 n), n normal; beyond the edge it is black."""
+    """About the center, by 2^(0.2 n) with normal n; black outside of the image."""
     size = jnp.array(x.shape[1:3], jnp.float32)
 
     def resize(image, factor):
         factors = jnp.stack([factor, factor])
-        moved = (1 - factors) * size / 2
+        translation = (1 - factors) * size / 2
         return jax.image.scale_and_translate(
-            image + 1, image.shape, (0, 1), factors, moved, "linear", antialias=False
+            image + 1, image.shape, (0, 1), factors, translation, "linear", antialias=False
         )
 
     return jax.vmap(resize)(x, 2 ** (0.2 * jax.random.normal(rng, x.shape[:1]))) - 1
@@ -137,13 +143,13 @@ def _contrast(x, rng):
 
 
 def _cutout(x, rng):
-    """A grey rectangle of half the size."""
-    middle = jax.random.uniform(rng, (2, *_each(x)))
+    """Covers a rectangle of half the size with gray."""
+    center = jax.random.uniform(rng, (2, *_each(x)))
     inside = True
     for axis in (1, 2):
         size = x.shape[axis]
         places = (jnp.arange(size) + 0.5).reshape(-1, *(1,) * (x.ndim - axis - 1))
-        inside &= jnp.abs(places - size * middle[axis - 1]) < size / 4
+        inside &= jnp.abs(places - size * center[axis - 1]) < size / 4
     return jnp.where(inside, 0.0, x)
 
 

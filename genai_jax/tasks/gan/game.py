@@ -1,7 +1,7 @@
-"""Two players: a critic who tells data from fakes, a generator who fools it, as phases of a step.
+"""The adversarial game of a critic, which tells data from fakes, and a generator that fools it.
 
-What they are made of is not decided here, so that a game of two numbers is played by the same rules
-as one of images.
+It defines the phases of a step but not the networks, so that a game of two numbers follows the same
+rules as one of images.
 """
 
 import dataclasses
@@ -21,35 +21,37 @@ from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
 UPDATES = ("alternating", "simultaneous")
 CRITIC_PENALTIES = ("r1", "r2", "gradient_penalty")
 PENALTIES = (*CRITIC_PENALTIES, "path_length")
-PATH_DECAY = 0.99  # of the mean path length
+PATH_DECAY = 0.99  # of the running mean of the path lengths
 
 
 def _every(what: str):
-    return field(1, f"steps between {what}; above 1 a phase of its own", minimum=1)
+    return field(1, f"Steps between {what}; above 1, they are a separate phase.", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class GameConfig:
     """Rules of the game."""
 
-    loss: str = field("non_saturating", "of both players", choices=LOSSES)
-    updates: str = field("alternating", "critic first, or both at once", choices=UPDATES)
+    loss: str = field("non_saturating", "Loss of both players.", choices=LOSSES)
+    updates: str = field(
+        "alternating", "Order of updates: critic first, or both at once.", choices=UPDATES
+    )
     critic_updates: int = field(
-        1, "of the critic in a step, each on its own slice of the batch", minimum=1
+        1, "Critic updates per step, each on its own slice of the batch.", minimum=1
     )
     critic_learning_rate: float | None = field(
-        None, "peak of the critic; --optimizer.learning_rate if unset", minimum=0
+        None, "Peak learning rate of the critic; --optimizer.learning_rate if unset.", minimum=0
     )
-    r1: float = field(0.0, "weight of the critic's squared gradient at data", minimum=0)
+    r1: float = field(0.0, "Weight of the critic's squared gradient norm at data.", minimum=0)
     r1_every: int = _every("R1 penalties")
-    r2: float = field(0.0, "weight of the critic's squared gradient at fakes", minimum=0)
+    r2: float = field(0.0, "Weight of the critic's squared gradient norm at fakes.", minimum=0)
     r2_every: int = _every("R2 penalties")
     gradient_penalty: float = field(
-        0.0, "weight of (gradient norm - 1)^2 between data and fakes", minimum=0
+        0.0, "Weight of the critic's (gradient norm - 1)^2 between data and fakes.", minimum=0
     )
     gradient_penalty_every: int = _every("gradient penalties")
     path_length: float = field(
-        0.0, "weight of the generator's (path length - its mean)^2", minimum=0
+        0.0, "Weight of the generator's (path length - running mean)^2.", minimum=0
     )
     path_length_every: int = _every("path-length penalties")
 
@@ -60,17 +62,17 @@ class GameConfig:
                 raise ValueError(f"--gan.{name}_every={every} is set, but --gan.{name}=0")
             if every > 1 and self.updates == "simultaneous":
                 raise ValueError(
-                    f"--gan.{name}_every={every} does not fit --gan.updates=simultaneous, whose "
-                    "penalties are part of every update"
+                    f"--gan.{name}_every={every} does not fit --gan.updates=simultaneous, which "
+                    "applies penalties in every update"
                 )
         if self.critic_updates > 1 and self.updates == "simultaneous":
             raise ValueError(
                 f"--gan.critic_updates={self.critic_updates} does not fit "
-                "--gan.updates=simultaneous, which updates both once"
+                "--gan.updates=simultaneous, which updates both players once"
             )
 
     def check_steps(self, steps: int):
-        """Raises `ConfigError` if a penalty would act in the first step alone."""
+        """Raises `ConfigError` if a penalty would apply only in the first step."""
         for name in PENALTIES:
             every = getattr(self, f"{name}_every")
             if every > 1 and every >= steps:
@@ -78,15 +80,15 @@ class GameConfig:
 
 
 class Players(NamedTuple):
-    """What the rules are applied to.
+    """The functions that the rules of the game apply to.
 
     Attributes:
-      real: (batch, step) -> data as the critic sees it, [batch, ...].
-      styles: (params, mutables, batch, rng) -> what `synthesize` starts from, and mutables.
+      real: (batch, step) -> data as inputs of the critic, [batch, ...].
+      styles: (params, mutables, batch, rng) -> inputs of `synthesize`, and mutables.
       synthesize: (params, styles, step, rng) -> fakes, [batch, ...].
       judge: (params, mutables, x, batch, step, rng) -> verdicts [batch], higher for more real.
-      prepare: (params, mutables) -> mutables, before the critic is updated.
-      watch: (mutables, verdicts on data, step) -> mutables, after it.
+      prepare: (params, mutables) -> mutables, before an update of the critic.
+      watch: (mutables, verdicts on data, step) -> mutables, after an update of the critic.
     """
 
     real: Callable
@@ -98,16 +100,16 @@ class Players(NamedTuple):
 
 
 class Game:
-    """Makes the phases of groups "critic" and "generator".
+    """Creates the phases that train the groups "critic" and "generator".
 
-    Mutables hold "path_length", the running mean of path lengths, where its penalty has a weight.
+    Mutables hold "path_length", the running mean of the path lengths, if their penalty is used.
     """
 
     def __init__(self, config: GameConfig, players: Players):
         self.config, self.players = config, players
 
     def init(self) -> dict:
-        """Mutables of the rules."""
+        """Mutables of the game itself."""
         return {"path_length": jnp.float32(0)} if self.config.path_length else {}
 
     def phases(self, optimizer: OptimizerConfig, steps: int, rules: Sequence) -> tuple[Phase, ...]:
@@ -120,15 +122,15 @@ class Game:
             return (Phase("both", ("critic", "generator"), self._both_loss, both),)
 
         def lazily(group: str, names) -> list[Phase]:
-            """Gradients are clipped as much later as the penalty is heavier."""
-            found = []
+            """Phases of lazy penalties; the clipping norm scales with their weight."""
+            phases = []
             for name in names:
                 if (every := getattr(config, f"{name}_every")) > 1:
                     clip_norm = optimizer.clip_norm * self._rarity(name)
                     clipped = dataclasses.replace(optimizer, clip_norm=clip_norm)
                     tx, loss = self._optimizer(group, clipped, steps, rules), self._lazy_loss(name)
-                    found.append(Phase(name, (group,), loss, tx, every=every, optimizer_of=group))
-            return found
+                    phases.append(Phase(name, (group,), loss, tx, every=every, optimizer_of=group))
+            return phases
 
         return (
             Phase("critic", ("critic",), self._critic_loss, critic, repeats=config.critic_updates),
@@ -138,7 +140,7 @@ class Game:
         )
 
     def _optimizer(self, group, config: OptimizerConfig, steps, rules):
-        """With its rates corrected for the updates that lazy penalties add."""
+        """The optimizer of a player, corrected for the updates that lazy penalties add."""
         critic = group == "critic"
         if critic and self.config.critic_learning_rate is not None:
             config = dataclasses.replace(config, learning_rate=self.config.critic_learning_rate)
@@ -161,7 +163,7 @@ class Game:
         )  # fmt: skip
 
     def _critic_terms(self, params, mutables, batch, info: StepInfo) -> "_CriticTerms":
-        """Loss with the penalties of every step, metrics, verdicts on data."""
+        """Loss with the penalties of every step, metrics, and verdicts on data."""
         fake_rng, judge_rng, penalty_rng = jax.random.split(info.rng, 3)
         x, y = self._examples(params, mutables, batch, info.step, fake_rng)
         real, fake = (
@@ -170,7 +172,7 @@ class Game:
             )
             for i, z in enumerate((x, y))
         )
-        loss, both = critic_loss(self.config.loss, real, fake), jnp.concatenate([real, fake])
+        loss, verdicts = critic_loss(self.config.loss, real, fake), jnp.concatenate([real, fake])
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
         for name in CRITIC_PENALTIES:
             if getattr(self.config, name) and getattr(self.config, f"{name}_every") == 1:
@@ -179,11 +181,11 @@ class Game:
                 )
                 metrics[_penalty_name(name)] = penalty
                 loss += getattr(self.config, name) * penalty
-        # A critic whose verdicts are all the same has no gradient, and gives the generator none.
-        return _CriticTerms(loss, metrics, real, jnp.max(both) != jnp.min(both))
+        # A critic whose verdicts are all equal has no gradient and gives the generator none.
+        return _CriticTerms(loss, metrics, real, jnp.max(verdicts) != jnp.min(verdicts))
 
     def _examples(self, params, mutables, batch, step, rng):
-        """Data, and fakes that are constants to the critic."""
+        """Data, and fakes without gradients to the generator."""
         style_rng, noise_rng = jax.random.split(rng)
         styles, _ = self.players.styles(params, mutables, batch, style_rng)
         fakes = self.players.synthesize(params, styles, step, noise_rng)
@@ -212,7 +214,7 @@ class Game:
         return LossOutput(loss, metrics, mutables)
 
     def _path(self, params, mutables, batch, info: StepInfo):
-        """The penalty, and mutables with the mean length that it is measured from."""
+        """The path-length penalty, and mutables with the updated mean length."""
         style_rng, noise_rng, direction_rng = jax.random.split(info.rng, 3)
         styles, _ = self.players.styles(params, mutables, batch, style_rng)
         paint = lambda styles: self.players.synthesize(params, styles, info.step, noise_rng)
@@ -222,12 +224,12 @@ class Game:
         return jnp.mean(jnp.square(lengths - mean)), {**mutables, "path_length": mean}
 
     def _rarity(self, name: str) -> int:
-        """Updates of the player for one of the penalty."""
+        """Number of updates of the player per update of its penalty."""
         updates = 1 if name == "path_length" else self.config.critic_updates
         return updates * getattr(self.config, f"{name}_every")
 
     def _lazy_loss(self, name: str):
-        """A penalty on its own, as many times heavier as it is rarer than the player's updates."""
+        """The loss of a lazy penalty, whose weight is multiplied by its rarity."""
         weight = getattr(self.config, name) * self._rarity(name)
 
         def loss(params, mutables, batch, info: StepInfo) -> LossOutput:
@@ -244,7 +246,7 @@ class Game:
         return loss
 
     def _both_loss(self, params, mutables, batch, info: StepInfo) -> LossOutput:
-        """The sum of both losses, in each of which the other player is a constant."""
+        """The sum of both losses, each of which treats the other player as a constant."""
         frozen = jax.lax.stop_gradient(params)
         mutables = self.players.prepare(params, mutables)
         critic = self._critic_terms({**frozen, "critic": params["critic"]}, mutables, batch, info)
@@ -271,17 +273,17 @@ class _CriticTerms(NamedTuple):
 
 
 def _side_by_side(optimizers: dict) -> optax.GradientTransformation:
-    """Each group of parameters by an optimizer of its own."""
+    """Updates each group of parameters with its own optimizer."""
 
     def init(params):
         return {g: tx.init({g: params[g]}) for g, tx in optimizers.items()}
 
     def update(updates, state, params):
-        found = {
+        results = {
             g: tx.update({g: updates[g]}, state[g], {g: params[g]}) for g, tx in optimizers.items()
         }
-        moved = {g: group[g] for g, (group, _) in found.items()}
-        return moved, {g: after for g, (_, after) in found.items()}
+        new_updates = {g: group[g] for g, (group, _) in results.items()}
+        return new_updates, {g: state for g, (_, state) in results.items()}
 
     return optax.GradientTransformation(init, update)
 

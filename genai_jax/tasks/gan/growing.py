@@ -1,4 +1,4 @@
-"""Progressive growing (Karras et al. 2018): a run begins with the layers of a smaller one."""
+"""Progressive growing (Karras et al. 2018): a run starts with the layers of a smaller one."""
 
 import math
 import re
@@ -15,13 +15,13 @@ from genai_jax.training.workdir import read_record
 
 
 def smaller_run(task: Any) -> tuple[Transfer, ...]:
-    """The layers of a `Gan` that a smaller one has, as it trained them.
+    """The layers of a `Gan` that a smaller run has, as it trained them.
 
-    The parameters are those of training, not an average: both players go on playing.
+    The parameters are those of training, not an average: both players continue the game.
 
     Raises:
-      ConfigError: no such run, one of another task, on images that are not half as large, or with
-        layers of other shapes.
+      ConfigError: there is no such run, or it has another task, images that are not half as large,
+        or layers of other shapes.
     """
     workdir, flag = task.config.gan.grow_from, "--gan.grow_from"
     config = open_run(type(task), workdir, flag)
@@ -37,12 +37,12 @@ def smaller_run(task: Any) -> tuple[Transfer, ...]:
 def _check_half(workdir: str, trained_on: dict, data: ArrayData):
     *space, channels = data.shape
     half = [*(n / 2 for n in space), channels]
-    found = trained_on.get("shape", half)
-    if found != half:
-        wanted = "x".join(str(math.floor(n)) for n in half[:-1])
+    shape = trained_on.get("shape", half)
+    if shape != half:
+        expected = "x".join(str(math.floor(n)) for n in half[:-1])
         raise ConfigError(
-            f"--gan.grow_from={workdir} was trained on images of {found}; this run grows from "
-            f"{wanted} with {channels} channel(s)"
+            f"--gan.grow_from={workdir} was trained on images of shape {shape}; this run grows "
+            f"from {expected} with {channels} channel(s)"
         )
 
 
@@ -55,5 +55,5 @@ def _check_shapes(shapes: dict, before: dict, workdir: str):
         if now.get(name, leaf.shape) != leaf.shape:
             raise ConfigError(
                 f"--gan.grow_from={workdir}: {name} has shape {leaf.shape} there and {now[name]} "
-                "here; half the channels at twice the size keep it"
+                "here; half the channels at twice the size keep the shapes"
             )

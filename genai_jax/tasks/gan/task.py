@@ -24,17 +24,19 @@ from genai_jax.tasks.gan.growing import smaller_run
 from genai_jax.tasks.gan.sampling import GanRequest, sample_images, sample_request
 from genai_jax.tasks.protocol import Mean, Params, Phase, Rows, Task, Transfer
 
-STYLE_DECAY = 0.995  # of the mean style, which truncation goes to
-MOST_COMPARED = 1024  # images in the energy distance of an evaluation
+STYLE_DECAY = 0.995  # of the running mean of styles, towards which truncation goes
+MAX_COMPARED = 1024  # images in the energy distance of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class GanConfig(GameConfig):
-    condition: str = field("none", "what both are told", choices=("none", "class"))
-    grow_from: str = field(
-        "", "workdir of a run on images half as large, whose layers this one begins with"
+    condition: str = field(
+        "none", "What both players are conditioned on.", choices=("none", "class")
     )
-    fade_steps: int = field(0, "steps in which the new layers fade in", minimum=0)
+    grow_from: str = field(
+        "", "Workdir of a run on images half as large, whose layers initialize this one."
+    )
+    fade_steps: int = field(0, "Steps over which the new layers fade in.", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,8 +49,10 @@ class GanConfig(GameConfig):
 
 @dataclasses.dataclass(frozen=True)
 class GanScoreRequest(ScoreFlags, EvaluateRequest):
-    truncation: float = field(1.0, "how far styles are from their mean; 1: as drawn", minimum=0)
-    drawing: ClassVar = (*ScoreFlags.drawing, "truncation")
+    truncation: float = field(
+        1.0, "Scale of the distance of styles from their mean; 1: no truncation.", minimum=0
+    )
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "truncation")
 
 
 class Gan(Task):
@@ -99,43 +103,46 @@ class Gan(Task):
             )
         if config.augmentation.kinds and len(self.data.shape) != 3:
             raise ConfigError(
-                f"--augmentation.kinds={config.augmentation.kinds} is for images, and "
+                f"--augmentation.kinds={config.augmentation.kinds} is for images, but "
                 f"{config.data.dataset} has examples of shape {self.data.shape}"
             )
         if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
             raise ConfigError(
-                f"--augmentation.target={config.augmentation.target} reads how sure the critic is, "
-                f"which --gan.loss={chosen.loss} leaves open; allowed: {', '.join(UNDECIDED)}"
+                f"--augmentation.target={config.augmentation.target} measures how certain the critic "
+                f"is, which needs --gan.loss={' or '.join(UNDECIDED)}, not {chosen.loss}"
             )
         slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)
         if config.critic.minibatch_std and slice_size < 2:
             raise ConfigError(
-                f"--critic.minibatch_std needs 2 images, --data.batch_size={config.data.batch_size}"
-                f" leaves {slice_size} an update"
+                "--critic.minibatch_std needs 2 images per update, but --data.batch_size="
+                f"{config.data.batch_size} leaves {slice_size}"
             )
 
     # Parameters.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: spectral vectors, means, probabilities, and the share of fading."""
+        """Groups, and mutables: spectral vectors, means, augmentation probability, and fade."""
         generator_rng, critic_rng = jax.random.split(rng)
         labels = jnp.zeros((2, len(self.label_sizes)), jnp.int32)
         z = jnp.zeros((2, self.config.generator.latent_dim))
-        made = self.generator.init(generator_rng, z, labels)
-        judged = self.critic.init(critic_rng, jnp.zeros((2, *self.data.shape)), labels)
+        generator_variables = self.generator.init(generator_rng, z, labels)
+        critic_variables = self.critic.init(critic_rng, jnp.zeros((2, *self.data.shape)), labels)
         mutables = self.game.init()
         if self.config.gan.fade_steps:
             mutables["fade"] = jnp.float32(0)
         if self.config.critic.spectral_norm:
-            mutables["spectral"] = judged["spectral"]
+            mutables["spectral"] = critic_variables["spectral"]
         if self.config.generator.network == "style":
             mutables["style_mean"] = jnp.zeros(self.config.generator.style_dim)
         if self.config.augmentation.kinds:
             mutables["augmented"] = jnp.float32(self.config.augmentation.probability)
-        return {"generator": made["params"], "critic": judged["params"]}, mutables
+        return {
+            "generator": generator_variables["params"],
+            "critic": critic_variables["params"],
+        }, mutables
 
     def init_from(self) -> tuple[Transfer, ...]:
-        """The layers of a run on images half as large, if this one grows from one."""
+        """The layers of the run that this one grows from, if any."""
         return smaller_run(self) if self.config.gan.grow_from else ()
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
@@ -145,7 +152,7 @@ class Gan(Task):
     # The players.
 
     def _fade(self, step: jax.Array) -> jax.Array | float:
-        """Share of the newest layers in a step, rising over the first steps of a run that grows."""
+        """Weight of the newest layers, which rises over the first steps of a growing run."""
         steps = self.config.gan.fade_steps
         return jnp.minimum(step / steps, 1.0) if steps else 1.0
 
@@ -187,7 +194,7 @@ class Gan(Task):
         return self._verdicts(params, mutables, x, batch.get("labels"), self._fade(step))
 
     def _verdicts(self, params, mutables, x, labels, fade) -> jax.Array:
-        """What the critic says of images [batch, *space, channels]: [batch]."""
+        """Verdicts of the critic on images [batch, *space, channels]: [batch]."""
         variables = {"params": params["critic"]}
         if "spectral" in mutables:
             variables["spectral"] = mutables["spectral"]
@@ -204,7 +211,7 @@ class Gan(Task):
         return {**mutables, "spectral": jax.lax.stop_gradient(after["spectral"])}
 
     def _watch(self, mutables, verdicts, step):
-        if "fade" in mutables:  # for evaluation and sampling, which know of no step
+        if "fade" in mutables:  # for evaluation and sampling, which have no step
             mutables = {**mutables, "fade": self._fade(step + 1)}
         if "augmented" not in mutables:
             return mutables
@@ -222,9 +229,9 @@ class Gan(Task):
         Args:
           z: [batch, latent_dim].
           labels: [batch, attributes], or None.
-          key: of noise inputs, which are 0 without one.
-          truncation: how far styles are from their mean, relative to unchanged ones; of a
-            generator without a mapping, how far latents are from 0.
+          key: of the noise inputs, which are 0 without one.
+          truncation: scale of the distance of styles from their mean or, for a generator without
+            a mapping network, of latents from 0.
         """
         if "style_mean" in mutables:
             mean = mutables["style_mean"]
@@ -234,9 +241,9 @@ class Gan(Task):
         return self._image(params, styles, mutables.get("fade", 1.0), key)
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean | Rows]:
-        """Verdicts on as many samples as held-out images, and both, to be compared.
+        """Verdicts on held-out images and on as many samples; and the images, to compare them.
 
-        Verdicts on held-out images that are far below those of training say that the critic
+        Verdicts on held-out images far below those on training data indicate that the critic
         overfits.
         """
         labels, mask = batch.get("labels"), batch["loss_mask"]
@@ -246,8 +253,8 @@ class Gan(Task):
         return {
             "real": Mean(judge(self.data.scaled(batch["image"])) * mask, mask),
             "fake": Mean(judge(y) * mask, mask),
-            "held_out": Rows(batch["image"], mask, MOST_COMPARED),
-            "samples": Rows(self.data.to_levels(y), mask, MOST_COMPARED),
+            "held_out": Rows(batch["image"], mask, MAX_COMPARED),
+            "samples": Rows(self.data.to_levels(y), mask, MAX_COMPARED),
         }
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
@@ -259,8 +266,8 @@ class Gan(Task):
         return distance | super().summarize(reduced, params, mutables, key) | {"images": images}
 
     def report(self, params, mutables, batches, request) -> dict:
-        """Scores of sampled images, if asked for."""
-        if not request.draws():
+        """Scores of sampled images, if requested."""
+        if not request.scores_samples():
             return {}
         images, labels = sample_images(
             self, params, mutables, jax.random.key(request.seed), request.num_samples,
@@ -272,7 +279,7 @@ class Gan(Task):
         return sample_request(self, params, mutables, request)
 
     def flops_per_step(self) -> dict:
-        """Of both networks; all updates of the critic together see the batch once."""
+        """FLOPs of both networks; all critic updates together see the batch once."""
         config, shape = self.config, (self.config.data.batch_size, *self.data.shape)
         params, mutables = jax.eval_shape(self.init, jax.random.key(0))
         x = jax.ShapeDtypeStruct(shape, jnp.float32)

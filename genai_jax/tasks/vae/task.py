@@ -1,4 +1,4 @@
-"""Variational autoencoders: dense or hierarchical, with a likelihood for every kind of pixel."""
+"""Variational autoencoders: dense or hierarchical, with a choice of pixel likelihoods."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bits
+from genai_jax.losses.bounds import importance_weighted, kl_with_free_bits, normal_kl
 from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import dense_vae, ladder_vae
@@ -34,34 +34,44 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class VaeConfig:
-    network: str = field("dense", "dense layers, or a hierarchy", choices=tuple(NETWORKS))
-    likelihood: str = field("categorical", "of a value of an image", choices=tuple(LIKELIHOODS))
-    condition: str = field("none", "what the model is told", choices=("none", "class"))
-    beta: float = field(1.0, "weight of the KL divergence", minimum=0)
-    kl_warmup: int = field(0, "steps in which that weight rises from 0", minimum=0)
+    network: str = field(
+        "dense",
+        "Network: dense layers, or a ladder (hierarchy) of latents.",
+        choices=tuple(NETWORKS),
+    )
+    likelihood: str = field(
+        "categorical", "Likelihood of the values of an image.", choices=tuple(LIKELIHOODS)
+    )
+    condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
+    beta: float = field(1.0, "Weight of the KL divergence.", minimum=0)
+    kl_warmup: int = field(
+        0, "Steps over which the weight of the KL divergence rises from 0.", minimum=0
+    )
     free_bits: float = field(
-        0.0, "nats of a latent variable (dense) or a block (ladder) that cost nothing", minimum=0
+        0.0, "Nats per latent variable (dense) or block (ladder) that are free of cost.", minimum=0
     )
     samples: int = field(
-        1, "latents drawn for an image; above 1 the importance-weighted bound is trained", minimum=1
+        1, "Latent samples per image; above 1, train the importance-weighted bound.", minimum=1
     )
 
     def __post_init__(self):
         if self.samples > 1 and (self.beta != 1 or self.kl_warmup or self.free_bits):
             raise ValueError(
                 f"--vae.samples={self.samples} trains the importance-weighted bound, which has no "
-                "--vae.beta, --vae.kl_warmup or --vae.free_bits"
+                "--vae.beta, --vae.kl_warmup, or --vae.free_bits"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeScoreRequest(ScoreFlags, EvaluateRequest):
     importance_samples: int = field(
-        0, "also the importance-weighted bound with so many samples; 0: not", minimum=0
+        0, "Samples for the importance-weighted bound; 0: do not compute it.", minimum=0
     )
-    temperature: float = field(1.0, "of the latents that are drawn", minimum=0)
-    pixels: str = field("mean", "expected values, or drawn ones", choices=("mean", "draw"))
-    drawing: ClassVar = (*ScoreFlags.drawing, "temperature", "pixels")
+    temperature: float = field(1.0, "Temperature of the sampled latents.", minimum=0)
+    pixels: str = field(
+        "mean", "Pixel values: their mean, or a sample (draw).", choices=("mean", "draw")
+    )
+    sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature", "pixels")
 
 
 class Vae(Task):
@@ -125,13 +135,13 @@ class Vae(Task):
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         c, labels = self.config.vae, batch.get("labels")
         observe_rng, rng = jax.random.split(info.rng)
-        features, target = self._observed(params, batch, observe_rng)
-        once = lambda rng: self._sampled(params, features, labels, target, rng)
+        features, target = self._observe(params, batch, observe_rng)
+        once = lambda rng: self._sample_terms(params, features, labels, target, rng)
         fit, kl, log_weight = jax.vmap(once)(jax.random.split(rng, c.samples))
         kl = jnp.mean(kl, 0)
         bound = jnp.mean(importance_weighted(log_weight))
         if c.samples == 1:
-            bound = jnp.mean(fit) - self._kl_weight(info.step) * with_free_bits(kl, c.free_bits)
+            bound = jnp.mean(fit) - self._kl_weight(info.step) * kl_with_free_bits(kl, c.free_bits)
         elbo = jnp.mean(fit) - jnp.mean(jnp.sum(kl, 1))
         metrics = {
             "kl": jnp.mean(jnp.sum(kl, 1)),
@@ -140,25 +150,25 @@ class Vae(Task):
         }
         return LossOutput(-bound / self.dimensions, metrics, mutables)
 
-    def _observed(self, params, batch, rng) -> tuple[Any, jax.Array]:
-        """Features of the images, and what their likelihood is taken of."""
+    def _observe(self, params, batch, rng) -> tuple[Any, jax.Array]:
+        """Features of the images, and targets of the likelihood."""
         x, target = self.likelihood.observe(batch["image"], rng)
         return self.bottom_up(params, x, batch.get("labels")), target
 
-    def _sampled(self, params, features, labels, target, rng) -> tuple:
+    def _sample_terms(self, params, features, labels, target, rng) -> tuple:
         """One sample: log-likelihood [batch], KL [batch, groups], log importance weight [batch]."""
         outputs, latents = self.top_down(params, features, labels, rng)
         fit = self.likelihood.log_prob(params.get("likelihood", {}), outputs, target)
         return fit, kl_of(latents), fit + log_ratio(latents)
 
     def _kl_weight(self, step: jax.Array) -> jax.Array:
-        """Weight of the KL divergence in step number `step`, counted from 0."""
+        """Weight of the KL divergence in step `step`, counted from 0."""
         c = self.config.vae
         if not c.kl_warmup:
             return jnp.float32(c.beta)
         return c.beta * jnp.minimum((step + 1) / c.kl_warmup, 1.0)
 
-    # The network, as the loss, the scores and the draws use it.
+    # The network, as used by losses, metrics, and samples.
 
     def bottom_up(self, params: dict, x: jax.Array, labels: jax.Array | None) -> Any:
         """Images as the likelihood observes them -> features for `top_down`."""
@@ -167,7 +177,7 @@ class Vae(Task):
     def top_down(
         self, params, features, labels, rng=None, *, batch: int | None = None, **options
     ) -> tuple[jax.Array, list[Latents]]:
-        """As `DenseVae.top_down`, with a key for the latents."""
+        """Applies `DenseVae.top_down` or `LadderVae.top_down`; `rng` samples the latents."""
         return self.network.apply(
             {"params": params["vae"]},
             features,
@@ -178,7 +188,7 @@ class Vae(Task):
             **options,
         )
 
-    # Scores and draws.
+    # Metrics and samples.
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         fit, kl, _ = self._terms(params, batch, key)
@@ -190,10 +200,10 @@ class Vae(Task):
         }
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """The evidence lower bound of the held-out images, from one sample of the latents of each.
+        """The evidence lower bound of the held-out images, from one latent sample of each.
 
-        Binarization, dequantization, and latents follow the seed. `loss` is in nats per dimension,
-        `kl` and `reconstruction` are in nats per image.
+        Binarization, dequantization, and latents depend on the seed. `loss` is in nats per
+        dimension, `kl` and `reconstruction` are in nats per image.
         """
         metrics = super().summarize(reduced, params, mutables, key)
         bits = metrics["loss"] / math.log(2)
@@ -203,20 +213,20 @@ class Vae(Task):
         """Log-likelihood, KL divergence, and log importance weight of each image, [batch] each.
 
         Args:
-          number: of the sample of the latents; the likelihood sees an image the same way each time.
+          number: index of the latent sample; an image is observed the same way each time.
         """
         observe_key, key = jax.random.split(key)
-        features, target = self._observed(params, batch, observe_key)
+        features, target = self._observe(params, batch, observe_key)
         key = jax.random.fold_in(key, number)
-        fit, kl, weight = self._sampled(params, features, batch.get("labels"), target, key)
+        fit, kl, weight = self._sample_terms(params, features, batch.get("labels"), target, key)
         return fit, jnp.sum(kl, 1), weight
 
     def report(self, params, mutables, batches, request) -> dict:
-        """The importance-weighted bound, and scores of sampled images, if asked for."""
+        """The importance-weighted bound, and scores of sampled images, if requested."""
         metrics = {}
         if request.importance_samples:
             metrics |= self._importance(params, batches, request)
-        if request.draws():
+        if request.scores_samples():
             key = jax.random.key(request.seed)
             images, labels = sample_images(
                 self, params, key, request.num_samples, temperature=request.temperature,
@@ -226,16 +236,16 @@ class Vae(Task):
         return metrics
 
     def _importance(self, params, batches: Callable, request: VaeScoreRequest) -> dict:
-        """Both bounds from the same samples; the likelihood sees an image the same way every time.
+        """Both bounds from the same samples; an image is observed the same way every time.
 
-        By Jensen's inequality the importance-weighted one is never the worse of the two.
+        By Jensen's inequality the importance-weighted bound is at least as tight as the other.
         """
         key, count = jax.random.key(request.seed), request.importance_samples
         log_weights = jax.jit(lambda *arguments: self._terms(*arguments)[2])
         weights, masks = [], []
         for i, batch in enumerate(batches(request.batches)):
-            at = jax.random.fold_in(key, i)
-            samples = [log_weights(params, batch, at, k) for k in range(count)]
+            batch_key = jax.random.fold_in(key, i)
+            samples = [log_weights(params, batch, batch_key, k) for k in range(count)]
             weights.append(np.asarray(to_host(samples), np.float64))
             masks.append(to_host(batch["loss_mask"]))
         weights, mask = np.concatenate(weights, 1), np.concatenate(masks)
@@ -259,7 +269,7 @@ class Vae(Task):
         variables = jax.eval_shape(network.init, jax.random.key(0), x, labels)
         return {
             "flops_per_step": 3 * count_flops(network.apply, variables, x, labels),
-            "convention": "3 x forward matmuls and convolutions, for one draw of the latents",
+            "convention": "3 x forward matmuls and convolutions, for one sample of the latents",
         }
 
 
@@ -270,7 +280,7 @@ def kl_of(latents: list[Latents]) -> jax.Array:
 
 
 def log_ratio(latents: list[Latents]) -> jax.Array:
-    """Log-density of the drawn latents under the prior, less that under the posterior, [batch]."""
+    """Log-density of sampled latents under the prior minus that under the posterior, [batch]."""
     return sum(
         gaussian_log_density(s.z, s.prior_mean, s.prior_log_scale)
         - gaussian_log_density(s.z, s.mean, s.log_scale)

@@ -8,7 +8,7 @@ from genai_jax import train_tokenizer
 from genai_jax.config import Config, ConfigError, parse
 from genai_jax.data.text.loader import DataConfig, TextLoader
 from genai_jax.data.text.packing import padding
-from genai_jax.training.batches import joined_states
+from genai_jax.training.batches import merged_states
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_merged_states_of_processes_equal_the_global_state(config):
     shares = [TextLoader(config, 3).batches("train", rows) for rows in ((0, 2), (1,), (2, 3))]
     for iterator in (whole, *shares):
         take(iterator, 3)
-    state = joined_states([share.get_state() for share in shares])
+    state = merged_states([share.get_state() for share in shares])
     assert state == whole.get_state()
     other = TextLoader(config, 3).batches("train", (1, 2, 3))  # other rows continue from it
     other.set_state(json.loads(json.dumps(state)))

@@ -199,7 +199,7 @@ def test_likelihood_is_finite_and_the_estimate_agrees_with_it(conditional, param
     ("flags", "said"),
     [
         (("--unet.channels=8",), r"--unet.\* is set, but --diffusion.network=dit"),
-        (("--data.captions",), "captions are for text"),
+        (("--data.captions",), "only text, needs captions"),
         (("--diffusion.objective=flow_matching",), "is for --diffusion.schedule=flow"),
         (("--diffusion.schedule=learned",), "needs --diffusion.objective=bound"),
         (("--dit.patch_size=3",), "patches of size 3 do not divide the size 8x8"),

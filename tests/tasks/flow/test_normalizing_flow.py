@@ -114,7 +114,7 @@ def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
     ("flags", "said"),
     [
         (("--glow.levels=4",), "--glow.levels=4 needs images whose .* multiples of 16, not 8x8"),
-        (("--dtype=bfloat16",), "--dtype=bfloat16: a flow is inverted in float32 alone"),
+        (("--dtype=bfloat16",), "--dtype=bfloat16: a flow is inverted only in float32"),
     ],
     ids=["size", "dtype"],
 )

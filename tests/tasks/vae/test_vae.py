@@ -14,7 +14,7 @@ import pytest
 from genai_jax import evaluate, sample
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.losses.bounds import importance_weighted, normal_kl, with_free_bits
+from genai_jax.losses.bounds import importance_weighted, kl_with_free_bits, normal_kl
 from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
 from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
 from genai_jax.tasks.arrays.walks import path, traversal
@@ -54,7 +54,7 @@ def test_the_probabilities_of_all_levels_sum_to_one(name):
     assert float(jnp.sum(jnp.exp(likelihood.log_prob({}, repeated, target)))) == pytest.approx(
         1, abs=1e-5
     )
-    drawn = likelihood.draw({}, repeated, jax.random.key(1))
+    drawn = likelihood.sample({}, repeated, jax.random.key(1))
     assert drawn.shape == every.shape == likelihood.mean(repeated).shape
 
 
@@ -99,8 +99,8 @@ def test_divergences_and_free_bits():
     kl = normal_kl(1.0, math.log(0.5), -1.0, math.log(2.0))
     assert float(kl) == pytest.approx(math.log(4) + (0.25 + 4) / 8 - 0.5)
     groups = jnp.array([[0.1, 2.0], [0.3, 4.0]])
-    assert float(with_free_bits(groups, 0.5)) == pytest.approx(0.5 + 3.0)
-    gradient = jax.grad(lambda x: with_free_bits(x, 0.5))(groups)
+    assert float(kl_with_free_bits(groups, 0.5)) == pytest.approx(0.5 + 3.0)
+    gradient = jax.grad(lambda x: kl_with_free_bits(x, 0.5))(groups)
     np.testing.assert_allclose(gradient, [[0, 0.5], [0, 0.5]])
 
 

@@ -1,4 +1,4 @@
-"""Which classes are drawn, and drawing many images with one compiled program."""
+"""Which classes to sample, and sampling many images with one compiled program."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError
 
-BATCH = 250  # images drawn at once at most
+BATCH = 250  # images sampled at once, at most
 
 
 def all_labels(sizes: tuple[int, ...]) -> np.ndarray:
@@ -17,34 +17,34 @@ def all_labels(sizes: tuple[int, ...]) -> np.ndarray:
     return np.stack([x.ravel() for x in np.indices(sizes)], 1).astype(np.int32)
 
 
-def in_turn(rows: Any, count: int) -> np.ndarray:
-    """The rows, again and again, until there are `count`."""
+def cycled(rows: Any, count: int) -> np.ndarray:
+    """Repeats the rows in order until there are `count`."""
     rows = np.asarray(rows)
     return rows[np.arange(count) % len(rows)]
 
 
 def requested_labels(loader: Any, text: str, count: int) -> np.ndarray:
-    """The labels of `count` images: those a user names, comma-separated, or all, in turn.
+    """The labels of `count` images: a comma-separated list, or else all, repeated in order.
 
     Raises:
       ConfigError: a class that the data does not have.
     """
-    wanted = [loader.parse_label(part) for part in text.split(",") if part]
-    return in_turn(wanted or all_labels(loader.label_sizes), count)
+    labels = [loader.parse_label(part) for part in text.split(",") if part]
+    return cycled(labels or all_labels(loader.label_sizes), count)
 
 
 def check_label(text: str, conditional: bool):
-    """Raises `ConfigError` if a class is asked of a model that was not told any."""
+    """Raises `ConfigError` if a class is requested from an unconditional model."""
     if text and not conditional:
         raise ConfigError(f"--label={text}: this model was trained without a condition")
 
 
-def check_shown(request: Any, uses: dict[str, tuple[str, ...]]):
-    """Raises `ConfigError` if a flag is set that what is to be shown does not use.
+def check_show_flags(request: Any, uses: dict[str, tuple[str, ...]]):
+    """Raises `ConfigError` if a flag is set that the chosen value of `--show` does not use.
 
     Args:
       request: flags of the sample command, among them `show`.
-      uses: what can be shown -> the flags that are for it; flags named nowhere are for all.
+      uses: value of `show` -> the flags that apply to it; flags listed nowhere apply to all.
     """
     for f in dataclasses.fields(request):
         users = [show for show, names in uses.items() if f.name in names]
@@ -58,17 +58,17 @@ def check_shown(request: Any, uses: dict[str, tuple[str, ...]]):
 def in_batches(
     program: Callable, key: jax.Array, count: int, labels: np.ndarray | None = None
 ) -> np.ndarray:
-    """Draws `count` images with calls of one size.
+    """Samples `count` images with calls of the same size.
 
     Args:
       program: (labels or None, key, rows) -> images [rows, ...]; rows is the same in every call.
-      key: each call gets one of its own.
-      count: how many.
-      labels: [count, attributes], of an image each.
+      key: split into one key for each call.
+      count: number of images.
+      labels: of the images, [count, attributes].
     """
     rows = min(BATCH, count)
-    made = []
+    images = []
     for i, begin in enumerate(range(0, count, rows)):
-        told = None if labels is None else in_turn(labels[begin : begin + rows], rows)
-        made.append(np.asarray(program(told, jax.random.fold_in(key, i), rows)))
-    return np.concatenate(made)[:count]
+        batch_labels = None if labels is None else cycled(labels[begin : begin + rows], rows)
+        images.append(np.asarray(program(batch_labels, jax.random.fold_in(key, i), rows)))
+    return np.concatenate(images)[:count]
