@@ -15,9 +15,10 @@ import numpy as np
 
 from genai_jax import train
 from genai_jax.components import make_task, parse_run
+from genai_jax.tasks.protocol import ArraySpec
 from genai_jax.training.batches import BatchPlacement
 from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
-from genai_jax.training.restore import state_shapes
+from genai_jax.training.execution import state_shapes
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh
 
 MESHES = {
@@ -56,7 +57,8 @@ def placed_as_they_are() -> bool:
     mesh = make_mesh(MeshConfig(data=2, sequence=2, tensor=2))
     batch = {"x": np.arange(8 * 6).reshape(8, 6), "y": np.arange(8)}
     axes = {"x": ("batch", "length"), "y": ("batch",)}
-    placement = BatchPlacement(batch, batch_shardings(batch, axes, mesh))
+    spec = {name: ArraySpec(x.shape, x.dtype, axes[name]) for name, x in batch.items()}
+    placement = BatchPlacement(spec, batch_shardings(spec, mesh))
     arrays = placement.to_devices(batch)
     split = arrays["x"].addressable_shards[0].data.shape == (4, 3)
     return split and all(np.array_equal(arrays[name], batch[name]) for name in batch)
