@@ -71,8 +71,8 @@ def trained(routing: str, mesh_config: MeshConfig, devices, state):
         batches = [jax.device_put(batch(i), compiled.batch_shardings) for i in range(STEPS)]
         step = compiled.step.lower(state, batches[0]).compile()
         for placed in batches:
-            state, metrics = step(state, placed)
-    return (state, metrics), sorted(set(re.findall(COLLECTIVES, step.as_text())))
+            state, report = step(state, placed)
+    return (state, report.metrics), sorted(set(re.findall(COLLECTIVES, step.as_text())))
 
 
 def refusal() -> str:

@@ -18,7 +18,7 @@ from genai_jax.components import make_task, parse_run
 from genai_jax.tasks.protocol import ArraySpec
 from genai_jax.training.batches import BatchPlacement
 from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
-from genai_jax.training.restore import state_shapes
+from genai_jax.training.execution import state_shapes
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh
 
 MESHES = {

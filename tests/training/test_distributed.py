@@ -8,7 +8,7 @@ import pytest
 
 from genai_jax.config import ConfigError
 from genai_jax.training import distributed
-from genai_jax.training.distributed import DistributedConfig, Place, find_place, refuse_several
+from genai_jax.training.distributed import DistributedConfig, Place, find_place
 from genai_jax.training.roll_call import RollCall
 from tests.commands import environment
 from tests.training.test_processes import free_port
@@ -82,13 +82,6 @@ def test_a_tpu_pod(monkeypatch):
     assert find_place(DistributedConfig(), {}) == Place("10.0.0.5", port, 4, 3)
     facts.clear()
     assert find_place(DistributedConfig(), {}) is None
-
-
-def test_commands_of_one_process_say_so(monkeypatch):
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="sample runs in one process, and this is number 4 of 6"):
-        refuse_several("sample")
 
 
 def call_all(indices, count, seconds=0.5, counts=None):

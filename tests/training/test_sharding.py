@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.sharding import MESH_AXES, MeshConfig, logical_axes, make_mesh, spec_of
 from tests.commands import report_of
 
@@ -20,7 +20,7 @@ def test_a_parameter_that_no_rule_matches_is_named():
 
 def test_position_tables_are_not_split_as_vocabulary():
     params = {"model": {"position_embed": {"embedding": jnp.zeros((5, 4))}}}
-    axes = logical_axes(params, LanguageModel.partition_rules)
+    axes = logical_axes(params, make_task(parse_run([])).partition_rules)
     assert axes["model"]["position_embed"]["embedding"] == (None, "embed")
 
 
