@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.training.distributed import to_host
 
 BATCH = 250  # images sampled at once, at most
 
@@ -70,5 +71,5 @@ def in_batches(
     images = []
     for i, begin in enumerate(range(0, count, rows)):
         batch_labels = None if labels is None else cycled(labels[begin : begin + rows], rows)
-        images.append(np.asarray(program(batch_labels, jax.random.fold_in(key, i), rows)))
+        images.append(to_host(program(batch_labels, jax.random.fold_in(key, i), rows)))
     return np.concatenate(images)[:count]

@@ -5,7 +5,6 @@ order, those of a place one after the other, each codebook with tokens of its ow
 """
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ import numpy as np
 from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.decoding.generate import at_last_token, generate
+from genai_jax.decoding.generate import Step, at_last_token
 from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.sequence import transformer
@@ -28,6 +27,7 @@ from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.sampling import check_label, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.autoencoder.latents import Latents
+from genai_jax.tasks.language.sampling import Decoder, Settings, TokenSampler
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 from genai_jax.training.optimizer import default_optimizer
 
@@ -220,41 +220,42 @@ class CodePrior(Task):
         """Images, uint8 levels [n, *space, channels], and the labels asked for."""
         count = request.num_samples
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
+        sampler = TokenSampler(self.decoder())
+        settings = Settings(self.num_codes, request.temperature, request.top_k, request.top_p)
 
-        @functools.partial(jax.jit, static_argnums=3)
-        def some(params, labels, key, rows):
-            tokens = self._generated(params["prior"], labels, key, rows, request)
-            x = self.codec.decode_codes(**params["autoencoder"], codes=self.codes_of(tokens))
+        @jax.jit
+        def images(group, tokens):
+            x = self.codec.decode_codes(**group, codes=self.codes_of(tokens))
             return self.data.to_levels(x)
 
+        def some(labels, key, rows):
+            prompts = list(np.asarray(self.front(labels, rows)))
+            tokens = sampler(params, prompts, key, settings).tokens[:, self.prefix :]
+            return images(params["autoencoder"], tokens)
+
         key = jax.random.key(request.seed)
-        return in_batches(functools.partial(some, params), key, count, labels), labels
+        return in_batches(some, key, count, labels), labels
 
-    def _generated(self, prior, labels, key, rows: int, request) -> jax.Array:
-        """Tokens of codes, [rows, num_codes]."""
-        variables, total = {"params": prior}, self.prefix + self.num_codes
+    def decoder(self) -> Decoder:
+        """How the model generates the tokens of codes."""
 
-        def step(tokens, positions, lengths, state):
-            hidden, state = self.model.apply(
-                variables, tokens, positions, state=state, lengths=lengths
-            )
-            last = at_last_token(hidden, lengths)
-            logits = self.model.apply(variables, last, method="logits")[:, 0]
-            at = at_last_token(positions, lengths)[:, 0]
-            return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), state
+        def step_of(params: Params) -> Step:
+            variables = {"params": params["prior"]}
 
-        found = generate(
-            step,
-            transformer.empty_state(self.config.transformer, rows, total, self.dtype),
-            self.front(labels, rows),
-            jnp.full(rows, self.prefix, jnp.int32),
-            key,
-            max_new_tokens=self.num_codes,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-        )
-        return found.tokens[:, self.prefix :]
+            def step(tokens, positions, lengths, state):
+                hidden, state = self.model.apply(
+                    variables, tokens, positions, state=state, lengths=lengths
+                )
+                last = at_last_token(hidden, lengths)
+                logits = self.model.apply(variables, last, method="logits")[:, 0]
+                at = at_last_token(positions, lengths)[:, 0]
+                return jnp.where(self._allowed(at + 1 - self.prefix), logits, -jnp.inf), state
+
+            return step
+
+        shape = self.config.transformer
+        empty = lambda rows, length: transformer.empty_state(shape, rows, length, self.dtype)
+        return Decoder(step_of, empty)
 
     def _allowed(self, place: jax.Array) -> jax.Array:
         """The tokens of the codebook whose turn it is: [rows] -> [rows, vocabulary]."""

@@ -108,7 +108,7 @@ class Gan(Task):
             )
         if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
             raise ConfigError(
-                f"--augmentation.target={config.augmentation.target} measures how certain the critic "
+                f"--augmentation.target={config.augmentation.target} measures how sure the critic "
                 f"is, which needs --gan.loss={' or '.join(UNDECIDED)}, not {chosen.loss}"
             )
         slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)

@@ -187,7 +187,7 @@ class LanguageModel(Task):
             TextSampler(self.decoder(), self.data.tokenizer),
             jax.random.key(request.seed),
         )
-        return Texts(sampler.texts(params, prompts, key, settings_of(request), request.stop))
+        return Texts(sampler(params, prompts, key, settings_of(request), request.stop))
 
     def flops_per_step(self) -> dict:
         shape, data, moe = self.config.transformer, self.config.data, self.config.moe

@@ -72,33 +72,18 @@ class Settings(NamedTuple):
     stop_tokens: tuple[int, ...] = ()
 
 
-class TextSampler:
-    """Continues prompts; compiled once for each shape of prompts and settings.
+class TokenSampler:
+    """Continues rows of tokens; compiled once for each shape of prompts and settings.
 
     On a mesh rows are divided over the devices that share a batch. In several processes all of them
     have to make the same calls, and get the same results.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer):
-        self.decoder, self.tokenizer = decoder, tokenizer
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
         self._program = jax.jit(self._generate, static_argnames="settings")
 
-    def texts(
-        self, params: Params, prompts: Sequence[str], key: jax.Array, settings: Settings,
-        stop: str = "",
-    ) -> list[str]:  # fmt: skip
-        """Each prompt with its continuation, up to the text `stop`."""
-        boundary = self.tokenizer.boundary_id
-        ids = [np.concatenate([[boundary], self.tokenizer.encode(p)]) for p in prompts]
-        stops = [boundary, *settings.stop_tokens]
-        if stop and len(self.tokenizer.encode(stop)) == 1:
-            stops.append(int(self.tokenizer.encode(stop)[0]))
-        generated = self.tokens(params, ids, key, settings._replace(stop_tokens=tuple(stops)))
-        rows = zip(generated.tokens, generated.lengths, prompts, strict=True)
-        continued = [(p, self._continuation(p, row[1:end])) for row, end, p in rows]
-        return [p + (text.split(stop)[0] if stop else text) for p, text in continued]
-
-    def tokens(
+    def __call__(
         self, params: Params, prompts: Sequence[np.ndarray], key: jax.Array, settings: Settings
     ) -> Generated:
         """Continues prompts of token ids [length], at least one token each.
@@ -144,6 +129,28 @@ class TextSampler:
             top_k=settings.top_k,
             top_p=settings.top_p,
         )
+
+
+class TextSampler:
+    """Continues texts: a `TokenSampler` and a tokenizer."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer):
+        self.tokens, self.tokenizer = TokenSampler(decoder), tokenizer
+
+    def __call__(
+        self, params: Params, prompts: Sequence[str], key: jax.Array, settings: Settings,
+        stop: str = "",
+    ) -> list[str]:  # fmt: skip
+        """Each prompt with its continuation, up to the text `stop`."""
+        boundary = self.tokenizer.boundary_id
+        ids = [np.concatenate([[boundary], self.tokenizer.encode(p)]) for p in prompts]
+        stops = [boundary, *settings.stop_tokens]
+        if stop and len(self.tokenizer.encode(stop)) == 1:
+            stops.append(int(self.tokenizer.encode(stop)[0]))
+        generated = self.tokens(params, ids, key, settings._replace(stop_tokens=tuple(stops)))
+        rows = zip(generated.tokens, generated.lengths, prompts, strict=True)
+        continued = [(p, self._continuation(p, row[1:end])) for row, end, p in rows]
+        return [p + (text.split(stop)[0] if stop else text) for p, text in continued]
 
     def _continuation(self, prompt: str, row: np.ndarray) -> str:
         """What was sampled after the prompt, decoded with it: a token may hold a leading space."""

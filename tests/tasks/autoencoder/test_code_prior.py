@@ -121,10 +121,10 @@ def test_both_stages_through_the_commands(first, tmp_path, capsys):
 
 
 def test_samples_keep_to_the_codebook_whose_turn_it_is(task, state):
-    request = task.sample_request(temperature=2.0)
-    sample = jax.jit(lambda key: task._generated(state.params["prior"], labels, key, 6, request))
-    labels = np.arange(6, dtype=np.int32)[:, None]
-    codes = np.asarray(task.codes_of(sample(jax.random.key(0))))
+    sampler, settings = TokenSampler(task.decoder()), Settings(task.num_codes, temperature=2.0)
+    prompts = list(np.asarray(task.front(np.arange(6, dtype=np.int32)[:, None], 6)))
+    sampled = sampler(state.params, prompts, jax.random.key(0), settings)
+    codes = np.asarray(task.codes_of(sampled.tokens[:, task.prefix :]))
     assert codes.min() >= 0 and codes.max() < 8 and len(np.unique(codes)) > 4
 
 

@@ -60,7 +60,7 @@ class Unigram(Task):
         sampler = TextSampler(Decoder(step_of, lambda rows, length: ()), self.data.tokenizer)
         key, settings = jax.random.key(request.seed), settings_of(request)
         prompts = [p for p in request.prompts() for _ in range(request.num_samples)]
-        return Texts(sampler.texts(params, prompts, key, settings, request.stop))
+        return Texts(sampler(params, prompts, key, settings, request.stop))
 
     def tokens_per_step(self):
         return self.data.tokens_per_step
