@@ -14,6 +14,7 @@ from genai_jax.config import ConfigError
 from genai_jax.networks.latent import quantization
 from genai_jax.tasks.autoencoder.code_prior import CodePrior
 from genai_jax.tasks.autoencoder.task import Autoencoder
+from genai_jax.tasks.language.sampling import Settings, TokenSampler
 from genai_jax.training.step import init_state, make_step
 from tests.tasks.runs import transferred
 
