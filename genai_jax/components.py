@@ -76,6 +76,12 @@ HELP = {"--help", "-h", "--helpfull"}
 def components_of(cls: type) -> dict[str, type]:
     """Flag components of a task: name -> dataclass."""
     unused = GRADIENT if hasattr(cls, "fit") else ()
+    for name in cls.components:
+        if name in SHARED:
+            raise ConfigError(
+                f"--task={task_name(cls)} has a component {name!r}, a name that every run has: "
+                f"choose another than {', '.join(SHARED)}"
+            )
     return {n: c for n, c in SHARED.items() if n not in unused} | dict(cls.components)
 
 
@@ -136,8 +142,9 @@ def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
         task = recorded_task(workdir)
     if not task:
         usage += "\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
-        return help_text(usage, {"run": REQUESTS[kind]})
-    return help_text(usage, {"run": request_class(task_class(task), kind)})
+        return help_text(usage, {"run": REQUESTS[kind], "distributed": DistributedConfig})
+    request = request_class(task_class(task), kind)
+    return help_text(usage, {"run": request, "distributed": DistributedConfig})
 
 
 def request_class(cls: type, kind: str) -> type:

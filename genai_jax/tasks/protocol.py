@@ -1,7 +1,8 @@
 """The contract between a family and everything that trains, samples, and scores it.
 
 A family subclasses `Task` (or provides the same attributes and methods). What only some families
-can do is a protocol of its own: `Samples`, `Reports`, `Collects`, `Fitted`, `Prepares`.
+can do is a protocol of its own: `Samples`, `Reports`, `Collects`, `Fitted`, `Prepares`,
+`CountsFlops`.
 """
 
 from abc import abstractmethod
@@ -264,6 +265,15 @@ class Fitted(Protocol):
 
     def fit(self, batches: Iterable[Mapping[str, Any]]) -> Params:
         """Fits parameters, shaped like those of `init`, to host batches of the training data."""
+
+
+@runtime_checkable
+class CountsFlops(Protocol):
+    """A task that knows the FLOPs of a step; otherwise they are counted from its losses."""
+
+    def flops_per_step(self) -> dict:
+        """`flops_per_step`, the `convention` they are counted by, and perhaps
+        `inactive_parameters`, those that a token does not use."""
 
 
 @runtime_checkable

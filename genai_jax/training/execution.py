@@ -131,7 +131,7 @@ def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh, init)
         phases = phases_of(task, config)(shapes.params)
-        check_rows(batch_rows(step_spec(task)), phases, accumulate, batch_shards(mesh))
+        check_rows(config, batch_rows(step_spec(task)), phases, batch_shards(mesh))
         batch_in = batch_shardings(step_spec(task), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, shapes)
         split = jax.tree.leaves(shardings), list(batch_in.values())
@@ -170,12 +170,15 @@ def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ..
             raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
 
 
-def check_rows(rows: int, phases: Sequence[Phase], accumulate: int, shards: int):
+def check_rows(config: Config, rows: int, phases: Sequence[Phase], shards: int):
     """Raises `ConfigError` unless every microbatch divides over the devices that share it."""
+    accumulate = config.train.accumulate
+    flags = [f"--{n}.batch_size" for n, c in config.components.items() if hasattr(c, "batch_size")]
+    batch = f"{flags[0]}={rows}" if flags else f"a batch of {rows} rows"
     for parts in {phase.repeats * accumulate for phase in phases}:
         if rows % (shards * parts):
             raise ConfigError(
-                f"--data.batch_size={rows} is not divisible by {shards} device(s) of the axes "
+                f"{batch} is not divisible by {shards} device(s) of the axes "
                 f"{', '.join(LOGICAL_AXES['batch'])} x {parts} part(s) a step"
             )
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.batches import BatchPlacement
-from genai_jax.training.checkpoint import Checkpointer
+from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog
+from genai_jax.training.options import EvalConfig, TrainConfig
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, init_state
 from genai_jax.training.workdir import run_record, write_record
@@ -34,6 +35,7 @@ def fit(task: Task, config: Config) -> int:
     """
     if jax.process_count() > 1:
         raise ConfigError(f"--task={config.run.task} is fitted by one process")
+    _check_unused(config)
     workdir, steps = pathlib.Path(config.run.workdir), config.train.steps
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
     if steps in checkpointer.steps():
@@ -60,6 +62,24 @@ def fit(task: Task, config: Config) -> int:
             log.close()
     checkpointer.close()
     return 0
+
+
+def _check_unused(config: Config):
+    """Raises `ConfigError` for a flag of the loop that means nothing where there are no steps."""
+    for component, cls, names in (
+        ("run", type(config.run), ("init_from", "init_map")),
+        ("train", TrainConfig, ("log_every", "accumulate")),
+        ("eval", EvalConfig, ("every",)),
+        ("checkpoint", CheckpointConfig, ("every",)),
+    ):
+        for name in names:
+            value = getattr(getattr(config, component), name)
+            if value != getattr(cls(), name):
+                flag = name if component == "run" else f"{component}.{name}"
+                raise ConfigError(
+                    f"--{flag}={value} means nothing to --task={config.run.task}, which is fitted "
+                    "in one pass"
+                )
 
 
 def _batches(source) -> Iterator:

@@ -167,7 +167,7 @@ def _muon(config, schedule, axes_of):
     def dimensions(params):
         chosen = _map_axes(_muon_dimensions, axes_of(params))
         if not any(d is not None for d in jax.tree.leaves(chosen, is_leaf=_is_dimension)):
-            raise ConfigError("--optimizer.name=muon needs a network with hidden matrices")
+            raise ConfigError("--optimizer.name=muon: no hidden matrix is among what is trained")
         return chosen
 
     return optax.contrib.muon(

@@ -143,7 +143,7 @@ class Population:
         with mesh_context(mesh):
             shapes = stacked_shapes(first, self.configs[0], self.size, mesh)
             phases = phases_of(first, self.configs[0])(self.shapes_of_one(shapes.params))
-            check_rows(batch_rows(first.data.batch_spec), phases, accumulate, 1)
+            check_rows(config, batch_rows(first.data.batch_spec), phases, 1)
             spec = PartitionSpec() if self.shared_batch else PartitionSpec(AXIS)
             batch_in = {name: NamedSharding(mesh, spec) for name in first.data.batch_spec}
             fresh = lambda key: init_state(first, key, averages, phases_of(first, self.configs[0]))

@@ -38,6 +38,11 @@ def _mesh_here(config: Config, rows: int) -> Mesh:
     except ConfigError:
         pass
     count = math.gcd(len(jax.devices()), rows)
+    if jax.process_count() > 1 and count < len(jax.devices()):
+        raise ConfigError(
+            f"a batch of {rows} rows is not divisible by the {len(jax.devices())} devices of "
+            f"{jax.process_count()} processes: use one process"
+        )
     return make_mesh(MeshConfig(), jax.devices()[:count])
 
 

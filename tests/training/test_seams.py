@@ -22,6 +22,7 @@ from genai_jax.training.sharding import MESH_AXES, state_shardings
 from genai_jax.training.step import TrainState, make_step
 from genai_jax.training.transfer import SavedState
 from genai_jax.training.trees import matching_paths, overlay, select
+from tests import toy_tasks
 from tests.toy_tasks import SLOPE
 
 TASK = "--task=tests.toy_tasks:"
@@ -267,3 +268,15 @@ def test_mutables_follow_rules_of_their_own():
     assert placed.mutables["other"].spec == PartitionSpec()
     with pytest.raises(ConfigError, match=r"mutable books \(8, 4\) does not fit its axes"):
         state_shardings(state, (("w", ("embed",)),), mesh, (("books", ("batch",)),))
+
+
+def test_flags_that_mean_nothing_to_a_fitted_task_are_refused(tmp_path):
+    for flag in ("--init_from=x", "--train.log_every=3", "--eval.every=2", "--checkpoint.every=7"):
+        with pytest.raises(ConfigError, match=f"{flag} means nothing to --task=tests.toy_tasks"):
+            train.main([TASK + "Averages", flag, f"--workdir={tmp_path}"])
+
+
+def test_a_component_cannot_take_the_name_of_one_that_every_run_has(monkeypatch):
+    monkeypatch.setattr(toy_tasks.Linear, "components", {"train": toy_tasks.ToyConfig})
+    with pytest.raises(ConfigError, match="has a component 'train', a name that every run has"):
+        parse_run([TASK + "Linear"])
