@@ -1,7 +1,7 @@
-"""An autoregressive prior over the codes of an autoencoder, by the transformer of language models.
+"""An autoregressive prior over the codes of an autoencoder, with the language-model transformer.
 
 The second stage of VQ-VAE (van den Oord et al. 2017) and VQGAN (Esser et al. 2021): codes in raster
-order, those of a place one after the other, each codebook with tokens of its own.
+order, all codes of a position in sequence, with separate tokens for each codebook.
 """
 
 import dataclasses
@@ -34,34 +34,40 @@ from genai_jax.training.optimizer import default_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class CodePriorConfig:
-    autoencoder: str = field("", "workdir of an autoencoder with vq, rvq or fsq latents")
-    condition: str = field("none", "what the model is told", choices=("none", "class"))
+    autoencoder: str = field("", "Workdir of an autoencoder with vq, rvq, or fsq latents.")
+    condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawing:
-    """Flags of drawing that both requests have."""
+class _CodeSampling:
+    """Flags for sampling codes, shared by both requests."""
 
-    temperature: float = field(1.0, "divides the logits; 0 takes the likeliest code", minimum=0)
-    top_k: int = field(0, "draw among the k likeliest codes; 0: all", minimum=0)
-    top_p: float = field(1.0, "draw among the likeliest whose mass reaches p", minimum=0, maximum=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class CodeRequest(_Drawing, SampleRequest):
-    num_samples: int = field(64, "images to draw", minimum=1)
-    label: str = field("", "classes to draw, comma-separated, in turn; empty: all in turn")
+    temperature: float = field(
+        1.0, "Divides the logits; 0 always takes the likeliest code.", minimum=0
+    )
+    top_k: int = field(0, "Sample among the k likeliest codes; 0: all.", minimum=0)
+    top_p: float = field(
+        1.0, "Sample among the likeliest codes whose probability reaches p.", minimum=0, maximum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeScoreRequest(_Drawing, ScoreFlags, EvaluateRequest):
+class CodeRequest(_CodeSampling, SampleRequest):
+    num_samples: int = field(64, "Images to sample.", minimum=1)
+    label: str = field(
+        "", "Classes to sample, comma-separated and repeated in order; all in order if empty."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeScoreRequest(_CodeSampling, ScoreFlags, EvaluateRequest):
     sample_flags: ClassVar = (*ScoreFlags.sample_flags, "temperature", "top_k", "top_p")
 
 
 class CodePrior(Task):
     """The task behind ``--task=code_prior``; see `genai_jax.tasks.protocol.Task`.
 
-    Groups are `prior`, and `autoencoder`, which is never trained.
+    The groups are `prior` and `autoencoder`; the latter is never trained.
     """
 
     components: ClassVar = {
@@ -79,13 +85,15 @@ class CodePrior(Task):
         self.dtype = jnp.dtype(config.run.dtype)
         chosen = config.code_prior
         if not chosen.autoencoder:
-            raise ConfigError("--code_prior.autoencoder is not set: say whose codes are learned")
+            raise ConfigError(
+                "--code_prior.autoencoder is not set: name the workdir of an autoencoder"
+            )
         self.latents = Latents(chosen.autoencoder, self.data, "--code_prior.autoencoder")
         self.codec = self.latents.codec
         if not self.codec.codebooks:
             raise ConfigError(
                 f"--code_prior.autoencoder={chosen.autoencoder} has --autoencoder.latent="
-                f"{self.codec.config.latent}, which has no codes; vq, rvq and fsq have"
+                f"{self.codec.config.latent}, which has no codes; only vq, rvq, and fsq do"
             )
         self.label_sizes = self.data.conditional_labels(chosen.condition, "--code_prior.condition")
         self.code_shape = (*self.codec.latent_shape[:-1], self.codec.codebooks)
@@ -96,7 +104,7 @@ class CodePrior(Task):
         if shape.positions == "learned" and length > shape.max_length:
             raise ConfigError(
                 f"--transformer.max_length={shape.max_length} is less than the {length} tokens of "
-                f"an image: {self.prefix} in front and {self.num_codes} codes"
+                f"an image: {self.prefix} before the codes and {self.num_codes} codes"
             )
         vocab_size = self.code_tokens + (sum(self.label_sizes) or 1)
         self.partition_rules = (
@@ -114,7 +122,7 @@ class CodePrior(Task):
     # Codes and tokens.
 
     def front(self, labels: jax.Array | None, rows: int) -> jax.Array:
-        """What comes before the codes: a token of each attribute, or one that says nothing."""
+        """Tokens before the codes: one per attribute of the labels, or a single start token."""
         if not self.label_sizes:
             return jnp.full((rows, 1), self.code_tokens, jnp.int32)
         starts = self.code_tokens + np.cumsum((0, *self.label_sizes[:-1]))
@@ -122,13 +130,13 @@ class CodePrior(Task):
 
     def tokens_of(self, codes: jax.Array) -> jax.Array:
         """[batch, *small, codebooks] -> [batch, num_codes]."""
-        own = codes + self.codec.code_count * jnp.arange(self.codec.codebooks)
-        return own.reshape(codes.shape[0], -1).astype(jnp.int32)
+        tokens = codes + self.codec.code_count * jnp.arange(self.codec.codebooks)
+        return tokens.reshape(codes.shape[0], -1).astype(jnp.int32)
 
     def codes_of(self, tokens: jax.Array) -> jax.Array:
         """The inverse of `tokens_of`."""
-        own = tokens.reshape(-1, *self.code_shape)
-        return own - self.codec.code_count * jnp.arange(self.codec.codebooks)
+        tokens = tokens.reshape(-1, *self.code_shape)
+        return tokens - self.codec.code_count * jnp.arange(self.codec.codebooks)
 
     # Parameters and loss.
 
@@ -148,24 +156,24 @@ class CodePrior(Task):
 
     def _loss(self, params, mutables, batch, info):
         rngs = {"dropout": info.rng} if self.config.transformer.dropout else None
-        nll, right = self._sums(params, batch, rngs)
+        nll, correct = self._sums(params, batch, rngs)
         count = batch["image"].shape[0] * self.num_codes
-        return LossOutput(nll / count, {"accuracy": right / count}, mutables)
+        return LossOutput(nll / count, {"accuracy": correct / count}, mutables)
 
     def _sums(self, params, batch, rngs=None):
-        """Negative log-likelihood in nats, and codes predicted right, summed over a batch."""
-        hidden, targets, counted, variables = self._predicted(params, batch, rngs)
-        nll, _, right = cross_entropy(
+        """Negative log-likelihood in nats, and correct predictions, summed over a batch."""
+        hidden, targets, counted, variables = self._predict(params, batch, rngs)
+        nll, _, correct = cross_entropy(
             hidden,
             self.model.apply(variables, method="head_kernel"),
             targets,
             counted,
             soft_cap=self.config.transformer.logits_soft_cap,
         )
-        return nll, right
+        return nll, correct
 
-    def _predicted(self, params, batch, rngs=None):
-        """Hidden states, the tokens they predict, which of these are codes, and the variables."""
+    def _predict(self, params, batch, rngs=None):
+        """Hidden states, the target tokens, a mask of targets that are codes, and the variables."""
         x = self.data.scaled(batch["image"])
         codes = jax.lax.stop_gradient(self.codec.codes(**params["autoencoder"], x=x))
         front = self.front(batch.get("labels"), x.shape[0])
@@ -179,7 +187,7 @@ class CodePrior(Task):
     # Metrics and samples.
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
-        hidden, targets, counted, variables = self._predicted(params, batch)
+        hidden, targets, counted, variables = self._predict(params, batch)
         scores = token_scores(
             hidden,
             self.model.apply(variables, method="head_kernel"),
@@ -194,7 +202,7 @@ class CodePrior(Task):
         }
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """Loss in nats per code of the held-out images; bits are of codes, not of pixels."""
+        """Loss in nats per code of the held-out images; bits are per code, not per pixel."""
         metrics = super().summarize(reduced, params, mutables, key)
         return {
             "loss": metrics["loss"],
@@ -205,19 +213,19 @@ class CodePrior(Task):
         }
 
     def report(self, params, mutables, batches, request) -> dict:
-        """Scores of sampled images, if asked for."""
+        """Scores of sampled images, if requested."""
         if not request.scores_samples():
             return {}
-        images, labels = self._sampled(params, request, "")
+        images, labels = self._sample_images(params, request, "")
         return score_images(self.data, images, labels, request)
 
     def sample(self, params, mutables, request) -> Files:
         check_label(request.label, bool(self.label_sizes))
-        images, _ = self._sampled(params, request, request.label)
+        images, _ = self._sample_images(params, request, request.label)
         return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
 
-    def _sampled(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images, uint8 levels [n, *space, channels], and the labels asked for."""
+    def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images, uint8 levels [n, *space, channels], and their requested labels."""
         count = request.num_samples
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
         sampler = TokenSampler(self.decoder())
@@ -257,12 +265,12 @@ class CodePrior(Task):
         empty = lambda rows, length: transformer.empty_state(shape, rows, length, self.dtype)
         return Decoder(step_of, empty)
 
-    def _allowed(self, place: jax.Array) -> jax.Array:
-        """The tokens of the codebook whose turn it is: [rows] -> [rows, vocabulary]."""
-        book = place % self.codec.codebooks
+    def _allowed(self, index: jax.Array) -> jax.Array:
+        """Mask of the tokens allowed at a code's index: [rows] -> [rows, vocabulary]."""
+        book = index % self.codec.codebooks
         tokens = jnp.arange(self.model.vocab_size)
-        mine = tokens // self.codec.code_count == book[:, None]
-        return mine & (tokens < self.code_tokens)
+        of_book = tokens // self.codec.code_count == book[:, None]
+        return of_book & (tokens < self.code_tokens)
 
     def tokens_per_step(self) -> int:
         return self.config.data.batch_size * self.num_codes
@@ -272,4 +280,4 @@ class CodePrior(Task):
             self.config.transformer, self.model.vocab_size, self.config.data.batch_size,
             self.prefix + self.num_codes - 1,
         )  # fmt: skip
-        return {"flops_per_step": flops, "convention": CONVENTION + "; nothing for the encoder"}
+        return {"flops_per_step": flops, "convention": CONVENTION + "; without the encoder"}

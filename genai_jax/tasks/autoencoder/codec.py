@@ -1,4 +1,4 @@
-"""Images to latents and back: the networks of an autoencoder run, without its data."""
+"""Images to latents and back: the networks of an autoencoder run, independent of its data."""
 
 import dataclasses
 import math
@@ -21,24 +21,24 @@ QUANTIZER_FLAGS = {  # kind of latent -> the fields of `QuantizerConfig` that it
 
 
 class Bottleneck(NamedTuple):
-    """What the decoder is given, and what it cost."""
+    """Latents for the decoder, and the terms of the loss that they incur."""
 
     latents: jax.Array  # [batch, *small, latent_channels], float32
-    kl: jax.Array  # [batch], nats, of a Gaussian latent; else 0
-    commitment: jax.Array  # [batch], mean squared distance to learned codes; else 0
-    codes: jax.Array | None  # [batch, *small, codebooks] int32, None of a Gaussian latent
+    kl: jax.Array  # [batch], nats; 0 unless the latent is Gaussian
+    commitment: jax.Array  # [batch], mean squared distance to learned codes, or 0
+    codes: jax.Array | None  # [batch, *small, codebooks] int32; None for a Gaussian latent
 
 
 class Codec:
-    """Made of the flags of an autoencoder run.
+    """The encoder, bottleneck, and decoder that the flags of an autoencoder run describe.
 
     Args:
       config: with the components `run`, `autoencoder` and `quantizer`.
-      shape: (*space, channels) of an image.
+      shape: of an image, (*space, channels).
 
     Raises:
-      ConfigError: a shape that the strides do not divide, levels that do not fit the latents, flags
-        of another kind of latent.
+      ConfigError: a shape that the strides do not divide, levels that do not fit the latents, or
+        flags for another kind of latent.
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...]):
@@ -67,20 +67,20 @@ class Codec:
                 )
         if kind == "fsq" and len(levels) != channels:
             raise ConfigError(
-                f"--quantizer.levels={self.quantizer.levels} has {len(levels)} numbers; "
-                f"--autoencoder.latent_channels={channels} takes as many"
+                f"--quantizer.levels={self.quantizer.levels} has {len(levels)} numbers, but "
+                f"--autoencoder.latent_channels={channels} must equal their count"
             )
 
     @property
     def code_count(self) -> int:
-        """Codes of a codebook, or points of the grid."""
+        """Number of codes in a codebook, or of points on the grid."""
         if self.config.latent == "fsq":
             return math.prod(self.quantizer.level_counts)
         return self.quantizer.codes
 
     @property
     def codebooks(self) -> int:
-        """Codes of a place; 0 of a Gaussian latent."""
+        """Number of codes per position; 0 for a Gaussian latent."""
         return {"kl": 0, "rvq": self.quantizer.codebooks}.get(self.config.latent, 1)
 
     @property
@@ -89,7 +89,7 @@ class Codec:
         return self.config.latent in ("vq", "rvq")
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Fresh parameters, and mutables: the codebooks, if any are learned."""
+        """Initial parameters and mutables; the latter are the codebooks, if any are learned."""
         params = self.network.init(rng, jnp.zeros((1, *self.shape)))["params"]
         if not self.has_learned_codes:
             return params, {}
@@ -103,8 +103,8 @@ class Codec:
     ) -> tuple[Bottleneck, dict]:
         """Encodes images in [-1, 1], [batch, *space, channels].
 
-        With a key, as in training: a Gaussian latent is drawn, and codebooks learn; without, it is
-        its mean, and they stay.
+        With a key, as in training, a Gaussian latent is sampled and codebooks are updated. Without
+        one, the latent is its mean and codebooks do not change.
         """
         z = self.network.apply({"params": params}, x, method="encode")
         zero = jnp.zeros(x.shape[0])
@@ -147,8 +147,8 @@ class Codec:
     def decode(self, params: dict, mutables: dict, z: jax.Array) -> jax.Array:
         """Latents -> images in [-1, 1].
 
-        Latents of another model go to the nearest code first, unless there are several codebooks,
-        whose sums are dense enough to do without.
+        Latents (of another model) are first quantized to the nearest code, except with several
+        codebooks, whose sums are dense enough without it.
         """
         if self.config.latent == "fsq":
             z = quantization.to_grid(z, self.quantizer.level_counts)
@@ -157,7 +157,7 @@ class Codec:
         return jnp.clip(self.output(params, self.hidden(params, z)), -1, 1)
 
     def hidden(self, params: dict, z: jax.Array) -> jax.Array:
-        """Latents -> what the last layer sees."""
+        """Latents -> inputs of the last layer."""
         return self.network.apply({"params": params}, z, method="hidden")
 
     def output(self, params: dict, hidden: jax.Array) -> jax.Array:
@@ -166,6 +166,6 @@ class Codec:
 
 
 def kl_to_normal(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """KL divergence of N(mean, variance) to N(0, 1): [batch, ...] -> nats of each example."""
+    """KL(N(mean, variance) || N(0, 1)): [batch, ...] -> nats per example, [batch]."""
     terms = jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance
     return jnp.sum(terms, range(1, mean.ndim)) / 2

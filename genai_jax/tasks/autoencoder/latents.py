@@ -1,4 +1,4 @@
-"""Latents of an autoencoder run, as another model learns them: zero mean and unit variance."""
+"""Latents of an autoencoder run, normalized to zero mean and unit variance for another model."""
 
 import math
 
@@ -13,25 +13,25 @@ from genai_jax.tasks.autoencoder.task import Autoencoder
 from genai_jax.tasks.protocol import Params, Transfer
 from genai_jax.training.distributed import to_host
 
-MEASURED_IMAGES = 2048
+MEASURED_IMAGES = 2048  # that the statistics are computed from
 
 
 class Latents:
-    """Two groups of parameters that are never trained: `autoencoder` and `latents`, its statistics.
+    """Two groups of parameters that are never trained: `autoencoder`, and its `latents` statistics.
 
-    They are part of the run that uses them; once that has begun, only the flags of the
-    autoencoder's workdir are read.
+    They are part of the run that uses them. Once it has a checkpoint, only the flags are read from
+    the autoencoder's workdir.
 
     Args:
-      workdir: of the autoencoder.
-      data: the images to be encoded.
-      flag: that named the workdir.
+      workdir: folder of the autoencoder run.
+      data: the images to encode.
+      flag: the flag that named the workdir, for error messages.
 
     Attributes:
       shape: (*small, channels) of the latents of an image.
 
     Raises:
-      ConfigError: there is no autoencoder in `workdir`, or one of other images.
+      ConfigError: there is no autoencoder in `workdir`, or it is for other images.
     """
 
     def __init__(self, workdir: str, data: ArrayData, flag: str = "--diffusion.autoencoder"):
@@ -41,7 +41,7 @@ class Latents:
         self.shape = self.codec.latent_shape
 
     def init(self, key: jax.Array) -> Params:
-        """The groups before they are put in place: zeros, and statistics that change nothing."""
+        """Placeholders for the groups: zeros, and statistics of an identity."""
         params, mutables = zeros_like(self.codec.init, key)
         channels = self.shape[-1:]
         return {
@@ -50,7 +50,7 @@ class Latents:
         }
 
     def init_from(self) -> tuple[Transfer, ...]:
-        """The group `autoencoder` as it was trained."""
+        """The trained group `autoencoder`."""
         average, where = best_average(self.config), (self._workdir, self._flag)
         parts = [Transfer(*where, "params/autoencoder", "autoencoder/params", average)]
         if self.codec.has_learned_codes:
@@ -59,11 +59,11 @@ class Latents:
         return tuple(parts)
 
     def prepare(self, params: Params) -> Params:
-        """The group `latents`, as measured on training images."""
+        """The group `latents`, measured on training images."""
         group, data, rows = params["autoencoder"], self._data, self._data.loader.config.batch_size
         images = data.loader.examples("train", MEASURED_IMAGES)["image"]
         batches = max(1, len(images) // rows)
-        images = np.resize(images, (batches, rows, *data.shape))  # repeats where too few
+        images = np.resize(images, (batches, rows, *data.shape))  # repeated if there are too few
         encode = jax.jit(lambda group, image: self.codec.encode(**group, x=data.scaled(image)))
         latents = np.stack([np.asarray(to_host(encode(group, x)), np.float64) for x in images])
         axes = tuple(range(latents.ndim - 1))
@@ -76,7 +76,7 @@ class Latents:
         }
 
     def encode(self, params: dict, x: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> normalised latents [batch, *small, channels], float32.
+        """Images in [-1, 1] -> normalized latents [batch, *small, channels], float32.
 
         Args:
           params: of the run that uses them, with the two groups.
@@ -86,12 +86,12 @@ class Latents:
         return (z - params["latents"]["mean"]) / params["latents"]["std"]
 
     def decode(self, params: dict, z: jax.Array) -> jax.Array:
-        """Normalised latents -> images in [-1, 1]."""
+        """Normalized latents -> images in [-1, 1]."""
         z = z * params["latents"]["std"] + params["latents"]["mean"]
         return self.codec.decode(**params["autoencoder"], z=z)
 
     def shrink_mask(self, mask: jax.Array) -> jax.Array:
-        """[1, *space, 1] -> [1, *small, 1]: 1 where all of the pixels are."""
+        """[1, *space, 1] -> [1, *small, 1]: 1 where the mask is 1 for all pixels of a latent."""
         space = self._data.shape[:-1]
         window = (1, *(n // m for n, m in zip(space, self.shape[:-1], strict=True)), 1)
         return jax.lax.reduce_window(mask, math.inf, jax.lax.min, window, window, "VALID")

@@ -1,4 +1,4 @@
-"""How different two images look to a classifier (in the manner of LPIPS, Zhang et al. 2018)."""
+"""Perceptual distance from the features of a classifier (like LPIPS, Zhang et al. 2018)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ FLAG = "--autoencoder_loss.perceptual"
 
 
 class Perceptual:
-    """A group of parameters that is never trained, `perceptual`: a classifier without its classes.
+    """The group `perceptual`, which is never trained: a classifier without its last layers.
 
     Args:
-      workdir: of the classifier.
-      data: the images to be compared.
+      workdir: folder of the classifier run.
+      data: the images to compare.
 
     Raises:
-      ConfigError: there is no classifier in `workdir`, or one of other images.
+      ConfigError: there is no classifier in `workdir`, or it is for other images.
     """
 
     def __init__(self, workdir: str, data: ArrayData):
@@ -30,20 +30,20 @@ class Perceptual:
         self.network = Classifier(self.config.classifier, (), dtype)
 
     def init(self, key: jax.Array) -> Params:
-        """The group before it is put in place: zeros."""
+        """A placeholder for the group: zeros."""
         variables = zeros_like(self.network.init, key, jnp.zeros((1, *self.shape)))
         return {"perceptual": variables["params"]}
 
     def init_from(self) -> tuple[Transfer, ...]:
-        """The group as it was trained; the classifier's last layers are left out."""
+        """The trained group, without the last layers of the classifier."""
         average = best_average(self.config)
         return (Transfer(self._workdir, FLAG, "params/model", "perceptual", average),)
 
     def distance(self, params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Equation 1 of Zhang et al. with all weights 1, mean over layers: -> [batch], 0 to 4.
+        """Equation 1 of Zhang et al. with all weights 1, averaged over layers: [batch], 0 to 4.
 
         Args:
-          params: of the run that uses it, with the group.
+          params: of the run, with the group `perceptual`.
           x: images in [-1, 1], [batch, *space, channels].
           y: the same.
         """
@@ -54,7 +54,7 @@ class Perceptual:
         return jnp.mean(jnp.stack(distances), 0)
 
     def _maps(self, params, x) -> list[jax.Array]:
-        """What each block adds, vectors of unit length: [batch, *smaller, channels] each."""
+        """What each block adds, normalized to unit length: [batch, *smaller, channels] each."""
         ends_block = lambda module, method: (module.name or "").endswith("_conv_b")
         _, state = self.network.apply(
             {"params": params["perceptual"]}, x, capture_intermediates=ends_block,

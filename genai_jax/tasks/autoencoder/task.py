@@ -1,7 +1,7 @@
-"""Autoencoders whose latents another model is to learn: Gaussian or quantized, also adversarial.
+"""Autoencoders with Gaussian or quantized latents for another model to learn.
 
-Reconstruction and perceptual loss, a weak pull on the latents, and a patch discriminator in a phase
-of its own (Esser et al. 2021; Rombach et al. 2022).
+Losses are reconstruction, perceptual distance, a weak regularization of the latents, and a patch
+discriminator that trains in a separate phase (Esser et al. 2021; Rombach et al. 2022).
 """
 
 import dataclasses
@@ -37,20 +37,34 @@ from genai_jax.training.optimizer import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
-    reconstruction: str = field("l1", "absolute or squared error", choices=("l1", "l2"))
-    kl_weight: float = field(1e-6, "of the KL divergence a value of the image, of kl", minimum=0)
-    commitment_weight: float = field(0.25, "of the distance to the codes, of vq, rvq", minimum=0)
-    perceptual: str = field("", "workdir of an image classifier whose features are compared")
-    perceptual_weight: float = field(1.0, "of that comparison", minimum=0)
-    discriminator_weight: float = field(
-        0.0, "of the patch discriminator, relative to the gradient of the rest; 0: none", minimum=0
+    reconstruction: str = field(
+        "l1", "Reconstruction error: absolute (l1) or squared (l2).", choices=("l1", "l2")
     )
-    discriminator_start: int = field(0, "steps before it trains and counts", minimum=0)
+    kl_weight: float = field(
+        1e-6, "Weight of the KL divergence per image value, for kl latents.", minimum=0
+    )
+    commitment_weight: float = field(
+        0.25, "Weight of the distance to the codes, for vq and rvq latents.", minimum=0
+    )
+    perceptual: str = field(
+        "", "Workdir of an image classifier whose features to compare (perceptual distance)."
+    )
+    perceptual_weight: float = field(1.0, "Weight of the perceptual distance.", minimum=0)
+    discriminator_weight: float = field(
+        0.0,
+        "Weight of the patch discriminator, relative to the gradient of the other losses; 0: none.",
+        minimum=0,
+    )
+    discriminator_start: int = field(
+        0, "Steps before the discriminator is trained and used.", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionRequest(SampleRequest):
-    num_samples: int = field(32, "held-out images to show beside their reconstructions", minimum=1)
+    num_samples: int = field(
+        32, "Held-out images to show next to their reconstructions.", minimum=1
+    )
 
 
 class Autoencoder(Task):
@@ -66,7 +80,7 @@ class Autoencoder(Task):
     partition_rules: ClassVar = (
         *((f"^autoencoder/.*{p}$", axes) for p, axes in autoencoder.PARTITION_RULES),
         *((f"^discriminator/{p}$", axes) for p, axes in patch_discriminator.PARTITION_RULES),
-        ("^perceptual/", (...,)),  # never trained, and on every device
+        ("^perceptual/", (...,)),  # never trained, replicated
     )
     loss_unit = "reconstruction loss"
     sample_request = ReconstructionRequest
@@ -91,30 +105,30 @@ class Autoencoder(Task):
         ):
             value = getattr(weights, name)
             if not used and value != getattr(AutoencoderLossConfig(), name):
-                raise ConfigError(f"--autoencoder_loss.{name}={value} is for {user} alone")
+                raise ConfigError(f"--autoencoder_loss.{name}={value} is only for {user}")
         if not weights.discriminator_weight and (
             weights.discriminator_start or config.discriminator != DiscriminatorConfig()
         ):
             raise ConfigError(
-                "a discriminator is set up, but --autoencoder_loss.discriminator_weight=0"
+                "flags of the discriminator are set, but --autoencoder_loss.discriminator_weight=0"
             )
         if weights.discriminator_weight and weights.discriminator_start >= config.train.steps:
             raise ConfigError(
                 f"--autoencoder_loss.discriminator_start={weights.discriminator_start} is not "
-                f"before the end, --train.steps={config.train.steps}"
+                f"below --train.steps={config.train.steps}"
             )
         rows = config.data.batch_size // config.train.accumulate
         vectors = rows * math.prod(self.codec.latent_shape[:-1])
         if kind in ("vq", "rvq") and config.quantizer.codes > vectors:
             raise ConfigError(
                 f"--quantizer.codes={config.quantizer.codes} is more than the {vectors} vectors of "
-                f"{rows} image(s), from which a codebook starts"
+                f"{rows} image(s) that initialize a codebook"
             )
 
     # Parameters.
 
     def init(self, rng: jax.Array) -> tuple[dict, dict]:
-        """Groups, and mutables: codebooks, if any are learned."""
+        """Groups and mutables; the latter are the codebooks, if any are learned."""
         codec_rng, discriminator_rng, perceptual_rng = jax.random.split(rng, 3)
         group, mutables = self.codec.init(codec_rng)
         params = {"autoencoder": group}
@@ -133,7 +147,7 @@ class Autoencoder(Task):
         def phase(name: str, loss, start: int = 0) -> Phase:
             steps = self.config.train.steps - start
             optimizer = make_optimizer(self.config.optimizer, steps, self.partition_rules)
-            if start:  # nothing moves before, not even by weight decay
+            if start:  # no updates before, not even weight decay
                 optimizer = optax.conditionally_mask(optimizer, lambda step: step >= start)
             return Phase(name, (name,), loss, optimizer)
 
@@ -155,20 +169,22 @@ class Autoencoder(Task):
         if bottleneck.codes is not None:
             metrics |= usage(code_counts(bottleneck.codes, self.codec.code_count))
         if self.adversarial:
-            fooling, scale = self._fooling(params, x, hidden, bottleneck)
-            loss += self._begun(info.step) * self.weights.discriminator_weight * scale * fooling
-            metrics |= {"adversarial": fooling, "adversarial_scale": scale}
+            adversarial, scale = self._adversarial_loss(params, x, hidden, bottleneck)
+            loss += (
+                self._active(info.step) * self.weights.discriminator_weight * scale * adversarial
+            )
+            metrics |= {"adversarial": adversarial, "adversarial_scale": scale}
         return LossOutput(loss, metrics, mutables)
 
-    def _begun(self, step: jax.Array) -> jax.Array:
-        """1 once the discriminator counts, else 0.
+    def _active(self, step: jax.Array) -> jax.Array:
+        """1 once the discriminator is used, otherwise 0.
 
-        A branch would save its work before the start, but convolutions in one are slow on CPU.
+        A branch would skip its computation before that, but convolutions in one are slow on CPU.
         """
         return (step >= self.weights.discriminator_start).astype(jnp.float32)
 
     def _terms(self, params, x, y, bottleneck: Bottleneck) -> dict[str, jax.Array]:
-        """What the loss is made of, and the common measures of an error, each [batch]."""
+        """The terms of the loss, and common measures of reconstruction error, each [batch]."""
         over = tuple(range(1, x.ndim))
         terms = {"l1": jnp.mean(jnp.abs(x - y), over), "mse": jnp.mean(jnp.square(x - y), over)}
         if self.config.autoencoder.latent == "kl":
@@ -180,30 +196,30 @@ class Autoencoder(Task):
         return terms
 
     def _total(self, terms: dict) -> jax.Array:
-        """The weighted sum of the terms, without that of the discriminator, [batch]."""
-        total = self._visible(terms)
+        """The weighted sum of the terms, without the discriminator, [batch]."""
+        total = self._reconstruction_loss(terms)
         if "kl" in terms:
             total += self.weights.kl_weight * terms["kl"] / math.prod(self.data.shape)
         if "commitment" in terms:
             total += self.weights.commitment_weight * terms["commitment"]
         return total
 
-    def _visible(self, terms: dict) -> jax.Array:
-        """The part of the loss that the decoder answers for, [batch]."""
-        visible = terms["l1" if self.weights.reconstruction == "l1" else "mse"]
+    def _reconstruction_loss(self, terms: dict) -> jax.Array:
+        """The part of the loss that depends on the reconstruction, [batch]."""
+        loss = terms["l1" if self.weights.reconstruction == "l1" else "mse"]
         if "perceptual" in terms:
-            visible += self.weights.perceptual_weight * terms["perceptual"]
-        return visible
+            loss += self.weights.perceptual_weight * terms["perceptual"]
+        return loss
 
-    def _fooling(self, params, x, hidden, bottleneck) -> tuple[jax.Array, jax.Array]:
-        """The generator's hinge loss, and its weight by the gradients of the last layer."""
+    def _adversarial_loss(self, params, x, hidden, bottleneck) -> tuple[jax.Array, jax.Array]:
+        """The generator's hinge loss, and its adaptive weight from gradients of the last layer."""
         group = params["autoencoder"]
 
-        def fooling(y):
+        def adversarial(y):
             return -jnp.mean(self._verdict(params, y))
 
-        def visible(y):
-            return jnp.mean(self._visible(self._terms(params, x, y, bottleneck)))
+        def reconstruction(y):
+            return jnp.mean(self._reconstruction_loss(self._terms(params, x, y, bottleneck)))
 
         def gradient(loss):
             features, rest = jax.lax.stop_gradient((hidden, group))
@@ -212,8 +228,8 @@ class Autoencoder(Task):
             )
             return jax.grad(lambda kernel: loss(paint(kernel)))(rest["last"]["kernel"])
 
-        scale = adaptive_weight(gradient(visible), gradient(fooling))
-        return fooling(self.codec.output(group, hidden)), scale
+        scale = adaptive_weight(gradient(reconstruction), gradient(adversarial))
+        return adversarial(self.codec.output(group, hidden)), scale
 
     def _verdict(self, params, image: jax.Array) -> jax.Array:
         return self.discriminator.apply({"params": params["discriminator"]}, image)
@@ -225,7 +241,7 @@ class Autoencoder(Task):
         y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
         real, fake = self._verdict(params, x), self._verdict(params, y)
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
-        loss = self._begun(info.step) * critic_loss("hinge", real, fake) / 2
+        loss = self._active(info.step) * critic_loss("hinge", real, fake) / 2
         return LossOutput(loss, metrics, mutables)
 
     # Metrics and samples.
@@ -245,11 +261,11 @@ class Autoencoder(Task):
         return metrics
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """Means over the held-out images, without noise in the latents; errors of [-1, 1].
+        """Means over the held-out images, without noise in the latents; values are in [-1, 1].
 
-        `loss` leaves out the discriminator. `psnr` is that of the mean squared error over all
-        images; `kl` is in nats per image; `usage` is the share of the codes that occurred at all,
-        `perplexity` exp(entropy) of how often (means over codebooks).
+        `loss` excludes the discriminator. `psnr` is computed from the mean squared error over all
+        images; `kl` is in nats per image; `usage` is the fraction of codes that occur at all, and
+        `perplexity` is exp(entropy) of their frequencies (means over codebooks).
         """
         counts = reduced.pop("code_counts", None)
         metrics = super().summarize(reduced, params, mutables, key)
@@ -267,7 +283,7 @@ class Autoencoder(Task):
         return self.codec.decode(params["autoencoder"], mutables, z)
 
     def sample(self, params, mutables, request) -> Files:
-        """Held-out images, each with its reconstruction on its right."""
+        """Held-out images, each with its reconstruction to its right."""
         originals = self.data.loader.examples("validation", request.num_samples)["image"]
 
         @jax.jit
@@ -286,6 +302,6 @@ class Autoencoder(Task):
         variables = jax.eval_shape(network.init, jax.random.key(0), x)
         return {
             "flops_per_step": 3 * count_flops(network.apply, variables, x),
-            "convention": "3 x forward matmuls and convolutions of the autoencoder; nothing for "
-            "the networks that judge it",
+            "convention": "3 x forward matmuls and convolutions of the autoencoder; without the "
+            "discriminator and the perceptual network",
         }

@@ -1,4 +1,4 @@
-"""Telling what images show: for its own sake, and for the features that scores are made of."""
+"""Image classification, also for the features that scores of samples use."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,9 +23,13 @@ from genai_jax.training.restore import restore_model
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    shift: int = field(0, "pixels by which a training example is moved at most", minimum=0)
-    noise: float = field(0.0, "standard deviation of noise on training examples", minimum=0)
-    label_smoothing: float = field(0.0, "mass spread over all classes", minimum=0, maximum=1)
+    shift: int = field(0, "Maximum random shift of a training example, in pixels.", minimum=0)
+    noise: float = field(
+        0.0, "Standard deviation of the noise added to training examples.", minimum=0
+    )
+    label_smoothing: float = field(
+        0.0, "Probability spread over all classes.", minimum=0, maximum=1
+    )
 
 
 class ImageClassifier(Task):
@@ -58,24 +62,24 @@ class ImageClassifier(Task):
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         augment_rng, dropout = jax.random.split(info.rng)
-        x = self._augmented(self.data.scaled(batch["image"]), augment_rng)
-        losses, right = self._scores(params, x, batch["labels"], {"dropout": dropout})
-        accuracy = jnp.mean(jnp.all(right, 1))
+        x = self._augment(self.data.scaled(batch["image"]), augment_rng)
+        losses, correct = self._scores(params, x, batch["labels"], {"dropout": dropout})
+        accuracy = jnp.mean(jnp.all(correct, 1))
         return LossOutput(jnp.mean(losses), {"accuracy": accuracy}, mutables)
 
     def _scores(self, params, x, labels, rngs=None):
-        """Cross-entropy of all attributes [batch]; which are right [batch, attributes]."""
+        """Cross-entropy summed over attributes [batch]; correct predictions [batch, attributes]."""
         _, logits = self.model.apply({"params": params["model"]}, x, rngs=rngs)
         smoothing = self.config.augment.label_smoothing if rngs else 0.0
-        losses, right = 0.0, []
+        losses, correct = 0.0, []
         for i, values in enumerate(logits):
-            wanted = jax.nn.one_hot(labels[:, i], values.shape[-1])
-            wanted = optax.smooth_labels(wanted, smoothing)
-            losses = losses + optax.softmax_cross_entropy(values, wanted)
-            right.append(jnp.argmax(values, -1) == labels[:, i])
-        return losses, jnp.stack(right, 1)
+            targets = jax.nn.one_hot(labels[:, i], values.shape[-1])
+            targets = optax.smooth_labels(targets, smoothing)
+            losses = losses + optax.softmax_cross_entropy(values, targets)
+            correct.append(jnp.argmax(values, -1) == labels[:, i])
+        return losses, jnp.stack(correct, 1)
 
-    def _augmented(self, x, rng):
+    def _augment(self, x, rng):
         augment = self.config.augment
         shift_rng, noise_rng = jax.random.split(rng)
         if augment.shift:
@@ -86,18 +90,18 @@ class ImageClassifier(Task):
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         x, mask = self.data.scaled(batch["image"]), batch["loss_mask"]
-        losses, right = self._scores(params, x, batch["labels"])
+        losses, correct = self._scores(params, x, batch["labels"])
         metrics = {
             "loss": Mean(losses * mask, mask),
-            "accuracy": Mean(jnp.all(right, 1) * mask, mask),
+            "accuracy": Mean(jnp.all(correct, 1) * mask, mask),
         }
-        if right.shape[1] > 1:
-            each = right.T * mask
+        if correct.shape[1] > 1:
+            each = correct.T * mask
             metrics |= {f"accuracy_{i}": Mean(x, mask) for i, x in enumerate(each)}
         return metrics
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
-        """Loss in nats per image; an example is right if all of its attributes are."""
+        """Loss in nats per image; an example is correct if all of its attributes are."""
         metrics = super().summarize(reduced, params, mutables, key)
         return metrics | {"images": int(reduced["loss"].weight)}
 
@@ -112,7 +116,7 @@ class ImageClassifier(Task):
 
 
 def shifted(x: jax.Array, rng: jax.Array, most: int) -> jax.Array:
-    """Each example [batch, *space, channels] moved at random; edges repeat."""
+    """Shifts each example [batch, *space, channels] at random; edges are repeated."""
     space = x.shape[1:-1]
     padded = jnp.pad(x, ((0, 0), *((most, most),) * len(space), (0, 0)), mode="edge")
     starts = jax.random.randint(rng, (x.shape[0], len(space)), 0, 2 * most + 1)
@@ -127,19 +131,19 @@ Describe = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def load_classifier(workdir: str, data: ArrayData) -> Describe:
-    """Reads a classifier of images like those of `data`.
+    """Restores a classifier of images like those of `data`.
 
     Returns:
       uint8 images [n, *space, channels] -> features [n, dim], predicted labels [n, attributes].
 
     Raises:
-      ConfigError: no such run, or one on images of another shape or with other labels.
+      ConfigError: there is no such run, or its images have another shape or other labels.
     """
     config = open_fitting(ImageClassifier, workdir, "--classifier", data)
     task = ImageClassifier(config)
     if task.data.label_sizes != data.label_sizes:
         raise ConfigError(
-            f"--classifier={workdir} knows labels of sizes {task.data.label_sizes}; "
+            f"--classifier={workdir} predicts labels of sizes {task.data.label_sizes}, but "
             f"--data.dataset={data.loader.config.dataset} has {data.label_sizes}"
         )
     params = restore_model(task, config).params

@@ -108,8 +108,8 @@ class Gan(Task):
             )
         if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
             raise ConfigError(
-                f"--augmentation.target={config.augmentation.target} measures how sure the critic "
-                f"is, which needs --gan.loss={' or '.join(UNDECIDED)}, not {chosen.loss}"
+                f"--augmentation.target={config.augmentation.target} measures how certain the "
+                f"critic is, which needs --gan.loss={' or '.join(UNDECIDED)}, not {chosen.loss}"
             )
         slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)
         if config.critic.minibatch_std and slice_size < 2:

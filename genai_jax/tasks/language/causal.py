@@ -37,12 +37,12 @@ class LanguageModelConfig:
     z_loss: float = field(0.0, "Weight of the squared log-normalizer.", minimum=0)
     loss_chunk: int | None = field(
         None,
-        "Positions per device whose logits exist at once, 0 for all; chosen by the loss if unset.",
+        "Positions per device whose logits exist at once; 0: all; chosen automatically if unset.",
         minimum=0,
     )
     vocab_size: int | None = field(
         None,
-        "Rows of the embeddings, which may exceed the tokenizer's vocabulary; its size if unset.",
+        "Rows of the embeddings, at least the vocabulary of the tokenizer; its size if unset.",
         minimum=1,
     )
 
@@ -82,7 +82,7 @@ class LanguageModel(Task):
         )  # fmt: skip
 
     def _check_attention(self):
-        """Raises `ConfigError` if the backend asked for cannot run the attention of a step."""
+        """Raises `ConfigError` if the chosen backend cannot run the attention of a step."""
         shape, data, backend = self.config.transformer, self.config.data, self.config.run.attention
         q, k = (
             jax.ShapeDtypeStruct(
@@ -108,7 +108,7 @@ class LanguageModel(Task):
         return (Phase("next_token", ("model",), self._loss, optimizer),)
 
     def _check_mesh(self):
-        """Raises `ConfigError` for what the mesh in use does not divide."""
+        """Raises `ConfigError` for sizes that the mesh in use does not divide."""
         data, parallel = self.config.data, self.config.parallel
         check_length(data.sequence_length, parallel)
         rows = data.batch_size // self.config.train.accumulate
@@ -117,7 +117,7 @@ class LanguageModel(Task):
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         batch = in_token_order(batch, self.config.parallel)
         hidden, written = self._hidden(params, batch, {"dropout": info.rng}, ["router"])
-        loss, nll, right = cross_entropy(
+        loss, nll, correct = cross_entropy(
             hidden, self._head_kernel(params), batch["targets"], batch["loss_mask"],
             z_loss=self.config.language_model.z_loss,
             soft_cap=self.config.transformer.logits_soft_cap,
@@ -126,14 +126,14 @@ class LanguageModel(Task):
         weight = jnp.sum(batch["loss_mask"])
         count = jnp.maximum(weight, 1)
         loss = loss / count
-        metrics = {"nll": nll / count, "accuracy": right / count}
+        metrics = {"nll": nll / count, "accuracy": correct / count}
         if self.config.moe.num_experts:
             router_loss, more = router_losses(collect_router_sums(written), self.config.moe)
             loss, metrics = loss + router_loss, metrics | more
         return LossOutput(loss, metrics, mutables, weight)
 
     def _hidden(self, params, batch, rngs=None, mutable=()):
-        """Hidden states of a batch that is in token order, and what the model wrote."""
+        """Hidden states of a batch in token order, and the collections that the model wrote."""
         rngs = rngs if self.config.transformer.dropout else None
         (hidden, _), written = self.model.apply(
             {"params": params["model"]}, batch["tokens"], batch["positions"],
@@ -162,7 +162,7 @@ class LanguageModel(Task):
     def decoder(self) -> Decoder:
         """How the model generates tokens."""
         shape = self.config.transformer
-        known = self.data.tokenizer.vocab_size  # further rows of the embeddings mean nothing
+        known = self.data.tokenizer.vocab_size  # further rows of the embeddings are unused
 
         def step_of(params: Params) -> Step:
             variables = {"params": params["model"]}

@@ -1,4 +1,4 @@
-"""The data of tasks on text: packed rows of tokens."""
+"""The data of text tasks: packed rows of tokens."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ class TextData:
 
     Args:
       config: of the run.
-      vocab_size: rows of the embeddings, where a flag says so; the tokenizer's if None.
+      vocab_size: rows of the embeddings, if a flag sets them; the tokenizer's size if None.
 
     Attributes:
-      has_questions: whether documents are questions, and only tokens of answers are targets.
-      is_pixels: whether exactly the targets are the pixels of images.
+      has_questions: whether documents are questions, so that only tokens of answers are targets.
+      is_pixels: whether the targets are exactly the pixels of images.
     """
 
     def __init__(self, config: Config, vocab_size: int | None = None):
@@ -38,7 +38,7 @@ class TextData:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embeddings. A tokenizer is opened only if no flag says so."""
+        """Rows of the embeddings; opens the tokenizer only if no flag sets them."""
         return self._vocab_size or self.tokenizer.vocab_size
 
     @functools.cached_property
@@ -61,7 +61,7 @@ class TextData:
         return self.config.batch_size * self.config.sequence_length
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, float32 [tokens of the tokenizer]."""
+        """Number of UTF-8 bytes that each token stands for, float32 [vocabulary]."""
         return np.asarray(self.tokenizer.token_bytes(), np.float32)
 
     def train(self, rows: Sequence[int] | None = None):
@@ -74,7 +74,7 @@ class TextData:
         return self.loader.fingerprint()
 
     def check(self, trained_on: dict) -> None:
-        """Raises `ConfigError` if the tokenizer is not that of the record of a run's data."""
+        """Raises `ConfigError` if the tokenizer differs from the one in a run's record."""
         now = self.tokenizer.fingerprint()
         before = trained_on.get("tokenizer_sha256", now)
         if before != now:

@@ -1,4 +1,4 @@
-"""The one text sampler: a decoder and a tokenizer, on one device or on a mesh."""
+"""The text sampler of all models: a decoder and a tokenizer, on one device or on a mesh."""
 
 import dataclasses
 import pathlib
@@ -23,8 +23,8 @@ from genai_jax.training.sharding import LOGICAL_AXES
 class TextRequest(SampleRequest):
     num_samples: int = field(1, "Samples for each prompt.", minimum=1)
     prompt: str = field("", "Text to continue.")
-    prompt_file: str = field("", "File with a prompt on every line.")
-    max_tokens: int = field(256, "Maximum number of tokens in a sample.", minimum=1)
+    prompt_file: str = field("", "File with one prompt per line.")
+    max_tokens: int = field(256, "Maximum number of new tokens in a sample.", minimum=1)
     temperature: float = field(
         1.0, "Divides the logits; 0 always takes the likeliest token.", minimum=0
     )
@@ -35,7 +35,7 @@ class TextRequest(SampleRequest):
     stop: str = field("", "Text that ends a sample and is left out of it.")
 
     def prompts(self) -> list[str]:
-        """The prompts, at least one, perhaps empty."""
+        """The prompts: at least one, which may be empty."""
         if not self.prompt_file:
             return [self.prompt]
         try:
@@ -53,8 +53,8 @@ class Decoder(NamedTuple):
     Attributes:
       step: parameters -> one pass over new tokens, a `decoding.generate.Step`; logits are over the
         tokenizer's vocabulary.
-      empty_state: (rows, tokens) -> the state before the first token, with room for so many.
-      max_length: positions that the model can tell apart; None for any number.
+      empty_state: (rows, tokens) -> the state before the first token, with room for that many.
+      max_length: number of positions that the model supports; None for any.
     """
 
     step: Callable[[Params], Step]
@@ -75,8 +75,8 @@ class Settings(NamedTuple):
 class TokenSampler:
     """Continues rows of tokens; compiled once for each shape of prompts and settings.
 
-    On a mesh rows are divided over the devices that share a batch. In several processes all of them
-    have to make the same calls, and get the same results.
+    On a mesh, rows are divided over the devices that share a batch. With several processes, all
+    have to make the same calls, and all get the same results.
     """
 
     def __init__(self, decoder: Decoder):
@@ -88,24 +88,24 @@ class TokenSampler:
     ) -> Generated:
         """Continues prompts of token ids [length], at least one token each.
 
-        What a row samples follows from its number and the key.
+        The randomness of a row depends only on its index and the key.
 
         Returns:
-          Host arrays: tokens [prompts, longest prompt + max_tokens], each row from its own start,
-          and the lengths [prompts] that count.
+          Host arrays: tokens [prompts, longest prompt + max_tokens], prompts included, and the
+          number of valid tokens in each row, [prompts].
 
         Raises:
-          ConfigError: more positions than the model has.
+          ConfigError: more positions than the model supports.
         """
         lengths = np.array([len(p) for p in prompts], np.int32)
         longest, count = int(lengths.max()), len(prompts)
         total, limit = longest + settings.max_tokens, self.decoder.max_length
         if limit is not None and total > limit:
             raise ConfigError(
-                f"prompt and --max_tokens={settings.max_tokens} need {total} positions; "
-                f"the model learned --transformer.max_length={limit}"
+                f"prompt and --max_tokens={settings.max_tokens} need {total} positions, more than "
+                f"the model's --transformer.max_length={limit}"
             )
-        rows = count + -count % _batch_devices()  # so that all devices have as many
+        rows = count + -count % _batch_devices()  # padded so that it divides evenly over devices
         padded = np.zeros((rows, longest), np.int32)
         for row, prompt in zip(padded, prompts, strict=False):
             row[: len(prompt)] = prompt
@@ -153,19 +153,19 @@ class TextSampler:
         return [p + (text.split(stop)[0] if stop else text) for p, text in continued]
 
     def _continuation(self, prompt: str, row: np.ndarray) -> str:
-        """What was sampled after the prompt, decoded with it: a token may hold a leading space."""
+        """The text after the prompt, decoded together with it: a token may have a leading space."""
         row = row[row != self.tokenizer.boundary_id]
-        whole = self.tokenizer.decode(row)
-        if whole.startswith(prompt):
-            return whole[len(prompt) :]
+        text = self.tokenizer.decode(row)
+        if text.startswith(prompt):
+            return text[len(prompt) :]
         return self.tokenizer.decode(row[len(self.tokenizer.encode(prompt)) :])
 
 
 def settings_of(request: TextRequest) -> Settings:
-    """The settings that a request of the sample command asks for."""
+    """The settings from the flags of the sample command."""
     return Settings(request.max_tokens, request.temperature, request.top_k, request.top_p)
 
 
 def _batch_devices() -> int:
-    """Devices over which the mesh in use divides a batch."""
+    """Number of devices over which the mesh in use divides a batch."""
     return int(np.prod([axis_size(axis) for axis in LOGICAL_AXES["batch"]]))

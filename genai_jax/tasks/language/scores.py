@@ -1,4 +1,4 @@
-"""The held-out metrics of every model that gives text a likelihood."""
+"""Held-out metrics of all models that assign a likelihood to text."""
 
 import math
 
@@ -18,8 +18,8 @@ def text_metrics(
     Args:
       log_probs: of the targets, [batch, length], nats.
       correct: whether a target was predicted, [batch, length] bool.
-      batch: with targets, loss_mask, and segment_ids, in the same order of tokens.
-      data: what the batch is of.
+      batch: targets, loss_mask, and segment_ids, with tokens in the same order.
+      data: that the batch comes from.
     """
     mask = batch["loss_mask"]
     nll, tokens = -jnp.sum(log_probs * mask, 1), jnp.sum(mask, 1)
@@ -35,7 +35,7 @@ def text_metrics(
 
 
 def _exact_matches(correct: jax.Array, batch: Batch) -> Mean:
-    """Answers every token of which is predicted correctly, out of all answers of a row."""
+    """The number of answers with all tokens predicted correctly, out of all answers of a row."""
     mask, (_, length) = batch["loss_mask"], batch["targets"].shape
 
     def of_row(mask, correct, segments):
@@ -52,8 +52,8 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
 
     Bits per byte divides the bits of every target, ends of documents included, by the UTF-8 bytes
     of the text. With --data.answer_after, only answer tokens are scored, and `exact_match` is the
-    fraction of answers whose every token is the argmax under teacher forcing. Where exactly the
-    pixels of images are targets, bits per dimension too.
+    fraction of answers whose every token is the argmax under teacher forcing. If the targets are
+    exactly the pixels of images, it includes bits per dimension.
 
     Raises:
       ConfigError: there are no targets.

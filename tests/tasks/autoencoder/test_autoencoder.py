@@ -256,14 +256,14 @@ def test_a_workdir_that_does_not_fit_is_refused(run, tmp_path):
         (("--autoencoder.channel_multipliers=1,1,1,1,1",), "size 8x8 is not a multiple of 16x16"),
         (("--quantizer.codes=8",), "--quantizer.codes=8 is for .*latent=vq or rvq, not kl"),
         ((*CODES, "--quantizer.codebooks=2"), "codebooks=2 is for .*latent=rvq, not vq"),
-        ((*CODES, "--autoencoder_loss.kl_weight=1"), "kl_weight=1.0 is for .*latent=kl alone"),
+        ((*CODES, "--autoencoder_loss.kl_weight=1"), "kl_weight=1.0 is only for .*latent=kl"),
         (
             ("--autoencoder_loss.perceptual_weight=2",),
-            "perceptual_weight=2.0 is for",
+            "perceptual_weight=2.0 is only for",
         ),
-        (("--autoencoder.latent=fsq", "--quantizer.levels=5,5"), "latent_channels=4 takes as many"),
+        (("--autoencoder.latent=fsq", "--quantizer.levels=5,5"), "latent_channels=4 must equal"),
         (("--discriminator.channels=8",), "discriminator_weight=0"),
-        ((*ADVERSARIAL, "--autoencoder_loss.discriminator_start=1000"), "not before the end"),
+        ((*ADVERSARIAL, "--autoencoder_loss.discriminator_start=1000"), "not below --train.steps"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[-1],
 )

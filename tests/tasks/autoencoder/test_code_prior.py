@@ -149,5 +149,7 @@ def test_bad_flags_are_refused_in_one_line(flags, said, first):
 
 def test_an_autoencoder_without_codes_is_refused(tmp_path):
     (tmp_path / "flags.txt").write_text("--task=autoencoder\n")
-    with pytest.raises(ConfigError, match=r"latent=kl, which has no codes; vq, rvq and fsq have"):
+    with pytest.raises(
+        ConfigError, match=r"latent=kl, which has no codes; only vq, rvq, and fsq do"
+    ):
         CodePrior(parse_run([*SECOND, f"--code_prior.autoencoder={tmp_path}"]))
