@@ -11,6 +11,7 @@ import sys
 
 import jax
 
+from benchmarks.compile_time import batch_shapes
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.execution import build
@@ -24,23 +25,17 @@ FLAGS = (
     "--transformer.embed_dim=128",
     "--transformer.num_heads=2",
     "--transformer.remat=full",
+    f"--language_model.vocab_size={VOCABULARY}",
 )
-
-
-class WideModel(LanguageModel):
-    """A language model with `VOCABULARY` tokens, whose tokenizer is only that number."""
-
-    class tokenizer:
-        vocab_size = VOCABULARY
 
 
 def temporary_bytes(*flags: str) -> int:
     config = parse_run([*FLAGS, *flags])
-    task = WideModel(config)
+    task = LanguageModel(config)
     mesh = make_mesh(config.mesh)
     compiled = build(task, config, mesh)
     with mesh_context(mesh):
-        program = compiled.step.lower(compiled.shapes, task.data.batch_spec).compile()
+        program = compiled.step.lower(compiled.shapes, batch_shapes(task)).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 

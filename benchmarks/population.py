@@ -21,7 +21,7 @@ import jax
 from genai_jax.components import parse_run
 from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
-from genai_jax.training.execution import build
+from genai_jax.training.execution import SingleRun
 from genai_jax.training.population import Population
 from genai_jax.training.sharding import make_mesh, mesh_context
 
@@ -47,25 +47,21 @@ class Stepper:
 
     def __init__(self, arguments: list[str]):
         config = parse_run(arguments)
-        task = LanguageModel(config)
-        self.members = config.population.size
-        if self.members > 1:
-            task = Population(LanguageModel, config)
         self.mesh = make_mesh(config.mesh)
-        self.compiled = build(task, config, self.mesh)
-        placement = BatchPlacement(task.data.batch_spec, self.compiled.batch_shardings)
-        self.batches = DeviceBatches(task.data.train(placement.rows), placement)
-        key = task.keys() if self.members > 1 else jax.random.key(0)
-        self.tokens = task.tokens_per_step()
+        kind = Population if config.population.size > 1 else SingleRun
+        execution = kind(LanguageModel(config), config, self.mesh)
+        self.step, self.tokens = execution.compiled.step, execution.tokens
+        placement = BatchPlacement(execution.batch_spec(), execution.data_shardings())
+        self.batches = DeviceBatches(execution.train(placement.rows), placement)
         with mesh_context(self.mesh):
-            self.state = self.compiled.init(key)
+            self.state = execution.begin()
 
     def tokens_per_second(self, steps: int) -> float:
         start = time.perf_counter()
         with mesh_context(self.mesh):
             for _ in range(steps):
-                self.state, metrics = self.compiled.step(self.state, next(self.batches))
-            jax.block_until_ready(metrics)
+                self.state, report = self.step(self.state, next(self.batches))
+            jax.block_until_ready(report)
         return steps * self.tokens / (time.perf_counter() - start)
 
 

@@ -24,7 +24,7 @@ def measure(index: int, port: int) -> dict:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from genai_jax.training.distributed import DistributedConfig, joined
+    from genai_jax.training.distributed import DistributedConfig, join_processes
     from genai_jax.training.sharding import MeshConfig, make_mesh
     from genai_jax.training.stop_signal import StopSignal
 
@@ -33,7 +33,8 @@ def measure(index: int, port: int) -> dict:
             x = jnp.tanh(x @ x) * 0.01
         return x, jnp.sum(x * x)
 
-    with joined(DistributedConfig(f"127.0.0.1:{port}", 2, index)), StopSignal() as stop:
+    place = DistributedConfig(f"127.0.0.1:{port}", 2, index)
+    with join_processes(place), StopSignal() as stop:
         mesh = make_mesh(MeshConfig())
         split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
         blocks = np.ones((2, 512, 512), np.float32)

@@ -54,8 +54,8 @@ def our_step(batch: dict, flags: tuple[str, ...]):
 
     def once():
         nonlocal state
-        state, metrics = step(state, batch)
-        return metrics["loss"]
+        state, report = step(state, batch)
+        return report.metrics["loss"]
 
     return once, sum(x.size for x in jax.tree.leaves(state.params))
 

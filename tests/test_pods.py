@@ -80,7 +80,7 @@ def test_mesh_and_batch_fit_the_topology(name, runs):
         logical_axes(params, task.partition_rules),
     )
     for entry, x in task.data.batch_spec.items():
-        spec_of(entry, x.shape, task.batch_axes[entry], mesh)
+        spec_of(entry, x.shape, x.axes, mesh)
     rows = config.data.batch_size
     assert rows % (batch_shards(mesh) * config.train.accumulate) == 0
 

@@ -56,7 +56,7 @@ def test_every_run_spends_its_budget(base, capsys):
         )
         params = jax.eval_shape(lambda task=task: task.init(jax.random.key(0)))[0]
         assert total == sum(x.size for x in jax.tree.leaves(params))
-        assert n == total - task.vocab_size * width  # the head is not an embedding
+        assert n == total - task.data.vocab_size * width  # the head is not an embedding
         assert d == config.train.steps * 8 * 64
         assert ratio == pytest.approx(d / n, rel=1e-3)
         assert c == pytest.approx(config.train.steps * per_step, rel=1e-4)

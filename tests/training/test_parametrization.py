@@ -102,7 +102,7 @@ def updates_of(optimizer: str, growth: dict):
     params, grads = gradients()
     axes = logical_axes(params, PARTITION_RULES)
     config = OptimizerConfig(name=optimizer, warmup_steps=0, clip_norm=0, learning_rate=0.1)
-    tool = make_optimizer(config, 10, axes, growth=growth)
+    tool = make_optimizer(config, 10, PARTITION_RULES, growth=growth)
     updates = jax.jit(lambda: tool.update(grads, tool.init(params), params)[0])()
     shrink = jax.tree.map(
         lambda x, a: -0.1 * 0.1 * x * (kind(a) != "vector"), params, axes,
