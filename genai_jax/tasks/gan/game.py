@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genai_jax.config import ConfigError, field
+from genai_jax.config import field
 from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
 from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
 from genai_jax.tasks.protocol import LossOutput, Phase, StepInfo
@@ -59,24 +59,24 @@ class GameConfig:
         for name in PENALTIES:
             every = getattr(self, f"{name}_every")
             if every > 1 and not getattr(self, name):
-                raise ValueError(f"--gan.{name}_every={every} is set, but --gan.{name}=0")
+                raise ValueError(f"{name}_every={every} is set, but {name}=0")
             if every > 1 and self.updates == "simultaneous":
                 raise ValueError(
-                    f"--gan.{name}_every={every} does not fit --gan.updates=simultaneous, which "
+                    f"{name}_every={every} does not fit updates=simultaneous, which "
                     "applies penalties in every update"
                 )
         if self.critic_updates > 1 and self.updates == "simultaneous":
             raise ValueError(
-                f"--gan.critic_updates={self.critic_updates} does not fit "
-                "--gan.updates=simultaneous, which updates both players once"
+                f"critic_updates={self.critic_updates} does not fit "
+                "updates=simultaneous, which updates both players once"
             )
 
     def check_steps(self, steps: int):
-        """Raises `ConfigError` if a penalty would apply only in the first step."""
+        """Raises `ValueError` if a penalty would apply only in the first step."""
         for name in PENALTIES:
             every = getattr(self, f"{name}_every")
             if every > 1 and every >= steps:
-                raise ConfigError(f"--gan.{name}_every={every} is not below --train.steps={steps}")
+                raise ValueError(f"{name}_every={every} is not below --train.steps={steps}")
 
 
 class Players(NamedTuple):

@@ -96,7 +96,10 @@ class Gan(Task):
 
     def _check(self):
         config, chosen = self.config, self.config.gan
-        chosen.check_steps(config.train.steps)
+        try:
+            chosen.check_steps(config.train.steps)
+        except ValueError as error:
+            raise ConfigError(name_flags(str(error), "gan", type(chosen))) from None
         if chosen.fade_steps > config.train.steps:
             raise ConfigError(
                 f"--gan.fade_steps={chosen.fade_steps} is above --train.steps={config.train.steps}"
