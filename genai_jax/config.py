@@ -179,7 +179,7 @@ def help_text(usage: str, components: Mapping[str, type]) -> str:
             lines.append(f"  --{name}\n      {sentence} ({'; '.join(notes)})")
         lines.append("")
     lines.append(
-        "  --flagfile\n      a file with one flag per line; # starts a comment; files may nest"
+        "  --flagfile\n      A file with one flag per line; # starts a comment; files may nest"
     )
     return "\n".join(lines)
 
