@@ -168,3 +168,20 @@ def test_averages_start_at_the_parameters_and_follow_the_closed_form():
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ConfigError, match=f"--ema.decay={decay}"):
         EmaConfig(decay=decay).averages()
+
+
+def test_a_phase_can_learn_if_any_microbatch_can_and_while_it_does_not_run():
+    def loss(params, mutables, batch, info):
+        value = jnp.mean(jnp.square(params["one"] - batch["x"]))
+        return LossOutput(value, {}, mutables, can_learn=jnp.any(batch["x"] > 6))
+
+    phases = (quadratic("a", "one"), Phase("b", ("one",), loss, optax.sgd(RATE), every=2))
+    low = {"x": jnp.minimum(BATCH["x"], 6)}
+    for accumulate in (1, 4):
+        step, begun = jax.jit(make_step(phases, accumulate=accumulate)), {"one": 0.0, "two": 0.0}
+        _, report = step(begin(phases, begun, 0), BATCH)
+        assert report.can_learn["a"] and report.can_learn["b"]
+        state, report = step(begin(phases, begun, 0), low)
+        assert report.can_learn["a"] and not report.can_learn["b"]
+        _, report = step(state, low)
+        assert report.can_learn["b"]
