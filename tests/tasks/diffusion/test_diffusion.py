@@ -107,7 +107,7 @@ def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_bit_for_bit
     conditional, params
 ):
     labels = np.array([[3], [7]], np.int32)
-    sampled, condition = conditional.sampled(), conditional.model.condition(labels=labels)
+    sampled, condition = conditional.sampled_model(), conditional.model.condition(labels=labels)
     samples = {}
     for weight in (1.0, 0.0, 2.0):
         settings = dataclasses.replace(conditional.config.sampler, guidance=weight)
@@ -122,7 +122,7 @@ def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_bit_for_bit
 
 def test_samples_depend_on_the_seed_and_a_batch_is_sampled_in_parts(conditional, params):
     settings = dataclasses.replace(conditional.config.sampler, batch_size=2)
-    sampler = Sampler(conditional.sampled(), params, settings)
+    sampler = Sampler(conditional.sampled_model(), params, settings)
     labels = conditional.model.condition(labels=np.array([[0], [1], [2]], np.int32))
 
     def sample(seed):
@@ -145,7 +145,7 @@ def write_png(path, values):
 
 def samples_of(task, params, **request) -> np.ndarray:
     """The images that a request of the sample command writes."""
-    files = sample_request(task.sampled(), params, DiffusionRequest(workdir="x", **request))
+    files = sample_request(task.sampled_model(), params, DiffusionRequest(workdir="x", **request))
     (write,) = files.writers.values()
     return write.keywords["examples"]
 

@@ -121,7 +121,7 @@ def teacher(tmp_path_factory) -> str:
 def test_a_weaker_model_guides_a_stronger_one(teacher):
     """Autoguidance by the workdir of a run; by the model itself it changes nothing."""
     task = task_of("--diffusion.condition=class")
-    settings, sampled = task.config.sampler, task.sampled()
+    settings, sampled = task.config.sampler, task.sampled_model()
     labels = task.model.condition(labels=np.array([[1], [2]], np.int32))
 
     def samples(params, **changes):
@@ -136,7 +136,7 @@ def test_a_weaker_model_guides_a_stronger_one(teacher):
     difference = own.sample(jax.random.key(0), 2, labels)[0].astype(int) - plain
     assert np.abs(difference).max() <= 1
     with pytest.raises(ConfigError, match=r"has --diffusion.schedule=.*, but this run has"):
-        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid").sampled()
+        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid").sampled_model()
         Sampler(other, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
 
 
