@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from genai_jax import evaluate, sample
 from genai_jax.components import parse_run, read_config
 from genai_jax.config import ConfigError
 from genai_jax.tasks.registry import TASKS, task_class, task_name
@@ -66,11 +67,15 @@ def test_the_guide_is_a_whole_family_in_under_120_lines(folder):
 
 
 def test_a_workdir_alone_never_decides_which_code_is_run(folder):
-    for command in ("sample", "evaluate"):
-        said = run(folder, "-m", f"genai_jax.{command}", "--workdir=run", code=2)
-        assert said.count("\n") == 1 and "to allow it, add --task=" in said
-        said = run(folder, "-m", f"genai_jax.{command}", "--workdir=run", "--task=x:Y", code=2)
-        assert "to allow it, add --task=" in said
+    workdir = f"--workdir={folder / 'run'}"
+    for command in (sample, evaluate):
+        for flags in ((workdir,), (workdir, "--task=x:Y")):
+            with pytest.raises(ConfigError, match="outside of genai_jax") as error:
+                command.main(flags)
+            assert "\n" not in str(error.value) and TASK in str(error.value)
+    assert "my_family" not in sys.modules
+    said = run(folder, "-m", "genai_jax.sample", "--workdir=run", code=2)
+    assert said.count("\n") == 1 and said.startswith("error: --workdir=run")
 
 
 def test_a_study_of_an_outside_family(folder):

@@ -128,22 +128,18 @@ def test_what_does_not_fit_is_named(base, tmp_path):
             run("Linear", tmp_path / "new", *flags)
 
 
-def test_a_language_model_with_another_tokenizer_is_refused(text_folder, tmp_path):
-    tiny = (
-        "--data.batch_size=8", "--data.sequence_length=32", "--transformer.num_layers=1",
-        "--transformer.embed_dim=16", "--transformer.num_heads=2", "--train.steps=1",
-        "--train.progress=false", f"--data.dataset=text:{text_folder}", "--eval.batches=0",
+def test_text_with_another_tokenizer_is_refused(text_folder, tmp_path):
+    short = (
+        "--task=tests.tasks.language.unigram:Unigram", f"--data.dataset=text:{text_folder}",
+        "--data.sequence_length=32", "--train.steps=1", "--train.progress=false",
+        "--eval.batches=0",
     )  # fmt: skip
-    assert train.main([*tiny, f"--workdir={tmp_path / 'a'}"]) == 0
+    assert train.main([*short, f"--workdir={tmp_path / 'a'}"]) == 0
     record = tmp_path / "a" / "run.json"
     record.write_text(record.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
     init = (f"--init_from={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}")
     with pytest.raises(ConfigError, match=r"--init_from=.*is not the one the checkpoint"):
-        train.main([*tiny, *init])
-    record.write_text(record.read_text().replace('"tokenizer_sha256": "0', '"tokenizer_sha256": "'))
-    wider = (*tiny, "--transformer.embed_dim=32", *init)
-    with pytest.raises(ConfigError, match=r"params/model/.* has shape .* there, and model/.* here"):
-        train.main(wider)
+        train.main([*short, *init])
 
 
 # Adapters and what never changes.

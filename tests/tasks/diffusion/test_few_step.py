@@ -136,7 +136,9 @@ def test_a_weaker_model_guides_a_stronger_one(teacher):
     difference = own.sample(jax.random.key(0), 2, labels)[0].astype(int) - plain
     assert np.abs(difference).max() <= 1
     with pytest.raises(ConfigError, match=r"has --diffusion.schedule=.*, but this run has"):
-        other = task_of("--diffusion.condition=class", "--diffusion.schedule=sigmoid").sampled_model()
+        other = task_of(
+            "--diffusion.condition=class", "--diffusion.schedule=sigmoid"
+        ).sampled_model()
         Sampler(other, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
 
 
