@@ -99,8 +99,16 @@ def parse_run(argv: Sequence[str]) -> Config:
 
 
 def make_task(config: Config) -> Any:
-    """The task of a configuration."""
-    return task_class(config.run.task)(config)
+    """The task of a configuration.
+
+    Raises:
+      ConfigError: flags that contradict each other, or a task without data or partition rules.
+    """
+    task = task_class(config.run.task)(config)
+    missing = [name for name in ("data", "partition_rules") if not hasattr(task, name)]
+    if missing:
+        raise ConfigError(f"--task={config.run.task} lacks {' and '.join(missing)}")
+    return task
 
 
 def run_help(argv: Sequence[str], usage: str) -> str:
@@ -131,7 +139,25 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
     config = read_config(workdir, allowed=allowed)
     task = config.run.task
     components = {"run": request_class(task_class(task), kind), "distributed": DistributedConfig}
+    _check_named(config, last_value(argv, "task"), allowed[1:], workdir)
     return parse(argv, components, user=f"a run of --task={task}")[0], config
+
+
+def _check_named(config: Config, task: str | None, mixers: Sequence[str], workdir: str):
+    """Raises `ConfigError` for a task or a mixer on the command line that is not the run's."""
+    if task and task != config.run.task:
+        raise ConfigError(
+            f"--task={task}: --workdir={workdir} is a run of --task={config.run.task}"
+        )
+    used = {m for c in config.components.values() for m in _mixers(c)}
+    for mixer in mixers:
+        if mixer and mixer not in used:
+            raise ConfigError(f"--mixers={mixer}: the run in --workdir={workdir} does not use it")
+
+
+def _mixers(component: Any) -> tuple[str, ...]:
+    """The mixers from outside of this project that a component's pattern names."""
+    return outside_mixers(getattr(component, "pattern", None))
 
 
 def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
@@ -140,6 +166,8 @@ def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
     task, workdir = last_value(argv, "task"), last_value(argv, "workdir")
     if workdir and not task:
         task = recorded_task(workdir)
+        if is_outside(task):  # code that only the command line may name
+            task = None
     if not task:
         usage += "\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
         return help_text(usage, {"run": REQUESTS[kind], "distributed": DistributedConfig})
@@ -190,7 +218,7 @@ def read_config(
     flagfile = f"--flagfile={flags_path(workdir, flag)}"
     config = parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
     for component in config.components.values():
-        for mixer in outside_mixers(getattr(component, "pattern", None)):
+        for mixer in _mixers(component):
             if mixer not in allowed:
                 raise ConfigError(
                     f"{flag}={workdir} uses the mixer {mixer}, which is code outside of genai_jax: "

@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
 def scores(task, config, request) -> dict:
     """Returns the JSON object that the command prints."""
+    from genai_jax.tasks.protocol import Reports
     from genai_jax.training.batches import BatchPlacement
     from genai_jax.training.evaluation import Evaluator
     from genai_jax.training.restore import restore_model
@@ -42,12 +43,14 @@ def scores(task, config, request) -> dict:
     trained = model.params, model.mutables
     with mesh_context(model.mesh):
         evaluator = Evaluator(task)
-        evaluator(*trained, batches(1), request.seed)  # compiles, so that only scoring is timed
+        if task.tokens_per_step():  # compiles, so that only scoring is timed
+            evaluator(*trained, batches(1), request.seed)
         start = time.perf_counter()
         result = evaluator(*trained, batches(request.batches), request.seed)
         seconds = time.perf_counter() - start
-        if hasattr(task, "report"):
-            result |= task.report(*trained, batches, request)
+        if isinstance(task, Reports):
+            params = task.materialize(model.params)
+            result |= task.report(params, model.mutables, batches, request)
     if "tokens" in result:
         result["tokens_per_second"] = result["tokens"] / seconds
     return {"step": model.step, "ema": model.ema, "split": "validation", **result}

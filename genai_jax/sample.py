@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
             task, config, step=request.checkpoint_step, ema=request.ema, member=request.member
         )
         with mesh_context(model.mesh):
-            sampled = task.sample(model.params, model.mutables, request)
+            params = task.materialize(model.params)
+            sampled = task.sample(params, model.mutables, request)
         if is_main():
             folder = pathlib.Path(request.workdir) / "samples"
             for line in sampled.write(request.output, folder):

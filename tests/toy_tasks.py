@@ -1,6 +1,7 @@
 """Tiny tasks that use one seam of the training loop each: named as tests.toy_tasks:CLASS."""
 
 import dataclasses
+import json
 from typing import ClassVar
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from genai_jax.config import Config, field
 from genai_jax.data.prefetch import BatchIterator
+from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
 from genai_jax.tasks.protocol import (
     ArraySpec,
     Collected,
@@ -113,7 +115,7 @@ class Adapted(Linear):
     def init_from(self):
         if not self.config.toy.base:
             return ()
-        return (Transfer(self.config.toy.base, "--toy.base", "params/model", "model"),)
+        return (Transfer(self.config.toy.base, "--toy.base", "params/model", "params/model"),)
 
     def phases(self, params):
         optimizer = default_optimizer(self.config, self.partition_rules)
@@ -123,6 +125,15 @@ class Adapted(Linear):
         layer = params["model"]["layer"]
         merged = {**layer, "kernel": layer["kernel"] + params["adapter"]["delta"]}
         return {**params, "model": {"layer": merged}}
+
+    sample_request = SampleRequest
+    evaluate_request = EvaluateRequest
+
+    def sample(self, params, mutables, request):
+        return Texts([json.dumps(params["model"]["layer"]["kernel"].tolist())])
+
+    def report(self, params, mutables, batches, request):
+        return {"first": float(params["model"]["layer"]["kernel"][0])}
 
 
 class Collecting(Linear):

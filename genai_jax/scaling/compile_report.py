@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from genai_jax.config import Config
+from genai_jax.config import Config, ConfigError
 from genai_jax.scaling.chips import Topology, machine_memory
 from genai_jax.scaling.estimate import KERNEL_SHARE, Estimate, estimate
 from genai_jax.scaling.memory import breakdown, largest, local_bytes, refused
 from genai_jax.scaling.program import parse
-from genai_jax.tasks.protocol import step_spec
+from genai_jax.tasks.protocol import Fitted, batch_rows, step_spec
 from genai_jax.training.execution import Compiled, build
 from genai_jax.training.flops import flops_of
 from genai_jax.training.sharding import make_mesh, mesh_context
@@ -42,6 +42,8 @@ def prepared(task: Any, config: Config, topology: Topology) -> Built:
     Raises:
       ConfigError: the mesh does not fit the devices, or an axis does not divide a dimension.
     """
+    if isinstance(task, Fitted):
+        raise ConfigError(f"--task={config.run.task} is fitted in one pass; it has no step")
     mesh = make_mesh(config.mesh, topology.devices())
     compiled = build(task, config, mesh)
     batch = {
@@ -108,8 +110,8 @@ def facts(config: Config, topology: Topology, built: Built) -> dict:
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "state_bytes": local_bytes(state),
         "tokens_per_step": built.task.tokens_per_step(),
-        "batch_size": config.data.batch_size,
-        **flops_of(built.task),
+        "batch_size": batch_rows(step_spec(built.task)),
+        **flops_of(built.task, config),
     }
 
 

@@ -1,6 +1,6 @@
 """The contract between a family and everything that trains, samples, and scores it.
 
-A family subclasses `Task` (or provides the same attributes and methods). What only some families
+A family subclasses `Task`. What only some families
 can do is a protocol of its own: `Samples`, `Reports`, `Collects`, `Fitted`, `Prepares`,
 `CountsFlops`.
 """
@@ -49,6 +49,7 @@ class Phase(NamedTuple):
     every: int = 1  # steps between updates (lazy regularization)
     repeats: int = 1  # updates per step, each on its own slice of the batch (critic updates)
     epochs: int = 1  # passes over the batch per step, each of `repeats` updates (PPO)
+    stuck: str = "nothing is left to learn from"  # what is said when `can_learn` is False
     optimizer_of: str = ""  # phase whose optimizer and optimizer state it shares
 
     @property
@@ -98,7 +99,7 @@ class Transfer(NamedTuple):
     workdir: str  # of the other run
     flag: str  # the flag that names it, for error messages
     source: str  # path in its state, e.g. "params/model" or "mutables/codebooks"
-    target: str  # path in this run's parameters, e.g. "teacher"
+    target: str  # path in this run's state, e.g. "params/teacher"
     average: str | None = None  # average of the other run to use; None: its parameters
     partial: bool = False  # whether the target may have arrays that the source lacks
 
@@ -138,6 +139,8 @@ class Task(Protocol):
       mutable_rules: the same for mutables; those that match no rule are replicated.
       data: what it is trained on.
       activation_axes: mesh axes that split activations only, neither parameters nor batches.
+      evaluation_seed: seed of what is random in the held-out metrics during training; that of the
+        run if None.
       loss_unit: unit of the losses, for the axis of the plot.
       curves: additional plots: name -> (suffixes of metric names, axis label).
     """
@@ -148,6 +151,7 @@ class Task(Protocol):
     mutable_rules: Sequence[tuple[str, tuple]] = ()
     activation_axes: tuple[str, ...] = ()
     loss_unit: str = "loss"
+    evaluation_seed: int | None = None
     curves: Mapping[str, tuple[tuple[str, ...], str]] = {}
 
     @abstractmethod
@@ -206,7 +210,7 @@ def step_spec(task: Task) -> Mapping[str, ArraySpec]:
 
 @runtime_checkable
 class Samples(Protocol):
-    """A task that the sample command can sample from."""
+    """A task that the sample command can sample from; `params` have adapters merged in."""
 
     sample_request: ClassVar[type]  # flags of the command, a subclass of `requests.SampleRequest`
 

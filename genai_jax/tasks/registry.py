@@ -1,5 +1,6 @@
 """The families by name: what ``--task`` takes. A family is imported only when it is chosen."""
 
+import difflib
 import importlib
 import re
 
@@ -34,17 +35,23 @@ def task_class(name: str) -> type:
         required attribute.
     """
     if name not in TASKS and not OUTSIDE.fullmatch(name):
+        near = difflib.get_close_matches(name, TASKS, n=1)
         raise ConfigError(
-            f"--task={name} is not one of {', '.join(TASKS)}; name a task of your own by its "
+            f"--task={name} is not one of {', '.join(TASKS)}"
+            f"{f' (did you mean {near[0]}?)' if near else ''}; name a task of your own by its "
             "class, as in --task=my_package.my_module:MyTask"
         )
     module_name, class_name = TASKS.get(name, name).split(":")
     if name in TASKS:
         return getattr(importlib.import_module(module_name), class_name)
-    cls = _import_outside(name, module_name, class_name)
+    cls = import_outside(f"--task={name}", module_name, class_name)
     missing = [m for m in REQUIRED if not _provides(cls, m)]
     if missing:
         raise ConfigError(f"--task={name} lacks {', '.join(missing)}, which every task has")
+    from genai_jax.tasks.protocol import Task  # which imports jax
+
+    if Task not in cls.__mro__:
+        raise ConfigError(f"--task={name} is not a subclass of genai_jax.tasks.protocol.Task")
     return cls
 
 
@@ -54,17 +61,29 @@ def task_name(cls: type) -> str:
     return next((name for name, place in TASKS.items() if place == where), where)
 
 
-def _import_outside(name: str, module_name: str, class_name: str) -> type:
+def import_outside(flag: str, module_name: str, class_name: str) -> type:
+    """A class from outside of this project.
+
+    Raises:
+      ConfigError: it cannot be imported; `flag` is what named it.
+    """
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"--task={name}: cannot import {module_name}: {type(error).__name__}: {error}"
+            f"{flag}: cannot import {module_name}: {type(error).__name__}: {error}{_hint(error)}"
         ) from error
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type):
-        raise ConfigError(f"--task={name}: {module_name} has no class {class_name}")
+        raise ConfigError(f"{flag}: {module_name} has no class {class_name}")
     return cls
+
+
+def _hint(error: Exception) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    package = (error.name or "").split(".")[0]
+    return f"; run this in the folder that holds {package}, or add that folder to PYTHONPATH"
 
 
 def _provides(cls: type, name: str) -> bool:

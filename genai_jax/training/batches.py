@@ -10,6 +10,7 @@ from jax.sharding import Sharding
 
 from genai_jax.config import ConfigError
 from genai_jax.training.distributed import gather_records
+from genai_jax.training.validate import check_batch
 
 
 class BatchPlacement:
@@ -27,6 +28,7 @@ class BatchPlacement:
     """
 
     def __init__(self, shapes: Mapping[str, Any], shardings: Mapping[str, Sharding]):
+        self._specs = shapes
         self._shapes = {name: tuple(x.shape) for name, x in shapes.items()}
         self._shardings = shardings
         needed: set[int] = set()
@@ -37,6 +39,7 @@ class BatchPlacement:
 
     def to_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays from the rows of this process, ``[len(self.rows), ...]`` for each entry."""
+        check_batch(batch, self._specs, len(self.rows))
         return {name: self._place(name, rows) for name, rows in batch.items()}
 
     def _place(self, name: str, rows: np.ndarray) -> jax.Array:

@@ -33,7 +33,11 @@ DEFAULT = CheckpointConfig()
 LAYOUT = 2  # of the state in a checkpoint; layout 1 had counters of loss calls in the mutables
 
 
-class OldLayout(ConfigError):
+class Misfit(ConfigError):
+    """A checkpoint that is whole, but not of the model that is to be restored."""
+
+
+class OldLayout(Misfit):
     """A checkpoint written by another version of this project."""
 
 
@@ -140,7 +144,7 @@ class Checkpointer:
         for candidate in candidates:
             try:
                 return candidate, *self._restore(candidate, shapes, only)
-            except OldLayout:
+            except Misfit:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
@@ -203,6 +207,7 @@ class Checkpointer:
     ) -> tuple[Any, dict, dict]:
         args, left_out = self._ocp.args, self._ocp.PLACEHOLDER
         self._check_layout(step)
+        self._check_fits(step, shapes)
         shapes, frozen = self._without_frozen(shapes)
         target = jax.tree_util.tree_map_with_path(
             lambda path, x: x if _is_part(path_name(path), only) else left_out, shapes
@@ -238,6 +243,20 @@ class Checkpointer:
         if damaged:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
         return state, data, clock
+
+    def _check_fits(self, step: int, shapes: Any):
+        """Raises `Misfit` for parameters that the checkpoint lacks, or has in another shape."""
+        saved, parts = self.saved_shapes(step), {"params": getattr(shapes, "params", {})}
+        if not saved:  # its files are missing, which restoring it will tell
+            return
+        for path, x in jax.tree_util.tree_flatten_with_path(parts)[0]:
+            name, shape = path_name(path), tuple(x.shape)
+            if saved.get(name) != shape:
+                there = f"{name} of shape {saved[name]}" if name in saved else f"no {name}"
+                raise Misfit(
+                    f"checkpoint {step} in {self._manager.directory} has {there}, and this model "
+                    f"has it of shape {shape}: was the task's code changed?"
+                )
 
     def _check_layout(self, step: int):
         args = self._ocp.args.Composite(clock=self._ocp.args.JsonRestore())

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.tasks.protocol import Batch, Mean, Params, PyTree, Rows, Task
+from genai_jax.config import ConfigError
+from genai_jax.tasks.protocol import Batch, Mean, Params, PyTree, Rows, Task, batch_rows
 from genai_jax.training.distributed import to_host
+from genai_jax.training.validate import check_example_metrics
 
 
 class Evaluator:
@@ -17,6 +19,18 @@ class Evaluator:
     def __init__(self, task: Task):
         self._task = task
         self._step = jax.jit(self._of_batch)
+
+    def check(self, params: Params, mutables: PyTree):
+        """Traces the metrics on shapes, so that a mistake in them is not found after training.
+
+        Raises:
+          ConfigError: metrics that are not those of examples.
+        """
+        batch = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for name, x in self._task.data.batch_spec.items()
+        }
+        jax.eval_shape(self._of_batch, params, mutables, batch, jax.eval_shape(_key))
 
     def __call__(
         self, params: Params, mutables: PyTree, batches: Iterable[Batch], seed: int = 0
@@ -41,18 +55,30 @@ class Evaluator:
                 if isinstance(x, Rows) and i * len(x.mask) < x.limit:
                     rows.setdefault(name, []).append(x)
         if not sums:
-            raise ValueError("there are no held-out batches")
+            raise ConfigError("there are no held-out batches to evaluate on")
         reduced: dict[str, Any] = {name: _total([s[name] for s in sums]) for name in sums[0]}
         reduced |= {name: _collected(parts) for name, parts in rows.items()}
-        return self._task.summarize(reduced, self._task.materialize(params), mutables, key)
+        params = self._task.materialize(params)
+        metrics = self._task.summarize(reduced, params, mutables, key)
+        if "loss" not in metrics:
+            raise ConfigError(
+                f"the held-out metrics of {type(self._task).__name__} are {', '.join(metrics)}; "
+                '"loss" has to be among them'
+            )
+        return metrics
 
     def _of_batch(self, params, mutables, batch, key) -> dict:
         params = self._task.materialize(params)
         metrics = self._task.example_metrics(params, mutables, batch, key)
+        check_example_metrics(metrics, batch_rows(batch))
         return {
             name: Mean(*(jnp.sum(a, 0, dtype=jnp.float32) for a in x)) if isinstance(x, Mean) else x
             for name, x in metrics.items()
         }
+
+
+def _key() -> jax.Array:
+    return jax.random.key(0)
 
 
 def _total(parts: list[Mean]) -> Mean:

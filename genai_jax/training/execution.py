@@ -9,10 +9,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import ArraySpec, Params, Phase, PyTree, Task, batch_rows, step_spec
+from genai_jax.tasks.protocol import (
+    ArraySpec,
+    Collects,
+    Phase,
+    PyTree,
+    Task,
+    batch_rows,
+    step_spec,
+)
 from genai_jax.training import compiler
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.flops import flops_per_step
+from genai_jax.training.phases import phases_of
 from genai_jax.training.sharding import (
     LOGICAL_AXES,
     axes_of,
@@ -21,9 +30,10 @@ from genai_jax.training.sharding import (
     mesh_context,
     state_shardings,
 )
-from genai_jax.training.step import TrainState, init_state, make_step, trained_paths
+from genai_jax.training.step import TrainState, init_state, make_step
 from genai_jax.training.transfer import initial_parts
-from genai_jax.training.trees import matching_paths, overlay
+from genai_jax.training.trees import overlay
+from genai_jax.training.validate import check_rules, check_spec
 
 
 class Compiled(NamedTuple):
@@ -79,29 +89,6 @@ class Execution(Protocol):
         """A single model's shapes out of those of the state."""
 
 
-def phases_of(task: Task, config: Config) -> Callable[[Params], tuple[Phase, ...]]:
-    """Parameters, or their shapes -> phases, restricted to what --optimizer.trainable names."""
-
-    def phases(params: Params) -> tuple[Phase, ...]:
-        every = task.phases(params)
-        if not config.optimizer.trainable:
-            return every
-        flag = "--optimizer.trainable"
-        allowed = matching_paths(params, config.optimizer.trainable.split(","), flag)
-        restricted = []
-        for phase in every:
-            trains = tuple(sorted(trained_paths(phase, params) & allowed))
-            if not trains:
-                raise ConfigError(
-                    f"{flag}={config.optimizer.trainable} leaves phase {phase.name} nothing to "
-                    "train"
-                )
-            restricted.append(phase._replace(trains=trains))
-        return tuple(restricted)
-
-    return phases
-
-
 def initializer(task: Task, config: Config) -> Callable[[jax.Array], TrainState]:
     """Base key -> a fresh state; jax traces the same function only once."""
     averages, phases = config.ema.averages(), phases_of(task, config)
@@ -127,6 +114,8 @@ def state_shapes(
 def build(task: Task, config: Config, mesh: Mesh) -> Compiled:
     """Shapes first, then shardings, then the functions; nothing runs and nothing is allocated."""
     averages, accumulate = config.ema.averages(), config.train.accumulate
+    check_spec(task)
+    check_rules(task.partition_rules)
     init = initializer(task, config)
     with mesh_context(mesh):
         shapes = state_shapes(task, config, mesh, init)
@@ -194,14 +183,15 @@ class SingleRun:
         shapes = self.compiled.shapes
         self.flops = flops_per_step(task, self.compiled.phases, shapes.params, shapes.mutables)
         self._evaluator = Evaluator(task)
+        if config.eval.batches:
+            with mesh_context(mesh):
+                self._evaluator.check(shapes.params, shapes.mutables)
 
     def begin(self) -> TrainState:
         state = self.compiled.init(jax.random.key(self._config.run.seed))
         shapes = self.compiled.shapes
-        part = initial_parts(self.task, self._config, shapes.params, state.params)
-        if not part:
-            return state
-        return with_part(state, part, shapes)
+        part = initial_parts(self.task, self._config, shapes, state)
+        return with_part(state, part, shapes) if part else state
 
     def batch_spec(self) -> Mapping[str, ArraySpec]:
         return self.task.data.batch_spec
@@ -213,15 +203,17 @@ class SingleRun:
         return self.task.data.train(rows)
 
     def collect(self, state: TrainState, batch: PyTree) -> tuple[PyTree, Mapping[str, float]]:
-        if not hasattr(self.task, "collect"):
+        if not isinstance(self.task, Collects):
             return batch, {}
         key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), COLLECT)
         params = self.task.materialize(state.params)
-        made = self.task.collect(params, state.mutables, batch, key)
-        return jax.device_put(dict(made.batch), self.compiled.batch_shardings), made.metrics
+        collected = self.task.collect(params, state.mutables, batch, key)
+        placed = jax.device_put(dict(collected.batch), self.compiled.batch_shardings)
+        return placed, collected.metrics
 
     def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
-        return self._evaluator(state.params, state.mutables, batches(), self._config.run.seed)
+        seed = evaluation_seed(self.task, self._config)
+        return self._evaluator(state.params, state.mutables, batches(), seed)
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {name: float(value) for name, value in metrics.items()}
@@ -230,23 +222,32 @@ class SingleRun:
         return tree
 
 
+def evaluation_seed(task: Task, config: Config) -> int:
+    """The seed of what is random in the held-out metrics during training."""
+    return config.run.seed if task.evaluation_seed is None else task.evaluation_seed
+
+
 COLLECT = 0xC011EC7  # folded into a step's key for what is collected before it
 
 
-def with_part(state: TrainState, part: Params, shapes: TrainState) -> TrainState:
-    """`state` with `part` in place of its parameters, and of their averages.
+def with_part(state: TrainState, part: PyTree, shapes: TrainState) -> TrainState:
+    """`state` with `part` ({"params": ..., "mutables": ...}) in place, in averages as well.
 
     What is put in place is copied: the step may donate it, so it cannot be anybody else's memory.
     """
 
-    def place(whole: PyTree, where: PyTree) -> PyTree:
+    def place(part: PyTree, whole: PyTree, where: PyTree) -> PyTree:
         mine = _common(part, whole)
         shardings = jax.tree.map(lambda x: x.sharding, _common(where, mine))
         copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x), out_shardings=shardings)
         return overlay(whole, copy(mine))
 
-    ema = {name: place(average, shapes.ema[name]) for name, average in state.ema.items()}
-    return state.replace(params=place(state.params, shapes.params), ema=ema)
+    params, mutables = part.get("params", {}), part.get("mutables", {})
+    return state.replace(
+        params=place(params, state.params, shapes.params),
+        mutables=place(mutables, state.mutables, shapes.mutables) if mutables else state.mutables,
+        ema={name: place(params, x, shapes.ema[name]) for name, x in state.ema.items()},
+    )
 
 
 def _common(part: PyTree, whole: PyTree) -> PyTree:

@@ -2,8 +2,10 @@
 
 import jax
 
+from genai_jax.config import Config
 from genai_jax.networks.flops import count_flops
-from genai_jax.tasks.protocol import Params, Phase, PyTree, StepInfo, Task, step_spec
+from genai_jax.tasks.protocol import CountsFlops, Params, Phase, PyTree, StepInfo, Task, step_spec
+from genai_jax.training.phases import phases_of
 from genai_jax.training.step import trained_paths
 from genai_jax.training.trees import overlay, select
 
@@ -13,10 +15,10 @@ CONVENTION = (
 )
 
 
-def flops_of(task: Task) -> dict:
+def flops_of(task: Task, config: Config) -> dict:
     """As `flops_per_step`, from the task's own shapes; nothing is allocated."""
     params, mutables = jax.eval_shape(task.init, jax.random.key(0))
-    return flops_per_step(task, task.phases(params), params, mutables)
+    return flops_per_step(task, phases_of(task, config)(params), params, mutables)
 
 
 def flops_per_step(task: Task, phases: tuple[Phase, ...], params: Params, mutables: PyTree) -> dict:
@@ -24,7 +26,7 @@ def flops_per_step(task: Task, phases: tuple[Phase, ...], params: Params, mutabl
 
     A task may have a method `flops_per_step()` that returns these, and `inactive_parameters`.
     """
-    if hasattr(task, "flops_per_step"):
+    if isinstance(task, CountsFlops):
         return task.flops_per_step()
     spec = step_spec(task)
     total = 0.0

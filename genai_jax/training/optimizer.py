@@ -84,10 +84,21 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def default_optimizer(
-    config: Config, rules: Sequence, *, growth: Mapping[str, float] | None = None
+    config: Config,
+    rules: Sequence,
+    *,
+    growth: Mapping[str, float] | None = None,
+    updates_per_step: float = 1,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run with one phase: `make_optimizer` with the flags of the run."""
-    return make_optimizer(config.optimizer, config.train.steps, rules, growth=growth)
+    """The optimizer of one phase, with the flags of the run; see `make_optimizer`.
+
+    `updates_per_step` is `repeats * epochs / every` of the phase, so that its schedule ends with
+    the run.
+    """
+    return make_optimizer(
+        config.optimizer, config.train.steps, rules, growth=growth,
+        updates_per_step=updates_per_step,
+    )  # fmt: skip
 
 
 def make_optimizer(

@@ -21,8 +21,15 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.tasks.protocol import ArraySpec, PyTree, Task, batch_rows
 from genai_jax.training.ema import Average
 from genai_jax.training.evaluation import Evaluator
-from genai_jax.training.execution import Compiled, check_rows, jitted, phases_of, with_part
+from genai_jax.training.execution import (
+    Compiled,
+    check_rows,
+    evaluation_seed,
+    jitted,
+    with_part,
+)
 from genai_jax.training.flops import flops_per_step
+from genai_jax.training.phases import phases_of
 from genai_jax.training.sharding import LOGICAL_AXES, mesh_context
 from genai_jax.training.step import TrainState, init_state, make_step
 from genai_jax.training.transfer import initial_parts
@@ -122,9 +129,9 @@ class Population:
     def begin(self) -> TrainState:
         keys = jnp.stack([jax.random.key(c.run.seed) for c in self.configs])
         state, shapes = self.compiled.init(keys), self.compiled.shapes
-        one = jax.tree.map(lambda x: self._shape_on_all(x.shape[1:], x.dtype), shapes.params)
-        params = take_member(state.params, 0, self._mesh)
-        part = initial_parts(self.task, self.configs[0], one, params)
+        one = jax.tree.map(lambda x: self._shape_on_all(x.shape[1:], x.dtype), shapes)
+        member = take_member(state, 0, self._mesh)
+        part = initial_parts(self.task, self.configs[0], one, member)
         if not part:
             return state
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.size, *jnp.shape(x))), part)
@@ -235,7 +242,9 @@ class Population:
         """The held-out metrics of all members, formatted by `numbers`."""
         trained = state.params, state.mutables
         metrics = [
-            self._evaluator(*take_member(trained, k, self._mesh), batches(), c.run.seed)
+            self._evaluator(
+                *take_member(trained, k, self._mesh), batches(), evaluation_seed(self.task, c)
+            )
             for k, c in enumerate(self.configs)
         ]
         return self.numbers({n: np.array([m[n] for m in metrics]) for n in metrics[0]})

@@ -64,9 +64,7 @@ class ReportReader:
                     raise CannotGoOn(what, kind == "loss")
         for phase in self._phases:
             if not np.any(can_learn[phase.name]):
-                raise CannotGoOn(
-                    f"nothing is left to learn from at step {step} in phase {phase.name}", True
-                )
+                raise CannotGoOn(f"{phase.stuck} at step {step} in phase {phase.name}", True)
 
 
 def last_good(steps: list[int], failed: int, loss_failed: bool) -> int | None:

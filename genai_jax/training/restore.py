@@ -11,7 +11,8 @@ from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Params, PyTree, Task, batch_rows
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
-from genai_jax.training.execution import phases_of, state_shapes
+from genai_jax.training.execution import state_shapes
+from genai_jax.training.phases import phases_of
 from genai_jax.training.population import member_config, stacked_shapes, take_member
 from genai_jax.training.sharding import MeshConfig, batch_shards, make_mesh, mesh_context
 from genai_jax.training.step import frozen_paths

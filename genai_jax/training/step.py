@@ -12,6 +12,7 @@ import optax
 from genai_jax.tasks.protocol import Batch, LossOutput, Params, Phase, PyTree, StepInfo, Task
 from genai_jax.training.ema import Average, init_ema, update_ema
 from genai_jax.training.trees import leaf_paths, matching_paths, overlay, select
+from genai_jax.training.validate import check_loss
 
 
 @flax.struct.dataclass
@@ -151,6 +152,7 @@ def _update(phase, state, batch, rng, accumulate, materialize):
     def loss(trained, mutables, batch, rng):
         params = materialize(overlay(state.params, trained))
         output = phase.loss(params, mutables, batch, StepInfo(rng, state.step))
+        check_loss(phase, output, mutables)
         output = output._replace(
             weight=jnp.asarray(output.weight, jnp.float32),
             can_learn=jnp.asarray(output.can_learn, jnp.bool_),

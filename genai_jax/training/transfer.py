@@ -1,42 +1,49 @@
 """Parameters that begin as another run trained them, read straight into this run's shardings."""
 
 import pathlib
+import sys
 from collections.abc import Mapping
 
 import jax
 
-from genai_jax.config import Config, ConfigError, expand_flagfiles, parse
-from genai_jax.tasks.protocol import Params, PyTree, Task, Transfer
-from genai_jax.training.checkpoint import Checkpointer
+from genai_jax.config import Config, ConfigError, expand_flagfiles, last_value, parse
+from genai_jax.tasks.protocol import Prepares, PyTree, Task, Transfer
+from genai_jax.training.checkpoint import Checkpointer, Misfit, first_line
 from genai_jax.training.ema import EmaConfig
+from genai_jax.training.step import TrainState
 from genai_jax.training.trees import merged, nested, overlay, path_name
 from genai_jax.training.workdir import flags_path, read_record
 
 FLAG = "--init_from"
 
 
-def initial_parts(task: Task, config: Config, shapes: Params, params: Params) -> Params:
-    """The part of the parameters that does not begin as `task.init` made it.
+def initial_parts(task: Task, config: Config, shapes: TrainState, state: TrainState) -> PyTree:
+    """What of a fresh state does not begin as `task.init` made it.
 
     Args:
       task: of this run.
       config: of this run, for --init_from and --init_map.
-      shapes: of its parameters, `jax.ShapeDtypeStruct`s with the shardings to read into.
-      params: as `task.init` made them; only `Prepares.prepare` looks at them.
+      shapes: of its state, `jax.ShapeDtypeStruct`s with the shardings to read into.
+      state: as `task.init` made it; only `Prepares.prepare` looks at it.
+
+    Returns:
+      Parts of {"params": ..., "mutables": ...}.
 
     Raises:
       ConfigError: another run that is not there or does not fit; the parameter is named.
     """
-    part: Params = {}
-    for transfer in (*task.init_from(), *_by_flag(task, config, shapes)):
-        part = merged(part, load(transfer, shapes))
-    if hasattr(task, "prepare"):
-        part = merged(part, task.prepare(overlay(params, part)))
+    ours = {"params": shapes.params, "mutables": shapes.mutables}
+    part: PyTree = {}
+    for transfer in (*task.init_from(), *_by_flag(task, config, ours)):
+        part = merged(part, load(transfer, ours))
+    if isinstance(task, Prepares):
+        params = overlay(state.params, part.get("params", {}))
+        part = merged(part, {"params": task.prepare(params)})
     return part
 
 
-def load(transfer: Transfer, shapes: Params) -> Params:
-    """What a transfer puts in place, as a part of the parameters.
+def load(transfer: Transfer, shapes: PyTree) -> PyTree:
+    """What a transfer puts in place, as a part of {"params": ..., "mutables": ...}.
 
     Raises:
       ConfigError: as `initial_parts`.
@@ -45,8 +52,8 @@ def load(transfer: Transfer, shapes: Params) -> Params:
     target = _at(shapes, transfer.target)
     if target is None:
         raise ConfigError(
-            f"{transfer.flag}={transfer.workdir}: this run has no {transfer.target}; its groups "
-            f"are {', '.join(sorted(shapes))}"
+            f"{transfer.flag}={transfer.workdir}: the new run has no {transfer.target}; it has "
+            f"{', '.join(_groups(shapes))}"
         )
     wanted: dict[str, tuple[str, jax.ShapeDtypeStruct]] = {}
     for path, shape in jax.tree_util.tree_flatten_with_path(target)[0]:
@@ -63,6 +70,12 @@ def load(transfer: Transfer, shapes: Params) -> Params:
         array = lambda path, _: arrays[wanted[path_name(path)][0]]
         part = jax.tree_util.tree_map_with_path(array, target)
     return nested({transfer.target: part})
+
+
+def _groups(tree: PyTree) -> list[str]:
+    """The top-level parameters and mutables, as paths."""
+    parts = {kind: x for kind, x in tree.items() if isinstance(x, dict)}
+    return [f"{kind}/{name}" for kind, groups in parts.items() for name in groups]
 
 
 def _check_fits(source: "SavedState", transfer: Transfer, name: str | None, rest: str, shape):
@@ -91,16 +104,28 @@ class SavedState:
     """
 
     def __init__(self, workdir: str, flag: str):
+        self._where = f"{flag}={workdir}"
         flags_path(workdir, flag)
         folder = pathlib.Path(workdir) / "checkpoints"
         if not folder.is_dir():
             raise ConfigError(f"no checkpoint in {flag}={workdir}: the run has not saved one yet")
         self._checkpointer = Checkpointer(folder, read_only=True)
-        steps = self._checkpointer.steps()
-        if not steps:
-            raise ConfigError(f"no checkpoint in {flag}={workdir}: the run has not saved one yet")
-        self.step = steps[-1]
-        self.shapes: Mapping[str, tuple[int, ...]] = self._checkpointer.saved_shapes(self.step)
+        if last_value(_flags_of(workdir, flag), "population.size") not in (None, "1"):
+            raise ConfigError(f"{flag}={workdir} is a population: name a single run")
+        problem = None
+        for step in self._checkpointer.steps()[::-1]:
+            try:
+                self.shapes: Mapping[str, tuple[int, ...]] = self._checkpointer.saved_shapes(step)
+                self.step = step
+                break
+            except Misfit:
+                raise
+            except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                problem = f"checkpoint {step} in {folder} cannot be read: {first_line(error)}"
+                print(f"warning: {problem}", file=sys.stderr)
+        else:
+            nothing = f"no checkpoint in {flag}={workdir}: the run has not saved one yet"
+            raise ConfigError(problem or nothing)
 
     def resolve(self, path: str, average: str | None) -> str | None:
         """The saved array of a path: that of the average if it has it; None if there is none."""
@@ -110,11 +135,22 @@ class SavedState:
         return path if path in self.shapes else None
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Path -> array, with the sharding that is asked for."""
-        return self._checkpointer.read_arrays(self.step, wanted)
+        """Path -> array, with the sharding that is asked for.
+
+        Raises:
+          ConfigError: they cannot be read, or are not what was saved.
+        """
+        try:
+            return self._checkpointer.read_arrays(self.step, wanted)
+        except ConfigError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise many types for damaged files
+            raise ConfigError(
+                f"checkpoint {self.step} of {self._where} cannot be read: {first_line(error)}"
+            ) from None
 
 
-def _by_flag(task: Task, config: Config, shapes: Params) -> list[Transfer]:
+def _by_flag(task: Task, config: Config, shapes: PyTree) -> list[Transfer]:
     """The transfers of --init_from and --init_map."""
     workdir, mapping = config.run.init_from, config.run.init_map
     if not workdir:
@@ -122,29 +158,48 @@ def _by_flag(task: Task, config: Config, shapes: Params) -> list[Transfer]:
             raise ConfigError(f"--init_map={mapping} needs {FLAG}")
         return []
     source = SavedState(workdir, FLAG)
-    try:
-        task.data.check(read_record(workdir).get("data", {}))
-    except ConfigError as error:
-        raise ConfigError(f"{FLAG}={workdir}: {error}") from None
+    _check_tokenizer(task, workdir)
     if mapping:
         pairs = [part.partition(":")[::2] for part in mapping.split(",")]
-        pairs = [(a, b or a) for a, b in pairs]
+        pairs = [(_full(a), _full(b or a)) for a, b in pairs]
     else:
-        theirs = {path.split("/")[1] for path in source.shapes if path.startswith("params/")}
-        pairs = [(group, group) for group in shapes if group in theirs]
-        if not pairs:
+        theirs = {"/".join(path.split("/")[:2]) for path in source.shapes}
+        pairs = [(group, group) for group in _groups(shapes) if group in theirs]
+        if not any(group.startswith("params/") for group, _ in pairs):
             raise ConfigError(
-                f"{FLAG}={workdir} has the groups {', '.join(sorted(theirs))} and this run has "
-                f"{', '.join(sorted(shapes))}: name what to take with --init_map=SOURCE:TARGET"
+                f"{FLAG}={workdir} has {', '.join(sorted(g for g in theirs if '/' in g))}; this "
+                f"run has {', '.join(_groups(shapes))}: name what to take with "
+                "--init_map=SOURCE:TARGET"
             )
     average = _average_in_use(workdir)
-    return [Transfer(workdir, FLAG, f"params/{a}", b, average) for a, b in pairs]
+    return [Transfer(workdir, FLAG, a, b, average) for a, b in pairs]
+
+
+def _full(path: str) -> str:
+    """A path of --init_map: of the parameters, unless it says that it is of the mutables."""
+    return path if path.startswith("mutables/") else f"params/{path}"
+
+
+def _check_tokenizer(task: Task, workdir: str):
+    """Raises `ConfigError` if the other run's tokenizer gave its tokens other meanings."""
+    name = "tokenizer_sha256"
+    before = read_record(workdir).get("data", {}).get(name)
+    now = task.data.record().get(name)
+    if before and now and before != now:
+        raise ConfigError(
+            f"{FLAG}={workdir} was trained with another tokenizer: its sha256 is {before[:12]}, "
+            f"that of this run {now[:12]}"
+        )
+
+
+def _flags_of(workdir: str, flag: str) -> list[str]:
+    """The flags of a run, as text."""
+    return expand_flagfiles([f"--flagfile={flags_path(workdir, flag)}"])
 
 
 def _average_in_use(workdir: str) -> str | None:
     """The average that --ema.use of a run names; its other flags are not looked at."""
-    argv = expand_flagfiles([f"--flagfile={flags_path(workdir, FLAG)}"])
-    ema = [argument for argument in argv if argument.startswith("--ema.")]
+    ema = [argument for argument in _flags_of(workdir, FLAG) if argument.startswith("--ema.")]
     return parse(ema, {"ema": EmaConfig})[0].ema.use or None
 
 

@@ -24,8 +24,8 @@ def run_to(workdir, steps: int, *flags: str) -> list[dict]:
 def transferred(task) -> dict:
     """What of a run's parameters does not begin as `task.init` made it, on one device."""
     mesh = make_mesh(task.config.mesh, jax.devices()[:1])
-    shapes = state_shapes(task, task.config, mesh).params
-    return initial_parts(task, task.config, shapes, params=shapes)
+    shapes = state_shapes(task, task.config, mesh)
+    return initial_parts(task, task.config, shapes, shapes)["params"]
 
 
 def steps_in(workdir) -> list[int]:

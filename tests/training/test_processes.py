@@ -196,6 +196,27 @@ def test_a_worker_that_never_joins_is_named_by_the_command(tmp_path):
     assert err.strip() == "error: process 1 of 2 did not join within 1 s"
 
 
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A flow whose parameters were split over two devices."""
+    workdir = tmp_path_factory.mktemp("flow")
+    flags = (
+        "--task=normalizing_flow", "--data.batch_size=8", "--glow.steps_per_level=1",
+        "--glow.hidden_channels=4", "--mesh.data=4", "--mesh.fsdp=2", "--train.steps=1",
+        "--eval.batches=0", "--train.progress=false",
+    )  # fmt: skip
+    run("train", *flags, f"--workdir={workdir}", devices=8)
+    return workdir
+
+
+def test_images_are_sampled_by_two_processes_as_by_one(flow, tmp_path):
+    flags = (f"--workdir={flow}", "--num_samples=8")
+    run("sample", *flags, f"--output={tmp_path / 'one.png'}")
+    two = Processes(2, *flags, f"--output={tmp_path / 'two.png'}", command="sample")
+    assert two.wait() == [0, 0], two.said
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
 def test_a_run_is_evaluated_and_sampled_by_two_processes_as_by_one(whole):
     workdir = f"--workdir={whole[0]}"
     request = ("--prompt=the cat", "--num_samples=3", "--max_tokens=12", "--temperature=0.8")

@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from genai_jax import evaluate, train
+from genai_jax import evaluate, sample, train
 from genai_jax.components import make_task, parse_run, read_config
 from genai_jax.config import ConfigError
 from genai_jax.tasks.protocol import LossOutput, Phase
@@ -118,10 +118,11 @@ def _opened(workdir):
 def test_what_does_not_fit_is_named(base, tmp_path):
     for flags, said in (
         ((f"--init_from={tmp_path}",), "no run in --init_from="),
-        ((f"--init_from={base}", "--init_map=model:nets"), "this run has no nets; its groups are"),
+        ((f"--init_from={base}", "--init_map=model:nets"),
+         "the new run has no params/nets; it has params/model"),
         ((f"--init_from={base}", "--init_map=nets:model"), "has no params/nets/layer/bias, with"),
         ((f"--init_from={base}", "--init_map=model/layer/bias:model/layer/kernel"),
-         r"model/layer/bias has shape \(1,\) there, and model/layer/kernel has \(4,\) here"),
+         r"model/layer/bias has shape \(1,\) there, and params/model/layer/kernel has \(4,\) here"),
         (("--init_map=model",), "--init_map=model needs --init_from"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
@@ -138,7 +139,7 @@ def test_text_with_another_tokenizer_is_refused(text_folder, tmp_path):
     record = tmp_path / "a" / "run.json"
     record.write_text(record.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
     init = (f"--init_from={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}")
-    with pytest.raises(ConfigError, match=r"--init_from=.*is not the one the checkpoint"):
+    with pytest.raises(ConfigError, match=r"--init_from=.* was trained with another tokenizer"):
         train.main([*short, *init])
 
 
@@ -276,3 +277,35 @@ def test_a_component_cannot_take_the_name_of_one_that_every_run_has(monkeypatch)
     monkeypatch.setattr(toy_tasks.Linear, "components", {"train": toy_tasks.ToyConfig})
     with pytest.raises(ConfigError, match="has a component 'train', a name that every run has"):
         parse_run([TASK + "Linear"])
+
+
+def test_a_model_that_changed_since_its_checkpoint_is_named(base, monkeypatch):
+    def wider(self, key):
+        return {"model": {"layer": {"kernel": jnp.zeros(5), "bias": jnp.zeros(1)}}}, {}
+
+    def deeper(self, key):
+        return {"model": {"layer": {"kernel": jnp.zeros(4), "slope": jnp.zeros(1)}}}, {}
+
+    rules = (*toy_tasks.Linear.partition_rules, ("slope$", (None,)))
+    monkeypatch.setattr(toy_tasks.Linear, "partition_rules", rules)
+    for init, said in (
+        (wider, r"has params/model/layer/kernel of shape \(4,\), and this model .* shape \(5,\)"),
+        (deeper, r"has no params/model/layer/slope"),
+    ):
+        monkeypatch.setattr(toy_tasks.Linear, "init", init)
+        with pytest.raises(ConfigError, match=said):
+            restore_model(*_opened(base), ema="none")
+
+
+def test_an_adapted_model_is_sampled_and_reported_merged(base, tmp_path, capsys):
+    run("Adapted", tmp_path, f"--toy.base={base}")
+    params = params_of(tmp_path)
+    merged = params["model"]["layer"]["kernel"] + params["adapter"]["delta"]
+    assert np.any(params["adapter"]["delta"])
+    capsys.readouterr()
+    assert sample.main([f"--workdir={tmp_path}", f"{TASK}Adapted"]) == 0
+    printed = np.array(json.loads(capsys.readouterr().out), np.float32)
+    np.testing.assert_allclose(printed, merged, rtol=1e-6)
+    assert evaluate.main([f"--workdir={tmp_path}", f"{TASK}Adapted"]) == 0
+    reported = json.loads(capsys.readouterr().out)["first"]
+    assert reported == pytest.approx(float(merged[0]), rel=1e-6)

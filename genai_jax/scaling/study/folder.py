@@ -129,7 +129,7 @@ def _read_run(path, workdir, parse_run, make_task) -> Run:
 def counts_of(task: Task, config: Config) -> Counts:
     """Counts of a task from shapes; nothing is allocated."""
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
-    flops = flops_of(task)
+    flops = flops_of(task, config)
     sizes = parameter_counts(params, flops.get("inactive_parameters", 0))
     return Counts(
         parameters=sizes["total"],

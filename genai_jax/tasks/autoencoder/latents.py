@@ -52,9 +52,9 @@ class Latents:
     def init_from(self) -> tuple[Transfer, ...]:
         """The trained group `autoencoder`."""
         average, where = best_average(self.config), (self._workdir, self._flag)
-        parts = [Transfer(*where, "params/autoencoder", "autoencoder/params", average)]
+        parts = [Transfer(*where, "params/autoencoder", "params/autoencoder/params", average)]
         if self.codec.has_learned_codes:
-            target = "autoencoder/mutables/codebooks"
+            target = "params/autoencoder/mutables/codebooks"
             parts.append(Transfer(*where, "mutables/codebooks", target))
         return tuple(parts)
 

@@ -37,7 +37,7 @@ class Perceptual:
     def init_from(self) -> tuple[Transfer, ...]:
         """The trained group, without the last layers of the classifier."""
         average = best_average(self.config)
-        return (Transfer(self._workdir, FLAG, "params/model", "perceptual", average),)
+        return (Transfer(self._workdir, FLAG, "params/model", "params/perceptual", average),)
 
     def distance(self, params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
         """Equation 1 of Zhang et al. with all weights 1, averaged over layers: [batch], 0 to 4.

@@ -17,6 +17,7 @@ from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import open_fitting
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 from genai_jax.training.restore import restore_model
 
@@ -149,7 +150,7 @@ def load_classifier(workdir: str, data: ArrayData) -> Describe:
     params = restore_model(task, config).params
 
     @jax.jit
-    def describe(images):
+    def describe(params, images):
         features, logits = task.model.apply({"params": params["model"]}, task.data.scaled(images))
         return features, jnp.stack([jnp.argmax(x, -1) for x in logits], 1)
 
@@ -159,7 +160,7 @@ def load_classifier(workdir: str, data: ArrayData) -> Describe:
         for begin in range(0, len(images), size):
             part = images[begin : begin + size]
             padded = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
-            parts.append([np.asarray(x)[: len(part)] for x in describe(padded)])
+            parts.append([x[: len(part)] for x in to_host(describe(params, padded))])
         features, labels = zip(*parts, strict=True)
         return np.concatenate(features), np.concatenate(labels)
 

@@ -72,6 +72,7 @@ class FewStep(Task):
 
     components: ClassVar = {**Diffusion.components, "few_step": FewStepConfig}
     loss_unit = "squared error"
+    evaluation_seed = 0  # so that runs with different seeds are compared on the same noise
     sample_request = DiffusionRequest
     evaluate_request = ScoreRequest
 
@@ -139,7 +140,7 @@ class FewStep(Task):
             workdir, average = self.config.few_step.teacher, best_average(self.teacher)
             transfers += tuple(
                 Transfer(workdir, "--few_step.teacher", "params/model", target, average)
-                for target in ("model", "teacher")
+                for target in ("params/model", "params/teacher")
             )
         return transfers
 

@@ -39,6 +39,7 @@ class Diffusion(Task):
         "sampler": SamplerConfig,
     }
     loss_unit = "squared error"
+    evaluation_seed = 0  # so that runs with different seeds are compared on the same noise
     sample_request = DiffusionRequest
     evaluate_request = ScoreRequest
 

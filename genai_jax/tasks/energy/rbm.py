@@ -18,6 +18,7 @@ from genai_jax.requests import EvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 
 MEASURED_IMAGES = 2048  # that the initial visible biases are computed from
@@ -160,10 +161,16 @@ class Rbm(Task):
     def _sample_images(self, params, mutables, request) -> np.ndarray:
         """Probabilities of white after long chains, as levels, uint8 [n, *space, channels]."""
         count = request.num_samples
-        start = jnp.resize(mutables["chains"], (count, self.num_visible))
-        run = jax.jit(lambda p, v, key: rbm.gibbs(p, v, key, request.sweeps)[1])
-        white = run(params["machine"], start, jax.random.key(request.seed))
-        return np.asarray(self.data.to_levels(2 * white - 1)).reshape(count, *self.data.shape)
+
+        @jax.jit
+        def images(machine, chains, key):
+            start = jnp.resize(chains, (count, self.num_visible))
+            white = rbm.gibbs(machine, start, key, request.sweeps)[1]
+            return self.data.to_levels(2 * white - 1)
+
+        key = jax.random.key(request.seed)
+        levels = to_host(images(params["machine"], mutables["chains"], key))
+        return levels.reshape(count, *self.data.shape)
 
     def flops_per_step(self) -> dict:
         c, rows = self.config.rbm, self.config.data.batch_size

@@ -26,6 +26,7 @@ from genai_jax.tasks.arrays.sampling import (
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 
 START_IMAGES = 256  # that the initial scales and biases are computed from
@@ -158,8 +159,8 @@ class NormalizingFlow(Task):
         count, shapes = request.num_samples, self.model.latent_shapes(self.data.shape)
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
-        @functools.partial(jax.jit, static_argnums=2)
-        def sample_batch(labels, key, rows):
+        @functools.partial(jax.jit, static_argnums=3)
+        def sample_batch(params, labels, key, rows):
             keys = jax.random.split(key, len(shapes))
             latents = [
                 request.temperature * jax.random.normal(k, (rows, *shape))
@@ -167,7 +168,8 @@ class NormalizingFlow(Task):
             ]
             return self.paint(params, latents, labels)
 
-        return in_batches(sample_batch, jax.random.key(request.seed), count, labels), labels
+        key, program = jax.random.key(request.seed), functools.partial(sample_batch, params)
+        return in_batches(program, key, count, labels), labels
 
     def _interpolate(self, params, request) -> np.ndarray:
         """Walks from one held-out image to another through their latents, one per row."""
@@ -187,7 +189,7 @@ class NormalizingFlow(Task):
             walk_labels = None if labels is None else jnp.repeat(labels[:rows], request.columns, 0)
             return self.paint(params, flat, walk_labels)
 
-        return np.asarray(walk(params, held_out["image"], labels))
+        return to_host(walk(params, held_out["image"], labels))
 
     def flops_per_step(self) -> dict:
         rows = self.config.data.batch_size

@@ -21,6 +21,7 @@ from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
 UPDATES = ("alternating", "simultaneous")
 CRITIC_PENALTIES = ("r1", "r2", "gradient_penalty")
 PENALTIES = (*CRITIC_PENALTIES, "path_length")
+SAME = "every verdict of the critic is the same"
 PATH_DECAY = 0.99  # of the running mean of the path lengths
 
 
@@ -119,7 +120,7 @@ class Game:
         generator = self._optimizer("generator", optimizer, steps, rules)
         if config.updates == "simultaneous":
             both = _side_by_side({"critic": critic, "generator": generator})
-            return (Phase("both", ("critic", "generator"), self._both_loss, both),)
+            return (Phase("both", ("critic", "generator"), self._both_loss, both, stuck=SAME),)
 
         def lazily(group: str, names) -> list[Phase]:
             """Phases of lazy penalties; the clipping norm scales with their weight."""
@@ -133,7 +134,14 @@ class Game:
             return phases
 
         return (
-            Phase("critic", ("critic",), self._critic_loss, critic, repeats=config.critic_updates),
+            Phase(
+                "critic",
+                ("critic",),
+                self._critic_loss,
+                critic,
+                repeats=config.critic_updates,
+                stuck=SAME,
+            ),
             *lazily("critic", CRITIC_PENALTIES),
             Phase("generator", ("generator",), self._generator_loss, generator),
             *lazily("generator", ("path_length",)),

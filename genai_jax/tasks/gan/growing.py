@@ -30,7 +30,8 @@ def smaller_run(task: Any) -> tuple[Transfer, ...]:
     shapes, before = (jax.eval_shape(t.init, key)[0] for t in (task, type(task)(config)))
     _check_shapes(shapes, before, workdir)
     return tuple(
-        Transfer(workdir, flag, f"params/{group}", group, partial=True) for group in shapes
+        Transfer(workdir, flag, f"params/{group}", f"params/{group}", partial=True)
+        for group in shapes
     )
 
 

@@ -18,6 +18,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PATHS, path, read_latents
+from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
     "draws": ("latents", "truncation"),
@@ -88,12 +89,13 @@ def sample_images(
     if latents is not None:
         return _render(task, params, mutables, latents, labels, truncation), labels
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def sample_batch(labels, key, rows):
+    @functools.partial(jax.jit, static_argnums=4)
+    def sample_batch(params, mutables, labels, key, rows):
         z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
         return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
 
-    return in_batches(sample_batch, key, count, labels), labels
+    program = functools.partial(sample_batch, params, mutables)
+    return in_batches(program, key, count, labels), labels
 
 
 def interpolation(task, params, mutables, key, request: GanRequest) -> np.ndarray:
@@ -124,8 +126,8 @@ def _row_labels(task, request, rows: int) -> np.ndarray | None:
 def _render(task, params, mutables, z, labels, truncation) -> np.ndarray:
     """Images without noise inputs, so that they differ only in the latents and truncation."""
     paint = jax.jit(
-        lambda z, labels, amount: task.data.to_levels(
+        lambda params, mutables, z, labels, amount: task.data.to_levels(
             task.paint(params, mutables, z, labels, truncation=amount)
         )
     )
-    return np.asarray(paint(z, labels, truncation))
+    return to_host(paint(params, mutables, z, labels, truncation))

@@ -63,7 +63,8 @@ class LanguageModel(Task):
     def __init__(self, config: Config):
         self.config = config
         self.dtype = jnp.dtype(config.run.dtype)
-        self.data = TextData(config, config.language_model.vocab_size)
+        vocab_size, flag = config.language_model.vocab_size, "--language_model.vocab_size"
+        self.data = TextData(config, vocab_size, flag)
         shape, length = config.transformer, config.data.sequence_length
         if shape.positions == "learned" and length > shape.max_length:
             raise ConfigError(

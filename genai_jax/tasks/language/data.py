@@ -27,8 +27,9 @@ class TextData:
       is_pixels: whether the targets are exactly the pixels of images.
     """
 
-    def __init__(self, config: Config, vocab_size: int | None = None):
-        self.config, self._seed, self._vocab_size = config.data, config.run.seed, vocab_size
+    def __init__(self, config: Config, vocab_size: int | None = None, flag: str = ""):
+        self.config, self._seed = config.data, config.run.seed
+        self._vocab_size, self._flag = vocab_size, flag
         self.has_questions = self.config.answer_after is not None
         self.is_pixels = self.config.dataset in PIXELS and self.config.answer_after == "="
 
@@ -45,7 +46,7 @@ class TextData:
     def loader(self) -> TextLoader:
         if self.tokenizer.vocab_size > self.vocab_size:
             raise ConfigError(
-                f"--language_model.vocab_size={self.vocab_size} is smaller than the "
+                f"{self._flag}={self.vocab_size} is smaller than the "
                 f"{self.tokenizer.vocab_size} tokens of --data.tokenizer={self.tokenizer.spec}"
             )
         return TextLoader(self.config, self._seed)

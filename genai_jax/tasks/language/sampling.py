@@ -103,7 +103,7 @@ class TokenSampler:
         if limit is not None and total > limit:
             raise ConfigError(
                 f"prompt and --max_tokens={settings.max_tokens} need {total} positions, more than "
-                f"the model's --transformer.max_length={limit}"
+                f"the {limit} that the model has learned"
             )
         rows = count + -count % _batch_devices()  # padded so that it divides evenly over devices
         padded = np.zeros((rows, longest), np.int32)

@@ -19,6 +19,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PATHS, most_active, path, traversal
+from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
     "prior": ("label", "temperature", "pixels", "seed"),
@@ -152,7 +153,7 @@ def posterior_means(task, params, examples: dict) -> tuple[list[Latents], np.nda
         _, latents = task.top_down(params, task.bottom_up(params, x, labels), labels)
         return latents
 
-    return means(params, examples["image"], labels), labels
+    return to_host(means(params, examples["image"], labels)), labels
 
 
 def decode(task, params, z: list, labels: np.ndarray | None) -> np.ndarray:
@@ -163,4 +164,4 @@ def decode(task, params, z: list, labels: np.ndarray | None) -> np.ndarray:
         outputs, _ = task.top_down(params, None, labels, batch=z[0].shape[0], given=z)
         return task.data.to_levels(task.likelihood.mean(outputs))
 
-    return np.asarray(decoded(params, z, labels))
+    return to_host(decoded(params, z, labels))

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,8 @@ def begun(latents: Latents, task: Autoencoder) -> dict:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         jax.eval_shape(latents.init, jax.random.key(0)),
     )
-    return initial_parts(latents, task.config, shapes, shapes)
+    state = types.SimpleNamespace(params=shapes, mutables={})
+    return initial_parts(latents, task.config, state, state)["params"]
 
 
 def test_latents_are_of_zero_mean_and_unit_variance_and_decode_as_the_autoencoder_does(run):

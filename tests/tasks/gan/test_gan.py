@@ -204,7 +204,7 @@ def test_a_penalty_that_is_not_finite_stops_the_run(tmp_path):
 def test_a_collapsed_critic_stops_the_run(tmp_path, monkeypatch):
     """Constant verdicts, whatever it is shown."""
     monkeypatch.setattr(Gan, "_judge", lambda self, p, m, x, *_: 0 * x[:, 0, 0, 0] + 1.0)
-    said = "nothing is left to learn from at step 1 in phase critic"
+    said = "every verdict of the critic is the same at step 1 in phase critic"
     with pytest.raises(ConfigError, match=said):
         run_to(tmp_path, 3, *TINY, "--eval.batches=0")
 

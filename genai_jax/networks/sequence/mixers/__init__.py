@@ -10,6 +10,7 @@ import re
 
 from genai_jax.config import ConfigError
 
+REQUIRED = ("PARTITION_RULES", "empty_state", "flops")  # of `protocol.Mixer`
 MIXERS = {"attention": "genai_jax.networks.sequence.mixers.attention:Attention"}
 
 
@@ -47,9 +48,15 @@ def load_mixer(name: str) -> type:
     """
     module, _, attribute = MIXERS.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"mixer {name!r} cannot be imported: {error}") from None
+        mixer = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the code of somebody else may raise anything
+        raise ConfigError(
+            f"mixer {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    missing = [n for n in REQUIRED if not hasattr(mixer, n)]
+    if missing:
+        raise ConfigError(f"mixer {name!r} lacks {', '.join(missing)}, which every mixer has")
+    return mixer
 
 
 def parameter_name(name: str) -> str:

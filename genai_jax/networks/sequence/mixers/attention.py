@@ -109,7 +109,13 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     def _decode(self, q, k, v, context: TokenContext, state: AttentionState):
-        """Attention of new tokens to their row; returns the state with them."""
+        """Attention of new tokens to their row; returns the state with them.
+
+        Raises:
+          ValueError: a mask under which earlier tokens would see later ones.
+        """
+        if isinstance(self._mask(context), kernels_pallas.Full):
+            raise ValueError("decoding token by token needs a causal mask, not full attention")
         c, slopes = self.config, self._slopes()
         ends = context.positions[:, 0] + q.shape[1]
         cache = kernels_pallas.append(state.cache, k, v, ends)
