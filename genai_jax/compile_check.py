@@ -20,19 +20,19 @@ from genai_jax.training.sharding import placements
 @dataclasses.dataclass(frozen=True)
 class CheckRequest:
     topology: str = field(
-        "", "devices to compile for, as chip:shape (v5p:8x8x8, h200:1x32x8), or cpu:N"
+        "", "Devices to compile for, as chip:shape (v5p:8x8x8, h200:1x32x8), or cpu:N."
     )
     slices: int = field(
-        1, "number of slices of that shape, linked by the data-center network", minimum=1
+        1, "Number of slices of that shape, linked by the data-center network.", minimum=1
     )
-    compare: str = field("", "flagfile of a second run to compile and compare with the first")
-    output: str = field("", "file for the report, as JSON")
-    program: str = field("", "file for the text of the compiled program")
+    compare: str = field("", "Flagfile of a second run to compile and compare with the first.")
+    output: str = field("", "File for the report, as JSON.")
+    program: str = field("", "File for the text of the compiled program.")
     dump_shardings: str = field(
-        "", "file for a list of all parameters with their shardings; - prints it"
+        "", "File for a list of all parameters with their shardings; - prints it."
     )
     compiles: bool = field(
-        True, "whether to compile; if false, only what is known without compiling is reported"
+        True, "Whether to compile; if false, only what is known without compiling is reported."
     )
 
 

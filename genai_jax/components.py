@@ -156,7 +156,7 @@ def _check_named(config: Config, task: str | None, mixers: Sequence[str], workdi
 
 
 def _mixers(component: Any) -> tuple[str, ...]:
-    """The mixers from outside of this project that a component's pattern names."""
+    """The mixers from outside this project that a component's pattern names."""
     return outside_mixers(getattr(component, "pattern", None))
 
 
@@ -203,7 +203,7 @@ def read_config(
     Args:
       workdir: folder of the run.
       flag: the flag that named it, for error messages.
-      allowed: tasks and mixers that the command line names. Code outside of this project is
+      allowed: tasks and mixers that the command line names. Code outside this project is
         imported only if it is among them: a workdir never decides what is executed.
 
     Raises:
@@ -212,7 +212,7 @@ def read_config(
     task = recorded_task(workdir, flag)
     if is_outside(task) and task not in allowed:
         raise ConfigError(
-            f"{flag}={workdir} is a run of --task={task}, which is code outside of genai_jax: to "
+            f"{flag}={workdir} is a run of --task={task}, which is code outside genai_jax: to "
             f"allow it, add --task={task} to the command line"
         )
     flagfile = f"--flagfile={flags_path(workdir, flag)}"
@@ -221,7 +221,7 @@ def read_config(
         for mixer in _mixers(component):
             if mixer not in allowed:
                 raise ConfigError(
-                    f"{flag}={workdir} uses the mixer {mixer}, which is code outside of genai_jax: "
+                    f"{flag}={workdir} uses the mixer {mixer}, which is code outside genai_jax: "
                     f"to allow it, add --mixers={mixer} to the command line"
                 )
     return config

@@ -162,12 +162,16 @@ def flag_names(components: Mapping[str, type]) -> set[str]:
     return {_flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
 
 
+def _shown(default: Any) -> str:
+    return {"": "empty", None: "unset"}.get(default, str(default))
+
+
 def help_text(usage: str, components: Mapping[str, type]) -> str:
     """All flags with their defaults and allowed values, grouped by component."""
     lines = [usage, ""]
     for component, cls in components.items():
         for f in dataclasses.fields(cls):
-            notes = [f"default {f.default}"]
+            notes = [f"default {_shown(f.default)}"]
             if f.metadata["choices"]:
                 notes.append("one of " + "|".join(f.metadata["choices"]))
             if f.metadata["minimum"] is not None:

@@ -23,10 +23,10 @@ from genai_jax.config import ConfigError, field, flag_names, help_text, parse
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateRequest:
-    output: str = field("", "folder for the plot and the tables")
-    widths: str = field("64,128,256,512", "model widths (embed_dim), comma-separated")
-    steps: int = field(5, "number of training steps", minimum=1)
-    seeds: int = field(1, "number of seeds to average the changes over", minimum=1)
+    output: str = field("", "Folder for the plot and the tables.")
+    widths: str = field("64,128,256,512", "Model widths (embed_dim), comma-separated.")
+    steps: int = field(5, "Number of training steps.", minimum=1)
+    seeds: int = field(1, "Number of seeds to average the changes over.", minimum=1)
 
 
 def main(argv: Sequence[str]) -> int:

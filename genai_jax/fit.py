@@ -15,31 +15,31 @@ from genai_jax.config import ConfigError, field, help_text, parse
 
 @dataclasses.dataclass(frozen=True)
 class FitRequest:
-    csv: str = field("", "CSV file with a header line and one run per row")
-    output: str = field("", "folder for the report")
-    parameters: str = field("parameters", "column with the model sizes N")
-    tokens: str = field("tokens", "column with the numbers of training tokens D")
-    loss: str = field("loss", "column with the final losses")
-    flops: str = field("", "column with the training FLOPs C; 6 N D if unset")
+    csv: str = field("", "CSV file with a header line and one run per row.")
+    output: str = field("", "Folder for the report.")
+    parameters: str = field("parameters", "Column with the model sizes N.")
+    tokens: str = field("tokens", "Column with the numbers of training tokens D.")
+    loss: str = field("loss", "Column with the final losses.")
+    flops: str = field("", "Column with the training FLOPs C; 6 N D if unset.")
     run: str = field(
-        "", "column with run names: the rows of a run are then its training curve, and its last "
-        "row is its final result"
+        "", "Column with run names: the rows of a run are then its training curve, and its last "
+        "row is its final result."
     )  # fmt: skip
     held_out: str = field(
-        "", "condition for rows to predict instead of fitting, such as flops>1e19 or tokens>=2e9"
+        "", "Condition for rows to predict instead of fitting, such as flops>1e19 or tokens>=2e9."
     )
     budget: str = field(
-        "", "training budgets in FLOPs, comma-separated, to find the compute-optimal model size "
-        "for; the budgets of the runs if unset"
+        "", "Training budgets in FLOPs, comma-separated, to find the compute-optimal model size "
+        "for; the budgets of the runs if unset."
     )  # fmt: skip
     extrapolate: float = field(
-        1.0, "largest factor by which a budget may lie outside the range of the runs", minimum=1
+        1.0, "Largest factor by which a budget may lie outside the range of the runs.", minimum=1
     )
     resamples: int = field(
-        500, "number of bootstrap resamples for the confidence intervals; 0 omits them", minimum=0
+        500, "Number of bootstrap resamples for the confidence intervals; 0 omits them.", minimum=0
     )
-    seed: int = field(0, "random seed for the bootstrap", minimum=0)
-    loss_unit: str = field("nats per token", "unit of the loss, for axis labels and table headers")
+    seed: int = field(0, "Random seed for the bootstrap.", minimum=0)
+    loss_unit: str = field("nats per token", "Unit of the loss, for axis labels and table headers.")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,11 +18,11 @@ class RunRequest:
 
     workdir: str = field("", "Folder of the run.")
     task: str | None = field(
-        None, "Task of the run; needed only if its code lives outside of genai_jax."
+        None, "Task of the run; needed only if its code lives outside genai_jax."
     )
     mixers: str | None = field(
         None,
-        "Comma-separated mixers of the run's pattern whose code lives outside of genai_jax.",
+        "Comma-separated mixers of the run's pattern whose code lives outside genai_jax.",
     )
     checkpoint_step: int | None = field(
         None, "Step of the checkpoint; the newest if unset.", minimum=0

@@ -33,33 +33,33 @@ LAUNCHERS = ("none", "print", "slurm")
 
 @dataclasses.dataclass(frozen=True)
 class StudyRequest:
-    study: str = field("", "folder of the study")
-    workdir: str = field("", "folder for the runs and the report")
+    study: str = field("", "Folder of the study.")
+    workdir: str = field("", "Folder for the runs and the report.")
     jobs: int = field(
-        1, "number of runs to train at a time, each on its own share of the CPU cores; on a "
-        "machine with accelerators they would compete for the same devices", minimum=1,
+        1, "Number of runs to train at a time, each on its own share of the CPU cores; on a "
+        "machine with accelerators they would compete for the same devices.", minimum=1,
     )  # fmt: skip
     only: str = field(
-        "", "runs to train: comma-separated names, which may contain * and ?; all if unset"
+        "", "Runs to train: comma-separated names, which may contain * and ?; all if unset."
     )
     dry_run: bool = field(
-        False, "print which runs would be trained and how long they would take, but train nothing"
+        False, "Print which runs would be trained and how long they would take, but train nothing."
     )
     flops_per_second: float | None = field(
         None,
-        "assumed speed for the time estimate of a dry run; if unset, the speed of finished runs, "
-        "or else of a few steps of two of the runs",
+        "Assumed speed for the time estimate of a dry run; if unset, the speed of finished runs, "
+        "or else of a few steps of two of the runs.",
         minimum=1,
     )
     launcher: str = field(
-        "none", "print the commands that train the runs on another machine, but train nothing",
+        "none", "Print the commands that train the runs on another machine, but train nothing.",
         choices=LAUNCHERS,
     )  # fmt: skip
     launcher_options: str = field(
-        "", "options to pass to slurm.sh, such as --nodes=1 --partition=gpu"
+        "", "Options to pass to slurm.sh, such as --nodes=1 --partition=gpu."
     )
     check: bool = field(
-        False, "check the numbers of the report against expected.json in the study's folder"
+        False, "Check the numbers of the report against expected.json in the study's folder."
     )
 
 

@@ -22,7 +22,7 @@ import pytest  # noqa: E402
 
 # Tests compile more than they compute, and XLA compiles several times faster without what LLVM
 # optimizes: the init of a small GAN in 2 s, not 23 s. Its older way of emitting fusions, which the
-# newest version has no more, takes half the time again. XLA reads its flags once; a process that
+# newest version no longer has, halves the time again. XLA reads its flags once; a process that
 # compiles for an accelerator is not to inherit these.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):

@@ -105,7 +105,7 @@ def test_a_batch_that_the_devices_do_not_divide(base):
     assert err.count("\n") == 1
     assert "--data.batch_size=6 is not divisible by 4 device(s)" in err
     _, err = run("train", *base, "--mesh.data=2", "--mesh.expert=2", code=2, devices=4)
-    assert err == "error: --mesh.expert=2 splits nothing of this task\n"
+    assert err == "error: --mesh.expert=2 splits nothing in this task\n"
     _, err = run("train", *base, "--mesh.tensor=4", code=2, devices=4)
     assert "heads of size 2 is not divisible by --mesh.tensor=4" in err
     assert "parameter model/layers/attention/" in err and err.count("\n") == 1
@@ -124,7 +124,7 @@ def test_a_workdir_does_not_decide_what_is_imported(refuse, tmp_path, capsys):
     for line in (nested.read_text(), f"--flagfile={nested}\n"):
         (tmp_path / "flags.txt").write_text(line)
         said = refuse("evaluate", f"--workdir={tmp_path}")
-        assert "is a run of --task=no_such_module_x:Task, which is code outside of" in said
+        assert "is a run of --task=no_such_module_x:Task, which is code outside" in said
         assert sample.main([f"--workdir={tmp_path}", "--help"]) == 0  # imports nothing either
         capsys.readouterr()
 

@@ -1,4 +1,4 @@
-"""A family that lives outside of the project: the guide, word for word, and what is refused."""
+"""A family that lives outside the project: the guide, word for word, and what is refused."""
 
 import os
 import pathlib
@@ -70,7 +70,7 @@ def test_a_workdir_alone_never_decides_which_code_is_run(folder):
     workdir = f"--workdir={folder / 'run'}"
     for command in (sample, evaluate):
         for flags in ((workdir,), (workdir, "--task=x:Y")):
-            with pytest.raises(ConfigError, match="outside of genai_jax") as error:
+            with pytest.raises(ConfigError, match="outside genai_jax") as error:
                 command.main(flags)
             assert "\n" not in str(error.value) and TASK in str(error.value)
     assert "my_family" not in sys.modules

@@ -38,6 +38,18 @@ def test_errors_and_help_texts():
     assert odd == []
 
 
+def test_help_texts_are_sentences():
+    odd = []
+    for path in (ROOT / "genai_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if getattr(getattr(node, "func", None), "id", "") == "field" and len(node.args) > 1:
+                parts = getattr(node.args[1], "values", [node.args[1]])  # of an f-string
+                text = "".join(part.value for part in parts if isinstance(part, ast.Constant))
+                if not (text[:1].isupper() and text.endswith(".")):
+                    odd.append(f"{path.relative_to(ROOT)}:{node.lineno}: {text}")
+    assert odd == []
+
+
 def test_pages():
     pages = [ROOT / "README.md", ROOT / "BUILD_NOTES.md", ROOT / "kernels_pallas" / "README.md"]
     pages += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments").rglob("*.md")]

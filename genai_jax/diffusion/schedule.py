@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -284,8 +283,3 @@ SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "edm": edm,
     "flow": linear_flow,
 }
-
-
-def time_table(schedule: Schedule) -> np.ndarray:
-    """The times of a discrete schedule, increasing."""
-    return np.arange(1, schedule.num_times + 1) / schedule.num_times

@@ -10,7 +10,7 @@ from genai_jax.networks.experts.router import RouterSums
 def router_losses(sums: RouterSums, config: MoeConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted losses of the routers of all layers, and what to log about them.
 
-    The load-balance loss is that of Fedus et al. 2022 (Switch, eq. 4) with k choices a token: the
+    The load-balance loss is that of Fedus et al. 2022 (Switch, eq. 4) with k choices per token: the
     number of experts times the sum over experts of (share of choices x mean probability), so that
     it is 1 for a uniform router. The z-loss is the mean squared log-sum-exp of the logits (Zoph et
     al. 2022, ST-MoE, eq. 5). Both are averaged over layers.

@@ -27,7 +27,7 @@ class Collective(NamedTuple):
     bytes: float  # of the whole array: the output of a gather, the input of all others
     times: int  # executions per step
     hidden: bool  # asynchronous: runs in parallel with computation
-    loop: str  # body of the innermost loop, empty outside of loops
+    loop: str  # body of the innermost loop, empty outside loops
     seconds: float = 0.0  # on the links, all executions together
     name: str = ""
 

@@ -19,38 +19,38 @@ from genai_jax.scaling.study.settings import numbers
 
 @dataclasses.dataclass(frozen=True)
 class LadderRequest:
-    output: str = field("", "folder for the flagfiles")
-    budgets: str = field("", "training budgets in FLOPs, comma-separated: 1e12,3e12")
-    widths: str = field("", "network widths, comma-separated: 64,96,128")
+    output: str = field("", "Folder for the flagfiles.")
+    budgets: str = field("", "Training budgets in FLOPs, comma-separated: 1e12,3e12.")
+    widths: str = field("", "Network widths, comma-separated: 64,96,128.")
     component: str = field(
         "transformer",
-        "network component whose embed_dim, num_layers and num_heads the ladder sets",
+        "Network component whose embed_dim, num_layers and num_heads the ladder sets.",
         choices=("transformer", "dit"),
     )
     aspect_ratio: float = field(
-        32, "width divided by depth; the resulting depth is rounded", minimum=1
+        32, "Width divided by depth; the resulting depth is rounded.", minimum=1
     )
-    least_layers: int = field(2, "smallest number of layers", minimum=1)
+    least_layers: int = field(2, "Smallest number of layers.", minimum=1)
     head_dim: int = field(
-        32, "width of an attention head; every network width must be a multiple of it", minimum=1
+        32, "Width of an attention head; every network width must be a multiple of it.", minimum=1
     )
     least_tokens: float = field(
-        0, "smallest number of tokens, or examples, per non-embedding parameter; runs with fewer "
-        "are left out", minimum=0,
+        0, "Smallest number of tokens, or examples, per non-embedding parameter; runs with fewer "
+        "are left out.", minimum=0,
     )  # fmt: skip
     most_tokens: float = field(
-        math.inf, "largest number of tokens, or examples, per non-embedding parameter; runs with "
-        "more are left out", minimum=0,
+        math.inf, "Largest number of tokens, or examples, per non-embedding parameter; runs with "
+        "more are left out.", minimum=0,
     )  # fmt: skip
     least_steps: int = field(
-        50, "smallest number of training steps; runs with fewer are left out", minimum=1
+        50, "Smallest number of training steps; runs with fewer are left out.", minimum=1
     )
     warmup: float | None = field(
-        None, "fraction of the steps used for warm-up; the base's warmup_steps if unset", minimum=0,
+        None, "Fraction of the steps for warm-up; the base's warmup_steps if unset.", minimum=0,
         maximum=1,
     )  # fmt: skip
     evaluations: int = field(
-        0, "number of evaluations during training; 0 evaluates after the last step only", minimum=0
+        0, "Number of evaluations during training; 0 evaluates after the last step only.", minimum=0
     )
 
 

@@ -115,7 +115,7 @@ class Executed(NamedTuple):
     times: int  # per step
     instruction: Instruction
     where: str  # computation that contains it
-    loop: str  # body of the innermost loop, empty outside of loops
+    loop: str  # body of the innermost loop, empty outside loops
 
 
 def executed(program: Program, *, into_fusions: bool = False) -> Iterator[Executed]:

@@ -62,7 +62,7 @@ def task_name(cls: type) -> str:
 
 
 def import_outside(flag: str, module_name: str, class_name: str) -> type:
-    """A class from outside of this project.
+    """A class from outside this project.
 
     Raises:
       ConfigError: it cannot be imported; `flag` is what named it.

@@ -156,7 +156,7 @@ def check_mesh_is_used(mesh: Mesh, state: list, batch: list, more: tuple[str, ..
     used = names(state) | (names(batch) - {"expert"}) | {*more}
     for axis, size in mesh.shape.items():
         if size > 1 and axis not in used:
-            raise ConfigError(f"--mesh.{axis}={size} splits nothing of this task")
+            raise ConfigError(f"--mesh.{axis}={size} splits nothing in this task")
 
 
 def check_rows(config: Config, rows: int, phases: Sequence[Phase], shards: int):

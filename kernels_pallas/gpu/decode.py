@@ -230,7 +230,7 @@ def _sources(refs: dict, name: str, cache: Cache, place: Place, visit):
     size = _piece(cache)
     last = jnp.minimum(place.length, cache.slots) - 1
     for piece in range(KEYS // size):
-        # Pages outside of what the row sees are not its own: use its first or last page instead.
+        # Pages outside what the row sees are not its own: use its first or last page instead.
         at = jnp.clip(start + piece * size, place.first, last)
         page = refs["table"][place.row, jax.lax.div(at, jnp.int32(cache.page_size))]
         page = jnp.clip(page, 0, cache.k.shape[0] - 1)

@@ -194,7 +194,7 @@ def _visits(cache: Cache, lengths, plan: Plan) -> Visits:
 
 
 def _pages(cache: PagedCache, visits: Visits, lengths, plan: Plan):
-    """The pages of each visit, consecutively; outside of what a row sees, its first or last page is
+    """The pages of each visit, consecutively; outside what a row sees, its first or last page is
     repeated."""
     pieces = plan.block // cache.page_size
     row = visits.row[:, None]

@@ -14,7 +14,7 @@ KNOWN_SPILLS = {
     "grouped_outer": (40, 0),
     "linear_cross_entropy_forward": (100, 32),
     "linear_cross_entropy_weight_gradient": (150, 0),
-    "selective_scan_backward": (0, 350),  # nearly all outside of its loops
+    "selective_scan_backward": (0, 350),  # nearly all outside its loops
     "selective_scan_backward, segments": (0, 350),
 }
 

@@ -41,7 +41,7 @@ def test_the_command_prints_the_law_and_writes_a_report(tmp_path, capsys):
     for name in ("law", "residuals", "one_variable", "isoflop", "optimum", "held_out"):
         assert (out / f"{name}.png").stat().st_size > 10_000, name
     assert "Compute-optimal runs" in (out / "index.html").read_text()
-    with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside of the fitted range"):
+    with pytest.raises(ConfigError, match=r"budget=1e\+25 is outside the fitted range"):
         main([*flags, "--budget=1e25"])
 
 

@@ -68,7 +68,7 @@ def test_studies_that_cannot_be_fitted_are_refused_before_training():
         (runs, {"held_out": "*"}, "leaves no runs to fit"),
         (runs[:6], {}, r"the parametric law has 5 coefficients, but there are only 4"),
         (runs[:10], {"held_out": "n10000*"}, "at least 3 different parameters, but there are 2"),
-        (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside of .*extrapolate=1.7"),
+        (runs, {"budgets": "1e10"}, r"--study.budgets=1e\+10 is outside .*extrapolate=1.7"),
     ):
         default = {"held_out": "n1000_d64,n1000_d256"}
         with pytest.raises(ConfigError, match=words):

@@ -24,34 +24,34 @@ Batch = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig:
     dataset: str = field(
-        "digits", "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set"
+        "digits", "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set."
     )
-    batch_size: int = field(128, "Examples per step, over all devices", minimum=1)
+    batch_size: int = field(128, "Examples per step, over all devices.", minimum=1)
     image_size: int | None = field(
         None,
-        "Height and width of an image, or length of a signal; the data set's own if unset",
+        "Height and width of an image, or length of a signal; the data set's own if unset.",
         minimum=1,
     )
-    num_frames: int | None = field(None, "Frames per video; 8 if unset", minimum=1)
-    data_dir: str | None = field(None, "Folder of prepared TFDS data sets")
-    image_key: str = field("image", "TFDS feature that holds the image")
-    label_key: str = field("label", "TFDS feature that holds the class; empty for no labels")
-    caption_key: str = field("", "TFDS feature that holds the caption; empty for no captions")
+    num_frames: int | None = field(None, "Frames per video; 8 if unset.", minimum=1)
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.")
+    image_key: str = field("image", "TFDS feature that holds the image.")
+    label_key: str = field("label", "TFDS feature that holds the class; empty for no labels.")
+    caption_key: str = field("", "TFDS feature that holds the caption; empty for no captions.")
     validation_percent: int = field(
         20,
-        "Percentage of examples to hold out if the data set has no validation split",
+        "Percentage of examples to hold out if the data set has no validation split.",
         minimum=1,
         maximum=50,
     )
-    flip: bool = field(False, "Mirror half of the training images, chosen at random")
-    captions: bool = field(False, "Give the captions to the task")
+    flip: bool = field(False, "Mirror half of the training images, chosen at random.")
+    captions: bool = field(False, "Give the captions to the task.")
     tokenizer: str = field(
         "bytes",
-        "Tokenizer of the captions: bytes, a tokenizers .json file, or a SentencePiece .model file",
+        "Tokenizer of captions: bytes, a tokenizers .json file, or a SentencePiece .model file.",
     )
-    caption_length: int = field(64, "Tokens per caption; longer ones are truncated", minimum=1)
+    caption_length: int = field(64, "Tokens per caption; longer ones are truncated.", minimum=1)
     prefetch: int = field(
-        4, "Batches to prefetch in a background thread", minimum=0, changeable=True
+        4, "Batches to prefetch in a background thread.", minimum=0, changeable=True
     )
 
 

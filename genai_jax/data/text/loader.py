@@ -26,41 +26,41 @@ class DataConfig:
     dataset: str = field(
         "python_docs",
         "Data set: the name of a TFDS data set, python_docs, python_source, text:PATH, "
-        "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P",
+        "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P.",
     )
-    batch_size: int = field(8, "Sequences per step, over all devices", minimum=1)
-    sequence_length: int = field(256, "Tokens per sequence", minimum=1)
+    batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
+    sequence_length: int = field(256, "Tokens per sequence.", minimum=1)
     tokenizer: str = field(
         "bytes",
-        "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file",
+        "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file.",
     )
-    data_dir: str | None = field(None, "Folder of prepared TFDS data sets")
-    text_key: str = field("text", "TFDS feature that holds the text")
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.")
+    text_key: str = field("text", "TFDS feature that holds the text.")
     validation_percent: int = field(
         5,
-        "Percentage of documents to hold out if the data set has no validation split",
+        "Percentage of documents to hold out if the data set has no validation split.",
         minimum=1,
         maximum=99,
     )
     unique_tokens: int | None = field(
         None,
-        "Approximate number of training tokens before the data repeats; all of them if unset",
+        "Approximate number of training tokens before the data repeats; all of them if unset.",
         minimum=1,
     )
     answer_after: str | None = field(
         None,
         "Token after which a document's targets count, except for its end; if unset, all targets "
-        "count",
+        "count.",
     )
     passage_length: int | None = field(
         None,
         "Characters per passage into which in-memory training documents are cut, so that batches "
         "mix documents; 0 for no cuts; if unset, 4 times --data.sequence_length, or 0 with "
-        "--data.answer_after",
+        "--data.answer_after.",
         minimum=0,
     )
     prefetch: int = field(
-        4, "Batches to prefetch in a background thread", minimum=0, changeable=True
+        4, "Batches to prefetch in a background thread.", minimum=0, changeable=True
     )
 
     @property

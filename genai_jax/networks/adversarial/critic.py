@@ -21,13 +21,13 @@ NETWORKS = ("dcgan", "residual")
 
 @dataclasses.dataclass(frozen=True)
 class CriticConfig:
-    network: str = field("dcgan", "Kind of blocks", choices=NETWORKS)
-    base_height: int = field(4, "Height of the last block's output", minimum=1)
-    channels: int = field(32, "Channels at full size; they double at each halving", minimum=4)
-    max_channels: int = field(512, "Largest number of channels at any size", minimum=4)
-    spectral_norm: bool = field(False, "Divide kernels by their largest singular value")
+    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS)
+    base_height: int = field(4, "Height of the last block's output.", minimum=1)
+    channels: int = field(32, "Channels at full size; they double at each halving.", minimum=4)
+    max_channels: int = field(512, "Largest number of channels at any size.", minimum=4)
+    spectral_norm: bool = field(False, "Divide kernels by their largest singular value.")
     minibatch_std: bool = field(
-        False, "Give the standard deviation over the batch to the last layers as a channel"
+        False, "Give the standard deviation over the batch to the last layers as a channel."
     )
 
     def check_shape(self, shape: tuple[int, ...], grows: bool = False):

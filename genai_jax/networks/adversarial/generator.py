@@ -22,14 +22,14 @@ NETWORKS = ("dcgan", "residual", "style")
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    network: str = field("dcgan", "Kind of blocks", choices=NETWORKS)
-    latent_dim: int = field(64, "Number of Gaussian latent variables", minimum=1)
-    base_height: int = field(4, "Height of the first block; the others double it", minimum=1)
-    channels: int = field(32, "Channels at full size; they double at each halving", minimum=4)
-    max_channels: int = field(512, "Largest number of channels at any size", minimum=4)
-    style_dim: int = field(128, "Width of a style, for style blocks", minimum=1)
-    mapping_layers: int = field(4, "Layers that map latents to styles, for style blocks", minimum=1)
-    noise: bool = field(True, "Add noise at every position, for style blocks")
+    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS)
+    latent_dim: int = field(64, "Number of Gaussian latent variables.", minimum=1)
+    base_height: int = field(4, "Height of the first block; the others double it.", minimum=1)
+    channels: int = field(32, "Channels at full size; they double at each halving.", minimum=4)
+    max_channels: int = field(512, "Largest number of channels at any size.", minimum=4)
+    style_dim: int = field(128, "Width of a style, for style blocks.", minimum=1)
+    mapping_layers: int = field(4, "Layers from latents to styles, for style blocks.", minimum=1)
+    noise: bool = field(True, "Add noise at every position, for style blocks.")
 
     def __post_init__(self):
         style_only = {f.name: f.default for f in dataclasses.fields(self)[-3:]}

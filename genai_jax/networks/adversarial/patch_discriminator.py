@@ -13,9 +13,9 @@ from genai_jax.networks.layers.convolution import Conv, GroupNorm
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
     channels: int = field(
-        64, "Channels of the first layer; they double per layer, up to 8 times as many", minimum=4
+        64, "Channels of the first layer; they double per layer, up to 8 times as many.", minimum=4
     )
-    num_layers: int = field(3, "Layers that halve the size", minimum=1)
+    num_layers: int = field(3, "Layers that halve the size.", minimum=1)
 
 
 class PatchDiscriminator(nn.Module):

@@ -16,14 +16,14 @@ class ClassifierConfig:
     """Shapes of a classifier."""
 
     channels: int = field(
-        32, "Channels at full resolution; they double in each later stage", minimum=4
+        32, "Channels at full resolution; they double in each later stage.", minimum=4
     )
     num_stages: int = field(
-        3, "Number of stages; each after the first halves the resolution", minimum=1
+        3, "Number of stages; each after the first halves the resolution.", minimum=1
     )
-    blocks_per_stage: int = field(1, "Residual blocks per stage", minimum=1)
-    feature_dim: int = field(64, "Width of the features before the logits", minimum=1)
-    dropout: float = field(0.1, "Dropout rate of the features", minimum=0, maximum=1)
+    blocks_per_stage: int = field(1, "Residual blocks per stage.", minimum=1)
+    feature_dim: int = field(64, "Width of the features before the logits.", minimum=1)
+    dropout: float = field(0.1, "Dropout rate of the features.", minimum=0, maximum=1)
 
 
 class Classifier(nn.Module):

@@ -24,26 +24,26 @@ from genai_jax.networks.sequence.stack import REMAT
 class UnetConfig:
     """Shapes and choices of a U-Net."""
 
-    channels: int = field(64, "Channels at full resolution", minimum=4)
+    channels: int = field(64, "Channels at full resolution.", minimum=4)
     channel_multipliers: str = field(
-        "1,2,2", "Channels of each level as multiples of `channels`, comma-separated"
+        "1,2,2", "Channels of each level as multiples of `channels`, comma-separated."
     )
-    blocks_per_level: int = field(2, "Residual blocks per level of the encoder", minimum=1)
+    blocks_per_level: int = field(2, "Residual blocks per level of the encoder.", minimum=1)
     attention_resolutions: str = field(
-        "16,8", "Resolutions (largest spatial size) of blocks with attention, comma-separated"
+        "16,8", "Resolutions (largest spatial size) of blocks with attention, comma-separated."
     )
-    head_dim: int = field(32, "Width of an attention head", minimum=1)
+    head_dim: int = field(32, "Width of an attention head.", minimum=1)
     embed_dim: int | None = field(
-        None, "Width of the condition's embedding; 4 times `channels` if unset", minimum=4
+        None, "Width of the condition's embedding; 4 times `channels` if unset.", minimum=4
     )
-    text_layers: int = field(2, "Blocks of the text encoder", minimum=0)
-    dropout: float = field(0.0, "Dropout rate in residual blocks", minimum=0, maximum=1)
+    text_layers: int = field(2, "Blocks of the text encoder.", minimum=0)
+    dropout: float = field(0.0, "Dropout rate in residual blocks.", minimum=0, maximum=1)
     scan_blocks: bool = field(
         True,
         "Compile one block per level and run it in a loop; turning it off unrolls the loop, which "
-        "is much faster on CPUs",
+        "is much faster on CPUs.",
     )
-    remat: str = field("none", "What the backward pass recomputes", choices=tuple(REMAT))
+    remat: str = field("none", "What the backward pass recomputes.", choices=tuple(REMAT))
 
     def __post_init__(self):
         self._numbers("channel_multipliers", float)

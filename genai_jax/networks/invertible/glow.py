@@ -22,9 +22,9 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclasses.dataclass(frozen=True)
 class GlowConfig:
-    levels: int = field(2, "Levels, each of which halves the size", minimum=1)
-    steps_per_level: int = field(4, "Steps of scaling, mixing and coupling per level", minimum=1)
-    hidden_channels: int = field(64, "Hidden channels of a coupling", minimum=1)
+    levels: int = field(2, "Levels, each of which halves the size.", minimum=1)
+    steps_per_level: int = field(4, "Steps of scaling, mixing and coupling per level.", minimum=1)
+    hidden_channels: int = field(64, "Hidden channels of a coupling.", minimum=1)
 
     def check_shape(self, shape: tuple[int, ...]):
         """Raises ValueError if every level cannot halve images (height, width, channels)."""

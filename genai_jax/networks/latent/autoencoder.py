@@ -26,23 +26,23 @@ class AutoencoderConfig:
     latent: str = field(
         "kl",
         "Kind of latents: Gaussian (kl), one codebook (vq), residual codebooks (rvq), or finite "
-        "scalar quantization (fsq)",
+        "scalar quantization (fsq).",
         choices=LATENTS,
     )
-    latent_channels: int = field(4, "Channels of the latents", minimum=1)
-    channels: int = field(32, "Channels at full resolution", minimum=4)
+    latent_channels: int = field(4, "Channels of the latents.", minimum=1)
+    channels: int = field(32, "Channels at full resolution.", minimum=4)
     channel_multipliers: str = field(
-        "1,2", "Channels of each level as multiples of `channels`, comma-separated"
+        "1,2", "Channels of each level as multiples of `channels`, comma-separated."
     )
     blocks_per_level: int = field(
-        1, "Residual blocks per level, in the encoder and in the decoder", minimum=1
+        1, "Residual blocks per level, in the encoder and in the decoder.", minimum=1
     )
-    attention: bool = field(False, "Use attention at the lowest level")
-    head_dim: int = field(32, "Width of an attention head", minimum=1)
+    attention: bool = field(False, "Use attention at the lowest level.")
+    head_dim: int = field(32, "Width of an attention head.", minimum=1)
     scan_blocks: bool = field(
-        False, "Compile one block per level and run it in a loop; slow on CPUs"
+        False, "Compile one block per level and run it in a loop; slow on CPUs."
     )
-    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory")
+    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory.")
 
     def __post_init__(self):
         multipliers = self.channel_multipliers.split(",")

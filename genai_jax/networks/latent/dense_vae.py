@@ -14,10 +14,10 @@ from genai_jax.networks.layers.dense import Dense
 
 @dataclasses.dataclass(frozen=True)
 class DenseVaeConfig:
-    latent_dim: int = field(16, "Number of latent variables", minimum=1)
-    hidden_dim: int = field(256, "Width of the hidden layers", minimum=1)
+    latent_dim: int = field(16, "Number of latent variables.", minimum=1)
+    hidden_dim: int = field(256, "Width of the hidden layers.", minimum=1)
     num_layers: int = field(
-        2, "Hidden layers in the encoder and in the decoder; 0 for a linear model", minimum=0
+        2, "Hidden layers in the encoder and in the decoder; 0 for a linear model.", minimum=0
     )
 
     def __post_init__(self):

@@ -23,15 +23,15 @@ from genai_jax.networks.layers.dense import Dense
 class LadderVaeConfig:
     stages: str = field(
         "1x1,4x2,8x2",
-        "Height x blocks of each stage, comma-separated, from the top down to the image's height",
+        "Height x blocks of each stage, comma-separated, from the top down to the image's height.",
     )
-    channels: int = field(32, "Channels of the residual streams", minimum=1)
-    bottleneck: int = field(4, "Factor by which channels are reduced inside a block", minimum=1)
-    latent_channels: int = field(8, "Latent variables per position of a block", minimum=1)
+    channels: int = field(32, "Channels of the residual streams.", minimum=1)
+    bottleneck: int = field(4, "Factor by which channels are reduced inside a block.", minimum=1)
+    latent_channels: int = field(8, "Latent variables per position of a block.", minimum=1)
     scan_blocks: bool = field(
-        False, "Compile one block per stage and run it in a loop; slow on CPUs"
+        False, "Compile one block per stage and run it in a loop; slow on CPUs."
     )
-    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory")
+    remat: bool = field(False, "Recompute the blocks in the backward pass to save memory.")
 
     def __post_init__(self):
         setting = f"stages={self.stages}"

@@ -22,26 +22,26 @@ EXACT = jax.lax.Precision.HIGHEST  # rounded distances could choose another code
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig:
-    codes: int = field(512, "Codes per codebook, for vq and rvq", minimum=2)
+    codes: int = field(512, "Codes per codebook, for vq and rvq.", minimum=2)
     codebooks: int = field(
         4,
-        "Number of codebooks, for rvq; each quantizes the residual of the ones before it",
+        "Number of codebooks, for rvq; each quantizes the residual of the ones before it.",
         minimum=1,
     )
     decay: float = field(
         0.99,
-        "Decay rate of the moving averages that the codes follow, for vq and rvq",
+        "Decay rate of the moving averages that the codes follow, for vq and rvq.",
         minimum=0,
         maximum=1,
     )
     restart_below: float = field(
         0.05,
-        "Usage below which a code restarts, relative to uniform usage, for vq and rvq; 0 for never",
+        "Usage below which a code restarts, relative to uniform usage, for vq and rvq; 0: never.",
         minimum=0,
         maximum=1,
     )
     levels: str = field(
-        "8,5,5,5", "Number of values of each latent channel, comma-separated, for fsq"
+        "8,5,5,5", "Number of values of each latent channel, comma-separated, for fsq."
     )
 
     def __post_init__(self):

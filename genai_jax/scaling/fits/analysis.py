@@ -41,7 +41,7 @@ def scaling_law(
       loss_unit: unit of the loss, for axis labels and table headers.
 
     Raises:
-      ConfigError: fewer runs than coefficients, or a budget too far outside of the runs' range.
+      ConfigError: fewer runs than coefficients, or a budget too far outside the runs' range.
     """
     held_out = np.zeros(len(points.loss), bool) if held_out is None else np.asarray(held_out, bool)
     fitted = points.where(~held_out)

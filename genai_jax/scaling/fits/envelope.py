@@ -63,7 +63,7 @@ def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int =
 
 
 def _along(budget: np.ndarray, curve: Curve, values: np.ndarray) -> np.ndarray:
-    """`values` [steps] of a curve, interpolated at FLOPs [budgets]; NaN outside of the curve."""
+    """`values` [steps] of a curve, interpolated at FLOPs [budgets]; NaN outside the curve."""
     logs = np.interp(np.log(budget), np.log(curve.flops), np.log(values), left=np.nan, right=np.nan)
     return np.exp(logs)
 

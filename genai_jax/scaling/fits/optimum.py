@@ -103,7 +103,7 @@ def _best_sizes(values: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
 def check_budget(
     budget: float, points: Points, extrapolate: float = 1.0, flag="budget", allows="extrapolate"
 ):
-    """Raises `ConfigError` for a budget outside of the runs' range by more than `extrapolate`.
+    """Raises `ConfigError` for a budget outside the runs' range by more than `extrapolate`.
 
     The message names the `flag` with the budget, and the flag that `allows` a larger factor.
     """
@@ -111,7 +111,7 @@ def check_budget(
 
 
 def check_optimum(best: Optimum, points: Points, extrapolate: float = 1.0):
-    """Raises `ConfigError` if the best size or tokens are outside of the runs' range like that."""
+    """Raises `ConfigError` if the best size or tokens are outside the runs' range like that."""
     for name in ("parameters", "tokens"):
         what = f"budget={best.budget:g}, whose best run has {best.parameters.value:.3g} parameters "
         what += f"and {best.tokens.value:.3g} tokens,"
@@ -128,6 +128,6 @@ def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, sa
     factor = max(low / value, value / high)
     subject = f"{what}={value:g}" if say_value else what
     raise ConfigError(
-        f"--{subject} is outside of the fitted range, {low:.3g} to {high:.3g} {unit}; "
+        f"--{subject} is outside the fitted range, {low:.3g} to {high:.3g} {unit}; "
         f"--{allows}={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would allow it"
     )

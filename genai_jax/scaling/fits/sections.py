@@ -222,7 +222,7 @@ def optimum(
             ),
             *(
                 (
-                    "Left out because their optimal size or tokens would be outside of the range "
+                    "Left out because their optimal size or tokens would be outside the range "
                     f"of the runs: budgets of {', '.join(f'{b:.3g}' for b in left_out)} FLOPs.",
                 )
                 if left_out

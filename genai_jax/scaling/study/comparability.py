@@ -14,27 +14,27 @@ HOW_READ = ("data.prefetch", "data.data_dir")  # do not change which data are re
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig(StudyConfig):
-    baseline: str = field("", "architecture that the others are compared with")
+    baseline: str = field("", "Architecture that the others are compared with.")
     match: str = field(
-        "flops", "quantity in which all architectures must agree", choices=("flops", "parameters")
+        "flops", "Quantity in which all architectures must agree.", choices=("flops", "parameters")
     )
     tolerance: float = field(
-        0.05, "largest relative difference in that quantity to the baseline", minimum=0
+        0.05, "Largest relative difference in that quantity to the baseline.", minimum=0
     )
     same_data: bool = field(
-        True, "whether all runs must have the same --data.* flags and see equally many tokens or "
-        "examples; turn it off if tasks read the same data in different forms"
+        True, "Whether all runs must have the same --data.* flags and see equally many tokens or "
+        "examples; turn it off if tasks read the same data in different forms."
     )  # fmt: skip
     selection_seed: int = field(
-        0, "seed whose runs choose the learning rate and are then not scored"
+        0, "Seed whose runs choose the learning rate and are then not scored."
     )
-    seeds: int = field(3, "smallest number of scored seeds per architecture", minimum=2)
+    seeds: int = field(3, "Smallest number of scored seeds per architecture.", minimum=2)
     interval: str = field(
-        "t", "confidence interval of the paired differences: Student's t or bootstrap",
+        "t", "Confidence interval of the paired differences: Student's t or bootstrap.",
         choices=("t", "bootstrap"),
     )  # fmt: skip
-    also: str = field("", "additional metrics to show in the table, comma-separated")
-    notes: str = field("", "notes for the table, as architecture: text; architecture: text")
+    also: str = field("", "Additional metrics to show in the table, comma-separated.")
+    notes: str = field("", "Notes for the table, as architecture: text; architecture: text.")
 
     def parsed_notes(self) -> dict[str, str]:
         """Architecture -> note.

@@ -36,25 +36,25 @@ QUANTITIES: dict[str, tuple[str, Callable[[Result], float]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CurvesConfig(StudyConfig):
-    metrics: str = field("train/loss,eval/loss", "metrics to plot, comma-separated")
+    metrics: str = field("train/loss,eval/loss", "Metrics to plot, comma-separated.")
     panels: str = field(
         "metric",
-        "draw one figure per metric with all runs, or one per run with all metrics",
+        "Draw one figure per metric with all runs, or one per run with all metrics.",
         choices=("metric", "run"),
     )
     over: str = field(
-        "step", "quantity on the horizontal axis", choices=("step", "tokens", "flops")
+        "step", "Quantity on the horizontal axis.", choices=("step", "tokens", "flops")
     )
-    log_over: bool = field(False, "whether the horizontal axis is logarithmic")
-    log_metric: bool = field(False, "whether the vertical axis is logarithmic")
+    log_over: bool = field(False, "Whether the horizontal axis is logarithmic.")
+    log_metric: bool = field(False, "Whether the vertical axis is logarithmic.")
     reach: float | None = field(
-        None, "threshold: report the first step at which each metric reaches it (at most the "
-        "threshold for losses, at least the threshold otherwise)",
+        None, "Threshold: report the first step at which each metric reaches it (at most the "
+        "threshold for losses, at least the threshold otherwise).",
     )  # fmt: skip
     against: str = field(
         "",
-        "plot the final values against this flag (its name without dashes), or one of "
-        + "|".join(QUANTITIES),
+        "Plot the final values against this flag (its name without dashes), or one of "
+        f"{', '.join(QUANTITIES)}.",
     )
 
 

@@ -23,7 +23,7 @@ def commands(launcher: str, options: str, runs: Sequence[Run]) -> list[str]:
       runs: the runs to train.
 
     Raises:
-      ConfigError: "slurm" and a study outside of the repository, from which the jobs read their
+      ConfigError: "slurm" and a study outside the repository, from which the jobs read their
         flagfiles.
     """
     if launcher == "slurm":

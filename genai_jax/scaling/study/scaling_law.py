@@ -23,30 +23,30 @@ CURVE_POINTS = 3  # fewest points of a training curve
 @dataclasses.dataclass(frozen=True)
 class ScalingLawConfig(StudyConfig):
     held_out: str = field(
-        "", "runs to predict instead of fitting: comma-separated names, which may contain * and ?"
+        "", "Runs to predict instead of fitting: comma-separated names, which may contain * and ?."
     )
-    parameters: str = field("non_embedding", "parameters that N counts", choices=PARAMETERS)
+    parameters: str = field("non_embedding", "Parameters that N counts.", choices=PARAMETERS)
     budgets: str = field(
         "",
-        "training budgets in FLOPs, comma-separated, to find the compute-optimal size and tokens "
-        "for; the budgets of the runs if unset",
+        "Training budgets in FLOPs, comma-separated, to find the compute-optimal size and tokens "
+        "for; the budgets of the runs if unset.",
     )
     extrapolate: float = field(
         1.0,
-        "largest factor by which budgets, and their optimal size and tokens, may lie outside the "
-        "range of the fitted runs",
+        "Largest factor by which budgets, and their optimal size and tokens, may lie outside the "
+        "range of the fitted runs.",
         minimum=1,
     )
     resamples: int = field(
-        1000, "number of bootstrap resamples for the confidence intervals", minimum=0
+        1000, "Number of bootstrap resamples for the confidence intervals.", minimum=0
     )
-    fit_seed: int = field(0, "random seed for the bootstrap", minimum=0)
+    fit_seed: int = field(0, "Random seed for the bootstrap.", minimum=0)
 
 
 def check(runs: Sequence[Run], config: ScalingLawConfig):
     """Raises `ConfigError` for a study that cannot be fitted, whatever its losses turn out to be.
 
-    Reasons are unknown held-out runs, too few or too similar runs to fit, and budgets outside of
+    Reasons are unknown held-out runs, too few or too similar runs to fit, and budgets outside
     their range.
     """
     held_out = chosen("study.held_out", config.held_out, [run.name for run in runs])
@@ -69,7 +69,7 @@ def analyze(results: Sequence[Result], config: ScalingLawConfig) -> list[Section
     """All fits of `genai_jax.scaling.fits` to the runs; D is the number of tokens, or examples.
 
     Raises:
-      ConfigError: too few points for a fit, or a budget outside of their range.
+      ConfigError: too few points for a fit, or a budget outside their range.
     """
     from genai_jax.scaling.fits.analysis import scaling_law  # here, as it imports Matplotlib
 

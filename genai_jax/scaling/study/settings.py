@@ -10,13 +10,13 @@ from genai_jax.config import ConfigError, field
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    analysis: str = field("", "kind of analysis")
+    analysis: str = field("", "Kind of analysis.")
     metric: str = field(
-        "eval/loss", "metric that scores a run by its value at the last step; lower is better"
+        "eval/loss", "Metric that scores a run by its value at the last step; lower is better."
     )
     may_diverge: bool = field(
-        False, "whether a run whose loss becomes non-finite counts as a result, with an infinite "
-        "loss, instead of a failure",
+        False, "Whether a run whose loss becomes non-finite counts as a result, with an infinite "
+        "loss, instead of a failure.",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from genai_jax.scaling.study.settings import StudyConfig
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(StudyConfig):
     width: str = field(
-        "transformer.embed_dim", "name, without dashes, of the flag that sets the network width"
+        "transformer.embed_dim", "Name, without dashes, of the flag that sets the network width."
     )
 
 

@@ -121,7 +121,7 @@ def _translate(x, rng):
 
 
 def _scale(x, rng):
-    """About the center, by 2^(0.2 n) with normal n; black outside of the image."""
+    """About the center, by 2^(0.2 n) with normal n; black outside the image."""
     size = jnp.array(x.shape[1:3], jnp.float32)
 
     def resize(image, factor):

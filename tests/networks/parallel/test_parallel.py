@@ -11,7 +11,7 @@ REFUSALS = {
     "microbatches": "8 rows is not divisible by 4 microbatches x 4 device(s)",
     "repeats": "at least as many microbatches as stages: mesh axis `stage` of size 4, but 2",
     "experts": "mesh axis `stage` of size 2: a mixture of experts cannot run as a pipeline",
-    "unused": "--mesh.sequence=2 splits nothing of this task",
+    "unused": "--mesh.sequence=2 splits nothing in this task",
 }
 
 
