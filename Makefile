@@ -26,7 +26,7 @@ lint: $(VENV)/test.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-golden: $(VENV)/test.installed  ## writes the golden files anew; read their diff before committing it
+golden: $(VENV)/test.installed  ## rewrites the golden files; read the diff before committing it
 	$(RUN) -m tests.make_golden
 
 benchmark: $(VENV)/test.installed
