@@ -51,7 +51,7 @@ def test_an_axis_spans_the_slices():
     assert done.returncode == 0, done.stderr
     assert "v5p:2x2x2, 2 slices: 16 devices as data 2 x fsdp 8" in done.stdout
     done = check(*shared, "--mesh.data=1", "--mesh.fsdp=16")
-    assert done.returncode == 2 and "--mesh.data=1 spans 2 slices" in done.stderr
+    assert done.returncode == 2 and "--mesh.data=1 is not divisible by the 2 slices" in done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
