@@ -1,10 +1,11 @@
 """Dataclasses to flags and back."""
 
 import dataclasses
+import re
 
 import pytest
 
-from genai_jax.components import parse_run, run_help
+from genai_jax.components import DEFAULT_TASK, parse_run, run_help
 from genai_jax.config import ConfigError, field, name_flags, parse
 from genai_jax.tasks.registry import TASKS
 
@@ -102,5 +103,8 @@ def test_to_flags_reproduces_any_configuration(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_help_names_every_flag_of_a_task_with_its_default(task):
     text = run_help([f"--task={task}"], "usage")
-    for name, value in parse_run([f"--task={task}"]).items().items():
-        assert f"  --{name}\n" in text and str(value) in text
+    defaults = parse_run([f"--task={task}"]).items() | {"task": DEFAULT_TASK}
+    for name, value in defaults.items():
+        shown = {"": "empty", None: "unset"}.get(value, value)
+        sentence = text.split(f"  --{name}\n")[1].split("\n")[0]
+        assert re.search(rf"\(default {re.escape(str(shown))}[;)]", sentence)

@@ -72,7 +72,8 @@ def test_differences_are_paired_and_the_choice_is_not_scored(runs):
         assert numbers[f"{name}/eval/loss"] == pytest.approx(mean, abs=1e-12)
         assert numbers[f"{name}/learning_rate"] == 3e-3
     verdicts = {row[0]: row[7] for row in sections[0].tables[0].rows}
-    assert verdicts == {"plain": "is the baseline", "better": "better", "same": "not told apart"}
+    expected = {"plain": "is the baseline", "better": "better", "same": "no clear difference"}
+    assert verdicts == expected
     assert sections[0].tables[0].rows[0][0] == "better"  # sorted
     rates = sections[2].tables[0].rows
     assert len(rates) == 6 and sum(row[3] == "chosen" for row in rates) == 3

@@ -68,7 +68,7 @@ def _verdict(difference: Difference | None) -> str:
         return "is the baseline"
     if difference.high < 0:
         return "better"
-    return "worse" if difference.low > 0 else "not told apart"
+    return "worse" if difference.low > 0 else "no clear difference"
 
 
 def matching_section(scored, config) -> Section:
