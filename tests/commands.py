@@ -23,6 +23,11 @@ def environment(devices: int = 1) -> dict[str, str]:
     """The tests' environment with so many simulated devices."""
     flags = f"{FAST_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
     ours = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    if devices > 1:
+        # Simulated devices wait for each other in collectives, each wait on a thread of XLA's own.
+        # A device may be in several at once: with as many threads as devices, as is the default,
+        # all of them can wait for a collective that no thread is left to run.
+        ours["NPROC"] = str(8 * devices)
     return os.environ | ours
 
 
