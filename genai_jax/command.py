@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     gc.freeze()
     gc.enable()
     _quiet()
+    _give_simulated_devices_threads()
     try:
         code = main(sys.argv[1:])
     except (ConfigError, OSError) as error:
@@ -43,3 +45,15 @@ def _quiet():
             sys.__unraisablehook__(problem)
 
     sys.unraisablehook = print_traceback
+
+
+def _give_simulated_devices_threads():
+    """Keeps devices that XLA simulates on a CPU from waiting for each other forever.
+
+    Each waits in a collective on a thread of XLA's own, and may be in several at once. With as many
+    threads as devices, XLA's default, all can wait for a collective that no thread is left to run.
+    XLA reads their number from `NPROC` when jax first asks for its devices.
+    """
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdigit() and int(devices) > 1:
+        os.environ.setdefault("NPROC", str(8 * int(devices)))

@@ -206,7 +206,11 @@ def pytest_collection_modifyitems(config, items):
 
 def main() -> int:
     changed = [group for group in GROUPS if not is_unchanged(group)]
-    print("\n".join(f"{group!r} has changed: its tests will run" for group in changed))
+    for group in changed:
+        if read().get(group, {}).get("files") == files_hash(group):
+            print(f"{group!r} is not recorded with {versions(group)}: its tests will run")
+        else:
+            print(f"{group!r} has changed: its tests will run")
     return 1 if any(GROUPS[group].compilers for group in changed) else 0
 
 
