@@ -30,6 +30,7 @@ def field(
     minimum: float | None = None,
     maximum: float | None = None,
     changeable: bool = False,
+    within_run: bool = False,
 ) -> Any:
     """Declares one field of a component.
 
@@ -40,10 +41,12 @@ def field(
       minimum: inclusive lower bound of a number.
       maximum: inclusive upper bound of a number.
       changeable: whether a run may be resumed with a different value (a mesh, a log interval).
+      within_run: whether it is a number of steps that a shorter run cuts, which is then said.
     """
     metadata = dict(
-        help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable
-    )
+        help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
+        within_run=within_run,
+    )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -89,11 +92,18 @@ class Config:
 
     def changeable(self) -> set[str]:
         """Names of the flags that may differ when a run is resumed."""
+        return self._marked("changeable")
+
+    def within_run(self) -> set[str]:
+        """Names of the flags that are numbers of steps within the run."""
+        return self._marked("within_run")
+
+    def _marked(self, mark: str) -> set[str]:
         return {
             _flag_name(component, f.name)
             for component, value in self.components.items()
             for f in dataclasses.fields(value)
-            if f.metadata["changeable"]
+            if f.metadata[mark]
         }
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 
 import jax
-from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
@@ -16,12 +15,13 @@ from genai_jax.training.distributed import barrier, is_main
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
-from genai_jax.training.hardware import peak_of
+from genai_jax.training.hardware import nearest_first, peak_of
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
 from genai_jax.training.population import Population
 from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
+from genai_jax.training.schedule_notes import changed_schedule
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import Stopped, StopSignal
@@ -57,7 +57,7 @@ class Run:
         # Members of a population are evaluated one after another, each by all devices.
         self.held_out = BatchPlacement(data.batch_spec, batch_shardings(data.batch_spec, mesh))
         self.source = execution.train(self.placement.rows)
-        self.peak = peak_of(_nearest_first(mesh)) if self.main else None
+        self.peak = peak_of(nearest_first(mesh)) if self.main else None
         if config.eval.batches:  # held-out data that is missing is noticed now, not at the end
             next(iter(data.held_out(1, self.held_out.rows)), None)
         params = self.compiled.shapes.params
@@ -111,6 +111,8 @@ class Run:
         self.seconds, self.unfinished_row = clock["seconds"], clock["unfinished_row"]
         self.reader.rare = clock["rare"]
         self._say(f"resuming {self.workdir} at step {step}")
+        if note := changed_schedule(self.config, step, clock.get("steps")):
+            self._say(note)
         return step, state
 
     def _steps(self, start: int, state: TrainState):
@@ -194,7 +196,7 @@ class Run:
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
-        clock = {"seconds": elapsed, "rare": self.reader.rare}
+        clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
         clock["unfinished_row"] = self.unfinished_row
         try:
             self.checkpointer.save(step, state, self.batches.get_state(), clock, loss)
@@ -237,12 +239,6 @@ class Run:
     def _say(self, text: str):
         if self.main:
             print(text, file=sys.stderr)
-
-
-def _nearest_first(mesh: Mesh) -> list[jax.Device]:
-    """The devices of a mesh, those of this process first."""
-    here = jax.process_index()
-    return sorted(mesh.devices.flatten(), key=lambda device: device.process_index != here)
 
 
 def _due(step: int, every: int) -> bool:
