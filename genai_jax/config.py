@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import flags
 
+LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
+
 
 class ConfigError(ValueError):
     """A mistake by the user, in one line that names the value and what is allowed."""
@@ -269,7 +271,8 @@ def _define(components: Mapping[str, type]) -> flags.FlagValues:
 def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> None:
     kind, meta = _plain_type(f.type), f.metadata
     common = dict(help=meta["help"], flag_values=values)
-    bounds = dict(lower_bound=meta["minimum"], upper_bound=meta["maximum"])
+    largest = LARGEST_INT if kind is int and meta["maximum"] is None else meta["maximum"]
+    bounds = dict(lower_bound=meta["minimum"], upper_bound=largest)
     if meta["choices"]:
         flags.DEFINE_enum(name, f.default, list(meta["choices"]), **common)
     elif kind is bool:
@@ -278,8 +281,8 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
-        number = lambda value: value is None or not math.isnan(value)
-        flags.register_validator(name, number, "must be a number, not nan", values)
+        number = lambda value: value is None or math.isfinite(value)
+        flags.register_validator(name, number, "must be a finite number", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)
     else:
