@@ -23,7 +23,9 @@ class CheckpointConfig:
     )
     keep: int = field(2, "Number of newest checkpoints to keep.", minimum=1, changeable=True)
     keep_best: bool = field(
-        True, "Also keep the checkpoint with the lowest held-out loss.", changeable=True
+        True,
+        "Also keep the checkpoint with the lowest held-out loss, that of --ema.use if it is set.",
+        changeable=True,
     )
 
 

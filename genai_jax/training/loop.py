@@ -192,7 +192,7 @@ class Run:
         row = row | {f"eval/{name}": value for name, value in metrics.items()}
         if self.log:
             self.log.write(row)
-        return metrics["loss"]
+        return metrics.get("ema/loss", metrics["loss"])  # of what sampling and evaluation use
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
