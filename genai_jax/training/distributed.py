@@ -202,7 +202,7 @@ def join_processes(config: DistributedConfig) -> Iterator[None]:
             place.index,
             place.local_devices,
             "deactivate",  # cluster detection: everything is given
-            initialization_timeout=config.timeout_s,
+            initialization_timeout=config.timeout_s + 10,  # the roll call has given up by then
             heartbeat_timeout_seconds=config.heartbeat_s,
             shutdown_timeout_seconds=config.timeout_s,
         )

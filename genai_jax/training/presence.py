@@ -98,7 +98,8 @@ class Presence:
                     try:
                         return socket.create_connection((ip, self._port), timeout=_CONNECT_S)
                     except OSError as error:
-                        problem = error
+                        refused = isinstance(problem, ConnectionRefusedError)
+                        problem = problem if refused else error
             except OSError as error:  # the name is unknown
                 problem = error
             if self._peer and isinstance(problem, ConnectionRefusedError):
@@ -148,13 +149,15 @@ class Presence:
             self._joined.set()
             self._settled.set()
         elif "end" in message:
-            reason = foreign_text(message["end"]) or "process 0 ended the run"
+            reason = foreign_text(message["end"]) or "process 0 ended"
             self._over = True
             if self._joined.is_set():
                 self._end(reason, failure_code(message.get("code")))
             else:
                 self._fail(reason)
+        elif not peer.proven:
+            peer.lost = True
         elif "bye" in message:
             self._over = True
-        elif peer.proven:
+        else:
             self._proven.set()

@@ -257,7 +257,8 @@ def test_codes_and_texts_of_others():
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n", b"\x00" * 5000,
-                                  b'{"all": 2}\n', b'{"all": 2, "nonce": 7}\n'])  # fmt: skip
+                                  b'{"all": 2}\n', b'{"all": 2, "nonce": 7}\n',
+                                  b'{"index": 1, "count": 2, "nonce": "mine"}\n'])  # fmt: skip
 def test_what_is_not_process_0_is_not_waited_for(monkeypatch, says):
     monkeypatch.setattr(presence, "_LATER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
