@@ -209,16 +209,37 @@ def test_only_who_knows_the_secret_is_a_process(monkeypatch):
             process.prove(SECRET)
 
 
-def test_what_is_repeated_or_not_sealed_is_not_believed(host):
-    sent = []
+def sealed_here(peer: Peer) -> bytes:
+    """The proof of a process, as somebody on the way records it."""
+    text = json.dumps({"here": True}).encode()
+    return peer._seal(False, text) + b" " + text + b"\n"
+
+
+@pytest.mark.parametrize("later", [None, b'{"end": "over", "code": 2}\n', b"\n", b"x" * 3000])
+def test_what_is_repeated_or_not_sealed_is_not_believed(host, later):
     peer = host.peer()
-    peer._connection, real = type("Tap", (), {"send": lambda self, data: sent.append(data)
-                                              or len(data)})(), peer._connection  # fmt: skip
-    peer.send({"here": True})
-    real.sendall(sent[0])
+    proof = sealed_here(peer)
+    peer._connection.sendall(proof)
     host.attendance.prove(SECRET)
-    real.sendall(sent[0])  # once more
+    peer._connection.sendall(later or proof)
     assert host.end() == ("process 1 is gone", 1)
+
+
+def test_a_recorded_proof_is_worth_nothing_on_another_connection():
+    with contextlib.closing(Host(seconds=0.4)) as host:
+        peer = host.peer()
+        thief = host.stranger(HELLO | {"nonce": peer.nonce})
+        thief.recv(4096)
+        thief.sendall(sealed_here(peer))
+        with pytest.raises(ConfigError, match="process 1 of 2 did not prove"):
+            host.attendance.prove(SECRET)
+        assert is_closed(thief)
+
+
+@pytest.mark.parametrize("start", [b"", b"{", b'{"index": 1, "count": 2, "nonce": "'])
+def test_the_huge_are_cut_short(host, monkeypatch, start):
+    monkeypatch.setattr(attendance, "HELLO_S", 60)  # for their size, not their time
+    assert is_closed(host.stranger(start + b"a" * 1_000_000))
 
 
 @pytest.mark.parametrize(("message", "end"), [
@@ -244,6 +265,17 @@ def test_how_a_process_ends_the_others(host, message, end, proven):
     if not proven and end[0] == "process 1: ":
         end = ("process 1 is gone", 1)
     assert host.end() == end
+
+
+def test_a_process_that_says_bye_is_not_missed_and_strangers_learn_nothing(host):
+    stranger, peer = host.stranger(), host.peer()
+    host.attendance.send({"end": "a path of ours", "code": 2})
+    peer.send({"here": True})
+    host.attendance.prove(SECRET)
+    peer.send({"bye": True})
+    peer.close()
+    wait_for(lambda: not host.attendance._open)
+    assert host.ends == [] and stranger.recv(4096) == b""
 
 
 def test_codes_and_texts_of_others():
