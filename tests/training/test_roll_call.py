@@ -178,19 +178,19 @@ def test_a_process_that_is_crowded_out_comes_back(host):
 
 
 def test_where_only_strangers_came_the_absent_are_named():
-    with contextlib.closing(Host(count=3, seconds=0.3)) as host:
+    with contextlib.closing(Host(count=3, seconds=0.6)) as host:
         lines = [host.stranger({"index": i, "count": 3, "nonce": "n"}) for i in (1, 1, 2)]
         host.attendance.gather()
         for line in lines:
             line.close()
-        assert host.end() == ("processes 1, 2 of 3 did not join within 0.3 s", 2)
-    with contextlib.closing(Host(count=3, seconds=0.3)) as host:
+        assert host.end() == ("processes 1, 2 of 3 did not join within 0.6 s", 2)
+    with contextlib.closing(Host(count=3, seconds=0.6)) as host:
         host.stranger(HELLO | {"count": 4}).close()
         lines = [host.stranger({"index": 1, "count": 3, "nonce": "n"}) for _ in range(2)]
         with pytest.raises(ConfigError) as error:
             host.attendance.gather()
         assert str(error.value) == (
-            "process 2 of 3 did not join within 0.3 s; several claim to be process 1; process 1 of "
+            "process 2 of 3 did not join within 0.6 s; several claim to be process 1; process 1 of "
             "4 tried to join a run of 3 processes"
         )
 
