@@ -16,13 +16,14 @@ from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
 from genai_jax.training.hardware import nearest_first, peak_of
+from genai_jax.training.memory import check_fits
 from genai_jax.training.metrics_log import MetricsLog, plot_curves
 from genai_jax.training.population import Population
 from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.schedule_notes import changed_schedule
-from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
+from genai_jax.training.sharding import batch_shapes, batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import Stopped, StopSignal
 from genai_jax.training.workdir import run_record, write_record
@@ -40,9 +41,12 @@ def train(task: Task, config: Config) -> int:
     if hasattr(task, "fit"):
         return fit(task, config)
     mesh = make_mesh(config.mesh)
+    check_fits("batch", batch_shapes(task.data.batch_spec, mesh))
     kind = Population if config.population.size > 1 else SingleRun
     with StopSignal() as stop:
-        return Run(kind(task, config, mesh), config, stop).run()
+        execution = kind(task, config, mesh)
+        check_fits("state (parameters, optimizer, averages)", execution.compiled.shapes)
+        return Run(execution, config, stop).run()
 
 
 class Run:
