@@ -148,7 +148,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp
             assert i < 2, "the evaluation went on"
             if i == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-                assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends it
+                os.kill(os.getpid(), signal.SIGTERM)  # together they count as one
             yield batch
 
     command = [*flags(text_folder), f"--workdir={tmp_path}"]
