@@ -97,7 +97,10 @@ def _open_after(path: pathlib.Path, step: int):
             raise ConfigError(f"{path} is not a file")
         end, foreign = _end_of(file, path, step)
         if foreign:
-            print(f"warning: dropped {foreign} line(s) without a step from {path}", file=sys.stderr)
+            print(
+                f"warning: dropped {foreign} line(s) that are not metrics from {path}",
+                file=sys.stderr,
+            )
         file.truncate(end)
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             _write_all(file, b"\n")

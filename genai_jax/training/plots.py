@@ -1,5 +1,6 @@
 """The curves of a run as pictures in ``plots/``."""
 
+import os
 import pathlib
 import sys
 
@@ -41,7 +42,8 @@ def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[st
         width = 1.0 if name.startswith("train/") else 1.8
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, lw=width)
     axes.set(xlabel="step", ylabel=label)
-    axes.set_title(workdir.name, parse_math=False)  # "$" is a character of it, not TeX
+    title = os.fsencode(workdir.name).decode(errors="backslashreplace")
+    axes.set_title(title, parse_math=False)  # "$" is a character of it, not TeX
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
