@@ -12,6 +12,7 @@ class Saver:
 
     def __init__(self, checkpointer: Checkpointer, workdir: pathlib.Path):
         self._checkpointer, self._workdir = checkpointer, workdir
+        self._failed = False  # closing raises the error of the last save again
 
     def save(self, *arguments):
         """Starts to save; the arguments are those of `Checkpointer.save`.
@@ -30,10 +31,12 @@ class Saver:
         self._try(self._checkpointer.wait)
 
     def close(self):
+        failed = self._failed
         try:
             self._try(self._checkpointer.close)
         except ConfigError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            if not failed:
+                print(f"warning: {error}", file=sys.stderr)
 
     def kept(self) -> str:
         """What a resumed run would start from."""
@@ -44,6 +47,7 @@ class Saver:
         try:
             function(*arguments)
         except Exception as error:  # orbax and tensorstore raise many types for a failed save
+            self._failed = True
             raise ConfigError(
                 f"cannot save a checkpoint in {self._workdir}: {first_line(error)}; {self.kept()}"
             ) from None
