@@ -132,11 +132,12 @@ class Family:
 
     def _wait_for_save(self, life: Life, before: set[str], rng: random.Random):
         """Until a checkpoint is being written, perhaps not the first one."""
+        temporary = lambda: _temporary(self._workdir)
         for _ in range(rng.randint(1, 3)):
             # What the process before left is removed, or has another name.
-            _wait(life, lambda: not before & set(_temporary(self._workdir)))
-            _wait(life, lambda: _temporary(self._workdir))
-            before = set(_temporary(self._workdir))
+            _wait(life, lambda left=before: not left & set(temporary()))
+            _wait(life, temporary)
+            before = set(temporary())
         _wait(life, seconds=rng.uniform(0, 0.01))
 
     def _wait_for_rows(self, life: Life, rng: random.Random):

@@ -135,7 +135,9 @@ def _backwards(file, path: pathlib.Path, size: int) -> Iterator[tuple[int, bytes
             end -= len(line) + 1
         rest = first
         if len(rest) > LONGEST:
-            raise ConfigError(f"{path} has a line of more than {LONGEST} bytes, which is no row")
+            raise ConfigError(
+                f"{path} has a line of more than {LONGEST} bytes, which cannot be a row"
+            )
     yield end, rest
 
 
