@@ -191,10 +191,10 @@ def kill_many(kills: int, names: list[str], seed: int, folder: pathlib.Path) -> 
     for number in range(40):  # quicker to read than an embedded text
         text = " ".join(str(number * other) for other in range(200))
         (folder / "text" / f"{number}.txt").write_text(text)
-    with Lives() as lives:
-        if "code_prior" in names and "autoencoder" not in names:
-            names = ["autoencoder", *names]
-        families = [Family(name, folder, lives) for name in sorted(names, key=list(FAMILIES).index)]
+    needed = {"autoencoder"} if "code_prior" in names else set()
+    names = sorted(needed | {*names}, key=list(FAMILIES).index)
+    with Lives(names) as lives:
+        families = [Family(name, folder, lives) for name in names]
         while len(moments) < kills:
             family = families[len(moments) % len(families)]
             saving = 3 * moments.count("saving") <= len(moments)
@@ -213,8 +213,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     parser.add_argument("--families", default=",".join(FAMILIES))
     options = parser.parse_args(argv)
+    names = options.families.split(",")
+    if unknown := {*names} - FAMILIES.keys():
+        parser.error(f"--families: {', '.join(unknown)} is not among {', '.join(FAMILIES)}")
     with tempfile.TemporaryDirectory() as folder:
-        names = options.families.split(",")
         summary = kill_many(options.runs, names, options.seed, pathlib.Path(folder))
     print(summary)
     return 1 if summary.differ else 0

@@ -1,6 +1,6 @@
 """Processes of `genai_jax.train` that start at once: forked from one that has imported it.
 
-    python -m tests.lives
+    python -m tests.lives TASK ...
 
 Reads lines of JSON, [file for its output, flags ...], and starts one process at a time; writes its
 id, and its exit code once it has ended. A process is a whole one: it compiles, trains, and may be
@@ -14,17 +14,26 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 
 class Lives:
-    """Starts processes; within this context there is the one that they are forked from."""
+    """Starts processes; within this context there is the one that they are forked from.
+
+    Args:
+      tasks: that are imported once; others are imported by each process.
+    """
+
+    def __init__(self, tasks: Sequence[str]):
+        self._tasks = tasks
 
     def __enter__(self):
         from tests.commands import environment
         from tests.conftest import ROOT
 
+        command = [sys.executable, "-m", "tests.lives", *self._tasks]
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.lives"], env=environment(), cwd=ROOT, text=True,
+            command, env=environment(), cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self._folder = tempfile.TemporaryDirectory()
@@ -56,19 +65,19 @@ class Life:
             return code, file.read()
 
 
-def serve():
+def serve(tasks: Sequence[str]):
     import matplotlib.pyplot  # noqa: F401
     import orbax.checkpoint  # noqa: F401
     import tensorboardX.summary  # noqa: F401
 
     from genai_jax import command, train
-    from genai_jax.tasks.registry import TASKS, task_class
+    from genai_jax.tasks.registry import task_class
     from genai_jax.training import hardware, loop  # noqa: F401
 
     # Half the time of a short run would be spent on measuring this machine.
     hardware.measured_matmul_rate = lambda *_: 1e11
 
-    for name in TASKS:
+    for name in tasks:
         task_class(name)
     while request := sys.stdin.readline():
         output, *flags = json.loads(request)
@@ -84,4 +93,4 @@ def serve():
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])

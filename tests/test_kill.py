@@ -1,6 +1,11 @@
 """A dozen of the kills that `python -m tests.kill` makes."""
 
-from tests.kill import kill_many
+from genai_jax.tasks.registry import TASKS
+from tests.kill import FAMILIES, kill_many
+
+
+def test_every_family_is_killed():
+    assert FAMILIES.keys() == TASKS.keys()
 
 
 def test_a_dozen_kills_change_no_value(tmp_path):

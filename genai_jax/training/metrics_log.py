@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import pathlib
-import stat
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -91,10 +90,9 @@ class MetricsLog:
 
 def _open_after(path: pathlib.Path, step: int):
     """The file for appending, without its rows after `step`; and its size."""
+    _is_file(path)
     file = open(path, "a+b", buffering=0)  # noqa: SIM115, lives as long as the run
     try:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError(f"{path} is not a file")
         end, foreign = _end_of(file, path, step)
         if foreign:
             print(
@@ -141,6 +139,13 @@ def _backwards(file, path: pathlib.Path, size: int) -> Iterator[tuple[int, bytes
     yield end, rest
 
 
+def _is_file(path: pathlib.Path) -> bool:
+    """Whether there is a file; raises `ConfigError` for what could be read without end."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is not a regular file")
+    return path.exists()
+
+
 def _write_all(file, data: bytes):
     while data:  # a disk that is about to be full takes a part
         data = data[file.write(data) :]
@@ -178,10 +183,8 @@ def read_lines(path: pathlib.Path) -> Iterator[bytes]:
     Raises:
       ConfigError: it is not a file, or cannot be read.
     """
-    if not path.exists():
+    if not _is_file(path):
         return
-    if not path.is_file():
-        raise ConfigError(f"{path} is not a file")
     with open(path, "rb") as file:
         for line in iter(lambda: file.readline(LONGEST), b""):
             if line.endswith(b"\n") or parse_row(line):

@@ -100,7 +100,7 @@ def test_what_is_not_a_file_of_rows_is_refused(tmp_path):
     path.unlink()
     os.mkfifo(path)
     for use in (lambda: MetricsLog(tmp_path, 3), lambda: read_metrics(path)):
-        with pytest.raises(ConfigError, match=r"metrics.jsonl is not a file"):
+        with pytest.raises(ConfigError, match=r"metrics.jsonl is not a regular file"):
             use()
 
 
