@@ -164,18 +164,15 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(whole, text_folder, tmp
     assert rows(tmp_path) == rows(whole)
 
 
-@pytest.mark.parametrize("moment", ["training", "saving"])
-def test_kill_9_and_the_same_command_give_the_same_values(whole, text_folder, tmp_path, moment):
+def test_kill_9_while_saving_and_the_same_command_give_the_same_values(
+    whole, text_folder, tmp_path
+):
+    """At other moments: tests/test_kill.py."""
     command = (*flags(text_folder), f"--workdir={tmp_path}")
     process = start("train", *command)
-    if moment == "training":
-        wait_for(reached(tmp_path, 6), process)
-    else:  # while orbax is writing the second checkpoint
-        folder = tmp_path / "checkpoints"
-        wait_for(
-            lambda: folder.exists() and any(p.name.startswith("8") for p in folder.iterdir()),
-            process,
-        )
+    folder = tmp_path / "checkpoints"
+    saving = lambda: folder.exists() and any(p.name.startswith("8") for p in folder.iterdir())
+    wait_for(saving, process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL  # it had not come to its end by itself
