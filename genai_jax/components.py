@@ -26,7 +26,7 @@ from genai_jax.training.population import PopulationConfig
 from genai_jax.training.sharding import MeshConfig
 from genai_jax.training.workdir import flags_path
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # the gradients of float16 would need loss scaling
 ATTENTION = ("auto", "xla", "xla_chunked", "tpu", "gpu", "cudnn")
 DEFAULT_TASK = "language_model"
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import flags
 
+LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
+
 
 class ConfigError(ValueError):
     """A mistake by the user, in one line that names the value and what is allowed."""
@@ -30,6 +32,7 @@ def field(
     minimum: float | None = None,
     maximum: float | None = None,
     changeable: bool = False,
+    within_run: bool = False,
 ) -> Any:
     """Declares one field of a component.
 
@@ -40,10 +43,12 @@ def field(
       minimum: inclusive lower bound of a number.
       maximum: inclusive upper bound of a number.
       changeable: whether a run may be resumed with a different value (a mesh, a log interval).
+      within_run: whether it is a number of steps that a shorter run cuts, which is then said.
     """
     metadata = dict(
-        help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable
-    )
+        help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
+        within_run=within_run,
+    )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -89,11 +94,18 @@ class Config:
 
     def changeable(self) -> set[str]:
         """Names of the flags that may differ when a run is resumed."""
+        return self._marked("changeable")
+
+    def within_run(self) -> set[str]:
+        """Names of the flags that are numbers of steps within the run."""
+        return self._marked("within_run")
+
+    def _marked(self, mark: str) -> set[str]:
         return {
             _flag_name(component, f.name)
             for component, value in self.components.items()
             for f in dataclasses.fields(value)
-            if f.metadata["changeable"]
+            if f.metadata[mark]
         }
 
 
@@ -259,7 +271,8 @@ def _define(components: Mapping[str, type]) -> flags.FlagValues:
 def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> None:
     kind, meta = _plain_type(f.type), f.metadata
     common = dict(help=meta["help"], flag_values=values)
-    bounds = dict(lower_bound=meta["minimum"], upper_bound=meta["maximum"])
+    largest = LARGEST_INT if kind is int and meta["maximum"] is None else meta["maximum"]
+    bounds = dict(lower_bound=meta["minimum"], upper_bound=largest)
     if meta["choices"]:
         flags.DEFINE_enum(name, f.default, list(meta["choices"]), **common)
     elif kind is bool:
@@ -268,8 +281,8 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
-        number = lambda value: value is None or not math.isnan(value)
-        flags.register_validator(name, number, "must be a number, not nan", values)
+        number = lambda value: value is None or math.isfinite(value)
+        flags.register_validator(name, number, "must be a finite number", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)
     else:

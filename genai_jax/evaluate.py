@@ -1,11 +1,13 @@
 """Scores a run on its held-out data: python -m genai_jax.evaluate --workdir=D; prints JSON"""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import HELP, make_task, parse_request, request_help
+from genai_jax.config import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,6 +53,11 @@ def scores(task, config, request) -> dict:
         if isinstance(task, Reports):
             params = task.materialize(model.params)
             result |= task.report(params, model.mutables, batches, request)
+    broken = [n for n, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
+    if broken:
+        raise ConfigError(
+            f"{', '.join(broken)} of the run in --workdir={config.run.workdir} is not finite"
+        )
     if "tokens" in result:
         result["tokens_per_second"] = result["tokens"] / seconds
     return {"step": model.step, "ema": model.ema, "split": "validation", **result}

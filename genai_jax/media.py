@@ -14,6 +14,21 @@ GAP = 1  # pixels between pictures, before scaling
 BACKGROUND = 90
 
 
+def checked_levels(examples: np.ndarray) -> np.ndarray:
+    """Sampled examples [n, ...] as uint8 levels.
+
+    Raises:
+      ConfigError: some have values that were not finite, which are marked by -1.
+    """
+    broken = int(np.sum(np.any(examples.reshape(len(examples), -1) < 0, 1)))
+    if broken:
+        raise ConfigError(
+            f"{broken} of {len(examples)} samples have values that are not finite: nothing is "
+            "written; try other sampling flags or another checkpoint"
+        )
+    return examples.astype(np.uint8)
+
+
 def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
     """Scales values 0 .. levels - 1 to 0 .. 255, uint8."""
     if levels == 256:
@@ -101,13 +116,14 @@ def writers(
         example; written to a second file.
       columns: columns of the grid; about square if None.
     """
+    examples = checked_levels(examples)
     kind = ".gif" if examples.ndim == 5 else ".png"
     write = lambda examples, columns: functools.partial(
         write_examples, examples=examples, levels=levels, columns=columns
     )
     functions = {kind: write(examples, columns)}
     if strip is not None:
-        flat = strip.reshape(-1, *strip.shape[2:])
+        flat = checked_levels(strip.reshape(-1, *strip.shape[2:]))
         functions[f"_strip{kind}"] = write(flat, strip.shape[1])
     return functions
 

@@ -17,6 +17,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--workdir is not set: name a folder for the run's files")
     from genai_jax.training.distributed import is_main, join_processes
     from genai_jax.training.loop import train
+    from genai_jax.training.schedule_notes import cut_schedules
     from genai_jax.training.workdir import claim
 
     with join_processes(config.distributed):
@@ -24,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
         if is_main():
             for change in claim(config):
                 print(f"changed since the run began: {change}", file=sys.stderr)
+            for note in cut_schedules(config):
+                print(f"note: {note}", file=sys.stderr)
         return train(task, config)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from genai_jax.diffusion.schedule import Schedule
+from genai_jax.diffusion.schedule import FAR, Schedule
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 DIVERGENCES = ("exact", "hutchinson")
-FAR = 1e-4  # the ODE stops this far from an end at which the log-SNR is infinite
 
 
 def log_density(
@@ -29,8 +28,13 @@ def log_density(
     With y = x_t / alpha and u = log(sigma / alpha) the ODE is dy/du = y - x0_hat, which is smooth
     for every schedule. It is solved together with the divergence by classical Runge-Kutta in equal
     steps of u. x is assumed to have the noise of the smallest sigma, so the density is that of data
-    blurred by that noise; at the largest sigma the prior is normal with variance
+    blurred by that noise; at the largest sigma the prior is normal with mean 0 and variance
     sigma^2 + (alpha data_std)^2.
+
+    Two approximations are small but not 0. Where a schedule has no noise at t = 0, x is read as
+    data at t = 1e-4, and thus as x / alpha(1e-4): with the straight path a normal density at x = -1
+    is off by 1.6e-3 nats. And the data's mean, which the prior takes for 0, matters where signal is
+    left at t = 1: by up to 0.01 nats with `ve`.
 
     Args:
       denoise: (x, t) -> x0.

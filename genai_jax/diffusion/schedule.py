@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 Function = Callable[[jax.Array], jax.Array]
 
+FAR = 1e-4  # distance of a time from an end at which the log-SNR is infinite
 BISECTIONS = 60  # halvings of [0, 1] for a schedule without a closed-form inverse
 
 
@@ -82,7 +83,8 @@ def inverse(log_snr: Function) -> Function:
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
     """A noise rate linear in time: log alpha = -(beta_max - beta_min) t^2 / 4 - beta_min t / 2.
 
-    Song et al. 2021, equation 33. At t = 0 there is no noise.
+    Song et al. 2021, equation 33, the continuous limit of Ho et al. 2020: with 1000 discrete times,
+    alpha^2 differs from theirs by up to 8e-4. At t = 0 there is no noise.
     """
     slope = beta_max - beta_min
 
@@ -110,7 +112,8 @@ def cosine(shift: float = 0.0, log_snr_max: float = 20.0) -> Schedule:
     """log-SNR = -2 log tan(pi t / 2) + shift, truncated to +-log_snr_max before the shift.
 
     Nichol and Dhariwal 2021 in continuous time, with the shift of Hoogeboom et al. 2023 for high
-    resolutions (2 log(64 / resolution)) and the truncation of Kingma and Gao 2023.
+    resolutions (2 log(64 / resolution)) and the truncation of Kingma and Gao 2023 in place of the
+    original's offset s = 0.008, without which alpha^2 differs by up to 7e-3.
     """
     t_min = math.atan(math.exp(-log_snr_max / 2))
     t_max = math.atan(math.exp(log_snr_max / 2))

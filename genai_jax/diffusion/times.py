@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
-from genai_jax.diffusion.schedule import Schedule, snap
+from genai_jax.diffusion.schedule import FAR, Schedule, snap
 
 SPACINGS = ("uniform", "quadratic", "log_snr", "rho")
 MAX_LOG_NOISE = 7.0  # grids over noise levels are limited to |log(sigma / alpha)| up to this
@@ -115,6 +115,17 @@ def time_grid(
     if schedule.num_times:
         t = _distinct(schedule, t, end)
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+
+
+def inverse_grid(schedule: Schedule, times: jax.Array) -> jax.Array:
+    """The times of a solver in increasing order, to go from data to noise.
+
+    Data without noise does not say which noise it came from, so a first time at which sigma is 0
+    becomes a small time, at which the data is taken to be.
+    """
+    times = times[::-1]
+    small = jnp.minimum(FAR, times[1] / 2)
+    return times.at[0].set(jnp.where(schedule.sigma(times[0]) > 0, times[0], small))
 
 
 def _spaced_in_noise(schedule, unit, start, end, rho):

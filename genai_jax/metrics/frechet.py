@@ -23,7 +23,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gaussian_distance(mean_a, cov_a, mean_b, cov_b) -> float:
-    """|mean_a - mean_b|^2 + trace(A + B - 2 (A^1/2 B A^1/2)^1/2).
+    """|mean_a - mean_b|^2 + trace(A + B - 2 (A^1/2 B A^1/2)^1/2), at least 0 despite rounding.
 
     The symmetric product has only real, non-negative eigenvalues.
     """
@@ -32,4 +32,4 @@ def gaussian_distance(mean_a, cov_a, mean_b, cov_b) -> float:
     cross = np.linalg.eigvalsh(root @ cov_b @ root)
     cross = np.sqrt(np.maximum(cross, 0)).sum()
     gap = np.sum(np.square(mean_a - mean_b))
-    return float(gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    return max(float(gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross), 0.0)

@@ -14,7 +14,7 @@ def sample_scores(real: np.ndarray, generated: np.ndarray, features: str, seed: 
       real: features of held-out examples, [n, dim].
       generated: features of generated examples, [m, dim].
       features: name of the features.
-      seed: seed of the split of the real examples into halves, and of random subsets.
+      seed: seed of the split of the real examples into halves.
 
     Returns:
       The metrics by name. ``fd_<features>_real_halves`` is the Frechet distance between two halves
@@ -23,7 +23,7 @@ def sample_scores(real: np.ndarray, generated: np.ndarray, features: str, seed: 
     """
     order = np.random.default_rng(seed).permutation(len(real))
     halves = real[order[::2]], real[order[1::2]]
-    kernel, kernel_error = kernel_distance(real, generated, seed=seed)
+    kernel, kernel_error = kernel_distance(real, generated)
     precision, recall = precision_recall(real, generated)
     return {
         f"fd_{features}": frechet_distance(real, generated),

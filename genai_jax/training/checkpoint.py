@@ -23,7 +23,9 @@ class CheckpointConfig:
     )
     keep: int = field(2, "Number of newest checkpoints to keep.", minimum=1, changeable=True)
     keep_best: bool = field(
-        True, "Also keep the checkpoint with the lowest held-out loss.", changeable=True
+        True,
+        "Also keep the checkpoint with the lowest held-out loss, that of --ema.use if it is set.",
+        changeable=True,
     )
 
 
@@ -71,7 +73,7 @@ class Checkpointer:
         if config.keep_best:
             keep.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
+                    get_metric_fn=_loss_of,
                     reverse=True,  # the lowest loss is best
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -81,6 +83,8 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
+                best_fn=_loss_of,  # has the metrics written
+                best_mode="min",
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
@@ -319,3 +323,7 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, shortened in the middle if long; its type if empty."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:130]} ... {line[-160:]}"
+
+
+def _loss_of(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]

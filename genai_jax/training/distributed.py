@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import sys
 import traceback
 import urllib.error
@@ -202,18 +203,29 @@ def join_processes(config: DistributedConfig) -> Iterator[None]:
             place.index,
             place.local_devices,
             "deactivate",  # cluster detection: everything is given
-            initialization_timeout=config.timeout_s,
+            initialization_timeout=config.timeout_s + 10,  # the roll call has given up by then
             heartbeat_timeout_seconds=config.heartbeat_s,
             shutdown_timeout_seconds=config.timeout_s,
         )
+        call.confirm()
         if jax.default_backend() == "cpu":
             _keep_stdout_clean()
             # On CPU only process 0 gets hits in the compilation cache, and Gloo gives up on a
             # process that is 30 s late, so all processes have to compile at the same time.
             jax.config.update("jax_enable_compilation_cache", False)
+        call.prove(_shared_secret())
         yield
         jax.distributed.shutdown()
     call.bye()
+
+
+def _shared_secret() -> bytes:
+    """A secret of process 0 that all processes of the run know, and nobody else.
+
+    The key-value store of jax.distributed has no public interface; a collective is the public way
+    to share anything.
+    """
+    return bytes.fromhex(gather_records(secrets.token_hex(32) if is_main() else "")[0])
 
 
 def _keep_stdout_clean():

@@ -80,7 +80,10 @@ class Execution(Protocol):
         """The batch for the step made from one of the data, and what to log about it."""
 
     def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
-        """Held-out metrics; `batches()` yields the held-out batches each time."""
+        """Held-out metrics; `batches()` yields the held-out batches each time.
+
+        With ``--ema.use``, also those of that average, as ``ema/...``.
+        """
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         """The metrics of a step, on the host, as single numbers."""
@@ -213,13 +216,28 @@ class SingleRun:
 
     def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
         seed = evaluation_seed(self.task, self._config)
-        return self._evaluator(state.params, state.mutables, batches(), seed)
+        return with_average(
+            lambda params, mutables: self._evaluator(params, mutables, batches(), seed),
+            state.params, state.mutables, state.ema.get(self._config.ema.use),
+        )  # fmt: skip
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {name: float(value) for name, value in metrics.items()}
 
     def shapes_of_one(self, tree: PyTree) -> PyTree:
         return tree
+
+
+def with_average(
+    evaluate: Callable[[PyTree, PyTree], dict[str, float]], params: PyTree, mutables: PyTree,
+    average: PyTree | None,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of the parameters and, as ``ema/...``, of the average that will be used."""
+    metrics = evaluate(params, mutables)
+    if average is None:
+        return metrics
+    averaged = evaluate(overlay(params, average), mutables)
+    return metrics | {f"ema/{name}": value for name, value in averaged.items()}
 
 
 def evaluation_seed(task: Task, config: Config) -> int:

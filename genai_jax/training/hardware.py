@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 # Dense bfloat16 FLOP/s of one JAX device, by a pattern of `device_kind`; the first match counts.
 # TPU: "TPU versions" and the system architecture pages of the Google Cloud documentation; a v4 or
@@ -48,6 +49,12 @@ def peak_of(devices: list) -> Peak | None:
         if re.search(rf"\b{name}\b", kind, re.IGNORECASE):
             return Peak(rate * len(devices), f"published dense bfloat16 peak of {kind}")
     return None
+
+
+def nearest_first(mesh: Mesh) -> list[jax.Device]:
+    """The devices of a mesh, those of this process first: others cannot be measured."""
+    here = jax.process_index()
+    return sorted(mesh.devices.flatten(), key=lambda device: device.process_index != here)
 
 
 @functools.cache  # it takes the better part of a second

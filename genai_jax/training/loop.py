@@ -6,7 +6,6 @@ import sys
 import time
 
 import jax
-from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
@@ -16,7 +15,7 @@ from genai_jax.training.distributed import barrier, is_main
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
-from genai_jax.training.hardware import peak_of
+from genai_jax.training.hardware import nearest_first, peak_of
 from genai_jax.training.metrics_log import MetricsLog
 from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
@@ -24,6 +23,7 @@ from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.saving import Saver
+from genai_jax.training.schedule_notes import changed_schedule
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
@@ -60,7 +60,7 @@ class Run:
         # Members of a population are evaluated one after another, each by all devices.
         self.held_out = BatchPlacement(data.batch_spec, batch_shardings(data.batch_spec, mesh))
         self.source = execution.train(self.placement.rows)
-        self.peak = peak_of(_nearest_first(mesh)) if self.main else None
+        self.peak = peak_of(nearest_first(mesh)) if self.main else None
         if config.eval.batches:  # held-out data that is missing is noticed now, not at the end
             next(iter(data.held_out(1, self.held_out.rows)), None)
         params = self.compiled.shapes.params
@@ -121,6 +121,8 @@ class Run:
         self.unwritten = clock.get("unwritten", [])
         self.reader.rare = clock["rare"]
         self._say(f"resuming {self.workdir} at step {step}")
+        if note := changed_schedule(self.config, step, clock.get("steps")):
+            self._say(note)
         return step, state
 
     def _steps(self, start: int, state: TrainState):
@@ -204,11 +206,11 @@ class Run:
         self.unfinished_row = None
         row = row | {f"eval/{name}": value for name, value in metrics.items()}
         self._write(row)
-        return metrics["loss"]
+        return metrics.get("ema/loss", metrics["loss"])  # of what sampling and evaluation use
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
-        clock = {"seconds": elapsed, "rare": self.reader.rare}
+        clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
         clock["unfinished_row"] = self.unfinished_row
         if self.log and self.log.unwritten:
             clock["unwritten"] = self.log.unwritten
@@ -227,12 +229,6 @@ class Run:
     def _say(self, text: str):
         if self.main:
             print(text, file=sys.stderr)
-
-
-def _nearest_first(mesh: Mesh) -> list[jax.Device]:
-    """The devices of a mesh, those of this process first."""
-    here = jax.process_index()
-    return sorted(mesh.devices.flatten(), key=lambda device: device.process_index != here)
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules from optax, configured by flags."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -13,18 +14,24 @@ from genai_jax.training.sharding import logical_axes
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
+ENDLESS = ("constant", "rsqrt")  # schedules that do not depend on the length of the run
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = field("adamw", "Optimizer.", choices=OPTIMIZERS)
+    name: str = field(
+        "adamw",
+        "Optimizer. muon: for hidden matrices, with Nesterov Adam for the rest; adafactor: factors "
+        "the second moment of arrays with two sides of at least 128.",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = field(1e-3, "Peak learning rate.", minimum=0)
     schedule: str = field(
         "cosine",
         "Learning-rate schedule after warmup; wsd: warmup, stable, decay.",
         choices=SCHEDULES,
     )
-    warmup_steps: int = field(100, "Steps of linear warmup.", minimum=0)
+    warmup_steps: int = field(100, "Steps of linear warmup.", minimum=0, within_run=True)
     decay_fraction: float = field(
         0.2, "Fraction of the steps in which wsd decays.", minimum=0, maximum=1
     )
@@ -51,36 +58,38 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate, for a run of `steps` steps.
+    """Completed steps -> learning rate of the next one, for a run of `steps` steps.
 
-    After warmup, `constant` stays at the peak and `rsqrt` falls as the inverse square root of the
-    step (Vaswani et al. 2017); the others reach final_fraction of the peak at the last step.
+    The rate rises linearly to the peak, which the last step of warmup has. From there `constant`
+    stays, and `rsqrt` falls as the inverse square root of the step (Vaswani et al. 2017); the
+    others fall to final_fraction of the peak, which the last step of the run has. `wsd` stays at
+    the peak until the last decay_fraction of the run (Hu et al. 2024, "MiniCPM", section 4).
     """
-    peak = config.learning_rate
-    warmup = min(config.warmup_steps, steps)
-    rest = max(steps - warmup, 1)
-    final = peak * config.final_fraction
-    if config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    elif config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
-    elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
-    elif config.schedule == "rsqrt":
-        shift = max(warmup, 1)
-        # join_schedules also evaluates steps before the boundary and discards the results.
-        after = lambda step: peak * (shift / (shift + jnp.maximum(step, 0))) ** 0.5
-    else:
-        decay = min(max(round(config.decay_fraction * steps), 1), rest)
-        after = optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)],
-            [max(rest - decay, 0)],
-        )
-    if warmup == 0:
-        return after
-    # The first step already learns: its rate is 1 / warmup of the peak, not 0.
-    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
-    return optax.join_schedules([ramp, after], [warmup])
+    final, warmup = config.final_fraction, min(config.warmup_steps, steps)
+    top = max(warmup - 1, 0)  # completed steps at the peak
+    falling = steps - 1 - top
+    if config.schedule == "wsd":
+        falling = min(max(round(config.decay_fraction * steps), 1), falling)
+
+    def fraction(step):
+        """Of the peak, after warmup."""
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "rsqrt":
+            shift = max(warmup, 1)
+            return (shift / (shift + jnp.maximum(step - warmup, 0))) ** 0.5
+        progress = jnp.clip((step - (steps - 1 - falling)) / max(falling, 1), 0, 1)
+        left = 1 - progress
+        if config.schedule == "cosine":
+            left = (1 + jnp.cos(math.pi * progress)) / 2
+        return final + (1 - final) * left
+
+    def rate(step):
+        # The first step already learns: its rate is 1 / warmup of the peak, not 0.
+        ramp = jnp.minimum((step + 1) / max(warmup, 1), 1)
+        return config.learning_rate * ramp * fraction(step)
+
+    return rate
 
 
 def default_optimizer(
@@ -173,7 +182,10 @@ def _by_width(name: str, axes_of, growth) -> list[optax.GradientTransformation]:
 
 
 def _muon(config, schedule, axes_of):
-    """Muon (Jordan et al. 2024) for hidden matrices, Adam for all other parameters."""
+    """Muon (Jordan et al. 2024) for hidden matrices, Nesterov Adam for all other parameters.
+
+    As in optax, momentum is corrected for its bias, which the published form is not.
+    """
 
     def dimensions(params):
         chosen = _map_axes(_muon_dimensions, axes_of(params))

@@ -26,6 +26,7 @@ from genai_jax.training.execution import (
     check_rows,
     evaluation_seed,
     jitted,
+    with_average,
     with_part,
 )
 from genai_jax.training.flops import flops_per_step
@@ -240,13 +241,12 @@ class Population:
 
     def evaluate(self, state: TrainState, batches: Callable[[], Iterator]) -> dict[str, float]:
         """The held-out metrics of all members, formatted by `numbers`."""
-        trained = state.params, state.mutables
-        metrics = [
-            self._evaluator(
-                *take_member(trained, k, self._mesh), batches(), evaluation_seed(self.task, c)
-            )
-            for k, c in enumerate(self.configs)
-        ]
+        trained = state.params, state.mutables, state.ema.get(self.configs[0].ema.use)
+        metrics = []
+        for k, config in enumerate(self.configs):
+            seed = evaluation_seed(self.task, config)
+            evaluate = lambda *model, seed=seed: self._evaluator(*model, batches(), seed)
+            metrics.append(with_average(evaluate, *take_member(trained, k, self._mesh)))
         return self.numbers({n: np.array([m[n] for m in metrics]) for n in metrics[0]})
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:

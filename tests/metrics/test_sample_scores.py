@@ -27,7 +27,10 @@ def test_frechet_distance_of_gaussians_in_closed_form():
 
 
 def test_frechet_distance_of_equal_and_of_shifted_features():
-    assert frechet_distance(FEATURES, FEATURES) == pytest.approx(0, abs=1e-9)
+    assert 0 <= frechet_distance(FEATURES, FEATURES) < 1e-9
+    for seed in range(20):  # never negative, whatever the rounding
+        features = 100 * np.random.default_rng(seed).normal(size=(20, 8))
+        assert 0 <= frechet_distance(features, features) < 1e-6
     assert frechet_distance(FEATURES, FEATURES + 2) == pytest.approx(4 * 5, rel=1e-9)
     with pytest.raises(ValueError, match="at least 2 feature vectors, not 1"):
         frechet_distance(FEATURES[:1], FEATURES)
@@ -35,18 +38,32 @@ def test_frechet_distance_of_equal_and_of_shifted_features():
 
 def test_kernel_distance_is_unbiased_and_matches_its_formula():
     same = [
-        kernel_distance(
-            RNG.normal(size=(100, 3)), RNG.normal(size=(100, 3)), subsets=1, subset_size=100
-        )[0]
-        for _ in range(60)
+        kernel_distance(RNG.normal(size=(100, 3)), RNG.normal(size=(100, 3)))[0] for _ in range(60)
     ]
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(60)
     a, b = RNG.normal(size=(6, 2)), RNG.normal(size=(6, 2)) + 1
     kernel = lambda x, y: (x @ y / 2 + 1) ** 3
     within = lambda x: np.mean([kernel(p, q) for i, p in enumerate(x) for q in np.delete(x, i, 0)])
     across = np.mean([kernel(p, q) for p in a for q in b])
-    distance, _ = kernel_distance(a, b, subsets=1, subset_size=6)
+    distance, error = kernel_distance(a, b)
     assert distance == pytest.approx(within(a) + within(b) - 2 * across)
+    without = [
+        [kernel_distance(np.delete(a, i, 0), b)[0] for i in range(6)],
+        [kernel_distance(a, np.delete(b, i, 0))[0] for i in range(6)],
+    ]
+    assert error == pytest.approx(np.sqrt(sum(5 * np.var(x) for x in without)))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_standard_error_of_a_kernel_distance_is_the_spread_over_independent_draws(shift):
+    estimates = np.array(
+        [
+            kernel_distance(RNG.normal(size=(60, 5)), RNG.normal(size=(80, 5)) + shift)
+            for _ in range(200)
+        ]
+    )
+    spread, error = np.std(estimates[:, 0]), np.mean(estimates[:, 1])
+    assert 0.8 * spread < error < 1.6 * spread  # up to sqrt(2) too large for equal distributions
 
 
 def test_precision_and_recall_of_half_the_data():

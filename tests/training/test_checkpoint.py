@@ -17,9 +17,13 @@ def state_of(step):
 
 @pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 4]), (False, [4])])
 def test_the_newest_and_the_best_are_kept(tmp_path, keep_best, kept):
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best))
+    open_again = lambda: Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best))
+    checkpointer = open_again()
     for step, loss in [(1, 1.0), (2, 0.5), (3, 0.9), (4, None)]:
         checkpointer.save(step, state_of(step), {"at": step}, {"seconds": 0}, loss)
+        if step == 2:  # another process goes on
+            checkpointer.close()
+            checkpointer = open_again()
     checkpointer.wait()
     assert checkpointer.steps() == kept
     step, state, data, _ = checkpointer.restore(state_of(0))

@@ -1,10 +1,12 @@
 """Averages of the parameters: power-function profiles, and those reconstructed afterwards."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax import train
+from genai_jax import evaluate, train
 from genai_jax.components import make_task, read_config
 from genai_jax.config import ConfigError
 from genai_jax.training.ema import EmaConfig, gamma_of, init_ema, update_ema
@@ -61,9 +63,9 @@ def test_a_third_profile_is_reconstructed_from_snapshots_of_two():
     np.testing.assert_allclose(found, tracked[0.07], rtol=1e-3)
 
 
-def test_profiles_out_of_the_files_of_a_run(tmp_path):
+def test_profiles_out_of_the_files_of_a_run(tmp_path, capsys):
     flags = [*TINY_DIT, "--ema.relative_width=0.1,0.2,0.15", "--ema.snapshot_every=2"]
-    flags += ["--train.steps=12", "--eval.batches=0", "--train.progress=false"]
+    flags += ["--train.steps=12", "--eval.batches=1", "--train.progress=false"]
     flags += ["--ema.use=width0.15", f"--workdir={tmp_path}"]
     assert train.main(flags) == 0
     config = read_config(str(tmp_path))
@@ -79,9 +81,15 @@ def test_profiles_out_of_the_files_of_a_run(tmp_path):
     assert np.any(kernel(other.params) != kernel(direct.params))
     plain = restore_model(task, config, ema="none")
     assert plain.ema is None and np.any(kernel(plain.params) != kernel(direct.params))
-    for name, said in (("0.9", "it kept: width0.1"), ("width:x", "a number W")):
-        with pytest.raises(ConfigError, match=said):
-            restore_model(task, config, ema=name)
+
+    # The record has both losses, and the best checkpoint is that of the average.
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    for name, flags in (("eval/ema/loss", ()), ("eval/loss", ("--ema=none",))):
+        capsys.readouterr()
+        assert evaluate.main([f"--workdir={tmp_path}", "--batches=1", *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(last[name], rel=1e-6)
+    saved = json.loads((tmp_path / "checkpoints" / "12" / "metrics" / "metrics").read_text())
+    assert saved["loss"] == last["eval/ema/loss"] != last["eval/loss"]
 
 
 @pytest.mark.parametrize(

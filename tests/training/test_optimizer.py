@@ -6,12 +6,16 @@ import numpy as np
 import optax
 import pytest
 
+from genai_jax.components import parse_run
 from genai_jax.training.optimizer import (
+    ENDLESS,
     OPTIMIZERS,
+    SCHEDULES,
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
 )
+from genai_jax.training.schedule_notes import changed_schedule, cut_schedules
 
 RULES = (
     ("^embed$", ("vocabulary", "embed")),
@@ -39,12 +43,43 @@ def test_schedules_follow_their_formulas():
     for name in ("constant", "cosine", "linear", "rsqrt", "wsd"):
         np.testing.assert_allclose(at([0, 4, 9], schedule=name), [0.2, 1.0, 2.0], rtol=1e-5)
     assert at([10, 109], schedule="constant") == [2.0, 2.0]
-    np.testing.assert_allclose(at([60, 110], schedule="cosine"), [1.1, 0.2], rtol=1e-5)
-    np.testing.assert_allclose(at([60, 110], schedule="linear"), [1.1, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(at([59, 109], schedule="cosine"), [1.1, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(at([59, 109], schedule="linear"), [1.1, 0.2], rtol=1e-5)
     np.testing.assert_allclose(at([10, 40], schedule="rsqrt"), [2.0, 1.0], rtol=1e-5)
     np.testing.assert_allclose(
-        at([88, 99, 110], schedule="wsd", decay_fraction=0.2), [2.0, 1.1, 0.2], rtol=1e-5
+        at([87, 98, 109], schedule="wsd", decay_fraction=0.2), [2.0, 1.1, 0.2], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 9, 10, 100])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_reaches_its_peak_and_its_last_value(name, warmup, steps):
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=warmup, schedule=name, decay_fraction=0.5
+    )
+    rates = np.array([learning_rate_schedule(config, steps)(step) for step in range(steps)])
+    top = max(min(warmup, steps) - 1, 0)
+    assert rates[top] == pytest.approx(2.0) and np.argmax(rates) == top
+    if name not in ENDLESS and top < steps - 1:
+        assert rates[-1] == pytest.approx(0.2)
+    assert np.all(rates > 0) and np.all(np.diff(rates[top:]) <= 1e-6)
+
+
+def test_a_schedule_that_the_length_of_a_run_cuts_or_changes_is_reported():
+    flags = ("--optimizer.warmup_steps=3", "--vae.kl_warmup=20", "--task=vae")
+    config = parse_run([*flags, "--train.steps=10"])
+    assert cut_schedules(config) == ["--vae.kl_warmup=20 is cut: the run has --train.steps=10"]
+    assert cut_schedules(parse_run([*flags, "--train.steps=20"])) == []
+
+    longer = parse_run([*flags, "--train.steps=19"])
+    assert changed_schedule(longer, 10, 10) == (
+        "--optimizer.schedule=cosine now ends at step 19 instead of 10: the learning rate of the "
+        "next step is 0.00055, not 0.0001"
+    )
+    assert changed_schedule(longer, 10, 19) is None and changed_schedule(longer, 10, None) is None
+    constant = parse_run([*flags, "--train.steps=19", "--optimizer.schedule=constant"])
+    assert changed_schedule(constant, 10, 10) is None
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

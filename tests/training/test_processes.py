@@ -2,7 +2,8 @@
 
 A process costs seconds to start and to compile, so one story serves most assertions: a run of one
 process of eight devices; the same run continued from its second step by two processes of four,
-until one of them gets a signal; by four of two, until one is killed; and by two again to its end.
+until one of them gets a signal; by four of two, until one is killed; and by two again to its end,
+while strangers connect.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import time
 
 import pytest
 
+from benchmarks.roll_call import Strangers
 from tests.commands import TINY, environment, run
 from tests.conftest import ROOT
 from tests.tasks.runs import copy_until, steps_in
@@ -51,7 +53,8 @@ class Processes:
     """One command by several processes of 8 / count devices."""
 
     def __init__(self, count: int, *flags: str, command: str = "train"):
-        address = f"--distributed.coordinator=127.0.0.1:{free_port()}"
+        self.port = free_port()
+        address = f"--distributed.coordinator=127.0.0.1:{self.port}"
         command = [sys.executable, "-m", f"genai_jax.{command}", *flags, address]
         self.said = [""] * count  # stderr of each, so far
         self.printed = [""] * count  # stdout of each
@@ -143,7 +146,9 @@ def story(whole, flags, tmp_path_factory):
     told["steps"] = steps_in(workdir)
 
     last = Processes(2, *ours, f"--train.steps={STEPS}")
-    told["finished"] = last.wait(), last.said
+    with Strangers(last.port + 1, count=1000, pause_s=0.002) as strangers:  # at the roll call
+        told["finished"] = last.wait(), last.said
+    told["strangers"] = strangers.opened
     return workdir, told
 
 
@@ -178,6 +183,14 @@ def test_one_two_and_four_processes_make_the_same_run_bit_for_bit(whole, story):
     ours, theirs = (saved(folder, "checksums") for folder in (workdir, whole[0]))
     different = {name for name in ours if ours[name] != theirs[name]}
     assert different == {"clock"} and len(ours) > 20  # every array of the state
+
+
+def test_strangers_at_the_roll_call_leave_no_trace(story):
+    told = story[1]  # and the numbers are those of the run above
+    assert told["strangers"] > 100 and told["finished"][0] == [0, 0]
+    assert not any(
+        text in said for said in told["finished"][1] for text in ("liar", "\x1b", "over")
+    )
 
 
 def test_what_is_written_once(story):

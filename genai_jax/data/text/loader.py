@@ -46,6 +46,7 @@ class DataConfig:
         None,
         "Approximate number of training tokens before the data repeats; all of them if unset.",
         minimum=1,
+        maximum=10**15,
     )
     answer_after: str | None = field(
         None,

@@ -129,7 +129,7 @@ class Critic(nn.Module):
 def _with_spread(x: jax.Array) -> jax.Array:
     """Appends a channel with the mean standard deviation over the batch (Karras et al. 2018)."""
     spread = jnp.sqrt(jnp.var(x.astype(jnp.float32), 0) + 1e-8)
-    plane = jnp.broadcast_to(jnp.mean(spread).astype(x.dtype), (*x.shape[:-1], 1))
+    plane = jnp.broadcast_to(jnp.mean(spread), (*x.shape[:-1], 1)).astype(x.dtype)
     return jnp.concatenate([x, plane], -1)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from genai_jax.config import field
 from genai_jax.networks.adversarial.growth import channels_at, heights_of
 from genai_jax.networks.layers.convolution import Conv, GroupNorm, convolve, upsample
-from genai_jax.networks.layers.dense import Dense
+from genai_jax.networks.layers.dense import Dense, add_bias
 
 NETWORKS = ("dcgan", "residual", "style")
 
@@ -107,13 +107,13 @@ class ModulatedConv(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         shape = (*(self.kernel_size,) * space, channels, self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        x = x * _over_space(scales, x).astype(self.dtype)
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
+        x = (x * _over_space(scales, x)).astype(self.dtype)
+        y = convolve(x, kernel.astype(self.dtype))
         if not self.demodulate:
             return y
         squares = jnp.sum(jnp.square(kernel), range(space))  # [channels, features]
         demodulation = jax.lax.rsqrt(jnp.square(scales) @ squares + 1e-8)
-        return y * _over_space(demodulation, y).astype(self.dtype)
+        return (y * _over_space(demodulation, y)).astype(self.dtype)
 
 
 class StyleBlock(nn.Module):
@@ -132,9 +132,9 @@ class StyleBlock(nn.Module):
             x = ModulatedConv(self.features, dtype=self.dtype, name=f"conv_{i}")(x, style)
             if self.noise:
                 strength = self.param(f"noise_{i}", nn.initializers.zeros, (), jnp.float32)
-                x = x + (strength * self._noise(x)).astype(self.dtype)
+                x = (x + strength * self._noise(x)).astype(self.dtype)
             bias = self.param(f"bias_{i}", nn.initializers.zeros, (self.features,), jnp.float32)
-            x = nn.leaky_relu(x + bias.astype(self.dtype), 0.2) * jnp.sqrt(2.0).astype(self.dtype)
+            x = nn.leaky_relu(add_bias(x, bias), 0.2) * jnp.sqrt(2.0).astype(self.dtype)
         return x
 
     def _noise(self, x):

@@ -39,7 +39,9 @@ class MoeConfig:
         0.0, "Dropless routing: tokens that a device accepts from another, relative to an even "
         "share; 0 accepts all.", minimum=0,
     )  # fmt: skip
-    load_balance: float = field(0.01, "Weight of the load-balancing loss.", minimum=0)
+    load_balance: float = field(
+        0.01, "Weight of the load-balancing loss, which is that of each microbatch.", minimum=0
+    )
     router_z_loss: float = field(0.001, "Weight of the router's squared log-normalizer.", minimum=0)
 
     def __post_init__(self):

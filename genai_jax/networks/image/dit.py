@@ -79,7 +79,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def gated(gate: jax.Array, update: jax.Array) -> jax.Array:
-    return gate.reshape(gate.shape[0], *(1,) * (update.ndim - 2), -1).astype(update.dtype) * update
+    wide = gate.reshape(gate.shape[0], *(1,) * (update.ndim - 2), -1)
+    return (wide * update).astype(update.dtype)
 
 
 class Modulation(nn.Module):

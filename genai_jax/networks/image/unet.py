@@ -16,7 +16,7 @@ from genai_jax.networks.image import attention, conditioning
 from genai_jax.networks.image.attention import Attention
 from genai_jax.networks.image.conditioning import Condition, ConditionEmbedding
 from genai_jax.networks.layers.convolution import Conv, GroupNorm, upsample
-from genai_jax.networks.layers.dense import Dense
+from genai_jax.networks.layers.dense import Dense, add_bias
 from genai_jax.networks.sequence.stack import REMAT
 
 
@@ -132,7 +132,7 @@ class Block(nn.Module):
             embedding = self.param(
                 "frame_embedding", nn.initializers.normal(0.02), (frames, channels), jnp.float32
             )
-            update = attend("time_attention")(tokens + embedding.astype(self.dtype))
+            update = attend("time_attention")(add_bias(tokens, embedding))
             update = update.reshape(batch, points, frames, channels).swapaxes(1, 2)
             x = x + update.reshape(x.shape)
         return x

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from genai_jax.config import field
 from genai_jax.networks.latent.latent_variables import Latents, sample_latents
 from genai_jax.networks.layers.convolution import Conv, downsample, upsample
-from genai_jax.networks.layers.dense import Dense
+from genai_jax.networks.layers.dense import Dense, add_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class LadderVae(nn.Module):
 
     def bottom_up(self, x: jax.Array, labels: jax.Array | None) -> list[jax.Array]:
         """Images in [-1, 1] -> features of each stage, from the top down."""
-        x = self.conv_in(x) + self._label_embedding(labels)
+        x = add_bias(self.conv_in(x), self._label_embedding(labels))
         features = []
         for stage in reversed(range(len(self.up))):
             size = self._size(stage)
@@ -216,7 +216,7 @@ class LadderVae(nn.Module):
         for stage, blocks in enumerate(self.down):
             size = self._size(stage)
             x = upsample(x, [n // m for n, m in zip(size, x.shape[1:-1], strict=True)])
-            x = x + self.start[stage].astype(self.dtype) + embedding
+            x = add_bias(x, self.start[stage] + embedding)
             z = None if given is None else jnp.moveaxis(given[stage], 1, 0)
             stage_features = None if features is None else features[stage]
             x, latents = blocks(x, z, stage_features, temperature)
@@ -225,10 +225,13 @@ class LadderVae(nn.Module):
         return outputs.reshape(batch, *self.shape, self.outputs_per_value), stages
 
     def _label_embedding(self, labels):
-        """The sum of the labels' embeddings, [batch, 1, ..., channels]; 0 without labels."""
+        """The sum of the labels' embeddings, [batch, 1, ..., channels], in float32.
+
+        0 without labels.
+        """
+        total = jnp.float32(0)
         if not self.label_sizes:
-            return jnp.zeros((), self.dtype)
-        total = jnp.zeros((), self.dtype)
+            return total
         for i, (size, layer) in enumerate(zip(self.label_sizes, self.labels, strict=True)):
             total = total + layer(jax.nn.one_hot(labels[:, i], size))
         return total.reshape(-1, *(1,) * self._space, total.shape[-1])

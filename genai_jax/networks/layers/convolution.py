@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from genai_jax.networks.layers.dense import add_bias
 from genai_jax.networks.layers.spectral import spectral_normalized
 
 
@@ -42,7 +43,7 @@ class Conv(nn.Module):
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.strides)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias)
         return y
 
 
@@ -89,10 +90,12 @@ class GroupNorm(nn.Module):
 
 def upsample(x: jax.Array, factors: Sequence[int]) -> jax.Array:
     """Repeats every element `factors` times along the spatial axes."""
+    # In float32, in which the gradients of the copies are then summed.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for axis, factor in enumerate(factors, start=1):
         if factor > 1:
-            x = jnp.repeat(x, factor, axis)
-    return x
+            wide = jnp.repeat(wide, factor, axis)
+    return wide.astype(x.dtype)
 
 
 def downsample(x: jax.Array, factors: Sequence[int]) -> jax.Array:

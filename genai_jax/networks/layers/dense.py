@@ -33,6 +33,15 @@ def contract(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
     return (x @ kernel).reshape(*leading, *out)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias in the dtype of x.
+
+    The sum is in the bias's float32, so that the bias's gradient, a sum over all positions, is as
+    well: in bfloat16 a sum of ones stops at 256.
+    """
+    return (x + bias).astype(x.dtype)
+
+
 def _length_is_sharded() -> bool:
     return any(name == "length" and axis for name, axis in nn.get_logical_axis_rules())
 
@@ -75,7 +84,7 @@ class Dense(nn.Module):
         y = contract(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, tuple(self.shape_out), jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = add_bias(y, bias)
         return y
 
 

@@ -30,7 +30,8 @@ class Embed(nn.Module):
     def __call__(self, index: jax.Array) -> jax.Array:
         """[batch, length] integers -> [batch, length, dim]."""
         rows = split_over(self.rows_axis, self.num_rows) if self.rows_axis else ()
-        return lookup(self.embedding.astype(self.dtype), index, rows)
+        # Vectors are cast after the lookup, so that their gradients are summed in float32.
+        return lookup(self.embedding, index, rows).astype(self.dtype)
 
 
 def lookup(table: jax.Array, index: jax.Array, rows: tuple[str, ...] = ()) -> jax.Array:

@@ -59,6 +59,7 @@ class TransformerConfig:
         None,
         "Number of preceding tokens that a token attends to besides itself; all if unset.",
         minimum=0,
+        maximum=2**30,
     )
     dropout: float = field(
         0.0, "Dropout rate of embeddings and residual branches.", minimum=0, maximum=1
@@ -103,6 +104,9 @@ class TransformerConfig:
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even `head_dim`, not {self.head_width}")
+        for name in ("logits_soft_cap", "attention_soft_cap"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}=0 caps everything: it must be above 0, or unset")
         check_pattern(self.pattern, self.num_layers)
         self._check_base()
 

@@ -11,6 +11,11 @@ from genai_jax.data.images.loader import ImageLoader
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
 
+def marked_levels(x: jax.Array, levels: jax.Array) -> jax.Array:
+    """The levels of x, int16; -1, which `media.checked_levels` refuses, where x is not finite."""
+    return jnp.where(jnp.isfinite(x), levels, -1).astype(jnp.int16)
+
+
 class ArrayData:
     """Examples [*space, channels] of uint8 levels; see `genai_jax.tasks.protocol.Data`.
 
@@ -66,8 +71,8 @@ class ArrayData:
         return image.astype(jnp.float32) * (2 / (self.levels - 1)) - 1
 
     def to_levels(self, x: jax.Array) -> jax.Array:
-        """[-1, 1], clipped, to the nearest levels, uint8."""
-        return jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.levels - 1) / 2)).astype(jnp.uint8)
+        """[-1, 1], clipped, to the nearest levels; see `marked_levels`."""
+        return marked_levels(x, jnp.round((jnp.clip(x, -1, 1) + 1) * ((self.levels - 1) / 2)))
 
     def conditional_labels(self, condition: str, flag: str) -> tuple[int, ...]:
         """The label sizes for a model with this condition; () unless it is "class".

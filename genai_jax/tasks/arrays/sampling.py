@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.media import checked_levels
 from genai_jax.training.distributed import to_host
 
 BATCH = 250  # images sampled at once, at most
@@ -62,7 +63,8 @@ def in_batches(
     """Samples `count` images with calls of the same size.
 
     Args:
-      program: (labels or None, key, rows) -> images [rows, ...]; rows is the same in every call.
+      program: (labels or None, key, rows) -> images [rows, ...] in levels, as `ArrayData.to_levels`
+        gives them; rows is the same in every call.
       key: split into one key for each call.
       count: number of images.
       labels: of the images, [count, attributes].
@@ -71,5 +73,6 @@ def in_batches(
     images = []
     for i, begin in enumerate(range(0, count, rows)):
         batch_labels = None if labels is None else cycled(labels[begin : begin + rows], rows)
-        images.append(to_host(program(batch_labels, jax.random.fold_in(key, i), rows)))
+        batch = to_host(program(batch_labels, jax.random.fold_in(key, i), rows))
+        images.append(checked_levels(batch))
     return np.concatenate(images)[:count]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from genai_jax.config import field
+from genai_jax.media import checked_levels
 from genai_jax.metrics.sample_scores import sample_scores
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.classification.images import load_classifier
@@ -51,11 +52,11 @@ def score_images(
 
     Args:
       data: of the run.
-      images: samples, uint8 [n, *space, channels].
+      images: samples in levels, [n, *space, channels].
       labels: requested for each sample, [n, attributes]; None or without attributes if none were.
       flags: what to score with.
     """
-    real = data.loader.examples("validation", MAX_REAL)
+    real, images = data.loader.examples("validation", MAX_REAL), checked_levels(images)
     scores = {}
     if flags.classifier:
         describe = load_classifier(flags.classifier, data)

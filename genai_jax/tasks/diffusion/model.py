@@ -5,11 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion import times, weighting
-from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert, input_scale
+from genai_jax.diffusion.parameterization import (
+    PARAMETERIZATIONS,
+    conversion,
+    convert,
+    input_scale,
+)
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image import dit, unet
 from genai_jax.networks.image.conditioning import Condition
@@ -72,6 +78,10 @@ class DiffusionConfig:
         "", "Workdir of an autoencoder whose latents to model; the images themselves if empty."
     )
 
+    def __post_init__(self):
+        if self.gamma_min >= self.gamma_max:
+            raise ValueError(f"gamma_min={self.gamma_min} is not below gamma_max={self.gamma_max}")
+
 
 class DenoisingModel:
     """Everything about a diffusion model except its loss and its solver.
@@ -98,6 +108,8 @@ class DenoisingModel:
         self.data, self.uses_step_size = data, uses_step_size
         self._caption_length = config.data.caption_length
         check_flags(config)
+        # Outside of the step, which may not move constants to the devices.
+        self._schedule = None if chosen.schedule == "learned" else fixed_schedule(chosen)
         if (chosen.condition == "text") != config.data.captions:
             raise ConfigError(
                 f"--diffusion.condition={chosen.condition} does not fit --data.captions="
@@ -158,16 +170,11 @@ class DenoisingModel:
     def schedule(self, params: Params) -> schedules.Schedule:
         """The noise schedule, with its parameters if it is learned."""
         config = self.config
-        if config.schedule == "learned":
-            schedule = schedules.learned(
-                lambda t: schedules.monotone_gamma(
-                    params["schedule"], t, config.gamma_min, config.gamma_max
-                )
+        schedule = self._schedule or schedules.learned(
+            lambda t: schedules.monotone_gamma(
+                params["schedule"], t, config.gamma_min, config.gamma_max
             )
-        else:
-            schedule = schedules.SCHEDULES[config.schedule]()
-        if config.zero_terminal_snr:
-            schedule = schedules.zero_terminal_snr(schedule)
+        )
         return schedules.discrete(schedule, config.num_times) if config.num_times else schedule
 
     def noise_input(self, schedule, t: jax.Array) -> jax.Array:
@@ -274,6 +281,32 @@ class DenoisingModel:
             "flops_per_step": 3 * flops,
             "convention": "3 x forward matmuls and convolutions of the trained network",
         }
+
+
+def fixed_schedule(chosen: DiffusionConfig) -> schedules.Schedule:
+    """A schedule without parameters.
+
+    Raises:
+      ConfigError: it ends in noise alone, from which the parameterization cannot tell the data.
+    """
+    schedule = schedules.SCHEDULES[chosen.schedule]()
+    if chosen.zero_terminal_snr:
+        schedule = schedules.zero_terminal_snr(schedule)
+
+    def starts(parameterization: str) -> bool:
+        weights = conversion(
+            parameterization, "x0", schedule, jnp.float32(1), sigma_data=chosen.sigma_data
+        )
+        return all(np.isfinite(weights))
+
+    if not starts(chosen.parameterization):
+        raise ConfigError(
+            f"--diffusion.parameterization={chosen.parameterization} does not determine the data "
+            f"where a schedule ends in noise alone, as --diffusion.schedule={chosen.schedule} does"
+            f"{' with --diffusion.zero_terminal_snr' if chosen.zero_terminal_snr else ''}: use "
+            f"{', '.join(filter(starts, PARAMETERIZATIONS))}"
+        )
+    return schedule
 
 
 def check_flags(config: Config):

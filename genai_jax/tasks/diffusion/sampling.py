@@ -14,7 +14,7 @@ from genai_jax.components import open_run
 from genai_jax.config import Config, ConfigError, field, override, overrides
 from genai_jax.diffusion import editing, guidance
 from genai_jax.diffusion.solvers import SOLVERS, solve
-from genai_jax.diffusion.times import SPACINGS, time_grid
+from genai_jax.diffusion.times import SPACINGS, inverse_grid, time_grid
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import Files, SampleRequest
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
@@ -96,10 +96,13 @@ class DiffusionRequest(Overrides, SampleRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     label: str = field(
         "",
-        "Classes to sample: comma-separated names or numbers, repeated in order; all classes in "
-        "order if empty.",
+        "Classes to sample: comma-separated names or numbers, repeated in order; if empty, all "
+        "classes in order, or no class with --init_image.",
     )
-    prompt: str = field("", "Caption to sample from; captions of held-out images if empty.")
+    prompt: str = field(
+        "",
+        "Caption to sample from; if empty, captions of held-out images, or none with --init_image.",
+    )
     strip: bool = field(False, "Also show trajectories from noise to image.")
     init_image: str = field("", "Image to start from, or whose masked part is replaced.")
     strength: float = field(
@@ -149,6 +152,9 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         path = generator.interpolate(known["image"], other, request.num_samples, condition)
         return _files(sampled, path, request, None)
     start = request.strength if request.init_image and not request.mask else 1.0
+    if start == 0:  # no noise: the image as the model reads it
+        kept = to_host(model.pixels(params, known["image"]))
+        return _files(sampled, np.repeat(kept, request.num_samples, 0), request, None)
     images, strip = generator.sample(
         jax.random.key(request.seed), request.num_samples, condition, start=start,
         strip=request.strip, **known,
@@ -173,7 +179,14 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
             raise ConfigError(
                 f"--{name}={getattr(request, name)}: this model's condition is {kind}, not {needed}"
             )
-    count = request.num_samples
+    count, given = request.num_samples, request.label or request.prompt
+    if kind != "none" and request.init_image and not given:  # an edit of an image of any class
+        if not model.config.condition_dropout:
+            raise ConfigError(
+                f"--init_image needs --{'label' if kind == 'class' else 'prompt'}: with "
+                "--diffusion.condition_dropout=0 this model was not trained without one"
+            )
+        return model.null_condition(count)
     if kind == "class":
         return model.condition(labels=requested_labels(loader, request.label, count))
     if kind == "text":
@@ -250,7 +263,7 @@ class Sampler:
             samples, path = program(
                 self.params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
             )
-            images.append(to_host(samples))
+            images.append(media.checked_levels(to_host(samples)))
             paths.append(path)
         shown = to_host(paths[0])[: min(count, STRIP_ROWS)] if strip else None
         return np.concatenate(images)[:count], shown
@@ -326,8 +339,9 @@ class Sampler:
             schedule = model.schedule(params)
             one = jax.tree.map(lambda x: x[:1], condition)
             denoise = self._guided(params, weak, one)
+            inverse = inverse_grid(schedule, times)
             noises = [
-                solve("ddim", denoise, schedule, x, times[::-1], jax.random.key(0))
+                solve("ddim", denoise, schedule, x, inverse, jax.random.key(0))
                 for x in (first, second)
             ]
             weights = jnp.linspace(0, 1, count)

@@ -16,7 +16,7 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
 from genai_jax.requests import EvaluateRequest, Files, SampleRequest
-from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.data import ArrayData, marked_levels
 from genai_jax.tasks.arrays.sampling import (
     check_label,
     check_show_flags,
@@ -148,11 +148,11 @@ class NormalizingFlow(Task):
         return Files(name, media.writers(images, self.data.levels, columns=columns))
 
     def paint(self, params, latents, labels) -> jax.Array:
-        """Latents of each scale -> images, uint8 levels."""
+        """Latents of each scale -> images in levels; see `marked_levels`."""
         variables = {"params": params["model"]}
         x = self.model.apply(variables, latents, labels, method="inverse")
         top = self.data.levels - 1  # the bin that contains a value of [-1, 1]
-        return jnp.clip(jnp.floor((x + 1) / 2 * self.data.levels), 0, top).astype(jnp.uint8)
+        return marked_levels(x, jnp.clip(jnp.floor((x + 1) / 2 * self.data.levels), 0, top))
 
     def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, height, width, channels], and their requested labels."""

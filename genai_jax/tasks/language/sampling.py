@@ -34,12 +34,21 @@ class TextRequest(SampleRequest):
     )
     stop: str = field("", "Text that ends a sample and is left out of it.")
 
+    def __post_init__(self):
+        if 0 < self.temperature < 1e-6:
+            raise ValueError(
+                f"temperature={self.temperature} is too small to divide by; 0 takes the likeliest "
+                "token"
+            )
+        if self.prompt and self.prompt_file:
+            raise ValueError("`prompt` and `prompt_file` exclude each other")
+
     def prompts(self) -> list[str]:
         """The prompts: at least one, which may be empty."""
         if not self.prompt_file:
             return [self.prompt]
         try:
-            lines = pathlib.Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
+            lines = pathlib.Path(self.prompt_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read --prompt_file={self.prompt_file}: {error}") from None
         if not lines:

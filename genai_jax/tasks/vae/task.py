@@ -45,7 +45,10 @@ class VaeConfig:
     condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
     beta: float = field(1.0, "Weight of the KL divergence.", minimum=0)
     kl_warmup: int = field(
-        0, "Steps over which the weight of the KL divergence rises from 0.", minimum=0
+        0,
+        "Steps over which the weight of the KL divergence rises from 0.",
+        minimum=0,
+        within_run=True,
     )
     free_bits: float = field(
         0.0, "Nats per latent variable (dense) or block (ladder) that are free of cost.", minimum=0

@@ -1,6 +1,7 @@
 """The diffusion task: its conditions, its objectives, its latents' place, how it is sampled."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -11,7 +12,17 @@ import pytest
 from genai_jax import evaluate, sample, train
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, Sampler, sample_request
+from genai_jax.diffusion import schedule as schedules
+from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert
+from genai_jax.diffusion.steps import eps_of, intervals
+from genai_jax.diffusion.times import inverse_grid, time_grid
+from genai_jax.tasks.diffusion.model import DiffusionConfig, fixed_schedule
+from genai_jax.tasks.diffusion.sampling import (
+    DiffusionRequest,
+    Sampler,
+    requested_condition,
+    sample_request,
+)
 from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
 from genai_jax.tasks.diffusion.task import Diffusion
 from genai_jax.tasks.protocol import StepInfo
@@ -170,7 +181,51 @@ def test_a_start_near_the_data_stays_near_the_image(conditional, params, tmp_pat
         samples = samples_of(conditional, params, **request)
         return np.mean(np.abs(samples.astype(float) - image))
 
+    assert distance(0) == 0
     assert distance(0.02) < 0.5 < distance(0.9)
+
+
+def test_an_edit_of_an_image_asks_for_no_class_unless_one_is_given(conditional):
+    labels = lambda model, **flags: (
+        requested_condition(
+            model, DiffusionRequest(workdir="x", init_image="x.png", num_samples=3, **flags)
+        ).labels
+    )
+    np.testing.assert_array_equal(labels(conditional.model), [[10]] * 3)
+    np.testing.assert_array_equal(labels(conditional.model, label="4"), [[4]] * 3)
+    always = task_of("--diffusion.condition=class", "--diffusion.condition_dropout=0")
+    with pytest.raises(ConfigError, match="--init_image needs --label: with"):
+        labels(always.model)
+
+
+def test_samples_that_are_not_finite_are_not_written(conditional, params):
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    with pytest.raises(ConfigError, match="2 of 2 samples have values that are not finite"):
+        samples_of(conditional, broken, num_samples=2)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_whatever_is_accepted_gives_finite_data_and_noise_at_every_time(zero_terminal_snr):
+    x, output = jax.random.normal(jax.random.key(0), (2, 4, 3))  # one for each time
+    accepted = 0
+    names = ("vp_linear", "cosine", "sigmoid") if zero_terminal_snr else schedules.SCHEDULES
+    for name, parameterization in itertools.product(names, PARAMETERIZATIONS):
+        chosen = DiffusionConfig(
+            schedule=name, parameterization=parameterization, zero_terminal_snr=zero_terminal_snr
+        )
+        try:
+            schedule = fixed_schedule(chosen)
+        except ConfigError:
+            assert parameterization in ("eps", "score", *(("velocity",) * zero_terminal_snr))
+            continue
+        accepted += 1
+        times = time_grid(schedule, 4)
+        for grid in (times, inverse_grid(schedule, times)):
+            steps = intervals(schedule, grid)
+            x0 = convert(output, parameterization, "x0", x, schedule, grid[:-1])
+            eps = eps_of(x, x0, jax.tree.map(lambda a: a[:, None], steps))
+            assert np.all(np.isfinite(x0)) and np.all(np.isfinite(eps)), (name, parameterization)
+    assert accepted >= 3 * len(names)
 
 
 def test_an_interpolation_has_as_many_images_as_asked_for(conditional, params, tmp_path):
@@ -205,6 +260,14 @@ def test_likelihood_is_finite_and_the_estimate_agrees_with_it(conditional, param
         (("--dit.patch_size=3",), "patches of size 3 do not divide the size 8x8"),
         (("--diffusion.objective=bound", "--diffusion.schedule=edm"), "one of cosine, sigmoid"),
         (("--diffusion.zero_terminal_snr", "--diffusion.schedule=flow"), "does not apply to"),
+        (
+            ("--diffusion.schedule=flow", "--diffusion.parameterization=eps"),
+            "does not determine the data .* use x0, v, velocity, edm$",
+        ),
+        (
+            ("--diffusion.zero_terminal_snr", "--diffusion.parameterization=score"),
+            "--diffusion.schedule=cosine does with --diffusion.zero_terminal_snr: use x0, v",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(flags, said):
@@ -253,7 +316,6 @@ def test_images_and_masks_of_another_size_are_refused(conditional, params, tmp_p
         ({"init_image": colour}, "is 8x8 with 3 channel"),
         ({"init_image": right, "mask": small}, "--mask=.*is 4x8"),
         ({"init_image": str(tmp_path / "none.png")}, "cannot read --init_image"),
-        ({"init_image": right, "strength": 0.0}, "--strength=0.0: times from start=0.0"),
     ):
         with pytest.raises(ConfigError, match=said):
             samples_of(conditional, params, **request)

@@ -1,0 +1,60 @@
+"""Finds long sums in half precision in a traced program."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+HALF = (jnp.bfloat16, jnp.float16)
+SUMS = {"reduce_sum", "cumsum", "reduce_window_sum", "psum", "reduce_scatter"}
+
+
+def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterator[str]:
+    """Describes every long sum in half precision of a program and of the programs inside it.
+
+    A matmul is none: XLA accumulates it in float32 and rounds once. The sum of two cotangents is
+    none either, but one of three or more is. Sums of activations are left out: a residual stream
+    is kept in half precision, forward and backward. Their sizes are multiples of `rows`, a prime
+    number of examples of which no other size is a multiple.
+
+    Args:
+      program: with everything that it calls.
+      rows: the number of examples.
+      carry: the inputs that are results of the same program's last turn in a loop.
+    """
+    sums = set(program.invars[carry])  # to which something is added over and over
+    for equation in program.eqns:
+        name, (first, *_) = equation.primitive.name, (*equation.invars, None)
+        for out in equation.outvars:
+            if getattr(out.aval, "dtype", None) not in HALF:
+                continue
+            shortens = name in SUMS and first.aval.size > out.aval.size
+            if shortens or name == "scatter-add":
+                yield _described(name, equation, out)
+            elif name in ("add_any", "add") and out.aval.size % rows:
+                if name == "add_any" and sums & {v for v in equation.invars if _is_variable(v)}:
+                    yield _described(name, equation, out)
+                sums.add(out)
+        carry = slice(0)
+        if name == "scan":
+            constants, turns = equation.params["num_consts"], equation.params["num_carry"]
+            carry = slice(constants, constants + turns)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                yield from half_sums(getattr(inner, "jaxpr", inner), rows, carry)
+
+
+def _described(name: str, equation, out) -> str:
+    frames = equation.source_info.traceback.frames if equation.source_info.traceback else ()
+    ours = [f for f in frames if "genai_jax" in f.file_name or "kernels_pallas" in f.file_name]
+    place = f" at {ours[0].file_name.rpartition('/')[2]}:{ours[0].line_num}" if ours else ""
+    return f"{name} of {equation.invars[0].aval.str_short()} to {out.aval.str_short()}{place}"
+
+
+def _is_program(value) -> bool:
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _is_variable(value) -> bool:
+    return isinstance(value, core.Var)
