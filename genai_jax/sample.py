@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import HELP, make_task, parse_request, request_help
+from genai_jax.requests import prepare_output
 
 
 def main(argv: Sequence[str]) -> int:
@@ -13,6 +14,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     flags, config = parse_request(argv, "sample_request")
     request = flags.run
+    prepare_output(request.output)
     from genai_jax.training.distributed import is_main, join_processes
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import mesh_context

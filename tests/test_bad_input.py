@@ -138,6 +138,9 @@ def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):
     assert "--ema=0.5 is not an average of this run" in refuse("evaluate", workdir, "--ema=0.5")
     assert "need 301 positions" in refuse("sample", workdir, "--max_tokens=300")
     assert "top_p" in refuse("sample", workdir, "--top_p=1.5")
+    (tmp_path / "file").write_text("")
+    for output in (f"{tmp_path}/file/out.txt", str(tmp_path), "/proc/out.txt"):  # before sampling
+        assert f"--output={output}" in refuse("sample", workdir, f"--output={output}")
     assert "cannot read --prompt_file" in refuse("sample", workdir, "--prompt_file=/no/such")
     flags = tmp_path / "run" / "flags.txt"
     record = tmp_path / "run" / "run.json"

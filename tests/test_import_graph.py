@@ -18,6 +18,7 @@ LAYERS = (
     ("genai_jax.tasks.registry", 1),
     ("genai_jax.requests", 1),
     ("genai_jax.media", 1),
+    ("genai_jax.standard_streams", 1),
     ("genai_jax.networks", 2),
     ("genai_jax.diffusion", 2),
     ("genai_jax.decoding", 2),

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from genai_jax.config import ConfigError, field
+from genai_jax.standard_streams import STDOUT, text_stream
 from genai_jax.training.roll_call import RollCall
 
 TPU_PORT = 8790  # of the coordinator on a TPU pod, which names none
@@ -235,7 +236,7 @@ def _keep_stdout_clean():
     sys.stdout.flush()
     original = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(original, "w", buffering=1, encoding=sys.stdout.encoding)
+    sys.stdout = text_stream(STDOUT, original, sys.stdout.encoding)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from genai_jax.training.population import member_config
 from genai_jax.training.workdir import read_record, write_atomically
 
 FATE = "study.json"  # file in a run's workdir that says how its last process ended
-STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM ended
+STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that SIGHUP, SIGINT or SIGTERM ended
 NOT_FINITE = re.compile(r"(loss|grad_norm|penalty)\S* is (nan|-?inf) at step")
 
 
