@@ -55,7 +55,7 @@ def locked(workdir: pathlib.Path) -> Iterator[IO]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "study.lock", "a")  # noqa: SIM115
+        file = open(workdir / "study.lock", "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
     with file:
