@@ -229,7 +229,7 @@ class _Flagfiles:
         return expanded
 
     def _read(self, path: str, including: tuple[str, ...]) -> list[str]:
-        label = f"flagfile {path!r}"
+        label = f"flagfile {path!r}" + (f", which {including[-1]} names" if including else "")
         if "\0" not in path and os.path.realpath(path) in map(os.path.realpath, including):
             chain = " -> ".join((*including, path)[-4:])
             raise ConfigError(f"flagfile {path} includes itself: {chain}")

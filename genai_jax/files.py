@@ -53,10 +53,12 @@ def read_bytes(path: Path, label: str = "", *, limit: int = 16 * MIB) -> bytes:
     """
     with open_regular(path, label) as file:
         try:
-            data = file.read(limit + 1)
+            # Some file systems say that a file with content has size 0.
+            large = os.fstat(file.fileno()).st_size > limit
+            data = b"" if large else file.read(limit + 1)
         except OSError as error:
             raise unreadable(path, reason_of(error), label) from None
-    if len(data) > limit:
+    if large or len(data) > limit:
         raise unreadable(path, f"it is larger than the {limit:,} bytes allowed here", label)
     return data
 
@@ -137,19 +139,25 @@ def write_text(path: pathlib.Path, text: str):
     os.replace(temporary, path)
 
 
-def special_file(folder: pathlib.Path) -> str | None:
-    """What of a folder, at any depth, is neither a regular file nor a folder; None if nothing is.
+def endless_file(folder: pathlib.Path, limit: int, unlimited: str) -> str | None:
+    """What of a folder, at any depth, could be read without end; None if nothing could.
 
-    Reading it could wait forever. Links to files that are missing are left to the reader.
+    Args:
+      folder: to look through. Links to files that are missing are left to the reader.
+      limit: largest size of a file.
+      unlimited: name of the folders whose files may be larger.
     """
     for parent, _, names in os.walk(folder):
         for name in names:
+            path = os.path.join(parent, name)
             try:
-                mode = os.stat(os.path.join(parent, name)).st_mode
+                status = os.stat(path)
             except OSError:
                 continue
-            if not stat.S_ISREG(mode):
-                return f"{os.path.join(parent, name)} is {_kind(mode)}"
+            if not stat.S_ISREG(status.st_mode):
+                return f"{path} is {_kind(status.st_mode)}"
+            if status.st_size > limit and os.path.basename(parent) != unlimited:
+                return f"{path} is larger than {limit:,} bytes"
     return None
 
 

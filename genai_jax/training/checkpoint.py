@@ -13,7 +13,7 @@ from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
 from genai_jax.training.distributed import all_processes, barrier, is_main
 from genai_jax.training.frozen import FrozenStore, partial_restore, shapes_of
-from genai_jax.training.readable import check_readable, not_readable
+from genai_jax.training.readable import check_readable, not_opened, not_readable
 from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_name, select
 
 
@@ -88,18 +88,21 @@ class Checkpointer:
         directory = pathlib.Path(directory).absolute()
         check_readable(directory)
         check_readable(directory.with_name(FROZEN))
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
-            },
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                ),
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
+                },
+            )
+        except Exception as error:  # it reads a file of every checkpoint, which may be damaged
+            raise not_opened(error, directory) from None
         self._store = FrozenStore(directory.with_name(FROZEN), read_only)
         self._read_only = read_only
 

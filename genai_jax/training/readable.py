@@ -6,8 +6,9 @@ import pathlib
 import re
 
 from genai_jax.config import ConfigError
-from genai_jax.files import reason_of, special_file, unreadable
+from genai_jax.files import MIB, endless_file, read_object, reason_of, unreadable
 
+DESCRIPTION_BYTES = 256 * MIB  # of a file of a checkpoint that holds no arrays
 # What the system may say of a damaged checkpoint. Anything else (no permission, an I/O error, a
 # server that is gone, too many open files) says nothing about its files.
 DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG}
@@ -25,9 +26,22 @@ def check_readable(folder: pathlib.Path):
     except OSError as error:
         raise unreadable(folder, reason_of(error)) from None
     for name in names:
-        special = special_file(folder / name)
-        if special:
-            raise ConfigError(f"{special}: a checkpoint consists of regular files; remove it")
+        endless = endless_file(folder / name, DESCRIPTION_BYTES, unlimited="d")
+        if endless:
+            raise ConfigError(f"{endless}, which no checkpoint has; move it away")
+
+
+def not_opened(error: Exception, folder: pathlib.Path) -> ConfigError:
+    """The error of a folder of checkpoints that orbax cannot open at all; names the file if known.
+
+    Orbax reads this file of every checkpoint when it opens the folder.
+    """
+    for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
+        try:
+            read_object(path)
+        except ConfigError as problem:
+            return ConfigError(f"{problem}; move {path.parent} away to use the other checkpoints")
+    return unreadable(folder, reason_of(error))
 
 
 def not_readable(error: BaseException | None, *folders: pathlib.Path) -> str | None:
