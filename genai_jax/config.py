@@ -186,7 +186,8 @@ def help_text(usage: str, components: Mapping[str, type]) -> str:
             lines.append(f"  --{name}\n      {sentence} ({'; '.join(notes)})")
         lines.append("")
     lines.append(
-        "  --flagfile\n      A file with one flag per line; # starts a comment; files may nest"
+        "  --flagfile\n      A file with one flag per line; # starts a comment; files may nest;\n"
+        '      --name:="a\\n" sets a flag to a JSON string'
     )
     return "\n".join(lines)
 

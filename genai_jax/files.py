@@ -166,11 +166,13 @@ def unreadable(path: Path, reason: str, label: str = "") -> ConfigError:
     return ConfigError(f"cannot read {label or _shown(path)}: {reason}")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Why a file cannot be opened or read, as part of a line."""
     if "null byte" in str(error):
         return "its path contains a NUL character"
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    # A library may quote the file, which may hold what a terminal obeys.
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _shown(path: Path) -> str:

@@ -132,8 +132,13 @@ class Matrix:
             for file in (*read, *FOLDERS)
             for kind in (DAMAGES if file not in FOLDERS else ("empty", *OTHERS[2:]))
             for command in COMMANDS
-            if command in ("study", "train") or not file.startswith("study/") or "json" in file
+            if self._is_read(file, command)
         ]
+
+    def _is_read(self, file: str, command: str) -> bool:
+        if command == "study":
+            return "checkpoints" not in file
+        return command == "train" or not file.startswith("study/") or "json" in file
 
     def run_cell(self, file: str, kind: str, command: str) -> dict:
         """How a command ends that meets the damage; "ending" is "ok", "refused", or a fault."""

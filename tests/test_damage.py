@@ -7,7 +7,7 @@ import sys
 from tests.commands import environment
 from tests.conftest import ROOT
 
-CELLS = 40
+CELLS = 30
 READ_ELSEWHERE = "metrics.jsonl"
 
 

@@ -86,8 +86,9 @@ class Checkpointer:
                 )
             )
         directory = pathlib.Path(directory).absolute()
-        check_readable(directory)
-        check_readable(directory.with_name(FROZEN))
+        if is_main():  # one process may look at thousands of files, not all of them
+            check_readable(directory)
+            check_readable(directory.with_name(FROZEN))
         try:
             self._manager = ocp.CheckpointManager(
                 directory,

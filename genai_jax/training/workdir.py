@@ -149,16 +149,24 @@ def write_record(workdir: pathlib.Path, record: dict):
     _write(workdir / "run.json", json.dumps(record, indent=2) + "\n")
 
 
-def read_record(workdir: str | pathlib.Path) -> dict:
-    """``run.json`` of a run; empty, with a warning, if it is missing or cannot be read."""
+def read_record(
+    workdir: str | pathlib.Path,
+    *,
+    without: str = "the data are not checked against those of the run",
+) -> dict:
+    """``run.json`` of a run; empty, with a warning, if it is missing or cannot be read.
+
+    Args:
+      workdir: folder of the run.
+      without: what the warning says that happens without it.
+    """
     try:
         record = _record(workdir)
         problem = "" if record else f"there is no {pathlib.Path(workdir) / 'run.json'}"
     except ConfigError as error:
         record, problem = {}, str(error)
     if problem:
-        print(f"warning: {problem}; the data are not checked against those of the run",
-              file=sys.stderr)  # fmt: skip
+        print(f"warning: {problem}; {without}", file=sys.stderr)
     return record
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError
 from genai_jax.data.text.arithmetic import SYMBOLS
-from genai_jax.files import MIB, parse_json, read_bytes
+from genai_jax.files import MIB, parse_json, read_bytes, reason_of
 
 MAX_BYTES = 256 * MIB  # of a tokenizer's file; the largest published ones have about 35 MiB
 MAX_IDS = 1 << 24  # the largest published vocabularies have about 2**20
@@ -256,5 +256,5 @@ def _named_errors(spec: str, what: str) -> Iterator[None]:
     except BaseException as error:  # a library written in Rust panics with a BaseException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error)[:300] or type(error).__name__
         raise ConfigError(f"tokenizer {spec!r} {what}: {reason}") from None

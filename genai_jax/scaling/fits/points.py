@@ -14,7 +14,7 @@ from genai_jax.config import ConfigError
 from genai_jax.files import MIB, read_text
 
 MAX_BYTES = 64 * MIB  # of a CSV file
-MAX_ROWS = 200_000  # which take 2 s to read
+MAX_ROWS = 200_000  # which take about 3 s to read
 
 
 class Points(NamedTuple):

@@ -164,7 +164,7 @@ def _member(run: Run, member: int, rows: list[dict], diverged: bool) -> Result:
 def environments(runs: list[Run]) -> dict:
     """Versions, devices and data from the run.json files; differing values are listed together."""
     fields = ("python", "versions", "git_commit", "platform", "device_kind", "devices", "data")
-    records = [read_record(run.workdir) for run in runs]
+    records = [read_record(run.workdir, without="the report lacks its versions") for run in runs]
     merged: dict = {}
     for record in records:
         for name in fields:
