@@ -98,6 +98,9 @@ def test_no_workdir_and_one_that_cannot_be_written(refuse, base, tmp_path):
     assert "--workdir is not set" in refuse("train", *base, "--workdir=")
     (tmp_path / "file").write_text("")
     assert "cannot write to --workdir" in refuse("train", *base, f"--workdir={tmp_path / 'file'}")
+    for name in ("a[b]", "a*", "a?", "a\\b"):  # checkpoints in there could not be read
+        said = refuse("train", *base, f"--workdir={tmp_path / name}")
+        assert "from a path with" in said and not (tmp_path / name).exists()
 
 
 def test_a_batch_that_the_devices_do_not_divide(base):

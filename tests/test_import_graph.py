@@ -14,6 +14,8 @@ from tests.import_graph import circles, graph
 LAYERS = (
     ("kernels_pallas", 0),
     ("genai_jax.config", 1),
+    ("genai_jax.errors", 1),
+    ("genai_jax.files", 1),
     ("genai_jax.tasks.protocol", 1),  # contracts, without any family
     ("genai_jax.tasks.registry", 1),
     ("genai_jax.requests", 1),

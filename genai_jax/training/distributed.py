@@ -150,7 +150,7 @@ def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
     if not [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]:
         return False
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(path.read_text().strip() == "0x1ae0" for path in vendors)
+    return any(path.read_text(encoding="utf-8").strip() == "0x1ae0" for path in vendors)
 
 
 def _metadata(name: str) -> str | None:

@@ -4,17 +4,21 @@ Every tokenizer also reports how many bytes each of its tokens stands for, so th
 different vocabularies can be compared in bits per byte.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from genai_jax.config import ConfigError
 from genai_jax.data.text.arithmetic import SYMBOLS
+from genai_jax.files import MIB, parse_json, read_bytes, reason_of
 
+MAX_BYTES = 256 * MIB  # of a tokenizer's file; the largest published ones have about 35 MiB
+MAX_IDS = 1 << 24  # the largest published vocabularies have about 2**20
 BOUNDARIES = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -55,9 +59,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
             "SentencePiece .model file"
         )
-    if not os.path.isfile(os.path.expanduser(spec)):
+    path = os.path.expanduser(spec)
+    if "\0" not in path and not os.path.lexists(path):
         raise ConfigError(f"tokenizer {spec!r}: no such file")
-    return kind(spec)
+    tokenizer = kind(spec, read_bytes(path, f"tokenizer {spec!r}", limit=MAX_BYTES))
+    if tokenizer.vocab_size > MAX_IDS:
+        raise ConfigError(
+            f"tokenizer {spec!r} has ids up to {tokenizer.vocab_size - 1:,}; at most {MAX_IDS:,} "
+            "are supported"
+        )
+    return tokenizer
 
 
 class ByteTokenizer:
@@ -129,32 +140,32 @@ class JsonTokenizer:
     UTF-8 bytes of a token's printed form, with "▁" as a space and a leading "##" as nothing.
     """
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, content: bytes):
         tokenizers = _library("tokenizers", spec)
         self.spec = spec
-        path = os.path.expanduser(spec)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
+        with _named_errors(spec, "cannot be read"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Otherwise a document that mentions "<|endoftext|>" would end there.
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.boundary_id = self._find_boundary()
-        self._fingerprint = _file_hash(path)
+        self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _named_errors(self.spec, f"cannot encode {text[:20]!r}..."):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if i != self.boundary_id]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        with _named_errors(self.spec, "cannot decode its ids"):
+            return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray:
-        parts = json.loads(self._tokenizer.to_str())
+        with _named_errors(self.spec, "cannot be read"):
+            parts = parse_json(self._tokenizer.to_str())
         byte_level = any("ByteLevel" in json.dumps(parts[p]) for p in ("pre_tokenizer", "decoder"))
         counts = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
@@ -186,19 +197,17 @@ class SentencePieceTokenizer:
     normalizes the text nor adds a leading space.
     """
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, content: bytes):
         sentencepiece = _library("sentencepiece", spec)
         self.spec = spec
-        path = os.path.expanduser(spec)
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=path)
-        except Exception as error:  # RuntimeError, or anything that protobuf raises
-            raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
+        with _named_errors(spec, "cannot be read"):
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(content)
         self.vocab_size = self._model.vocab_size()
         self.boundary_id = self._model.eos_id()
         if self.boundary_id < 0:
             raise ConfigError(f"tokenizer {spec!r} has no end-of-sentence piece (eos_id is -1)")
-        self._fingerprint = _file_hash(path)
+        self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int32)
@@ -235,6 +244,17 @@ def _library(name: str, spec: str) -> Any:
         ) from None
 
 
-def _file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def _named_errors(spec: str, what: str) -> Iterator[None]:
+    """Turns the errors of a tokenizer library into one line that names the file.
+
+    Raises:
+      ConfigError: any error in the body.
+    """
+    try:
+        yield
+    except BaseException as error:  # a library written in Rust panics with a BaseException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = reason_of(error)[:300] or type(error).__name__
+        raise ConfigError(f"tokenizer {spec!r} {what}: {reason}") from None

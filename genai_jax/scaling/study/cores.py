@@ -55,9 +55,11 @@ def locked(workdir: pathlib.Path) -> Iterator[IO]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / "study.lock", "a")  # noqa: SIM115
+        # Opened for reading as well, so that a pipe that lies there does not make us wait.
+        descriptor = os.open(workdir / "study.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.fdopen(descriptor, "rb")
     except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+        raise ConfigError(f"cannot write {workdir / 'study.lock'}: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
