@@ -16,7 +16,7 @@ from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
 from genai_jax.training.hardware import nearest_first, peak_of
-from genai_jax.training.memory import check_fits
+from genai_jax.training.memory import check_batch_fits, check_state_fits
 from genai_jax.training.metrics_log import MetricsLog
 from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
@@ -25,7 +25,7 @@ from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.saving import Saver
 from genai_jax.training.schedule_notes import changed_schedule
-from genai_jax.training.sharding import batch_shapes, batch_shardings, make_mesh, mesh_context
+from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
 from genai_jax.training.workdir import run_record, write_record
@@ -44,11 +44,11 @@ def train(task: Task, config: Config) -> int:
     if hasattr(task, "fit"):
         return fit(task, config)
     mesh = make_mesh(config.mesh)
-    check_fits("batch", batch_shapes(task.data.batch_spec, mesh))
+    check_batch_fits(task.data.batch_spec, mesh)
     kind = Population if config.population.size > 1 else SingleRun
     with StopSignal() as stop:
         execution = kind(task, config, mesh)
-        check_fits("state (parameters, optimizer, averages)", execution.compiled.shapes)
+        check_state_fits(execution.compiled.shapes, mesh)
         return Run(execution, config, stop).run()
 
 

@@ -3,36 +3,40 @@
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from genai_jax.config import ConfigError
+from genai_jax.files import read_text
+from genai_jax.tasks.protocol import ArraySpec
+from genai_jax.training.sharding import batch_shards
 
 
-def check_fits(what: str, arrays: Any):
-    """Refuses arrays that no memory holds.
+def check_batch_fits(specs: Mapping[str, ArraySpec], mesh: Mesh):
+    """Refuses a global batch that no memory holds; see `_check`."""
+    whole = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in specs.values())
+    _check("batch", whole // batch_shards(mesh), mesh)
 
-    Args:
-      what: they are, for the error.
-      arrays: a tree of `jax.ShapeDtypeStruct`s with shardings.
 
-    Raises:
-      ConfigError: it says what a device would need and what it has.
-    """
-    leaves = jax.tree.leaves(arrays)
-    needed = sum(_bytes_per_device(x) for x in leaves)
-    devices = {device for x in leaves for device in x.sharding.addressable_devices}
-    limit = min(filter(None, map(_bytes_of, devices)), default=None)
+def check_state_fits(shapes: Any, mesh: Mesh):
+    """Refuses a state, `jax.ShapeDtypeStruct`s with shardings, that no memory holds."""
+    shard = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    needed = sum(map(shard, jax.tree.leaves(shapes)))
+    _check("state (parameters, optimizer, averages)", needed, mesh)
+
+
+def _check(what: str, needed: int, mesh: Mesh):
+    """Raises `ConfigError` if a device has less than the `needed` bytes."""
+    limit = min(filter(None, map(_bytes_of, mesh.local_devices)), default=None)
     if limit and needed > limit:
         raise ConfigError(
             f"the {what} of this run needs {_gib(needed)} on each device, which has "
             f"{_gib(limit)}: choose smaller sizes, or split it over more devices"
         )
-
-
-def _bytes_per_device(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def _bytes_of(device: jax.Device) -> int | None:
@@ -46,7 +50,7 @@ def _machine_bytes() -> int:
     """The physical memory, or less if a container limits it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = pathlib.Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
+    text = read_text(limit).strip() if limit.is_file() else ""
     return min(total, int(text)) if text.isdigit() else total
 
 

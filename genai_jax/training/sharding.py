@@ -168,14 +168,6 @@ def batch_shardings(specs: Mapping[str, ArraySpec], mesh: Mesh) -> dict[str, Nam
     }
 
 
-def batch_shapes(specs: Mapping[str, ArraySpec], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch as shapes that know their sharding."""
-    return {
-        name: jax.ShapeDtypeStruct(specs[name].shape, specs[name].dtype, sharding=sharding)
-        for name, sharding in batch_shardings(specs, mesh).items()
-    }
-
-
 def parameter_specs(params: Any, rules, mesh: Mesh) -> Any:
     """A tree like `params` with the partition of every parameter; raises as `spec_of` does."""
     return jax.tree_util.tree_map_with_path(

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax import train
 from genai_jax.config import ConfigError
-from genai_jax.training.memory import check_fits
+from genai_jax.tasks.protocol import ArraySpec
+from genai_jax.training.memory import check_batch_fits
+from genai_jax.training.sharding import MeshConfig, make_mesh
 from tests.commands import TINY
 
 HUGE = 2**31 - 2
@@ -41,9 +41,8 @@ def test_a_size_that_no_memory_holds_says_what_it_would_need(flag, said, tmp_pat
 
 
 def test_the_bytes_of_a_device_are_those_of_its_part():
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    shape = lambda rows, dtype: jax.ShapeDtypeStruct((rows, 2**20), dtype, sharding=sharding)
-    check_fits("batch", {"a": shape(4, jnp.uint8)})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    spec = lambda rows, dtype: {"a": ArraySpec((rows, 2**20), dtype, ("batch", None))}
+    check_batch_fits(spec(4, jnp.uint8), mesh)
     with pytest.raises(ConfigError, match=r"the batch of this run needs 2,048\.0 GiB on each"):
-        check_fits("batch", [shape(2**20, jnp.bfloat16)])
+        check_batch_fits(spec(2**20, jnp.bfloat16), mesh)
