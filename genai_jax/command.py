@@ -35,7 +35,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         if not standard_streams.flush():
             code = code or standard_streams.READER_GONE
     except (ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(str(error))
+        code = 2
+    except RuntimeError as error:  # what XLA raises if the memory does not suffice
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _print_error(f"out of memory: {str(error).splitlines()[0]}")
         code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
@@ -44,6 +49,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     with contextlib.suppress(ConfigError):  # not what ended the command
         standard_streams.flush()
     sys.exit(code)
+
+
+def _print_error(text: str):
+    """Prints one line; characters that a terminal would obey are escaped."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
 
 
 def _quiet():
