@@ -8,6 +8,7 @@ from genai_jax.tasks.protocol import Task
 from genai_jax.training.metrics_log import parse_rows, read_lines, thinned
 
 POINTS = 2000  # of a curve at least, where there are more rows: twice what the picture can show
+WIDE = 50  # ratio of values from which an axis is logarithmic
 
 
 def plot_metrics(workdir: pathlib.Path, task: Task):
@@ -44,6 +45,9 @@ def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[st
     axes.set(xlabel="step", ylabel=label)
     title = os.fsencode(workdir.name).decode(errors="backslashreplace")
     axes.set_title(title, parse_math=False)  # "$" is a character of it, not TeX
+    values = [row[name] for row in rows for name in names if name in row]
+    if min(values) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log")  # else the last values could not be told from 0
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)

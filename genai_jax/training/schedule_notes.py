@@ -26,6 +26,8 @@ def changed_schedule(config: Config, step: int, steps: int | None) -> str | None
     if steps in (None, now) or config.optimizer.schedule in ENDLESS:
         return None
     before, after = (float(learning_rate_schedule(config.optimizer, n)(step)) for n in (steps, now))
+    if before == after:
+        return None
     return (
         f"--optimizer.schedule={config.optimizer.schedule} now ends at step {now} instead of "
         f"{steps}: the learning rate of the next step is {after:.3g}, not {before:.3g}"

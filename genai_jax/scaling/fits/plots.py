@@ -30,23 +30,23 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _log(axes: Axes, *which: str):
-    """Makes axes logarithmic; ranges below 1.5 decades get ticks between the powers of ten."""
+    """Makes axes logarithmic; ranges below three decades get ticks between the powers of ten."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
-        if high / low < 30:
+        if high / low < 1000:
             axis.set_major_locator(LogLocator(subs=_subs(high / low)))
-            plain = (
-                ScalarFormatter() if high < 1e4 else LogFormatterSciNotation(labelOnlyBase=False)
-            )
-            axis.set_major_formatter(plain)
+            every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
+            axis.set_major_formatter(ScalarFormatter() if high < 1e4 else every)
             axis.set_minor_formatter(NullFormatter())
 
 
 def _subs(ratio: float) -> list[float]:
     if ratio < 2.5:
         return np.arange(1, 10, 0.5 if ratio > 1.6 else 0.25).tolist()
-    return [1, 2, 3, 5, 7] if ratio < 8 else [1, 2, 5]
+    if ratio < 8:
+        return [1, 2, 3, 5, 7]
+    return [1, 2, 5] if ratio < 30 else [1, 3]
 
 
 def _colors(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> ScalarMappable:
@@ -73,7 +73,8 @@ def law(points: Points, hidden: Points, fit: Fit, cost: Cost, unit: str) -> Figu
         limits = right.axis()
         right.plot(*line, color=LINE, label="law: compute-optimal")
         right.axis(limits)
-    right.legend(loc="upper left", fontsize="small")
+    # Below the axes, where it hides no label of a contour.
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="small")
     return figure
 
 

@@ -140,11 +140,20 @@ def _curves_section(lines: Sequence[Line], metrics, config) -> Section:
     else:
         figures = {
             file_name(line.name): _figure(
-                {label_of(line.mean, m): (line, m) for m in metrics}, "", line.name, config
+                {label_of(line.mean, m): (line, m) for m in metrics},
+                shared_name(metrics),
+                line.name,
+                config,
             )
             for line in lines
         }
     return Section("Curves", ["As logged during training." + _about(lines)], [], figures)
+
+
+def shared_name(metrics: Sequence[str]) -> str:
+    """What metrics of one axis have in common: "accuracy" of train/accuracy and eval/accuracy."""
+    last = {metric.rpartition("/")[2].replace("_", " ") for metric in metrics}
+    return last.pop() if len(last) == 1 else "value"
 
 
 def _about(lines: Sequence[Line]) -> str:
@@ -170,19 +179,21 @@ def _figure(named: dict[str, tuple[Line, str]], label: str, title: str, config: 
         for model in line.models if len(line.models) > 1 else ():
             steps, values = model.curve(metric)
             axes.plot(np.array(steps) * scale, values, color=own.get_color(), lw=0.8, alpha=0.3)
+    one = len(named) == 1
     where = {"step": "step", "tokens": "tokens or examples seen", "flops": "FLOPs"}[config.over]
-    axes.set(xlabel=where, ylabel=label, title=title)
+    axes.set(xlabel=where, ylabel=label, title=title or (next(iter(named)) if one else ""))
     if config.log_over:
         axes.set_xscale("log")
     return _finished(figure, axes, config, len(named))
 
 
 def _finished(figure, axes, config, count: int):
-    """The figure, after adding the scale of the metric, a grid, and a legend of `count` lines."""
+    """The figure with the scale of the metric, a grid, and a legend if there are several lines."""
     if config.log_metric:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    legend(figure, axes, count)
+    if count > 1:  # the title or the text names a single line
+        legend(figure, axes, count)
     return figure
 
 
@@ -237,7 +248,7 @@ def _against_section(lines: Sequence[Line], metrics, config) -> Section:
     if config.against in QUANTITIES:
         label, value = QUANTITIES[config.against]
     else:
-        label = f"--{config.against}"
+        label = f"{config.against.rpartition('.')[2].replace('_', ' ')} (--{config.against})"
         value = lambda r: flag_value("study.against", config.against, r)
     rows, figures = [], {}
     for metric in metrics:
