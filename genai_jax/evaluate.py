@@ -42,13 +42,13 @@ def scores(task, config, request) -> dict:
     def batches(count: int):
         return map(placement.to_devices, task.data.held_out(count, placement.rows))
 
-    trained = model.params, model.mutables
+    trained, seed = (model.params, model.mutables), getattr(request, "seed", 0)
     with mesh_context(model.mesh):
         evaluator = Evaluator(task)
         if task.tokens_per_step():  # compiles, so that only scoring is timed
-            evaluator(*trained, batches(1), request.seed)
+            evaluator(*trained, batches(1), seed)
         start = time.perf_counter()
-        result = evaluator(*trained, batches(request.batches), request.seed)
+        result = evaluator(*trained, batches(request.batches), seed)
         seconds = time.perf_counter() - start
         if isinstance(task, Reports):
             params = task.materialize(model.params)

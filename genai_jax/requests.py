@@ -42,9 +42,15 @@ class SampleRequest(RunRequest):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateRequest(RunRequest):
-    seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
+class ExactEvaluateRequest(RunRequest):
+    """For tasks none of whose metrics involve randomness."""
+
     batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateRequest(ExactEvaluateRequest):
+    seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
 
 
 def prepare_output(output: str):

@@ -26,7 +26,7 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
-from genai_jax.requests import Files, SampleRequest
+from genai_jax.requests import ExactEvaluateRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
@@ -84,6 +84,7 @@ class Autoencoder(Task):
     )
     loss_unit = "reconstruction loss"
     sample_request = ReconstructionRequest
+    evaluate_request = ExactEvaluateRequest
 
     def __init__(self, config: Config):
         self.config, self.data = config, ArrayData(config)

@@ -14,6 +14,7 @@ from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image import classifier
 from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
+from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import open_fitting
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
@@ -45,6 +46,7 @@ class ImageClassifier(Task):
         (f"^model/.*{path}$", axes) for path, axes in classifier.PARTITION_RULES
     )
     loss_unit = "nats per image"
+    evaluate_request = ExactEvaluateRequest
 
     def __init__(self, config: Config):
         self.config, self.data = config, ArrayData(config)

@@ -40,6 +40,13 @@ class TextRequest(SampleRequest):
                 f"temperature={self.temperature} is too small to divide by; 0 takes the likeliest "
                 "token"
             )
+        unused = {"seed": 0, "top_k": 0, "top_p": 1.0}
+        for name, default in unused.items():
+            if self.temperature == 0 and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with temperature=0, which always "
+                    "takes the likeliest token"
+                )
         if self.prompt and self.prompt_file:
             raise ValueError("`prompt` and `prompt_file` exclude each other")
 

@@ -52,9 +52,14 @@ def test_samples_begin_with_their_prompts_and_end_at_the_stop(task, params):
     assert cut[0] == "né" + texts[0][2:].split(stop)[0]
 
 
-def test_greedy_sampling_ignores_the_seed(task, params):
-    draw = lambda seed: task.sample(params, {}, TextRequest(temperature=0, max_tokens=5, seed=seed))
-    assert draw(0) == draw(1)
+def test_greedy_sampling_refuses_what_only_randomness_uses():
+    for name, value in (("seed", 1), ("top_k", 3), ("top_p", 0.5)):
+        with pytest.raises(ValueError, match=f"{name}={value} has no effect with temperature=0"):
+            TextRequest(temperature=0, **{name: value})
+    with pytest.raises(ValueError, match="too small to divide by; 0 takes the likeliest"):
+        TextRequest(temperature=1e-45)
+    with pytest.raises(ValueError, match="exclude each other"):
+        TextRequest(prompt="a", prompt_file="b")
 
 
 def test_learned_positions_bound_the_length(text_folder):

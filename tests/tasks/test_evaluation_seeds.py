@@ -1,0 +1,40 @@
+"""`evaluate --seed` is a flag of the families whose scores involve randomness, and of no other."""
+
+import jax
+import pytest
+from jax.extend import core
+
+from genai_jax.components import make_task, parse_run, request_class
+from genai_jax.tasks.protocol import Reports
+from tests.tasks.test_half_precision import CASES, ROWS
+
+EXACT_ALONE = ("--glow.steps_per_level=1", "--glow.hidden_channels=4")
+FAMILIES = {
+    case: CASES[case] for case in CASES if " " not in case or case.startswith("diffusion d")
+}
+
+
+def uses(program: core.Jaxpr, variable: core.Var) -> bool:
+    """Whether a result of the program may depend on the variable."""
+    for equation in program.eqns:
+        for place, value in enumerate(equation.invars):
+            if value is not variable:
+                continue
+            inner = [p for p in equation.params.values() if isinstance(p, core.ClosedJaxpr)]
+            if not inner or any(uses(p.jaxpr, p.jaxpr.invars[place]) for p in inner):
+                return True
+    return variable in program.outvars
+
+
+@pytest.mark.parametrize("case", [*FAMILIES, "normalizing_flow"])
+def test_a_seed_is_asked_for_where_it_changes_a_score(case):
+    flags = FAMILIES.get(case, EXACT_ALONE)
+    task = make_task(parse_run([f"--task={case.split()[0]}", f"--data.batch_size={ROWS}", *flags]))
+    params, mutables = jax.eval_shape(task.init, jax.random.key(0))
+    spec = task.data.batch_spec
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in spec.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = jax.make_jaxpr(task.example_metrics)(params, mutables, batch, key).jaxpr
+    random = uses(program, program.invars[-1]) or isinstance(task, Reports)
+    fields = request_class(type(task), "evaluate_request").__dataclass_fields__
+    assert ("seed" in fields) == random
