@@ -44,9 +44,11 @@ class RunConfig:
     dtype: str = field(
         "float32", "Precision of the matmuls; parameters stay in float32.", choices=DTYPES
     )
-    workdir: str = field("", "Folder of the run.", changeable=True)
+    workdir: str = field("", "Folder of the run.", changeable=True, path=True)
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
-    init_from: str | None = field(None, "Workdir of a run whose parameters initialize this one.")
+    init_from: str | None = field(
+        None, "Workdir of a run whose parameters initialize this one.", path=True
+    )
     init_map: str | None = field(
         None,
         "What to take from --init_from: comma-separated parameter paths, SOURCE or SOURCE:TARGET "

@@ -16,7 +16,7 @@ from genai_jax.config import field
 class RunRequest:
     """Which model to use; the base of all requests."""
 
-    workdir: str = field("", "Folder of the run.")
+    workdir: str = field("", "Folder of the run.", path=True)
     task: str | None = field(
         None, "Task of the run; needed only if its code lives outside genai_jax."
     )
@@ -38,7 +38,7 @@ class RunRequest:
 @dataclasses.dataclass(frozen=True)
 class SampleRequest(RunRequest):
     seed: int = field(0, "Random seed for sampling.", minimum=0)
-    output: str = field("", "File to write; a default place if empty.")
+    output: str = field("", "File to write; a default place if empty.", path=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,8 @@ LAUNCHERS = ("none", "print", "slurm")
 
 @dataclasses.dataclass(frozen=True)
 class StudyRequest:
-    study: str = field("", "Folder of the study.")
-    workdir: str = field("", "Folder for the runs and the report.")
+    study: str = field("", "Folder of the study.", path=True)
+    workdir: str = field("", "Folder for the runs and the report.", path=True)
     jobs: int = field(
         1, "Number of runs to train at a time, each on its own share of the CPU cores; on a "
         "machine with accelerators they would compete for the same devices.", minimum=1,

@@ -23,7 +23,6 @@ def read(path: str, *, strict: bool) -> list[str]:
     Raises:
       ConfigError: nothing at `path`, no text in it, or a file that cannot be read.
     """
-    path = os.path.expanduser(path)
     if os.path.isdir(path):
         documents = [_decode(file, strict) for file in _files(path)]
     elif os.path.isfile(path):

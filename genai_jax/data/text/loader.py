@@ -27,14 +27,16 @@ class DataConfig:
         "python_docs",
         "Data set: the name of a TFDS data set, python_docs, python_source, text:PATH, "
         "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P.",
+        path=True,
     )
     batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
     sequence_length: int = field(256, "Tokens per sequence.", minimum=1)
     tokenizer: str = field(
         "bytes",
         "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file.",
+        path=True,
     )
-    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.")
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
     text_key: str = field("text", "TFDS feature that holds the text.")
     validation_percent: int = field(
         5,

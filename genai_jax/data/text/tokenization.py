@@ -55,7 +55,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
             "SentencePiece .model file"
         )
-    if not os.path.isfile(os.path.expanduser(spec)):
+    if not os.path.isfile(spec):
         raise ConfigError(f"tokenizer {spec!r}: no such file")
     return kind(spec)
 
@@ -132,9 +132,8 @@ class JsonTokenizer:
     def __init__(self, spec: str):
         tokenizers = _library("tokenizers", spec)
         self.spec = spec
-        path = os.path.expanduser(spec)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+            self._tokenizer = tokenizers.Tokenizer.from_file(spec)
         except Exception as error:  # the library raises plain Exception
             raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
         self._tokenizer.no_truncation()
@@ -143,7 +142,7 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.boundary_id = self._find_boundary()
-        self._fingerprint = _file_hash(path)
+        self._fingerprint = _file_hash(spec)
 
     def encode(self, text: str) -> np.ndarray:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -189,16 +188,15 @@ class SentencePieceTokenizer:
     def __init__(self, spec: str):
         sentencepiece = _library("sentencepiece", spec)
         self.spec = spec
-        path = os.path.expanduser(spec)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=path)
+            self._model = sentencepiece.SentencePieceProcessor(model_file=spec)
         except Exception as error:  # RuntimeError, or anything that protobuf raises
             raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
         self.vocab_size = self._model.vocab_size()
         self.boundary_id = self._model.eos_id()
         if self.boundary_id < 0:
             raise ConfigError(f"tokenizer {spec!r} has no end-of-sentence piece (eos_id is -1)")
-        self._fingerprint = _file_hash(path)
+        self._fingerprint = _file_hash(spec)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int32)

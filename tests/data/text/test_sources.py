@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 import time
@@ -158,9 +157,3 @@ def test_permuted_is_a_permutation(size):
         assert order != list(range(size)) and order != [
             permuted(i, size, (3, 2)) for i in range(size)
         ]
-
-
-def test_home_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x.txt").write_text("text")
-    assert documents(text_config(os.path.join("~", "x.txt")), "train") == ["text"]
