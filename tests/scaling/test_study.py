@@ -58,7 +58,7 @@ def done(folders):
     flags = (f"--study={folder}", f"--workdir={workdir}", "--jobs=2")
     process = start("study", *flags, "--only=sound")
     wait_for((workdir / "runs" / "sound").exists)
-    with pytest.raises(ConfigError, match="is in use by another study"):
+    with pytest.raises(ConfigError, match=r"is in use by process .*, a study in this folder"):
         study.main(flags)
     wait_for(lambda: rows(workdir / "runs" / "sound"))
     process.send_signal(signal.SIGINT)
