@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, MissingFile
 
 _MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
 _MAX_CHARACTERS = 8_000  # from this length on, at the next line break: there may be no blank lines
@@ -28,7 +28,7 @@ def read(path: str, *, strict: bool) -> list[str]:
     elif os.path.isfile(path):
         documents = _split(_decode(path, strict))
     else:
-        raise ConfigError(f"text:{path}: no such file or folder")
+        raise MissingFile(f"--data.dataset=text:{path}: no such file or folder", "data.dataset")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ConfigError(f"text:{path} is empty: it has no text to train on")

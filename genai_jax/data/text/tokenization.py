@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, MissingFile
 from genai_jax.data.text.arithmetic import SYMBOLS
 
 BOUNDARIES = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
@@ -56,7 +56,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
             "SentencePiece .model file"
         )
     if not os.path.isfile(spec):
-        raise ConfigError(f"tokenizer {spec!r}: no such file")
+        raise MissingFile(f"--data.tokenizer={spec}: no such file", "data.tokenizer")
     return kind(spec)
 
 
