@@ -140,22 +140,21 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
     Raises:
       ConfigError: not a readable image, or its size or channels differ from `shape`.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if len(shape) != 3:
         raise ConfigError(f"--{flag} is for images, but this model's examples have shape {shape}")
     height, width, channels = shape
     try:
         with Image.open(path) as file:
-            file.load()
-            bands = len(file.getbands())
-            picture = file.convert("RGB") if file.mode == "P" else file.copy()
+            picture = ImageOps.exif_transpose(file)
     except (OSError, UnidentifiedImageError) as error:
         reason = getattr(error, "strerror", None) or "it is not an image"
         raise ConfigError(f"cannot read --{flag}={path}: {reason}") from None
-    bands = 3 if picture.mode == "RGB" else bands
+    picture = _eight_bits(picture, f"--{flag}={path}")
     if flag == "mask":
-        picture, bands = picture.convert("L"), 1
+        picture = picture.convert("L")
+    bands = len(picture.getbands())
     if (picture.height, picture.width, bands) != (height, width, channels):
         raise ConfigError(
             f"--{flag}={path} is {picture.height}x{picture.width} with {bands} channel(s); this "
@@ -165,3 +164,29 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
     if levels == 256:
         return values
     return np.round(values.astype(np.float32) * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def _eight_bits(picture, name: str):
+    """A Pillow image as 8-bit gray (L) or RGB.
+
+    Raises:
+      ConfigError: it has transparent pixels, or values of no fixed range.
+    """
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits per pixel, which Pillow may read as 32
+        values = np.asarray(picture).astype(np.float32)
+        if values.min() >= 0 and values.max() < 2**16:
+            return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+        raise ConfigError(
+            f"{name} has transparent pixels: flatten it, for example onto white, and save it "
+            "without an alpha channel"
+        )
+    kinds = {"1": "L", "L": "L", "LA": "L", "La": "L"}
+    kinds |= dict.fromkeys(("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr"), "RGB")
+    if picture.mode not in kinds:
+        raise ConfigError(
+            f"{name} has pixels of Pillow's mode {picture.mode}: save it as 8-bit gray or RGB"
+        )
+    return picture.convert(kinds[picture.mode])
