@@ -1,13 +1,16 @@
 """How commands end: a user's mistake prints one line and exits non-zero; a bug, a traceback."""
 
+import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 import absl.logging
 
+from genai_jax import standard_streams
 from genai_jax.config import ConfigError
 
 # Imports create about a million objects that live until the end. Collecting garbage among them,
@@ -17,21 +20,42 @@ if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("genai_jax."
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Calls `main` with the command line's arguments and exits."""
+    """Calls `main` with the command line's arguments and exits.
+
+    The exit code is that of `main`, 2 after a mistake, 130 if interrupted, and 141 if everything
+    went well but the reader of standard output left early, as in `| head`.
+    """
     gc.freeze()
     gc.enable()
+    standard_streams.set_up()
     _quiet()
     _give_simulated_devices_threads()
     try:
         code = main(sys.argv[1:])
+        if not standard_streams.flush():
+            code = code or standard_streams.READER_GONE
     except (ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(str(error))
+        code = 2
+    except RuntimeError as error:  # what XLA raises if the memory does not suffice
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _print_error(f"out of memory: {str(error).splitlines()[0]}")
         code = 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
         code = 130
     gc.freeze()
-    sys.stdout.flush()
+    with contextlib.suppress(ConfigError):  # not what ended the command
+        standard_streams.flush()
     sys.exit(code)
+
+
+def _print_error(text: str):
+    """Prints one line; characters that a terminal would obey are escaped."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
 
 
 def _quiet():

@@ -112,7 +112,7 @@ def _write(path: str, suffix: str, text: str):
     target = pathlib.Path(path)
     target = target.with_name(target.stem + suffix + target.suffix)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
+    target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -243,14 +243,19 @@ def read_config(
     Raises:
       ConfigError: there is no run, or it needs outside code that is not `allowed`.
     """
-    task = recorded_task(workdir, flag)
+    # Read once: what is checked here is what is used.
+    path = flags_path(workdir, flag)
+    argv = expand_flagfiles([f"--flagfile={path}"])
+    task = last_value(argv, "task") or DEFAULT_TASK
     if is_outside(task) and task not in allowed:
         raise ConfigError(
             f"{flag}={workdir} is a run of --task={task}, which is code outside genai_jax: to "
             f"allow it, add --task={task} to the command line"
         )
-    flagfile = f"--flagfile={flags_path(workdir, flag)}"
-    config = parse_run([flagfile, f"--workdir={workdir}", "--attention=auto"])
+    try:
+        config = parse_run([*argv, f"--workdir={workdir}", "--attention=auto"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     for component in config.components.values():
         for mixer in _mixers(component):
             if mixer not in allowed:

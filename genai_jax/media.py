@@ -3,15 +3,20 @@
 import functools
 import math
 import pathlib
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.files import open_regular, reason_of, unreadable
 
 GRID_PIXELS = 1024  # grids are enlarged up to this height and width
 GAP = 1  # pixels between pictures, before scaling
 BACKGROUND = 90
+# That can be read. Pillow runs Ghostscript for others.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 
 
 def checked_levels(examples: np.ndarray) -> np.ndarray:
@@ -140,26 +145,16 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
     Raises:
       ConfigError: not a readable image, or its size or channels differ from `shape`.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if len(shape) != 3:
         raise ConfigError(f"--{flag} is for images, but this model's examples have shape {shape}")
     height, width, channels = shape
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-    except (OSError, UnidentifiedImageError) as error:
-        reason = getattr(error, "strerror", None) or "it is not an image"
-        raise ConfigError(f"cannot read --{flag}={path}: {reason}") from None
-    picture = _eight_bits(picture, f"--{flag}={path}")
+    label = f"--{flag}={path}"
+    picture = _eight_bits(_read_picture(path, label, shape), label)
     if flag == "mask":
         picture = picture.convert("L")
     bands = len(picture.getbands())
     if (picture.height, picture.width, bands) != (height, width, channels):
-        raise ConfigError(
-            f"--{flag}={path} is {picture.height}x{picture.width} with {bands} channel(s); this "
-            f"model's images are {height}x{width} with {channels}"
-        )
+        raise _other_shape(label, (picture.height, picture.width, bands), shape)
     values = np.asarray(picture).reshape(shape)
     if levels == 256:
         return values
@@ -190,3 +185,32 @@ def _eight_bits(picture, name: str):
             f"{name} has pixels of Pillow's mode {picture.mode}: save it as 8-bit gray or RGB"
         )
     return picture.convert(kinds[picture.mode])
+
+
+def _other_shape(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ConfigError:
+    """Both shapes are (height, width, channels)."""
+    size = "{}x{} with {}".format
+    return ConfigError(
+        f"{label} is {size(*found)} channel(s); this model's images are {size(*shape)}"
+    )
+
+
+def _read_picture(path: str, label: str, shape: tuple[int, ...]) -> Any:
+    """The picture of a file; its pixels are read only if its header gives the expected size."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with open_regular(path, label) as stream, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(stream, formats=FORMATS) as file:
+                # A photograph may be stored on its side.
+                if sorted(file.size) == sorted(shape[:2]):
+                    return ImageOps.exif_transpose(file)
+                found = file.height, file.width, len(file.getbands())
+        except UnidentifiedImageError:
+            raise unreadable(path, f"it is not an image ({', '.join(FORMATS)})", label) from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise unreadable(path, "its header announces too many pixels", label) from None
+        except Exception as error:  # decoders raise many types for damaged files
+            raise unreadable(path, f"it is a damaged image ({reason_of(error)})", label) from None
+    raise _other_shape(label, found, shape)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from genai_jax.config import field
+from genai_jax.config import ConfigError, field
 
 # Of what a file's name says: `Files.name` has the seed, and the step is that of the checkpoint.
 NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "mixers")
@@ -55,6 +55,26 @@ class SampleRequest(RunRequest):
 class EvaluateRequest(RunRequest):
     seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
     batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
+
+
+def prepare_output(output: str):
+    """Creates the folder of the file `output`; done before sampling, whose results it would lose.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    if not output:
+        return
+    path = pathlib.Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        if new or not path.is_fifo():  # whose reader would see its end
+            open(path, "ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to --output={output}: {error.strerror}") from None
 
 
 class Sampled(Protocol):

@@ -12,7 +12,7 @@ from genai_jax.components import (
     tells_how_to_move,
 )
 from genai_jax.config import ConfigError
-from genai_jax.requests import Files, distinguishing
+from genai_jax.requests import Files, distinguishing, prepare_output
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,6 +21,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     flags, config = parse_request(argv, "sample_request")
     request = flags.run
+    prepare_output(request.output)
     from genai_jax.training.distributed import is_main, join_processes
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import mesh_context

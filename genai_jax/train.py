@@ -19,12 +19,13 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.lock import locked
     from genai_jax.training.loop import train
     from genai_jax.training.schedule_notes import cut_schedules
-    from genai_jax.training.workdir import claim
+    from genai_jax.training.workdir import check_path, claim
 
     with join_processes(config.distributed):
         task = make_task(config)
         if not is_main():
             return train(task, config)
+        check_path(config.run.workdir)
         with locked(config.run.workdir, "run"):
             for change in claim(config):
                 print(f"changed since the run began: {change}", file=sys.stderr)

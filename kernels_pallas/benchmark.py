@@ -232,7 +232,9 @@ def _write(rows: list[dict], folder: pathlib.Path, target: str | None):
         python=sys.version.split()[0],
         device=target or device.device_kind(),
     )
-    (folder / "benchmark.json").write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
+    (folder / "benchmark.json").write_text(
+        json.dumps(about | dict(rows=rows), indent=1) + "\n", encoding="utf-8"
+    )
     timed = [row for row in rows if "rate" in row]
     if timed:
         _draw(timed, about, folder / "benchmark.png")

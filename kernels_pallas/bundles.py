@@ -33,7 +33,9 @@ def read(folder, kernel: str) -> Bundles:
     """The listing of `kernel` in `folder`. ValueError unless there is exactly one."""
     listing = _only(folder, rf".*-{kernel}[.\d]*-\d+-final_bundles\.txt")
     usage = _only(folder, rf".*-{kernel}[.\d]*-\d+-final_hlo-static-per-bundle-utilization\.txt")
-    rows = [line for line in listing.read_text().splitlines() if _ADDRESS.match(line)]
+    rows = [
+        line for line in listing.read_text(encoding="utf-8").splitlines() if _ADDRESS.match(line)
+    ]
     at = [int(row.split()[0], 16) for row in rows]
     loop = next(a for a, row in zip(at, rows, strict=True) if "LB:" in row)
     back = max(a for a, row in zip(at, rows, strict=True) if "sbr.rel" in row)
@@ -64,7 +66,7 @@ def _branches(at, rows, loop, back):
 
 def _spills(usage: pathlib.Path) -> int:
     """The sum of the VSTORE:SPILL column."""
-    lines = usage.read_text().splitlines()
+    lines = usage.read_text(encoding="utf-8").splitlines()
     names = next(line for line in lines if "VSTORE:SPILL" in line).split(", ")
     column = names.index("VSTORE:SPILL")
     counts = [line.split() for line in lines if re.fullmatch(r"[\d ]+", line.strip() or "x")]

@@ -86,7 +86,7 @@ def mesh(name: str) -> Mesh:
     if platform == "gpu":
         platform = "cuda"  # the compiler's name for the platform
         described = pathlib.Path(__file__).parent / "gpu" / f"{name}.txtpb"
-        options["target_config"] = described.read_text()
+        options["target_config"] = described.read_text(encoding="utf-8")
     slice_ = topologies.get_topology_desc(
         platform=platform, topology_name=target.topology, **options
     )

@@ -55,7 +55,7 @@ def read() -> tuple[Row, ...]:
     """The rows in the file, not cached."""
     if not TABLE.exists():
         return ()
-    with TABLE.open(newline="") as file:
+    with TABLE.open(newline="", encoding="utf-8") as file:
         return tuple(_row(line) for line in csv.DictReader(file))
 
 
@@ -87,7 +87,7 @@ def lookup(
 
 def write(rows: list[Row]) -> None:
     """Writes the table, sorted."""
-    with TABLE.open("w", newline="") as file:
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(sorted(rows))

@@ -15,7 +15,7 @@ TINY = (
     "--transformer.embed_dim=16",
     "--transformer.num_heads=2",
     "--train.progress=false",
-    "--optimizer.warmup_steps=2",
+    "--optimizer.warmup_steps=1",
 )
 
 

@@ -98,6 +98,9 @@ def test_no_workdir_and_one_that_cannot_be_written(refuse, base, tmp_path):
     assert "--workdir is not set" in refuse("train", *base, "--workdir=")
     (tmp_path / "file").write_text("")
     assert "cannot write to --workdir" in refuse("train", *base, f"--workdir={tmp_path / 'file'}")
+    for name in ("a[b]", "a*", "a?", "a\\b"):  # checkpoints in there could not be read
+        said = refuse("train", *base, f"--workdir={tmp_path / name}")
+        assert "from a path with" in said and not (tmp_path / name).exists()
 
 
 def test_a_batch_that_the_devices_do_not_divide(base):
@@ -138,6 +141,9 @@ def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):
     assert "--ema=0.5 is not an average of this run" in refuse("evaluate", workdir, "--ema=0.5")
     assert "need 301 positions" in refuse("sample", workdir, "--max_tokens=300")
     assert "top_p" in refuse("sample", workdir, "--top_p=1.5")
+    (tmp_path / "file").write_text("")
+    for output in (f"{tmp_path}/file/out.txt", str(tmp_path), "/proc/out.txt"):  # before sampling
+        assert f"--output={output}" in refuse("sample", workdir, f"--output={output}")
     assert "cannot read --prompt_file" in refuse("sample", workdir, "--prompt_file=/no/such")
     flags = tmp_path / "run" / "flags.txt"
     record = tmp_path / "run" / "run.json"

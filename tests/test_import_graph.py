@@ -14,10 +14,13 @@ from tests.import_graph import circles, graph
 LAYERS = (
     ("kernels_pallas", 0),
     ("genai_jax.config", 1),
+    ("genai_jax.errors", 1),
+    ("genai_jax.files", 1),
     ("genai_jax.tasks.protocol", 1),  # contracts, without any family
     ("genai_jax.tasks.registry", 1),
     ("genai_jax.requests", 1),
     ("genai_jax.media", 1),
+    ("genai_jax.standard_streams", 1),
     ("genai_jax.networks", 2),
     ("genai_jax.diffusion", 2),
     ("genai_jax.decoding", 2),

@@ -117,7 +117,7 @@ class Topology:
         sizes, options = "x".join(map(str, self.shape)), dict(target.options)
         if target.platform == "gpu":
             file = pathlib.Path(kernels_pallas.__file__).parent / "gpu" / f"{self.kind}.txtpb"
-            options |= dict(target_config=file.read_text(), topology=sizes)
+            options |= dict(target_config=file.read_text(encoding="utf-8"), topology=sizes)
             arguments = ("cuda", self.kind)
         else:
             sizes += "x1" * (3 - len(self.shape)) if self.kind in ("v4", "v5p", "7x") else ""

@@ -169,9 +169,9 @@ def slopes(changes: Sequence[Change]) -> dict[tuple[str, str], float]:
 def write(changes: Sequence[Change], folder: pathlib.Path):
     """Writes ``coordinate_check.csv`` and ``.png``, and ``slopes.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "coordinate_check.csv", "w", newline="") as file:
+    with open(folder / "coordinate_check.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([Change._fields, *changes])
-    with open(folder / "slopes.csv", "w", newline="") as file:
+    with open(folder / "slopes.csv", "w", newline="", encoding="utf-8") as file:
         rows = [(*key, slope) for key, slope in slopes(changes).items()]
         csv.writer(file).writerows([("parametrization", "activation", "power_of_width"), *rows])
     figure(changes).savefig(folder / "coordinate_check.png", dpi=150)

@@ -170,7 +170,7 @@ def write_ladder(
         included = os.path.relpath(pathlib.Path(base).resolve(), folder.resolve())
         paths = [folder / f"{rung.name}.flags" for rung in rungs]
         for path, rung in zip(paths, rungs, strict=True):
-            path.write_text(_flagfile(request, included, more, rung))
+            path.write_text(_flagfile(request, included, more, rung), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to --output={folder}: {error.strerror}") from None
     return paths

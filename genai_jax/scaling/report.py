@@ -9,6 +9,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from genai_jax.files import read_object, write_text
 from genai_jax.scaling.report_page import page
 from genai_jax.scaling.report_types import Record, Section, Table
 
@@ -35,16 +36,36 @@ def write_report(
     for table in tables.values():
         _write_csv(folder / f"{table.name}.csv", table)
     for name, figure in figures.items():
+        show_dollars(figure)
         figure.savefig(folder / f"{name}.png", dpi=150)
     finite = {name: float(v) if math.isfinite(v) else None for name, v in numbers.items()}
     results = {"title": title, "numbers": finite, "record": record}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "index.html").write_text(page(title, sections, record), encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "index.html", page(title, sections, record))
+
+
+def show_dollars(figure) -> None:
+    """Shows every text of a Matplotlib figure as it is: names of runs and metrics are no formulas.
+
+    The tick labels that Matplotlib writes itself, such as powers of ten, stay formulas.
+    """
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    own: set[int] = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if not isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter):
+                own |= {id(label) for label in axis.get_majorticklabels()}
+            own |= {id(label) for label in axis.get_minorticklabels()}
+    for text in figure.findobj(Text):
+        if id(text) not in own:
+            text.set_parse_math(False)
 
 
 def read_numbers(path: pathlib.Path) -> dict[str, float]:
     """The numbers of a ``results.json``, NaN where one was not finite."""
-    numbers = json.loads(path.read_text())["numbers"]
+    numbers = read_object(path)["numbers"]
     return {name: math.nan if value is None else value for name, value in numbers.items()}
 
 

@@ -13,6 +13,7 @@ from genai_jax.config import ConfigError, field
 from genai_jax.training.checksum import checksums
 from genai_jax.training.distributed import all_processes, barrier, is_main
 from genai_jax.training.frozen import FrozenStore, partial_restore, shapes_of
+from genai_jax.training.readable import check_readable, not_opened, not_readable
 from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_name, select
 
 
@@ -35,12 +36,19 @@ DEFAULT = CheckpointConfig()
 LAYOUT = 2  # of the state in a checkpoint; layout 1 had counters of loss calls in the mutables
 
 
+FROZEN = "frozen"  # the folder of the parameters that never change
+
+
 class Misfit(ConfigError):
     """A checkpoint that is whole, but not of the model that is to be restored."""
 
 
 class OldLayout(Misfit):
     """A checkpoint written by another version of this project."""
+
+
+class Unreadable(Misfit):
+    """A checkpoint that may be whole, but cannot be read now: no permission, or an I/O error."""
 
 
 class Checkpointer:
@@ -73,26 +81,34 @@ class Checkpointer:
         if config.keep_best:
             keep.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"],
+                    get_metric_fn=_loss_of,
                     reverse=True,  # the lowest loss is best
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         directory = pathlib.Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(
-            directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
-            },
-        )
-        self._store = FrozenStore(directory.with_name("frozen"), read_only)
+        if is_main():  # one process may look at thousands of files, not all of them
+            check_readable(directory)
+            check_readable(directory.with_name(FROZEN))
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory,
+                options=ocp.CheckpointManagerOptions(
+                    best_fn=_loss_of,  # has the metrics written
+                    best_mode="min",
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                ),
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    **{n: ocp.JsonCheckpointHandler() for n in ("data", "clock", "checksums")},
+                },
+            )
+        except Exception as error:  # it reads a file of every checkpoint, which may be damaged
+            raise not_opened(error, directory) from None
+        self._store = FrozenStore(directory.with_name(FROZEN), read_only)
         self._read_only = read_only
 
     def steps(self) -> list[int]:
@@ -135,8 +151,9 @@ class Checkpointer:
             parts are not read and come back as None.
 
         Raises:
-          ConfigError: `step` does not exist, none of the checkpoints can be read, or they have
-            another layout.
+          ConfigError: `step` does not exist, all checkpoints are damaged, or they have another
+            layout.
+          Unreadable: a checkpoint cannot be read now; unlike a damaged one, it is not passed over.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -149,6 +166,7 @@ class Checkpointer:
             except Misfit:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                self.raise_if_unreadable(candidate, error)
                 problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
                 if is_main():
                     print(f"warning: {problem}", file=sys.stderr)
@@ -230,9 +248,11 @@ class Checkpointer:
             unchanged = self._store.read(_only_frozen(frozen, only)) if frozen else {}
         except Exception as error:
             problem = error
-        if not all_processes(
-            problem is None
-        ):  # only the processes that read a damaged file see the error
+        # Only the processes that read a damaged file see the error.
+        if not all_processes(problem is None):
+            reason = self._not_readable(step, problem) if problem else None
+            if not all_processes(reason is None):
+                raise self._unreadable(step, reason or "another process cannot read it")
             raise problem or ValueError("another process cannot read it")
         state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
         if frozen:
@@ -245,6 +265,22 @@ class Checkpointer:
         if damaged:
             raise ValueError(f"{damaged[0]} is not what was saved (its checksum differs)")
         return state, data, clock
+
+    def raise_if_unreadable(self, step: int, error: Exception):
+        """Raises `Unreadable` if a checkpoint failed with `error`, but may not be damaged."""
+        reason = self._not_readable(step, error)
+        if reason:
+            raise self._unreadable(step, reason) from None
+
+    def _not_readable(self, step: int, error: Exception) -> str | None:
+        folder = pathlib.Path(self._manager.directory)
+        return not_readable(error, folder / str(step), folder.with_name(FROZEN))
+
+    def _unreadable(self, step: int, reason: str) -> Unreadable:
+        return Unreadable(
+            f"checkpoint {step} in {self._manager.directory} cannot be read now: {reason}; nothing "
+            "was changed"
+        )
 
     def _check_fits(self, step: int, shapes: Any):
         """Raises `Misfit` for parameters that the checkpoint lacks, or has in another shape."""
@@ -321,3 +357,7 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, shortened in the middle if long; its type if empty."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:130]} ... {line[-160:]}"
+
+
+def _loss_of(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]

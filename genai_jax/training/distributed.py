@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from genai_jax.config import ConfigError, field
+from genai_jax.standard_streams import STDOUT, text_stream
 from genai_jax.training.roll_call import RollCall
 
 TPU_PORT = 8790  # of the coordinator on a TPU pod, which names none
@@ -149,7 +150,7 @@ def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
     if not [*devices.glob("accel*"), *devices.glob("vfio/[0-9]*")]:
         return False
     vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
-    return any(path.read_text().strip() == "0x1ae0" for path in vendors)
+    return any(path.read_text(encoding="utf-8").strip() == "0x1ae0" for path in vendors)
 
 
 def _metadata(name: str) -> str | None:
@@ -235,7 +236,7 @@ def _keep_stdout_clean():
     sys.stdout.flush()
     original = os.dup(1)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(original, "w", buffering=1, encoding=sys.stdout.encoding)
+    sys.stdout = text_stream(STDOUT, original, sys.stdout.encoding)
 
 
 @contextlib.contextmanager

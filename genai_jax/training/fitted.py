@@ -55,6 +55,7 @@ def fit(task: Task, config: Config) -> int:
             row = {"step": steps, "perf/fit_time_s": time.perf_counter() - begin}
             metrics = _evaluated(task, config, mesh, state)
             log.write(row | {f"eval/{name}": value for name, value in metrics.items()})
+            log.check()
             clock = {"seconds": row["perf/fit_time_s"], "unfinished_row": None, "rare": {}}
             checkpointer.save(steps, state, source.get_state(), clock, metrics.get("loss"))
         finally:

@@ -29,23 +29,29 @@ def locked(workdir: str | pathlib.Path, user: str, note: str = "") -> Iterator[I
       ConfigError: another process holds the lock, or `workdir` cannot be written to.
     """
     workdir = pathlib.Path(workdir)
+    path = workdir / f"{user}.lock"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / f"{user}.lock", "a+", encoding="utf-8")  # noqa: SIM115
+        # Opened for reading as well, so that a pipe that lies there does not make us wait.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.fdopen(descriptor, "rb")
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = "another process"
+            with contextlib.suppress(OSError):
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or holder
             raise ConfigError(
                 f"--workdir={workdir} is in use by {holder}, a {user} in this folder{note}"
             ) from None
         except OSError as error:
             print(f"note: --workdir={workdir} cannot be locked: {error.strerror}", file=sys.stderr)
         else:
-            file.truncate(0)
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, holder.encode(), 0)
         yield file

@@ -10,21 +10,24 @@ import jax
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
-from genai_jax.training.checkpoint import Checkpointer, first_line
+from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.distributed import barrier, is_main
 from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
 from genai_jax.training.hardware import nearest_first, peak_of
-from genai_jax.training.metrics_log import MetricsLog, plot_curves
+from genai_jax.training.memory import check_batch_fits, check_state_fits
+from genai_jax.training.metrics_log import MetricsLog
+from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
 from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
+from genai_jax.training.saving import Saver
 from genai_jax.training.schedule_notes import changed_schedule
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
-from genai_jax.training.stop_signal import Stopped, StopSignal
+from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
 from genai_jax.training.workdir import run_record, write_record
 
 
@@ -35,14 +38,18 @@ def train(task: Task, config: Config) -> int:
       0, or 128 + the number of the signal that ended it.
 
     Raises:
-      ConfigError: a mistake in the flags or the data, or a loss that is not finite.
+      ConfigError: a mistake in the flags or the data, a loss that is not finite, or files that
+        cannot be written.
     """
     if hasattr(task, "fit"):
         return fit(task, config)
     mesh = make_mesh(config.mesh)
+    check_batch_fits(task.data.batch_spec, mesh)
     kind = Population if config.population.size > 1 else SingleRun
     with StopSignal() as stop:
-        return Run(kind(task, config, mesh), config, stop).run()
+        execution = kind(task, config, mesh)
+        check_state_fits(execution.compiled.shapes, mesh)
+        return Run(execution, config, stop).run()
 
 
 class Run:
@@ -69,18 +76,22 @@ class Run:
             config.checkpoint,
             frozen=frozen_paths(self.compiled.phases, params),
         )
+        self.saver = Saver(self.checkpointer, self.workdir)
         self.reader = ReportReader(self.compiled.phases, execution.numbers)
         self.profiler = Profiler(config.profile, self.workdir, self.main)
         self.seconds = 0.0  # spent in earlier processes
         self.began = time.perf_counter()
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
+        self.unwritten: list[dict] = []  # rows that an earlier process could not write
 
     def run(self) -> int:
         with mesh_context(self.compiled.mesh):
             start, state = self._restore_or_begin()
             # metrics.jsonl may already hold rows after the restored step.
-            logged = start if self.unfinished_row is None else start - 1
+            missing = [*self.unwritten, *filter(None, [self.unfinished_row])]
+            logged = missing[0]["step"] - 1 if missing else start
             self.log = MetricsLog(self.workdir, logged) if self.main else None
+            self._write(*self.unwritten)
             self.batches = DeviceBatches(self.source, self.placement)
             self.progress = Progress(
                 start, self.config.train.steps, self.execution.examples, self.execution.tokens,
@@ -89,14 +100,16 @@ class Run:
             )  # fmt: skip
             try:
                 self._steps(start, state)
-                self._wait_for_checkpoint()
+                self.saver.wait()
             except BaseException:
                 self._close_files()
                 if jax.process_count() == 1:  # else the others may not be there to close with
-                    self._close_checkpoints()
+                    self.saver.close()
                 raise
             self._close_files()
-            self._close_checkpoints()
+            self.saver.close()
+            if self.log:
+                self.log.check(self.saver.kept())
             self.stop.ask()
             stopped_by = self.stop.ask()  # the answer to the question before
         return 128 + stopped_by if stopped_by else 0
@@ -109,6 +122,7 @@ class Run:
         self.checkpointer.set_aside_after(step)
         self.source.set_state(data)
         self.seconds, self.unfinished_row = clock["seconds"], clock["unfinished_row"]
+        self.unwritten = clock.get("unwritten", [])
         self.reader.rare = clock["rare"]
         self._say(f"resuming {self.workdir} at step {step}")
         if note := changed_schedule(self.config, step, clock.get("steps")):
@@ -149,7 +163,8 @@ class Run:
                 self._save(step, state, loss)
             self.progress.leave_out(time.perf_counter() - paused)
             if stopping:
-                self._say(f"stopped by signal {stopping} at step {step}")
+                if stopping != FAILED:
+                    self._say(f"stopped by signal {stopping} at step {step}")
                 return
 
     def _log_step(self, step: int, report, collected: dict, write: bool = True) -> dict:
@@ -164,12 +179,16 @@ class Run:
             row |= speeds
             loss = next((v for n, v in metrics.items() if n.endswith("loss")), math.nan)
             self.progress.show(step, loss, speeds)
-            if self.log and write:
-                self.log.write(row)
+            if write:
+                self._write(row)
         return row
 
+    def _write(self, *rows: dict):
+        if self.log and not self.log.write(*rows):
+            self.stop.fail()  # once the state is saved
+
     def _cannot_go_on(self, step: int, error: CannotGoOn) -> ConfigError:
-        self._wait_for_checkpoint()
+        self.saver.wait()
         good = last_good(self.checkpointer.steps(), step, error.loss_failed)
         self.checkpointer.set_aside_after(good or 0)
         barrier()  # whoever raises first ends the others
@@ -190,51 +209,26 @@ class Run:
             return None
         self.unfinished_row = None
         row = row | {f"eval/{name}": value for name, value in metrics.items()}
-        if self.log:
-            self.log.write(row)
+        self._write(row)
         return metrics.get("ema/loss", metrics["loss"])  # of what sampling and evaluation use
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
         clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
         clock["unfinished_row"] = self.unfinished_row
-        try:
-            self.checkpointer.save(step, state, self.batches.get_state(), clock, loss)
-        except Exception as error:
-            raise self._not_saved(error) from None
-
-    def _wait_for_checkpoint(self):
-        try:
-            self.checkpointer.wait()
-        except Exception as error:
-            raise self._not_saved(error) from None
-
-    def _not_saved(self, error: Exception) -> ConfigError:
-        steps = self.checkpointer.steps()
-        kept = f"step {steps[-1]} is the last one saved" if steps else "nothing is saved"
-        return ConfigError(
-            f"cannot save a checkpoint in {self.workdir}: {first_line(error)}; {kept}"
-        )
+        if self.log and self.log.unwritten:
+            clock["unwritten"] = self.log.unwritten
+        self.saver.save(step, state, self.batches.get_state(), clock, loss)
 
     def _close_files(self):
         """Leaves all files in order; what ended the run is not hidden by an error in here."""
         self.profiler.close()
         self.progress.close()
         self.source.close()
-        try:
-            if self.log:
-                self.log.close()
-                plot_curves(self.workdir, "loss", ("loss",), f"loss ({self.task.loss_unit})")
-                for name, (suffixes, label) in self.task.curves.items():
-                    plot_curves(self.workdir, name, suffixes, label)
-        except OSError as error:
-            print(f"warning: no plot in {self.workdir}: {error}", file=sys.stderr)
-
-    def _close_checkpoints(self):
-        try:
-            self.checkpointer.close()
-        except Exception as error:  # orbax and tensorstore raise many types for a failed save
-            print(f"warning: {self._not_saved(error)}", file=sys.stderr)
+        if self.log:
+            self.log.close()
+        if self.log and not self.log.unwritten:
+            plot_metrics(self.workdir, self.task)
 
     def _say(self, text: str):
         if self.main:

@@ -1,8 +1,18 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, and plots."""
+"""``metrics.jsonl``: one JSON object per logged step, named by its key ``step``."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+
+from genai_jax.config import ConfigError
+from genai_jax.training.tensorboard import Scalars
+
+BLOCK = 1 << 16  # bytes read at a time from the end of a file
+LONGEST = 1 << 20  # bytes of a line; a longer one is no row
 
 
 class MetricsLog:
@@ -10,71 +20,210 @@ class MetricsLog:
 
     Rows after `start_step` were written between the last checkpoint and a crash. They are dropped,
     since the resumed run writes them again.
+
+    A row that cannot be written (a full disk) raises nothing. It and all later ones are kept in
+    `unwritten`, for the checkpoint to hold, and `check` raises.
+
+    Raises:
+      ConfigError: the file is not a metrics file.
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["step"] <= start_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115, lives as long as the run
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self.unwritten: list[dict] = []
+        self._error: OSError | None = None
+        self._file, self._size = _open_after(self.path, start_step)
+        self._board = Scalars(workdir / "tensorboard", start_step + 1)
 
-    def write(self, row: dict):
-        """Writes {"step": ..., name: number, ...}."""
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+    def write(self, *rows: dict) -> bool:
+        """Writes {"step": ..., name: number, ...}, each; returns whether they are in the file."""
+        for row in rows:
+            if self._error is None:
+                try:
+                    self._append(row)
+                except OSError as error:
+                    self._error = error
+            if self._error is None:
+                self._board.write(row)
+            else:
+                self.unwritten.append(row)
+        return self._error is None
+
+    def check(self, kept: str = "nothing is saved"):
+        """Raises `ConfigError`, which says what is `kept`, if a row could not be written."""
+        if self._error is not None:
+            problem = self._error.strerror or self._error
+            raise ConfigError(f"cannot write to {self.path}: {problem}; {kept}")
 
     def close(self):
         self._file.close()
         self._board.close()
 
+    def _append(self, row: dict):
+        if not self._in_place():
+            print(
+                f"warning: {self.path} was deleted or replaced during the run; rows before step "
+                f"{row['step']} may be missing from it",
+                file=sys.stderr,
+            )
+            self._file.close()
+            self._file, self._size = _open_after(self.path, row["step"] - 1)
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            _write_all(self._file, line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)  # no part of a row is left
+            raise
+        self._size += len(line)
+
+    def _in_place(self) -> bool:
+        """Whether the file at the path is still the one that is open, with all its rows."""
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._file.fileno())) and (
+            there.st_size >= self._size
+        )
+
+
+def _open_after(path: pathlib.Path, step: int):
+    """The file for appending, without its rows after `step`; and its size."""
+    _is_file(path)
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115, lives as long as the run
+    try:
+        end, foreign = _end_of(file, path, step)
+        if foreign:
+            print(
+                f"warning: dropped {foreign} line(s) that are not metrics from {path}",
+                file=sys.stderr,
+            )
+        file.truncate(end)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            _write_all(file, b"\n")
+            end += 1
+    except BaseException:
+        file.close()
+        raise
+    return file, end
+
+
+def _end_of(file, path: pathlib.Path, step: int) -> tuple[int, int]:
+    """Where the last row at or before `step` ends, and the number of lines after it without a step.
+
+    Reads backwards from the end of the file, so that a long file costs no more than a short one.
+    """
+    size, foreign = os.fstat(file.fileno()).st_size, 0
+    for end, line in _backwards(file, path, size) if step else ():
+        row = parse_row(line)
+        if row and row["step"] <= step:
+            return min(end + 1, size), foreign
+        foreign += row is None and end < size  # a crash may have cut the last line short
+    return 0, foreign
+
+
+def _backwards(file, path: pathlib.Path, size: int) -> Iterator[tuple[int, bytes]]:
+    """(where it ends, line without its newline) from what follows the last newline to the first."""
+    rest, end = b"", size
+    for start in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        first, *lines = (os.pread(file.fileno(), BLOCK, start) + rest).split(b"\n")
+        for line in reversed(lines):
+            yield end, line
+            end -= len(line) + 1
+        rest = first
+        if len(rest) > LONGEST:
+            raise ConfigError(
+                f"{path} has a line of more than {LONGEST} bytes, which cannot be a row"
+            )
+    yield end, rest
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    """Whether there is a file; raises `ConfigError` for what could be read without end."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is not a regular file")
+    return path.exists()
+
+
+def _write_all(file, data: bytes):
+    while data:  # a disk that is about to be full takes a part
+        data = data[file.write(data) :]
+
+
+def parse_row(line: bytes) -> dict | None:
+    """The row in a line; None if the line holds anything else."""
+    if len(line) > LONGEST:
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not 0 <= _integer(row.get("step")) < 1 << 53:
+        return None
+    return row if all(_is_number(value) for value in row.values()) else None
+
+
+def _integer(value) -> int:
+    return value if type(value) is int else -1
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
 
 def read_metrics(path: pathlib.Path) -> list[dict]:
-    """The rows of a metrics file, without a last line that a crash cut short."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """All rows of a metrics file; empty if there is none. See `read_lines`."""
+    return list(parse_rows(read_lines(path), path))
 
 
-def plot_curves(workdir: pathlib.Path, plot: str, ends: tuple[str, ...], label: str):
-    """Plots metrics over steps into ``plots/<plot>.png``; does nothing if there are none.
+def read_lines(path: pathlib.Path) -> Iterator[bytes]:
+    """The lines of a metrics file, without a last one that a crash cut short.
 
-    Args:
-      workdir: folder of the run.
-      plot: name of the file.
-      ends: suffixes of the names of the metrics to plot.
-      label: label of the vertical axis, with its unit.
+    Raises:
+      ConfigError: it is not a file, or cannot be read.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(workdir / "metrics.jsonl")
-    names = sorted({name for row in rows for name in row if name.endswith(ends)}, reverse=True)
-    if not names:
+    if not _is_file(path):
         return
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        marker = "o" if name.startswith("eval/") else None
-        width = 1.0 if name.startswith("train/") else 1.8
-        axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, lw=width)
-    axes.set(xlabel="step", ylabel=label, title=workdir.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    (workdir / "plots").mkdir(exist_ok=True)
-    figure.savefig(workdir / "plots" / f"{plot}.png", dpi=150)
-    plt.close(figure)
+    with open(path, "rb") as file:
+        for line in iter(lambda: file.readline(LONGEST), b""):
+            if line.endswith(b"\n") or parse_row(line):
+                yield line
+
+
+def parse_rows(lines: Iterable[bytes], path: pathlib.Path) -> Iterator[dict]:
+    """The rows in lines of the file `path`; warns of the number of lines that are none."""
+    foreign = 0
+    for row in map(parse_row, lines):
+        if row is None:
+            foreign += 1
+        else:
+            yield row
+    if foreign:
+        print(f"warning: skipped {foreign} line(s) of {path} that are not metrics", file=sys.stderr)
+
+
+def thinned(lines: Iterable[bytes], most: int) -> list[bytes]:
+    """At most about 2 * `most` of each kind of line, at even distances, the last one included.
+
+    Rows with as many values as each other are of one kind: those with held-out metrics are rare,
+    and are thinned by themselves. No line is parsed.
+    """
+    kept: dict[int, list[tuple[int, bytes]]] = {}  # kind -> (index in the file, line)
+    seen: dict[int, int] = {}
+    every: dict[int, int] = {}
+    last: dict[int, tuple[int, bytes]] = {}
+    for index, line in enumerate(lines):
+        kind = line.count(b":")
+        count = seen.get(kind, 0)
+        seen[kind] = count + 1
+        last[kind] = index, line
+        if count % every.setdefault(kind, 1):
+            continue
+        chosen = kept.setdefault(kind, [])
+        chosen.append((index, line))
+        if len(chosen) == 2 * most:
+            kept[kind] = chosen[::2]
+            every[kind] *= 2
+    ordered = sorted({*itertools.chain(*kept.values()), *last.values()})
+    return [line for _, line in ordered]

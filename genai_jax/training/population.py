@@ -41,7 +41,10 @@ AXIS = "data"  # the mesh axis that splits the members
 @dataclasses.dataclass(frozen=True)
 class PopulationConfig:
     size: int = field(
-        1, "Runs trained side by side in one compiled step; run k has seed --seed + k.", minimum=1
+        1,
+        "Runs trained side by side in one compiled step; run k has seed --seed + k.",
+        minimum=1,
+        maximum=65_536,
     )
     learning_rates: str = field(
         "",

@@ -1,4 +1,9 @@
-"""SIGTERM and SIGINT make a run save a checkpoint and exit; a second one ends it at once.
+"""SIGTERM, SIGINT, and SIGHUP make a run save a checkpoint and exit.
+
+Signals often come in groups: a closing terminal sends SIGHUP twice, `timeout` sends SIGTERM to the
+process and to its group, an impatient user presses Ctrl-C and then uses `kill`. So the first one
+counts. Only the same signal again, half a second later or more, ends the process at once; SIGHUP,
+which nobody sends by hand, never does.
 
 With several processes, a signal may reach any one of them, but all have to stop at the same step.
 So whenever they ask, the signals of all processes are reduced to their maximum on the devices, and
@@ -7,11 +12,19 @@ host waits for. (`multihost_utils.reached_preemption_sync_point` covers only SIG
 not SIGINT or the batches of an evaluation.)
 """
 
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+TOGETHER_S = 0.5  # the same signal within this time after the first counts as one
+FAILED = 128  # in place of a signal: one process has a problem that need not lose the state
 
 
 class Stopped(Exception):
@@ -19,7 +32,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While entered, records the first SIGTERM or SIGINT; `agreed` is what all processes know."""
+    """While entered, records the first signal; `agreed` is what all processes know."""
 
     def __init__(self):
         self._received = 0
@@ -28,18 +41,41 @@ class StopSignal:
         self.agreed: int | None = None  # the same in all processes, as of the last `ask`
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
+        # Python runs a handler when the main thread returns to it, which may be compiling for
+        # minutes or waiting for a device forever. The thread hears of every signal at once.
+        self._receiving, self._sending = os.pipe()
+        os.set_blocking(self._sending, False)
+        self._wakeup = signal.set_wakeup_fd(self._sending, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_when_repeated, daemon=True, name="signals").start()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._sending)  # the thread ends
 
     def _receive(self, number, _frame):
-        self._received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        self._received = self._received or number
+
+    def _end_when_repeated(self):
+        """In a thread: ends the process when a signal comes for the second time."""
+        first: dict[int, float] = {}
+        while numbers := os.read(self._receiving, 64):
+            for number in numbers:
+                since = time.monotonic() - first.setdefault(number, time.monotonic())
+                if number in (signal.SIGTERM, signal.SIGINT) and since > TOGETHER_S:
+                    with contextlib.suppress(OSError, ValueError):
+                        os.write(sys.stderr.fileno(), b"ended at once by a second signal\n")
+                    os._exit(128 + number)
+        os.close(self._receiving)
+
+    def fail(self):
+        """Makes all processes save and stop, for a problem of this one."""
+        self._received = self._received or FAILED
 
     def ask(self) -> int | None:
         """The signal on which all processes stop, once all know of it: one call later.

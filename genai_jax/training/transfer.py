@@ -121,6 +121,7 @@ class SavedState:
             except Misfit:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
+                self._checkpointer.raise_if_unreadable(step, error)
                 problem = f"checkpoint {step} in {folder} cannot be read: {first_line(error)}"
                 print(f"warning: {problem}", file=sys.stderr)
         else:

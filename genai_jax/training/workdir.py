@@ -6,16 +6,19 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from genai_jax.config import Config, ConfigError
+from genai_jax.config import Config, ConfigError, flag_values
+from genai_jax.files import read_object, read_text, reason_of, unreadable, write_text
 from genai_jax.tasks.protocol import Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
 
+PATTERN = "[]*?\\"  # orbax reads these as a pattern, and tensorstore the last as a slash
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -26,23 +29,25 @@ def claim(config: Config) -> list[str]:
       The changes to flags since the run began; only changeable flags can be among them.
 
     Raises:
-      ConfigError: it belongs to a run with other flags (which are named), or is not writable.
+      ConfigError: it belongs to a run with other flags (which are named), is not writable, or has a
+        path that checkpoints cannot have.
     """
     workdir = pathlib.Path(config.run.workdir)
     path = workdir / "flags.txt"
+    check_path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+        raise _not_writable(workdir, error) from None
     # The number of processes and the index of this one are not part of the run.
     placement = [name for name in config.items() if name.startswith("distributed.")]
     changes = []
     saved = has_checkpoints(workdir)
-    if path.exists() and saved:
-        old, new = _flag_texts(path.read_text()), _flag_texts(config.to_flags())
+    if saved and os.path.lexists(path):
+        old, new = recorded_flags(workdir), flag_values(config.to_flags())
         own = ("workdir", *placement)
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
@@ -56,14 +61,47 @@ def claim(config: Config) -> list[str]:
         raise ConfigError(
             f"--workdir={workdir} holds checkpoints but no flags.txt to check against"
         )
-    write_atomically(path, config.to_flags(leave_out=("workdir", *placement)))
+    _write(path, config.to_flags(leave_out=("workdir", *placement)))
     return changes
+
+
+def check_path(workdir: str | pathlib.Path):
+    """Raises `ConfigError` for a path that the library of the checkpoints would misread."""
+    path = str(pathlib.Path(workdir).absolute())
+    for character in PATTERN:
+        if character in path:
+            raise ConfigError(
+                f"--workdir={workdir}: checkpoints cannot be read from a path with {character!r}; "
+                f"choose a path without {' '.join(PATTERN)}"
+            )
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"--workdir={str(workdir)!a}: checkpoints need a path that is valid UTF-8"
+        ) from None
+
+
+def _not_writable(workdir: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to --workdir={workdir}: {reason_of(error)}")
+
+
+def _write(path: pathlib.Path, text: str):
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {reason_of(error)}") from None
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint to protect; a run without one may start over."""
     folder = workdir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    try:
+        return any(path.name.isdigit() for path in folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise unreadable(folder, reason_of(error)) from None
 
 
 def flags_path(workdir: str | pathlib.Path, flag: str = "--workdir") -> pathlib.Path:
@@ -73,18 +111,32 @@ def flags_path(workdir: str | pathlib.Path, flag: str = "--workdir") -> pathlib.
       ConfigError: there is no run in `workdir`.
     """
     path = pathlib.Path(workdir) / "flags.txt"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(f"no run in {flag}={workdir}: it has no flags.txt")
     return path
+
+
+def recorded_flags(workdir: str | pathlib.Path) -> dict[str, str]:
+    """Flag name -> value as text, of the run in `workdir`.
+
+    Raises:
+      ConfigError: flags.txt cannot be read, or is not what a run writes.
+    """
+    path = pathlib.Path(workdir) / "flags.txt"
+    try:
+        return flag_values(read_text(path))
+    except ConfigError as error:
+        raise error if str(path) in str(error) else unreadable(path, str(error)) from None
 
 
 def write_record(workdir: pathlib.Path, record: dict):
     """Writes ``run.json``.
 
     Raises:
-      ConfigError: the data or the tokenizer differ from those that the run began with.
+      ConfigError: the data or the tokenizer differ from those that the run began with, or its
+        run.json cannot be read.
     """
-    old = read_record(workdir) if has_checkpoints(workdir) else {}
+    old = _record(workdir) if has_checkpoints(workdir) else {}
     for name, value in record["data"].items():
         before = old.get("data", {}).get(name, value)
         if before != value:
@@ -94,25 +146,45 @@ def write_record(workdir: pathlib.Path, record: dict):
             )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
-    write_atomically(workdir / "run.json", json.dumps(record, indent=2) + "\n")
+    _write(workdir / "run.json", json.dumps(record, indent=2) + "\n")
 
 
-def _flag_texts(flagfile: str) -> dict[str, str]:
-    """Flag name -> value as text, from a file that `Config.to_flags` wrote."""
-    return dict(line.removeprefix("--").split("=", 1) for line in flagfile.splitlines())
+def read_record(
+    workdir: str | pathlib.Path,
+    *,
+    without: str = "the data are not checked against those of the run",
+) -> dict:
+    """``run.json`` of a run; empty, with a warning, if it is missing or cannot be read.
+
+    Args:
+      workdir: folder of the run.
+      without: what the warning says that happens without it.
+    """
+    try:
+        record = _record(workdir)
+        problem = "" if record else f"there is no {pathlib.Path(workdir) / 'run.json'}"
+    except ConfigError as error:
+        record, problem = {}, str(error)
+    if problem:
+        print(f"warning: {problem}; {without}", file=sys.stderr)
+    return record
 
 
-def read_record(workdir: str | pathlib.Path) -> dict:
-    """``run.json`` of a run, empty if there is none."""
+def _record(workdir: str | pathlib.Path) -> dict:
+    """``run.json`` of a run; empty if there is none.
+
+    Raises:
+      ConfigError: it cannot be read, or is not what a run writes.
+    """
     path = pathlib.Path(workdir) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def write_atomically(path: pathlib.Path, text: str):
-    """Writes a file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    if not os.path.lexists(path):
+        return {}
+    record = read_object(path)
+    data = record.get("data")
+    hashes = [v for n, v in data.items() if "sha256" in n] if isinstance(data, dict) else [None]
+    if not all(isinstance(value, str) for value in hashes):
+        raise unreadable(path, "its `data` is not the record of a run's data")
+    return record
 
 
 def environment() -> dict:

@@ -250,6 +250,13 @@ def test_extrapolating_too_far_is_an_error():
     ):
         check_budget(1e22, points, 2)
     check_budget(1e22, points, 100)
+    # Whole numbers of parameters and tokens miss the budget that they were chosen for by a hair.
+    size, tokens = np.full(2, 1e4 + 1), np.array([1e8, 1e13]) // (6e4 + 6)
+    whole = make_points(size, tokens, np.ones(2), 6 * size * tokens)
+    assert whole.flops.max() < 1e13
+    check_budget(1e13, whole, 1)
+    with pytest.raises(ConfigError, match=r"; --extrapolate=10 would allow it"):
+        check_budget(1e14, whole, 1)
     fitted = fit(LAW, points, starts=START)
     # Within the range of budgets, but outside the range of sizes.
     few = points.where(points.parameters < 1.5e8)

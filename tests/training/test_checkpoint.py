@@ -1,12 +1,15 @@
 """Which checkpoints are kept, and which are trusted."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from genai_jax.config import ConfigError
-from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer, Unreadable
 from genai_jax.training.checksum import checksums
 from genai_jax.training.reports import last_good
 
@@ -17,9 +20,13 @@ def state_of(step):
 
 @pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 4]), (False, [4])])
 def test_the_newest_and_the_best_are_kept(tmp_path, keep_best, kept):
-    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best))
+    open_again = lambda: Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=keep_best))
+    checkpointer = open_again()
     for step, loss in [(1, 1.0), (2, 0.5), (3, 0.9), (4, None)]:
         checkpointer.save(step, state_of(step), {"at": step}, {"seconds": 0}, loss)
+        if step == 2:  # another process goes on
+            checkpointer.close()
+            checkpointer = open_again()
     checkpointer.wait()
     assert checkpointer.steps() == kept
     step, state, data, _ = checkpointer.restore(state_of(0))
@@ -68,3 +75,52 @@ def test_a_checksum_sees_a_changed_bit_and_a_swap():
 )
 def test_the_last_good_checkpoint_is_not_the_one_whose_loss_failed(failed, loss_failed, good):
     assert last_good([5, 6] if failed == 7 else [5], failed, loss_failed) == good
+
+
+def system_error(number):
+    return OSError(number, os.strerror(number))
+
+
+def wrapped(number):
+    error = RuntimeError("restoring failed")
+    error.__cause__ = system_error(number)
+    return error
+
+
+def quoted(number):
+    return ValueError(
+        f"DATA_LOSS: Error reading d/8f1 [OS error {number}: E... {os.strerror(number)}]"
+    )
+
+
+@pytest.mark.parametrize("error", [system_error, wrapped, quoted])
+@pytest.mark.parametrize(
+    ("number", "damaged"),
+    [(n, False) for n in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+                          errno.EMFILE, errno.ETIMEDOUT)]
+    + [(errno.ENOENT, True), (errno.EISDIR, True)],
+)  # fmt: skip
+def test_only_a_damaged_checkpoint_is_passed_over(
+    tmp_path, monkeypatch, capsys, error, number, damaged
+):
+    """One that cannot be read now, whatever the system's error went through, ends the run."""
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=3))
+    for step in (1, 2):
+        checkpointer.save(step, state_of(step), {}, {})
+    checkpointer.wait()
+    restore = checkpointer._manager.restore
+
+    def fails(step, **options):
+        if step == 2:
+            raise error(number)
+        return restore(step, **options)
+
+    monkeypatch.setattr(checkpointer._manager, "restore", fails)
+    if damaged:
+        assert checkpointer.restore(state_of(0))[0] == 1
+        assert "checkpoint 2 cannot be restored" in capsys.readouterr().err
+    else:
+        with pytest.raises(Unreadable, match=f"2 in .* cannot be read now: {os.strerror(number)}"):
+            checkpointer.restore(state_of(0))
+    assert checkpointer.steps() == [1, 2] and not (tmp_path / "damaged").exists()
+    checkpointer.close()

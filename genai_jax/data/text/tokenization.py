@@ -4,10 +4,10 @@ Every tokenizer also reports how many bytes of the text each token stands for, s
 different vocabularies can be compared in bits per byte.
 """
 
+import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,10 @@ import numpy as np
 from genai_jax.config import ConfigError, MissingFile
 from genai_jax.data.text import byte_counts
 from genai_jax.data.text.arithmetic import SYMBOLS
+from genai_jax.files import MIB, parse_json, read_bytes, reason_of
 
+MAX_BYTES = 256 * MIB  # of a tokenizer's file; the largest published ones have about 35 MiB
+MAX_IDS = 1 << 24  # the largest published vocabularies have about 2**20
 BOUNDARIES = (  # the first that a tokenizer has ends its documents
     "<|endoftext|>", "</s>", "<eos>", "[SEP]",
     "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<EOS_TOKEN>", "<|eos|>", "<|return|>",
@@ -72,9 +75,15 @@ def load_tokenizer(spec: str, end_token: str | None = None) -> Tokenizer:
             f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
             "SentencePiece .model file"
         )
-    if not os.path.isfile(spec):
+    if "\0" not in spec and not os.path.lexists(spec):
         raise MissingFile(f"--data.tokenizer={spec}: no such file", "data.tokenizer")
-    return kind(spec, end_token)
+    tokenizer = kind(spec, read_bytes(spec, f"tokenizer {spec!r}", limit=MAX_BYTES), end_token)
+    if tokenizer.vocab_size > MAX_IDS:
+        raise ConfigError(
+            f"tokenizer {spec!r} has ids up to {tokenizer.vocab_size - 1:,}; at most {MAX_IDS:,} "
+            "are supported"
+        )
+    return tokenizer
 
 
 class ByteTokenizer:
@@ -142,35 +151,39 @@ class NumberTokenizer:
 class JsonTokenizer:
     """A tokenizer file of the ``tokenizers`` library."""
 
-    def __init__(self, spec: str, end_token: str | None = None):
+    def __init__(self, spec: str, content: bytes, end_token: str | None = None):
         tokenizers = _library("tokenizers", spec)
         self.spec = spec
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(spec)
-        except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
+        with _named_errors(spec, "cannot be read"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Otherwise a document that mentions "<|endoftext|>" would end there.
         self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.boundary_id = self._find_boundary(end_token)
-        self._lossless = byte_counts.is_lossless(json.loads(self._tokenizer.to_str()))
-        self._fingerprint = _file_hash(spec)
+        with _named_errors(spec, "cannot be read"):
+            parts = parse_json(self._tokenizer.to_str())
+        self._lossless = byte_counts.is_lossless(parts)
+        self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        known = [int(i) for i in ids if i != self.boundary_id]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        return np.array(self._encoding(text).ids, np.int32)
 
     def encode_with_sizes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids, and the bytes of the text that each stands for; see `byte_counts.by_ends`."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         ends = [end for _, end in encoding.offsets]
         return np.array(encoding.ids, np.int32), byte_counts.by_ends(text, ends)
+
+    def _encoding(self, text: str) -> Any:
+        with _named_errors(self.spec, f"cannot encode {text[:20]!r}..."):
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [int(i) for i in ids if i != self.boundary_id]
+        with _named_errors(self.spec, "cannot decode its ids"):
+            return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray | None:
         if not self._lossless:
@@ -198,13 +211,12 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model; its end-of-sentence piece is the boundary."""
 
-    def __init__(self, spec: str, end_token: str | None = None):
+    def __init__(self, spec: str, content: bytes, end_token: str | None = None):
         sentencepiece = _library("sentencepiece", spec)
         self.spec = spec
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=spec)
-        except Exception as error:  # RuntimeError, or anything that protobuf raises
-            raise ConfigError(f"tokenizer {spec!r} cannot be read: {error}") from None
+        with _named_errors(spec, "cannot be read"):
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(content)
         self.vocab_size = self._model.vocab_size()
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         self.boundary_id = self._model.eos_id()
@@ -213,7 +225,7 @@ class SentencePieceTokenizer:
         if self.boundary_id < 0:
             special = [p for i, p in enumerate(pieces) if self._model.is_control(i)]
             raise _no_boundary(spec, end_token, special)
-        self._fingerprint = _file_hash(spec)
+        self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int32)
@@ -258,6 +270,17 @@ def _library(name: str, spec: str) -> Any:
         ) from None
 
 
-def _file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def _named_errors(spec: str, what: str) -> Iterator[None]:
+    """Turns the errors of a tokenizer library into one line that names the file.
+
+    Raises:
+      ConfigError: any error in the body.
+    """
+    try:
+        yield
+    except BaseException as error:  # a library written in Rust panics with a BaseException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = reason_of(error)[:300] or type(error).__name__
+        raise ConfigError(f"tokenizer {spec!r} {what}: {reason}") from None

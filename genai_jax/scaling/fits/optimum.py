@@ -11,6 +11,8 @@ from genai_jax.scaling.fits.bootstrap import interval
 from genai_jax.scaling.fits.fit import Fit
 from genai_jax.scaling.fits.points import Points
 
+ROUNDING = 1e-3  # of a budget: parameters and tokens of a run are whole numbers
+
 
 class Cost(NamedTuple):
     """FLOPs of a training run, C = factor N^power D; factor 6 and power 1 give C = 6 N D."""
@@ -123,11 +125,13 @@ def check_range(what, value, data: np.ndarray, unit: str, extrapolate: float, sa
                 allows="extrapolate"):  # fmt: skip
     """Raises `ConfigError` for a value beyond the range of data [points] by more than a factor."""
     low, high = data.min(), data.max()
-    if low / extrapolate * (1 - 1e-9) <= value <= high * extrapolate * (1 + 1e-9):
+    if low / extrapolate * (1 - ROUNDING) <= value <= high * extrapolate * (1 + ROUNDING):
         return
     factor = max(low / value, value / high)
+    rounded = float(f"{factor:.3g}")
+    needed = rounded if factor <= rounded * (1 + ROUNDING) else np.ceil(10 * factor) / 10
     subject = f"{what}={value:g}" if say_value else what
     raise ConfigError(
         f"--{subject} is outside the fitted range, {low:.3g} to {high:.3g} {unit}; "
-        f"--{allows}={np.ceil(10 * factor * (1 - 1e-9)) / 10:g} would allow it"
+        f"--{allows}={needed:g} would allow it"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from typing import NamedTuple
@@ -10,6 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.files import MIB, read_text
+
+MAX_BYTES = 64 * MIB  # of a CSV file
+MAX_ROWS = 200_000  # which take about 3 s to read
 
 
 class Points(NamedTuple):
@@ -134,13 +139,19 @@ def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
 
 def _read_rows(path: str) -> tuple[list[int], list[dict]]:
     """(line number of each row, column name -> text of each row)."""
+    text = read_text(path, f"--csv={path}", limit=MAX_BYTES)
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    numbered: list[tuple[int, dict]] = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            numbered = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read --csv={path}: {reason}") from None
+        for row in reader:
+            numbered.append((reader.line_num, row))
+            if len(numbered) > MAX_ROWS:
+                raise ConfigError(
+                    f"--csv={path} has more than {MAX_ROWS:,} rows: leave out some rows of the "
+                    "training curves"
+                )
+    except csv.Error as error:
+        raise ConfigError(f"cannot read --csv={path}: {error}") from None
     if not numbered:
         raise ConfigError(f"--csv={path} has no rows below its header")
     lines, rows = zip(*numbered, strict=True)

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping
 
 from genai_jax.config import ConfigError
+from genai_jax.files import read_json
 
 
 def read_expected(folder: pathlib.Path) -> dict[str, tuple[float, float]]:
@@ -23,12 +24,9 @@ def read_expected(folder: pathlib.Path) -> dict[str, tuple[float, float]]:
       ConfigError: a missing file, or a malformed entry.
     """
     path = folder / "expected.json"
-    try:
-        entries = json.loads(path.read_text())
-    except OSError:
-        raise ConfigError(f"--check: {path} does not exist") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not path.exists():
+        raise ConfigError(f"--check: {path} does not exist")
+    entries = read_json(path)
     if not isinstance(entries, dict) or not entries:
         raise ConfigError(f"{path} names no numbers")
     return {name: _entry(path, name, entry) for name, entry in entries.items()}
@@ -40,7 +38,7 @@ def _entry(path: pathlib.Path, name: str, entry: object) -> tuple[float, float]:
         if isinstance(tolerance, str) and tolerance.endswith("%"):
             tolerance = abs(value) * float(tolerance[:-1]) / 100
         parsed = float(value), float(tolerance)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         parsed = math.nan, math.nan
     if not all(map(math.isfinite, parsed)) or parsed[1] < 0:
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.files import read_text
 from genai_jax.tasks.protocol import Task, batch_rows
 from genai_jax.training.flops import flops_of
 from genai_jax.training.parameter_counts import parameter_counts
@@ -109,7 +110,7 @@ def read_study(
     paths = flagfiles(folder)
     runs = [_read_run(path, workdir / "runs" / path.stem, parse_run, make_task) for path in paths]
     _check_different(runs)
-    title, question = _title_and_question((folder / "README.md").read_text(encoding="utf-8"))
+    title, question = _title_and_question(read_text(folder / "README.md"))
     return Study(folder, title or folder.name, question, runs)
 
 

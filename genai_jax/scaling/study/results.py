@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
-from genai_jax.config import Config, ConfigError
+from genai_jax.config import Config, ConfigError, flag_values
+from genai_jax.files import read_object, unreadable, write_text
 from genai_jax.scaling.study.folder import Counts, Run
 from genai_jax.training.metrics_log import read_metrics
 from genai_jax.training.population import member_config
-from genai_jax.training.workdir import read_record, write_atomically
+from genai_jax.training.workdir import read_record, recorded_flags
 
 FATE = "study.json"  # file in a run's workdir that says how its last process ended
-STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM ended
+STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that SIGHUP, SIGINT or SIGTERM ended
 NOT_FINITE = re.compile(r"(loss|grad_norm|penalty)\S* is (nan|-?inf) at step")
 
 
@@ -71,12 +74,27 @@ class Fate(NamedTuple):
 
 def write_fate(run: Run, fate: Fate):
     run.workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.workdir / FATE, json.dumps(fate._asdict()) + "\n")
+    write_text(run.workdir / FATE, json.dumps(fate._asdict()) + "\n")
 
 
 def read_fate(run: Run) -> Fate | None:
+    """None if there is none; also, with a warning, if the file cannot be read."""
     path = run.workdir / FATE
-    return Fate(**json.loads(path.read_text())) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    try:
+        return _fate(path)
+    except ConfigError as error:
+        print(f"warning: {error}; how the last process ended is unknown", file=sys.stderr)
+        return None
+
+
+def _fate(path: pathlib.Path) -> Fate:
+    saved = read_object(path)
+    kinds = {"code": int, "error": str, "seconds": int | float, "began_at": int}
+    if saved.keys() != kinds.keys() or not all(isinstance(saved[n], k) for n, k in kinds.items()):
+        raise unreadable(path, f"its keys are not those of a run's end: {', '.join(kinds)}")
+    return Fate(**saved)
 
 
 def is_finished(run: Run, may_diverge: bool) -> bool:
@@ -105,8 +123,8 @@ def _refuse_other_flags(run: Run):
     These include its number of steps, although training could be extended: the learning-rate
     schedule up to now was that of the old length.
     """
-    text = (run.workdir / "flags.txt").read_text()
-    before, now = _values(text), _values(run.config.to_flags(leave_out=("workdir",)))
+    before = recorded_flags(run.workdir)
+    now = flag_values(run.config.to_flags(leave_out=("workdir",)))
     free = run.config.changeable() - {"eval.batches", "train.steps"}
     changed = [
         f"--{name}={before[name]} -> {now[name]}"
@@ -118,10 +136,6 @@ def _refuse_other_flags(run: Run):
             f"{run.workdir} holds a run with flags different from {run.flagfile}: "
             f"{', '.join(changed)}; use another --workdir, or delete it"
         )
-
-
-def _values(flagfile: str) -> dict[str, str]:
-    return dict(line.removeprefix("--").split("=", 1) for line in flagfile.splitlines())
 
 
 def read_results(run: Run) -> list[Result]:
@@ -150,7 +164,7 @@ def _member(run: Run, member: int, rows: list[dict], diverged: bool) -> Result:
 def environments(runs: list[Run]) -> dict:
     """Versions, devices and data from the run.json files; differing values are listed together."""
     fields = ("python", "versions", "git_commit", "platform", "device_kind", "devices", "data")
-    records = [read_record(run.workdir) for run in runs]
+    records = [read_record(run.workdir, without="the report lacks its versions") for run in runs]
     merged: dict = {}
     for record in records:
         for name in fields:

@@ -37,7 +37,7 @@ def execute(
 ) -> Outcome:
     """Trains the runs to completion, `jobs` at a time, those with the most FLOPs first.
 
-    SIGINT and SIGTERM are passed on to the processes: at the first signal the runs save a
+    SIGINT, SIGTERM, and SIGHUP are passed on to the processes: at the first signal the runs save a
     checkpoint and exit, and no others start; a second one makes them exit at once. A run that fails
     does not affect the others.
 
@@ -119,7 +119,7 @@ class _Process:
 
 
 class _Signals:
-    """While entered, collects SIGINT and SIGTERM."""
+    """While entered, collects SIGINT, SIGTERM, and SIGHUP, of which only the first counts."""
 
     def __init__(self):
         self.received = 0  # the first signal
@@ -128,7 +128,7 @@ class _Signals:
         self._before: dict = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -137,9 +137,12 @@ class _Signals:
             signal.signal(number, handler)
 
     def _receive(self, number, _frame):
+        if number == signal.SIGHUP and self.received:
+            return  # a closing terminal sends it twice
         self.received = self.received or number
         self.count += 1
-        self._new.append(number)
+        # A run exits at once if the same signal comes again.
+        self._new.append(number if self.received == signal.SIGHUP else self.received)
 
     def new(self) -> list[int]:
         """The signals received since the last call."""

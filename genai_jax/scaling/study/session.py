@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
 from genai_jax.config import ConfigError
+from genai_jax.files import read_text
 from genai_jax.scaling.report import read_numbers, write_report
 from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.expected import off, read_expected
@@ -103,7 +104,7 @@ def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[
             "python -m genai_jax.train --flagfile=RUN.flags --workdir=runs/RUN",
         ],
         "environment": environments(finished),
-        "flags": {run.name: (run.workdir / "flags.txt").read_text() for run in finished},
+        "flags": {run.name: read_text(run.workdir / "flags.txt") for run in finished},
     }
 
 

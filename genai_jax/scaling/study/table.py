@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from genai_jax.config import ConfigError
+from genai_jax.files import open_regular, parse_json
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import STOPPED, Fate
 
@@ -163,16 +164,18 @@ def last_row(run: Run) -> dict | None:
     """The last complete row of a run's metrics, without reading the rest of the file."""
     path = run.workdir / "metrics.jsonl"
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
+            lines = file.read(TAIL_BYTES).decode(errors="replace").splitlines()
+    except (OSError, ConfigError):
         return None
     for line in reversed(lines):
         try:
-            return json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
+        numbers = isinstance(row, dict) and all(isinstance(v, int | float) for v in row.values())
+        return row if numbers and isinstance(row.get("step"), int) else None
     return None
 
 

@@ -1,11 +1,14 @@
 """Paths through a latent space, for visualization."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import ConfigError
 from genai_jax.diffusion.editing import slerp
+from genai_jax.files import MIB, read_bytes, unreadable
 
 PATHS = ("linear", "spherical")
 
@@ -55,11 +58,12 @@ def read_latents(path: str, latent_dim: int) -> np.ndarray:
     Raises:
       ConfigError: the file cannot be read, or its latents have another size.
     """
+    label = f"--latents={path}"
+    content = io.BytesIO(read_bytes(path, label, limit=256 * MIB))
     try:
-        z = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not an .npy array"
-        raise ConfigError(f"cannot read --latents={path}: {reason}") from None
+        z = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception:  # a damaged header raises many types
+        raise unreadable(path, "it is not an .npy array", label) from None
     if z.ndim != 2 or z.shape[1] != latent_dim or z.dtype.kind not in "fiu" or not len(z):
         raise ConfigError(
             f"--latents={path} holds {z.dtype} {list(z.shape)}; this model takes numbers of shape "

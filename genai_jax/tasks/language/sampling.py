@@ -1,7 +1,6 @@
 """The text sampler of all models: a decoder and a tokenizer, on one device or on a mesh."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from genai_jax.config import ConfigError, field
 from genai_jax.data.text.tokenization import Tokenizer
 from genai_jax.decoding.generate import Generated, Step, generate
+from genai_jax.files import read_text
 from genai_jax.networks.parallel.axes import axis_size
 from genai_jax.requests import SampleRequest
 from genai_jax.tasks.protocol import Params
@@ -47,10 +47,7 @@ class TextRequest(SampleRequest):
         """The prompts: at least one, which may be empty."""
         if not self.prompt_file:
             return [self.prompt]
-        try:
-            lines = pathlib.Path(self.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read --prompt_file={self.prompt_file}: {error}") from None
+        lines = read_text(self.prompt_file, f"--prompt_file={self.prompt_file}").splitlines()
         if not lines:
             raise ConfigError(f"--prompt_file={self.prompt_file} is empty")
         return lines

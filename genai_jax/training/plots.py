@@ -1,0 +1,52 @@
+"""The curves of a run as pictures in ``plots/``."""
+
+import os
+import pathlib
+import sys
+
+from genai_jax.tasks.protocol import Task
+from genai_jax.training.metrics_log import parse_rows, read_lines, thinned
+
+POINTS = 2000  # of a curve at least, where there are more rows: twice what the picture can show
+
+
+def plot_metrics(workdir: pathlib.Path, task: Task):
+    """Plots the losses over steps into ``loss.png``, and what the task names in `curves`.
+
+    A plot that fails is a warning, since a run does not need it.
+    """
+    curves = {"loss": (("loss",), f"loss ({task.loss_unit})"), **task.curves}
+    try:
+        path = workdir / "metrics.jsonl"
+        rows = list(parse_rows(thinned(read_lines(path), POINTS), path))
+        for plot, (suffixes, label) in curves.items():
+            _plot(workdir, plot, rows, suffixes, label)
+    except Exception as error:  # of the fonts, of the characters of a path, of a full disk
+        text = " ".join(str(error).split())
+        print(f"warning: no plot in {workdir}: {text}", file=sys.stderr)
+
+
+def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[str, ...], label):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = sorted({name for row in rows for name in row if name.endswith(suffixes)}, reverse=True)
+    if not names:
+        return
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        marker = "o" if name.startswith("eval/") else None
+        width = 1.0 if name.startswith("train/") else 1.8
+        axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, lw=width)
+    axes.set(xlabel="step", ylabel=label)
+    title = os.fsencode(workdir.name).decode(errors="backslashreplace")
+    axes.set_title(title, parse_math=False)  # "$" is a character of it, not TeX
+    axes.grid(alpha=0.3)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
+    (workdir / "plots").mkdir(exist_ok=True)
+    figure.savefig(workdir / "plots" / f"{plot}.png", dpi=150)
+    plt.close(figure)

@@ -1,0 +1,53 @@
+"""Saving a run's checkpoints: whatever goes wrong is one line that names what is kept."""
+
+import pathlib
+import sys
+
+from genai_jax.config import ConfigError
+from genai_jax.training.checkpoint import Checkpointer, first_line
+
+
+class Saver:
+    """Saves in the background into the workdir of a run."""
+
+    def __init__(self, checkpointer: Checkpointer, workdir: pathlib.Path):
+        self._checkpointer, self._workdir = checkpointer, workdir
+        self._failed = False  # closing raises the error of the last save again
+
+    def save(self, *arguments):
+        """Starts to save; the arguments are those of `Checkpointer.save`.
+
+        Raises:
+          ConfigError: this checkpoint or the one before it could not be written.
+        """
+        self._try(self._checkpointer.save, *arguments)
+
+    def wait(self):
+        """Blocks until the last checkpoint is on disk.
+
+        Raises:
+          ConfigError: it could not be written.
+        """
+        self._try(self._checkpointer.wait)
+
+    def close(self):
+        failed = self._failed
+        try:
+            self._try(self._checkpointer.close)
+        except ConfigError as error:
+            if not failed:
+                print(f"warning: {error}", file=sys.stderr)
+
+    def kept(self) -> str:
+        """What a resumed run would start from."""
+        steps = self._checkpointer.steps()
+        return f"step {steps[-1]} is the last one saved" if steps else "nothing is saved"
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except Exception as error:  # orbax and tensorstore raise many types for a failed save
+            self._failed = True
+            raise ConfigError(
+                f"cannot save a checkpoint in {self._workdir}: {first_line(error)}; {self.kept()}"
+            ) from None

@@ -1,0 +1,73 @@
+"""Scalars for TensorBoard, which never stop or hold a run."""
+
+import os
+import pathlib
+import socket
+import struct
+import sys
+import time
+
+
+class Scalars:
+    """Writes an event file; after an error it says so once and writes nothing more.
+
+    `tensorboardX.SummaryWriter` writes in a thread that ends at the first error (a full disk), and
+    then waits forever for room in the queue of that thread. One write per row needs no thread.
+
+    Args:
+      folder: where TensorBoard looks for event files.
+      first_step: events of this step and later ones, which an earlier process wrote, do not count.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder, self._file = folder, None
+        start = SessionLog(status=SessionLog.START)
+        try:
+            folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self._file = open(folder / name, "ab", buffering=0)  # noqa: SIM115, closed at the end
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(step=first_step, session_log=start))
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, row: dict):
+        """Writes {"step": ..., name: number, ...}."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        if not self._file:
+            return
+        event = Event(step=row["step"])
+        for name, value in row.items():
+            if name != "step":
+                event.summary.value.extend(scalar(name, value).value)
+        try:
+            self._write(event)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self):
+        if self._file:
+            self._file.close()
+
+    def _write(self, event):
+        from tensorboardX.record_writer import masked_crc32c
+
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        header = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (header, data)]
+        record = header + sums[0] + data + sums[1]
+        if self._file.write(record) < len(record):
+            raise OSError("no room for a whole event")
+
+    def _give_up(self, error: OSError):
+        print(
+            f"warning: no more events for TensorBoard in {self._folder}: {error.strerror or error}",
+            file=sys.stderr,
+        )
+        self.close()
+        self._file = None
