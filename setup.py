@@ -25,7 +25,7 @@ setup(
         "numpy>=2.0",
         "scipy>=1.13",
         "scikit-learn>=1.4",
-        "pillow>=10",
+        "pillow>=10.1",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "tqdm>=4.66",

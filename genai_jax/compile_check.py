@@ -25,11 +25,13 @@ class CheckRequest:
     slices: int = field(
         1, "Number of slices of that shape, linked by the data-center network.", minimum=1
     )
-    compare: str = field("", "Flagfile of a second run to compile and compare with the first.")
-    output: str = field("", "File for the report, as JSON.")
-    program: str = field("", "File for the text of the compiled program.")
+    compare: str = field(
+        "", "Flagfile of a second run to compile and compare with the first.", path=True
+    )
+    output: str = field("", "File for the report, as JSON.", path=True)
+    program: str = field("", "File for the text of the compiled program.", path=True)
     dump_shardings: str = field(
-        "", "File for a list of all parameters with their shardings; - prints it."
+        "", "File for a list of all parameters with their shardings; - prints it.", path=True
     )
     compiles: bool = field(
         True, "Whether to compile; if false, only what is known without compiling is reported."

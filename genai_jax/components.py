@@ -1,12 +1,14 @@
 """The flags that all runs share, and how a command line becomes the configuration of a task."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from genai_jax.config import (
     Config,
     ConfigError,
+    MissingFile,
     expand_flagfiles,
     field,
     help_text,
@@ -44,9 +46,11 @@ class RunConfig:
     dtype: str = field(
         "float32", "Precision of the matmuls; parameters stay in float32.", choices=DTYPES
     )
-    workdir: str = field("", "Folder of the run.", changeable=True)
+    workdir: str = field("", "Folder of the run.", changeable=True, path=True)
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
-    init_from: str | None = field(None, "Workdir of a run whose parameters initialize this one.")
+    init_from: str | None = field(
+        None, "Workdir of a run whose parameters initialize this one.", path=True
+    )
     init_map: str | None = field(
         None,
         "What to take from --init_from: comma-separated parameter paths, SOURCE or SOURCE:TARGET "
@@ -69,6 +73,7 @@ SHARED = {
     "population": PopulationConfig,
 }
 GRADIENT = ("optimizer", "ema", "mesh", "profile", "compiler", "population")
+MOVABLE = ("dataset", "data_dir", "tokenizer")  # flags of the data that a request may override
 REQUESTS = {"sample_request": SampleRequest, "evaluate_request": EvaluateRequest}
 HELP = {"--help", "-h", "--helpfull"}
 
@@ -138,9 +143,39 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
     allowed = [last_value(argv, "task"), *(last_value(argv, "mixers") or "").split(",")]
     config = read_config(workdir, allowed=allowed)
     task = config.run.task
-    components = {"run": request_class(task_class(task), kind), "distributed": DistributedConfig}
     _check_named(config, last_value(argv, "task"), allowed[1:], workdir)
-    return parse(argv, components, user=f"a run of --task={task}")[0], config
+    components = request_components(task_class(task), kind)
+    request = parse(argv, components, user=f"a run of --task={task}")[0]
+    moved = vars(request.data) if "data" in components else {}
+    moved = {name: value for name, value in moved.items() if value is not None}
+    return request, config.replace("data", **moved) if moved else config
+
+
+def request_components(cls: type, kind: str) -> dict[str, type]:
+    """Flag components of such a command, among them where the data of the run is now."""
+    components = {"run": request_class(cls, kind), "distributed": DistributedConfig}
+    data = cls.components.get("data")
+    fields = dataclasses.fields(data) if data else ()
+    movable = [(f.name, str | None, _moved(f.name)) for f in fields if f.name in MOVABLE]
+    if movable:
+        components["data"] = dataclasses.make_dataclass("Moved", movable, frozen=True)
+    return components
+
+
+def _moved(name: str) -> Any:
+    return field(None, f"What to use instead of the run's --data.{name}, if it moved.", path=True)
+
+
+@contextlib.contextmanager
+def tells_how_to_move(config: Config) -> Iterator[None]:
+    """Adds to the error about missing data of a run which flag names its new place."""
+    try:
+        yield
+    except MissingFile as error:
+        raise ConfigError(
+            f"{error} (as --workdir={config.run.workdir} was trained with); if it moved, add "
+            f"--{error.flag}=ITS_NEW_PLACE"
+        ) from None
 
 
 def _check_named(config: Config, task: str | None, mixers: Sequence[str], workdir: str):
@@ -171,8 +206,7 @@ def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
     if not task:
         usage += "\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
         return help_text(usage, {"run": REQUESTS[kind], "distributed": DistributedConfig})
-    request = request_class(task_class(task), kind)
-    return help_text(usage, {"run": request, "distributed": DistributedConfig})
+    return help_text(usage, request_components(task_class(task), kind))
 
 
 def request_class(cls: type, kind: str) -> type:

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from genai_jax.errors import ConfigError as ConfigError  # where everything imports it from
+from genai_jax.errors import MissingFile as MissingFile
 from genai_jax.files import read_text, unreadable
 
 MAX_FLAGFILES = 256  # that a command line may include, directly or through others
@@ -35,6 +36,7 @@ def field(
     maximum: float | None = None,
     changeable: bool = False,
     within_run: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declares one field of a component.
 
@@ -46,10 +48,11 @@ def field(
       maximum: inclusive upper bound of a number.
       changeable: whether a run may be resumed with a different value (a mesh, a log interval).
       within_run: whether it is a number of steps that a shorter run cuts, which is then said.
+      path: whether it names a file or folder, in which ~ stands for the home folder.
     """
     metadata = dict(
         help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
-        within_run=within_run,
+        within_run=within_run, path=path,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -162,13 +165,24 @@ def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
-    """The last value of a string flag in a command line without flagfiles; None if not set."""
+    """The last value of a string flag in a command line without flagfiles; None if not set.
+
+    A leading ~ is expanded; only paths begin with it.
+    """
     value, arguments = None, iter(argv)
     for argument in arguments:
         flag, equals, text = argument.partition("=")
         if flag in (f"--{name}", f"-{name}"):
             value = text if equals else next(arguments, None)
-    return value
+    return value and expand_home(value)
+
+
+def expand_home(path: str) -> str:
+    """Replaces a leading ~ by the home folder, also after a prefix, as in text:~/books."""
+    kind, colon, rest = path.partition(":")
+    if colon and rest.startswith("~"):
+        return f"{kind}:{os.path.expanduser(rest)}"
+    return os.path.expanduser(path)
 
 
 def flag_names(components: Mapping[str, type]) -> set[str]:
@@ -302,6 +316,9 @@ def _argument(line: str) -> str:
 
 def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
     fields = {f.name: values[_flag_name(component, f.name)].value for f in dataclasses.fields(cls)}
+    for f in dataclasses.fields(cls):
+        if f.metadata["path"] and fields[f.name]:
+            fields[f.name] = expand_home(fields[f.name])
     try:
         return cls(**fields)
     except ValueError as error:  # fields that contradict each other

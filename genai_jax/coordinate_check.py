@@ -23,7 +23,7 @@ from genai_jax.config import ConfigError, field, flag_names, help_text, parse
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateRequest:
-    output: str = field("", "Folder for the plot and the tables.")
+    output: str = field("", "Folder for the plot and the tables.", path=True)
     widths: str = field("64,128,256,512", "Model widths (embed_dim), comma-separated.")
     steps: int = field(5, "Number of training steps.", minimum=1)
     seeds: int = field(1, "Number of seeds to average the changes over.", minimum=1)

@@ -6,7 +6,13 @@ import time
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import HELP, make_task, parse_request, request_help
+from genai_jax.components import (
+    HELP,
+    make_task,
+    parse_request,
+    request_help,
+    tells_how_to_move,
+)
 from genai_jax.config import ConfigError
 
 
@@ -17,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     flags, config = parse_request(argv, "evaluate_request")
     from genai_jax.training.distributed import is_main, join_processes
 
-    with join_processes(flags.distributed):
+    with join_processes(flags.distributed), tells_how_to_move(config):
         result = scores(make_task(config), config, flags.run)
         if is_main():
             print(json.dumps(result))

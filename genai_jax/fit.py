@@ -15,8 +15,8 @@ from genai_jax.config import ConfigError, field, help_text, parse
 
 @dataclasses.dataclass(frozen=True)
 class FitRequest:
-    csv: str = field("", "CSV file with a header line and one run per row.")
-    output: str = field("", "Folder for the report.")
+    csv: str = field("", "CSV file with a header line and one run per row.", path=True)
+    output: str = field("", "Folder for the report.", path=True)
     parameters: str = field("parameters", "Column with the model sizes N.")
     tokens: str = field("tokens", "Column with the numbers of training tokens D.")
     loss: str = field("loss", "Column with the final losses.")

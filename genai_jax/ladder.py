@@ -13,7 +13,7 @@ import jax
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
-from genai_jax.config import ConfigError, flag_names, help_text, parse
+from genai_jax.config import ConfigError, expand_home, flag_names, help_text, parse
 from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
 from genai_jax.scaling.study.folder import counts_of, flagfiles
 
@@ -63,7 +63,7 @@ def _split(argv: Sequence[str]) -> tuple[LadderRequest, str, list[str]]:
     if not request.output:
         raise ConfigError("--output is not set: name a folder for the flagfiles")
     more = [a for a in argv if a not in own and name_of(a) != "flagfile"]
-    return request, bases[0], more
+    return request, expand_home(bases[0]), more
 
 
 def _refuse_what_is_set(request: LadderRequest, flags: Sequence[str]):

@@ -149,7 +149,7 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
         raise ConfigError(f"--{flag} is for images, but this model's examples have shape {shape}")
     height, width, channels = shape
     label = f"--{flag}={path}"
-    picture = _read_picture(path, label, shape)
+    picture = _eight_bits(_read_picture(path, label, shape), label)
     if flag == "mask":
         picture = picture.convert("L")
     bands = len(picture.getbands())
@@ -159,6 +159,32 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
     if levels == 256:
         return values
     return np.round(values.astype(np.float32) * ((levels - 1) / 255)).astype(np.uint8)
+
+
+def _eight_bits(picture, name: str):
+    """A Pillow image as 8-bit gray (L) or RGB.
+
+    Raises:
+      ConfigError: it has transparent pixels, or values of no fixed range.
+    """
+    from PIL import Image
+
+    if picture.mode.startswith("I"):  # 16 bits per pixel, which Pillow may read as 32
+        values = np.asarray(picture).astype(np.float32)
+        if values.min() >= 0 and values.max() < 2**16:
+            return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+        raise ConfigError(
+            f"{name} has transparent pixels: flatten it, for example onto white, and save it "
+            "without an alpha channel"
+        )
+    kinds = {"1": "L", "L": "L", "LA": "L", "La": "L"}
+    kinds |= dict.fromkeys(("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr"), "RGB")
+    if picture.mode not in kinds:
+        raise ConfigError(
+            f"{name} has pixels of Pillow's mode {picture.mode}: save it as 8-bit gray or RGB"
+        )
+    return picture.convert(kinds[picture.mode])
 
 
 def _other_shape(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ConfigError:
@@ -171,7 +197,7 @@ def _other_shape(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> 
 
 def _read_picture(path: str, label: str, shape: tuple[int, ...]) -> Any:
     """The picture of a file; its pixels are read only if its header gives the expected size."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     with open_regular(path, label) as stream, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -179,8 +205,7 @@ def _read_picture(path: str, label: str, shape: tuple[int, ...]) -> Any:
             with Image.open(stream, formats=FORMATS) as file:
                 # A photograph may be stored on its side.
                 if sorted(file.size) == sorted(shape[:2]):
-                    file.load()
-                    return file.convert("RGB") if file.mode == "P" else file.copy()
+                    return ImageOps.exif_transpose(file)
                 found = file.height, file.width, len(file.getbands())
         except UnidentifiedImageError:
             raise unreadable(path, f"it is not an image ({', '.join(FORMATS)})", label) from None

@@ -5,18 +5,23 @@ A task adds its own flags in a subclass, which its attributes `sample_request` a
 """
 
 import dataclasses
+import hashlib
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from genai_jax.config import ConfigError, field
+
+# Of what a file's name says: `Files.name` has the seed, and the step is that of the checkpoint.
+NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "mixers")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRequest:
     """Which model to use; the base of all requests."""
 
-    workdir: str = field("", "Folder of the run.")
+    workdir: str = field("", "Folder of the run.", path=True)
     task: str | None = field(
         None, "Task of the run; needed only if its code lives outside genai_jax."
     )
@@ -38,7 +43,12 @@ class RunRequest:
 @dataclasses.dataclass(frozen=True)
 class SampleRequest(RunRequest):
     seed: int = field(0, "Random seed for sampling.", minimum=0)
-    output: str = field("", "File to write; a default place if empty.")
+    output: str = field(
+        "",
+        "File to write. If empty, texts are printed, and images go to workdir/samples, named by "
+        "the step and the flags that are set.",
+        path=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +112,12 @@ class Files(NamedTuple):
 
     name: str  # stem of the default file
     writers: Mapping[str, Callable[[pathlib.Path], None]]  # ".png", "_strip.png" -> writer
+    settings: str = ""  # end of the stem; see `distinguishing`
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes each kind next to `output`, or in `folder` if that is empty; returns the paths."""
         first = next(iter(self.writers))
-        path = pathlib.Path(output) if output else folder / f"{self.name}{first}"
+        path = pathlib.Path(output) if output else folder / f"{self.name}{self.settings}{first}"
         path.parent.mkdir(parents=True, exist_ok=True)
         written = []
         for suffix, write in self.writers.items():
@@ -114,3 +125,20 @@ class Files(NamedTuple):
             write(target)
             written.append(str(target))
         return written
+
+
+def distinguishing(request: SampleRequest, step: int) -> str:
+    """The part of a file's name that differs between requests: the step and the flags that are set.
+
+    What a name cannot hold, or more than 100 characters, is replaced by a hash.
+    """
+    parts = [f"step-{step}"]
+    for f in dataclasses.fields(request):
+        value = getattr(request, f.name)
+        if f.name not in NAMED_OTHERWISE and value != f.default:
+            parts.append(f"{f.name}-{value}")
+    text = "_".join(["", *parts])
+    plain = re.sub(r"[^\w.,=-]+", "-", text)
+    if plain == text and len(text) <= 100:
+        return text
+    return f"{plain[:100]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -4,8 +4,15 @@ import pathlib
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import HELP, make_task, parse_request, request_help
-from genai_jax.requests import prepare_output
+from genai_jax.components import (
+    HELP,
+    make_task,
+    parse_request,
+    request_help,
+    tells_how_to_move,
+)
+from genai_jax.config import ConfigError
+from genai_jax.requests import Files, distinguishing, prepare_output
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,8 +26,9 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.restore import restore_model
     from genai_jax.training.sharding import mesh_context
 
-    with join_processes(flags.distributed):
+    with join_processes(flags.distributed), tells_how_to_move(config):
         task = make_task(config)
+        _check_output(task, request.output)
         model = restore_model(
             task, config, step=request.checkpoint_step, ema=request.ema, member=request.member
         )
@@ -29,9 +37,18 @@ def main(argv: Sequence[str]) -> int:
             sampled = task.sample(params, model.mutables, request)
         if is_main():
             folder = pathlib.Path(request.workdir) / "samples"
+            if isinstance(sampled, Files):
+                sampled = sampled._replace(settings=distinguishing(request, model.step))
             for line in sampled.write(request.output, folder):
                 print(line)
     return 0
+
+
+def _check_output(task, output: str):
+    """Raises `ConfigError` for a name that does not fit what is written."""
+    suffix = getattr(task.data, "suffix", None)
+    if output and suffix and pathlib.Path(output).suffix.lower() != suffix:
+        raise ConfigError(f"--output={output} must end in {suffix}, as what is written")
 
 
 if __name__ == "__main__":

@@ -20,21 +20,21 @@ from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, expand_flagfiles, field, help_text, last_value, parse
 from genai_jax.scaling.study import times
 from genai_jax.scaling.study.analyses import ANALYSES
-from genai_jax.scaling.study.cores import locked
 from genai_jax.scaling.study.expected import read_expected
 from genai_jax.scaling.study.folder import check_folder, read_study
 from genai_jax.scaling.study.launch import commands
 from genai_jax.scaling.study.overview import plan_text
 from genai_jax.scaling.study.session import check, report, state_of, train_missing
 from genai_jax.scaling.study.settings import chosen
+from genai_jax.training.lock import locked
 
 LAUNCHERS = ("none", "print", "slurm")
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyRequest:
-    study: str = field("", "Folder of the study.")
-    workdir: str = field("", "Folder for the runs and the report.")
+    study: str = field("", "Folder of the study.", path=True)
+    workdir: str = field("", "Folder for the runs and the report.", path=True)
     jobs: int = field(
         1, "Number of runs to train at a time, each on its own share of the CPU cores; on a "
         "machine with accelerators they would compete for the same devices.", minimum=1,
@@ -140,7 +140,7 @@ def _run(request: StudyRequest, settings, study, only: Sequence[str], argv: Sequ
     workdir = pathlib.Path(request.workdir)
     if request.check:
         read_expected(study.folder)  # mistakes in it are reported before anything is trained
-    with locked(workdir) as lock:
+    with locked(workdir, "study", ", or by runs that outlived it") as lock:
         failed, stopped_by = train_missing(study, settings, only, request.jobs, lock)
         for name, error in failed.items():
             _say(f"{name} failed: {error} (see {workdir / 'runs' / name / 'train.log'})")

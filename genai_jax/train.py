@@ -16,18 +16,22 @@ def main(argv: Sequence[str]) -> int:
     if not config.run.workdir:
         raise ConfigError("--workdir is not set: name a folder for the run's files")
     from genai_jax.training.distributed import is_main, join_processes
+    from genai_jax.training.lock import locked
     from genai_jax.training.loop import train
     from genai_jax.training.schedule_notes import cut_schedules
-    from genai_jax.training.workdir import claim
+    from genai_jax.training.workdir import check_path, claim
 
     with join_processes(config.distributed):
         task = make_task(config)
-        if is_main():
+        if not is_main():
+            return train(task, config)
+        check_path(config.run.workdir)
+        with locked(config.run.workdir, "run"):
             for change in claim(config):
                 print(f"changed since the run began: {change}", file=sys.stderr)
             for note in cut_schedules(config):
                 print(f"note: {note}", file=sys.stderr)
-        return train(task, config)
+            return train(task, config)
 
 
 if __name__ == "__main__":

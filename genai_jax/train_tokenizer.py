@@ -18,7 +18,7 @@ class TrainTokenizerConfig:
     vocab_size: int = config_lib.field(
         4096, "vocabulary size, including the 256 bytes and the boundary token", minimum=257
     )
-    output: str = config_lib.field("tokenizer.json", "file to write; must end in .json")
+    output: str = config_lib.field("tokenizer.json", "file to write; must end in .json", path=True)
 
 
 COMPONENTS = {"run": TrainTokenizerConfig, "data": DataConfig}

@@ -55,3 +55,42 @@ def test_images_of_the_wrong_size_or_format_are_errors(tmp_path):
         media.read_image(str(tmp_path / "text.png"), (8, 8, 1), flag="mask", levels=256)
     with pytest.raises(ConfigError, match="is for images"):
         media.read_image(path, (16, 1), flag="init_image", levels=256)
+
+
+def read(path, picture, channels=1, flag="init_image", **options):
+    picture.save(path, **options)
+    height, width = 2, 4
+    return media.read_image(str(path), (height, width, channels), flag=flag, levels=256)
+
+
+GRAY = np.array([[0, 64, 128, 255], [1, 2, 3, 4]], np.uint8)
+
+
+def test_pictures_of_other_modes_are_read_as_they_look(tmp_path):
+    png, gray = tmp_path / "x.png", GRAY[..., None]
+    color = np.repeat(gray, 3, -1)
+    np.testing.assert_array_equal(read(png, Image.fromarray(GRAY.astype(np.uint16) * 257)), gray)
+    wide = Image.fromarray(GRAY.astype(np.int32) * 257)
+    np.testing.assert_array_equal(read(tmp_path / "x.tiff", wide), gray)
+    white = np.where(gray > 99, 255, 0)
+    np.testing.assert_array_equal(read(png, Image.fromarray(GRAY > 99)), white)
+    np.testing.assert_array_equal(read(png, Image.fromarray(GRAY > 99), flag="mask"), white)
+    opaque = np.concatenate([color, np.full_like(gray, 255)], -1)
+    np.testing.assert_array_equal(read(png, Image.fromarray(opaque), 3), color)
+    palette = Image.fromarray(color).quantize(8)
+    np.testing.assert_array_equal(read(png, palette, 3), color)
+    turned = Image.fromarray(np.rot90(GRAY))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    np.testing.assert_array_equal(read(png, turned, exif=exif), gray)
+
+
+def test_pictures_without_a_fixed_look_are_refused(tmp_path):
+    half = np.stack([GRAY] * 4, -1)
+    for picture in (Image.fromarray(half), Image.fromarray(half).quantize(8)):
+        for flag, channels in (("init_image", 3), ("mask", 1)):
+            with pytest.raises(ConfigError, match=f"--{flag}=.* has transparent pixels: flatten"):
+                read(tmp_path / "x.png", picture, channels, flag)
+    for values in (GRAY.astype(np.float32), GRAY.astype(np.int32) << 16):
+        with pytest.raises(ConfigError, match=r"mode [FI].*: save it as 8-bit gray or RGB"):
+            read(tmp_path / "x.tiff", Image.fromarray(values))

@@ -19,7 +19,7 @@ from genai_jax.scaling.study.settings import numbers
 
 @dataclasses.dataclass(frozen=True)
 class LadderRequest:
-    output: str = field("", "Folder for the flagfiles.")
+    output: str = field("", "Folder for the flagfiles.", path=True)
     budgets: str = field("", "Training budgets in FLOPs, comma-separated: 1e12,3e12.")
     widths: str = field("", "Network widths, comma-separated: 64,96,128.")
     component: str = field(

@@ -34,7 +34,7 @@ def claim(config: Config) -> list[str]:
     """
     workdir = pathlib.Path(config.run.workdir)
     path = workdir / "flags.txt"
-    _check_path(workdir)
+    check_path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
@@ -65,9 +65,9 @@ def claim(config: Config) -> list[str]:
     return changes
 
 
-def _check_path(workdir: pathlib.Path):
+def check_path(workdir: str | pathlib.Path):
     """Raises `ConfigError` for a path that the library of the checkpoints would misread."""
-    path = str(workdir.absolute())
+    path = str(pathlib.Path(workdir).absolute())
     for character in PATTERN:
         if character in path:
             raise ConfigError(

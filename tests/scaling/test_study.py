@@ -58,7 +58,7 @@ def done(folders):
     flags = (f"--study={folder}", f"--workdir={workdir}", "--jobs=2")
     process = start("study", *flags, "--only=sound")
     wait_for((workdir / "runs" / "sound").exists)
-    with pytest.raises(ConfigError, match="is in use by another study"):
+    with pytest.raises(ConfigError, match=r"is in use by process .*, a study in this folder"):
         study.main(flags)
     wait_for(lambda: rows(workdir / "runs" / "sound"))
     process.send_signal(signal.SIGINT)
@@ -90,10 +90,10 @@ def test_the_same_command_resumes(done, folders):
 
 def test_a_failed_run_is_reported_and_does_not_affect_the_rest(done, folders):
     *_, out, said = done
-    assert "broken failed: text:/nowhere: no such file or folder" in said
+    assert "broken failed: --data.dataset=text:/nowhere: no such file or folder" in said
     assert f"report: {folders[1] / 'report' / 'index.html'}" in out
     page = (folders[1] / "report" / "index.html").read_text()
-    assert "broken is missing: text:/nowhere: no such file or folder" in page
+    assert "broken is missing: --data.dataset=text:/nowhere: no such file or folder" in page
     assert "A tiny study" in page and "Do seeds matter?" in page
     results = json.loads((folders[1] / "report" / "results.json").read_text())
     last = rows(folders[1] / "runs" / "sound")[-1]

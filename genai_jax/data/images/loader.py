@@ -24,7 +24,9 @@ Batch = dict[str, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class ImageDataConfig:
     dataset: str = field(
-        "digits", "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set."
+        "digits",
+        "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set.",
+        path=True,
     )
     batch_size: int = field(128, "Examples per step, over all devices.", minimum=1)
     image_size: int | None = field(
@@ -33,7 +35,7 @@ class ImageDataConfig:
         minimum=1,
     )
     num_frames: int | None = field(None, "Frames per video; 8 if unset.", minimum=1)
-    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.")
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
     image_key: str = field("image", "TFDS feature that holds the image.")
     label_key: str = field("label", "TFDS feature that holds the class; empty for no labels.")
     caption_key: str = field("", "TFDS feature that holds the caption; empty for no captions.")
@@ -48,6 +50,7 @@ class ImageDataConfig:
     tokenizer: str = field(
         "bytes",
         "Tokenizer of captions: bytes, a tokenizers .json file, or a SentencePiece .model file.",
+        path=True,
     )
     caption_length: int = field(64, "Tokens per caption; longer ones are truncated.", minimum=1)
     prefetch: int = field(

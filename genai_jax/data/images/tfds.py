@@ -113,6 +113,15 @@ def open_tfds_images(config, split: str, *, built_in: list[str]) -> TfdsImages:
         raise ConfigError(
             f"--data.image_key={config.image_key} of {config.dataset} is not an image"
         )
+    kind, channels = (
+        np.dtype(features[config.image_key].np_dtype),
+        features[config.image_key].shape[2],
+    )
+    if kind != np.uint8 or channels not in (1, 3, None):
+        raise ConfigError(
+            f"--data.image_key={config.image_key}: images of {config.dataset} have {channels} "
+            f"channel(s) of {kind}; prepare it with 1 or 3 channels of uint8"
+        )
     own = [name for name in VALIDATION_NAMES if name in splits]
     if "train" not in splits:
         raise ConfigError(f"{config.dataset} has no train split, only {', '.join(splits)}")

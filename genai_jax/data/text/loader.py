@@ -10,9 +10,10 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.data.shuffle import permuted
+from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.packing import Batch, Packer, padding
 from genai_jax.data.text.passages import Passages
-from genai_jax.data.text.sources import SPLITS, Source, open_source
+from genai_jax.data.text.sources import SPLITS, Source, encode_document, open_source
 from genai_jax.data.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -27,14 +28,20 @@ class DataConfig:
         "python_docs",
         "Data set: the name of a TFDS data set, python_docs, python_source, text:PATH, "
         "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P.",
+        path=True,
     )
     batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
     sequence_length: int = field(256, "Tokens per sequence.", minimum=1)
     tokenizer: str = field(
         "bytes",
         "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file.",
+        path=True,
     )
-    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.")
+    end_token: str | None = field(
+        None,
+        "Token that ends a document; if unset, a usual one that the tokenizer has.",
+    )
+    data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
     text_key: str = field("text", "TFDS feature that holds the text.")
     validation_percent: int = field(
         5,
@@ -81,7 +88,7 @@ class TextLoader:
 
     def __init__(self, config: DataConfig, seed: int):
         self.config = config
-        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer, config.end_token)
         self._seed = seed % 2**32
         self._documents = {
             "train": _TokenizedSource(
@@ -122,7 +129,8 @@ class TextLoader:
             counted = lambda ids: (
                 (np.cumsum(ids == mark) > 0) & (ids != mark) & (ids != self.tokenizer.boundary_id)
             )
-        return Packer(get_document, rows, config.batch_size, config.sequence_length, counted)
+        shape, sizes = (config.batch_size, config.sequence_length), self._documents["train"].sizes
+        return Packer(get_document, rows, *shape, counted, sizes)
 
     def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
         """Indices of the passages to train on; those for fewer unique tokens are a subset.
@@ -176,7 +184,7 @@ class TextLoader:
         if done != max_batches and others:
             total = max(self._evaluation_length(documents, row, max_batches) for row in others)
             for _ in range(done, total):
-                yield padding(len(rows), config.sequence_length)
+                yield padding(len(rows), config.sequence_length, documents.sizes)
 
     def _rows_or_all(self, rows: Sequence[int] | None) -> Sequence[int]:
         return range(self.config.batch_size) if rows is None else rows
@@ -189,6 +197,8 @@ class TextLoader:
             "vocab_size": self.tokenizer.vocab_size,
             "tokenizer_sha256": self.tokenizer.fingerprint(),
         }
+        if self.config.end_token is not None:
+            facts["end_token"] = self.config.end_token
         if self.config.unique_tokens is not None:
             facts["unique_tokens"] = self.config.unique_tokens
         for split in SPLITS:
@@ -226,11 +236,15 @@ class TextLoader:
 
 
 class _TokenizedSource:
-    """The passages of a source as int32 ids: a boundary before each, and after a document's end."""
+    """The passages of a source as int32 ids: a boundary before each, and after a document's end.
+
+    If the bytes of a token depend on the text, they are a second column; what a document has and
+    none of its tokens stands for belongs to its end.
+    """
 
     def __init__(self, source: Source, tokenizer, passage_length: int = 0):
         self.source = source
-        self._tokenizer = tokenizer
+        self._tokenizer, self.sizes = tokenizer, tokenizer.token_bytes() is None
         small = source.size_bytes is not None and source.size_bytes <= _CACHED_BYTES
         self._cache: dict[int, np.ndarray] | None = {} if small else None
         # Cutting needs the documents' lengths, known only for sources in memory.
@@ -244,7 +258,13 @@ class _TokenizedSource:
             return self._cache[index]
         boundary = self._tokenizer.boundary_id
         text, ends = self._passages[index]
-        ids = np.pad(self._tokenizer.encode(text), (1, int(ends)), constant_values=boundary)
+        around = (1, int(ends))
+        if not self.sizes:
+            ids = np.pad(self._tokenizer.encode(text), around, constant_values=boundary)
+        else:
+            ids, sizes = self._tokenizer.encode_with_sizes(text)
+            ids, sizes = np.pad(ids, around, constant_values=boundary), np.pad(sizes, around)
+            ids = np.stack([ids, closed(sizes, len(encode_document(text)))], 1)
         if self._cache is not None:
             self._cache[index] = ids
         return ids

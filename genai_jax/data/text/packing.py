@@ -22,11 +22,12 @@ class Packer:
 
     Args:
       get_document: ordinal in the global order -> ids with both boundaries ``[length]``, or None if
-        there are no more documents.
+        there are no more documents. With `sizes`, ``[length, 2]``: ids and their bytes.
       rows: which rows of the global batch to fill.
       batch_size: number of rows in the global batch.
       length: tokens per row.
       counted: ids of a document -> mask of those that count as targets, ``[length]``; None for all.
+      sizes: whether batches have an entry ``target_bytes``.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Packer:
         batch_size: int,
         length: int,
         counted: Callable[[np.ndarray], np.ndarray] | None = None,
+        sizes: bool = False,
     ):
         self._get_document = get_document
         self._rows = list(rows)
         self._batch_size = batch_size
         self._length = length
-        self._counted = counted
+        self._counted, self._sizes = counted, sizes
         self._cursors = [(0, 0) for _ in self._rows]  # documents finished, tokens into the next
         self._current: list[np.ndarray | None] = [None] * len(self._rows)
 
@@ -50,9 +52,10 @@ class Packer:
 
         Returns:
           Arrays ``[rows, length]``: tokens, targets, segment_ids (from 1; 0 is padding) and
-          positions, all int32, and loss_mask, float32 (1 where a target counts).
+          positions, all int32, and loss_mask, float32 (1 where a target counts); with `sizes`,
+          target_bytes, int32.
         """
-        batch = padding(len(self._rows), self._length)
+        batch = padding(len(self._rows), self._length, self._sizes)
         for index in range(len(self._rows)):
             self._fill(index, {name: array[index] for name, array in batch.items()})
         if not batch["segment_ids"].any():
@@ -98,11 +101,14 @@ class Packer:
                     f"--data.sequence_length={self._length}"
                 )
             stop = start + size
-            row["tokens"][start:stop] = document[offset : offset + size]
-            row["targets"][start:stop] = document[offset + 1 : offset + 1 + size]
+            ids = document[:, 0] if self._sizes else document
+            row["tokens"][start:stop] = ids[offset : offset + size]
+            row["targets"][start:stop] = ids[offset + 1 : offset + 1 + size]
+            if self._sizes:
+                row["target_bytes"][start:stop] = document[offset + 1 : offset + 1 + size, 1]
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = np.arange(size)
-            row["loss_mask"][start:stop] = self._counted(document)[1:] if self._counted else 1
+            row["loss_mask"][start:stop] = self._counted(ids)[1:] if self._counted else 1
             if size == remaining:
                 self._cursors[index] = (finished + 1, 0)
                 self._current[index] = None
@@ -118,9 +124,9 @@ class Packer:
         return self._current[index]
 
 
-def padding(rows: int, length: int) -> Batch:
+def padding(rows: int, length: int, sizes: bool = False) -> Batch:
     """A batch without tokens, in the format of `Packer.next_batch`."""
-    names = ("tokens", "targets", "segment_ids", "positions")
+    names = ["tokens", "targets", "segment_ids", "positions"] + ["target_bytes"] * sizes
     batch = {name: np.zeros((rows, length), np.int32) for name in names}
     return batch | {"loss_mask": np.zeros((rows, length), np.float32)}
 

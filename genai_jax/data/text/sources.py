@@ -5,8 +5,10 @@
 gigabyte; anything larger belongs in TFDS, which is read one example at a time.
 """
 
+import collections
 import functools
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -95,9 +97,14 @@ def open_source(config, split: str) -> Source:
     held_out = hold_out(documents, config.validation_percent)
     selected = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
     if not selected:
+        advice = "add documents"
+        if os.path.isfile(name.removeprefix("text:")):
+            advice += (
+                ", or separate parts of the file with form feeds, or with blank lines at least "
+                f"{text_files.MIN_CHARACTERS:,} characters apart"
+            )
         raise ConfigError(
-            f"{name} contains only one document, so none is left for validation: add documents, or "
-            "separate parts of the file with blank lines or form feeds"
+            f"{name} contains only one document, so none is left for validation: {advice}"
         )
     return MemorySource(f"{name}[{split}]", selected)
 
@@ -106,15 +113,25 @@ def hold_out(documents: Sequence[str], percent: int) -> set[bytes]:
     """The content hashes of the documents held out for validation.
 
     Documents are ranked by the hash of their content, so the split depends neither on their order
-    nor on their names, and copies of a document fall on the same side.
+    nor on their names, and copies of a document fall on the same side. A document with which more
+    than half of the text would be held out is passed over, if `percent` is less than half.
 
     Returns:
       `percent` percent of the distinct documents: at least one, unless there is only one.
     """
-    hashes = sorted({content_hash(document) for document in documents})
-    if len(hashes) == 1:
+    sizes = collections.Counter()
+    for document in documents:
+        sizes[content_hash(document)] += len(document)
+    if len(sizes) == 1:
         return set()
-    return set(hashes[: max(1, len(hashes) * percent // 100)])
+    count, most = max(1, len(sizes) * percent // 100), sizes.total() / (2 if percent < 50 else 1)
+    held_out: set[bytes] = set()
+    size = 0
+    for digest in sorted(sizes):
+        if len(held_out) < count and size + sizes[digest] <= most:
+            held_out.add(digest)
+            size += sizes[digest]
+    return held_out
 
 
 def content_hash(document: str) -> bytes:

@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, MissingFile
 from genai_jax.data.shuffle import permuted
 
 VALIDATION_NAMES = ("validation", "valid", "test")
@@ -120,7 +120,8 @@ def prepared_builder(config, built_in: list[str]) -> Any:
     try:
         builder = tfds.builder(config.dataset, data_dir=config.data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise ConfigError(_unknown(config.dataset, where, built_in, str(error))) from None
+        message = _unknown(config.dataset, where, built_in, str(error))
+        raise MissingFile(message, "data.data_dir") from None
     except Exception as error:  # builders raise anything, always about the name or the data
         problem = reason(error)
         if problem.startswith("Parsing builder name string"):

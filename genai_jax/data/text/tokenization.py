@@ -1,25 +1,28 @@
 """Tokenizers: bytes, numbers, a ``tokenizers`` JSON file, or a SentencePiece model.
 
-Every tokenizer also reports how many bytes each of its tokens stands for, so that models with
+Every tokenizer also reports how many bytes of the text each token stands for, so that models with
 different vocabularies can be compared in bits per byte.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, MissingFile
+from genai_jax.data.text import byte_counts
 from genai_jax.data.text.arithmetic import SYMBOLS
 from genai_jax.files import MIB, parse_json, read_bytes, reason_of
 
 MAX_BYTES = 256 * MIB  # of a tokenizer's file; the largest published ones have about 35 MiB
 MAX_IDS = 1 << 24  # the largest published vocabularies have about 2**20
-BOUNDARIES = ("<|endoftext|>", "</s>", "<eos>", "[SEP]")
+BOUNDARIES = (  # the first that a tokenizer has ends its documents
+    "<|endoftext|>", "</s>", "<eos>", "[SEP]",
+    "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "<EOS_TOKEN>", "<|eos|>", "<|return|>",
+)  # fmt: skip
 
 
 class Tokenizer(Protocol):
@@ -37,8 +40,11 @@ class Tokenizer(Protocol):
         """The text of the ids; boundaries are dropped, and invalid UTF-8 becomes U+FFFD."""
         ...
 
-    def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 ``[vocab_size]``; 0 for the boundary."""
+    def token_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes that each token stands for, int32 ``[vocab_size]``; 0 for the boundary.
+
+        None if that depends on the text; then the tokenizer has `encode_with_sizes`.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -46,8 +52,18 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """Loads "bytes", "numbers:N", a tokenizers ``.json`` or a SentencePiece ``.model`` file."""
+def load_tokenizer(spec: str, end_token: str | None = None) -> Tokenizer:
+    """Loads "bytes", "numbers:N", a tokenizers ``.json`` or a SentencePiece ``.model`` file.
+
+    Args:
+      spec: what to load.
+      end_token: the boundary; if None, the end-of-sentence piece of a SentencePiece model, the
+        first of `BOUNDARIES` that a tokenizers file has.
+    """
+    if end_token is not None and (spec == "bytes" or spec.startswith("numbers:")):
+        raise ConfigError(
+            f"--data.end_token={end_token}: --data.tokenizer={spec} has a boundary of its own"
+        )
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("numbers:"):
@@ -59,10 +75,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
             f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
             "SentencePiece .model file"
         )
-    path = os.path.expanduser(spec)
-    if "\0" not in path and not os.path.lexists(path):
-        raise ConfigError(f"tokenizer {spec!r}: no such file")
-    tokenizer = kind(spec, read_bytes(path, f"tokenizer {spec!r}", limit=MAX_BYTES))
+    if "\0" not in spec and not os.path.lexists(spec):
+        raise MissingFile(f"--data.tokenizer={spec}: no such file", "data.tokenizer")
+    tokenizer = kind(spec, read_bytes(spec, f"tokenizer {spec!r}", limit=MAX_BYTES), end_token)
     if tokenizer.vocab_size > MAX_IDS:
         raise ConfigError(
             f"tokenizer {spec!r} has ids up to {tokenizer.vocab_size - 1:,}; at most {MAX_IDS:,} "
@@ -134,13 +149,9 @@ class NumberTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer file of the ``tokenizers`` library.
+    """A tokenizer file of the ``tokenizers`` library."""
 
-    `token_bytes` is exact for byte-level BPE without a normalizer; for other models it counts the
-    UTF-8 bytes of a token's printed form, with "▁" as a space and a leading "##" as nothing.
-    """
-
-    def __init__(self, spec: str, content: bytes):
+    def __init__(self, spec: str, content: bytes, end_token: str | None = None):
         tokenizers = _library("tokenizers", spec)
         self.spec = spec
         with _named_errors(spec, "cannot be read"):
@@ -150,27 +161,36 @@ class JsonTokenizer:
         # Otherwise a document that mentions "<|endoftext|>" would end there.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.boundary_id = self._find_boundary()
+        self.boundary_id = self._find_boundary(end_token)
+        with _named_errors(spec, "cannot be read"):
+            parts = parse_json(self._tokenizer.to_str())
+        self._lossless = byte_counts.is_lossless(parts)
         self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding(text).ids, np.int32)
+
+    def encode_with_sizes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, and the bytes of the text that each stands for; see `byte_counts.by_ends`."""
+        encoding = self._encoding(text)
+        ends = [end for _, end in encoding.offsets]
+        return np.array(encoding.ids, np.int32), byte_counts.by_ends(text, ends)
+
+    def _encoding(self, text: str) -> Any:
         with _named_errors(self.spec, f"cannot encode {text[:20]!r}..."):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if i != self.boundary_id]
         with _named_errors(self.spec, "cannot decode its ids"):
             return self._tokenizer.decode(known, skip_special_tokens=True)
 
-    def token_bytes(self) -> np.ndarray:
-        with _named_errors(self.spec, "cannot be read"):
-            parts = parse_json(self._tokenizer.to_str())
-        byte_level = any("ByteLevel" in json.dumps(parts[p]) for p in ("pre_tokenizer", "decoder"))
+    def token_bytes(self) -> np.ndarray | None:
+        if not self._lossless:
+            return None
         counts = np.zeros(self.vocab_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            # A byte-level token is spelled with one character per byte.
-            counts[i] = len(token) if byte_level else _piece_bytes(token)
+            counts[i] = len(token)  # spelled with one character per byte
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             counts[i] = 0 if added.special else len(added.content.encode())
         counts[self.boundary_id] = 0
@@ -179,34 +199,32 @@ class JsonTokenizer:
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def _find_boundary(self) -> int:
-        for name in BOUNDARIES:
+    def _find_boundary(self, end_token: str | None) -> int:
+        for name in BOUNDARIES if end_token is None else (end_token,):
             boundary = self._tokenizer.token_to_id(name)
             if boundary is not None:
                 return boundary
-        raise ConfigError(
-            f"tokenizer {self.spec!r} has no token that ends a document; it needs one of "
-            f"{', '.join(BOUNDARIES)}"
-        )
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        raise _no_boundary(self.spec, end_token, [x.content for x in added if x.special])
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; its end-of-sentence piece is the boundary.
+    """A SentencePiece model; its end-of-sentence piece is the boundary."""
 
-    `token_bytes` counts "▁" as a space, so it is exact for a model with byte fallback that neither
-    normalizes the text nor adds a leading space.
-    """
-
-    def __init__(self, spec: str, content: bytes):
+    def __init__(self, spec: str, content: bytes, end_token: str | None = None):
         sentencepiece = _library("sentencepiece", spec)
         self.spec = spec
         with _named_errors(spec, "cannot be read"):
             self._model = sentencepiece.SentencePieceProcessor()
             self._model.LoadFromSerializedProto(content)
         self.vocab_size = self._model.vocab_size()
+        pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         self.boundary_id = self._model.eos_id()
+        if end_token is not None:
+            self.boundary_id = pieces.index(end_token) if end_token in pieces else -1
         if self.boundary_id < 0:
-            raise ConfigError(f"tokenizer {spec!r} has no end-of-sentence piece (eos_id is -1)")
+            special = [p for i, p in enumerate(pieces) if self._model.is_control(i)]
+            raise _no_boundary(spec, end_token, special)
         self._fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -215,22 +233,30 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids if i != self.boundary_id])
 
-    def token_bytes(self) -> np.ndarray:
-        counts = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if not (self._model.is_control(i) or self._model.is_unknown(i)):
-                counts[i] = _piece_bytes(self._model.id_to_piece(i))
-        counts[self.boundary_id] = 0
-        return counts
+    def encode_with_sizes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids, and the bytes of the text that each stands for."""
+        names = ("encode_as_proto", "encode_as_immutable_proto")  # from 0.2.2 on, before
+        encode = next(getattr(self._model, n) for n in names if hasattr(self._model, n))
+        pieces = list(encode(text).pieces)
+        sizes = [len(piece.surface.encode()) for piece in pieces]
+        ids = np.array([piece.id for piece in pieces], np.int32)
+        return ids, byte_counts.closed(sizes, len(text.encode()))
+
+    def token_bytes(self) -> None:
+        return None
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
 
-def _piece_bytes(piece: str) -> int:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return 1
-    return len(piece.removeprefix("##").replace("▁", " ").encode())
+def _no_boundary(spec: str, end_token: str | None, special: Sequence[str]) -> ConfigError:
+    shown = ", ".join(special[:20]) + ", ..." * (len(special) > 20) or "none"
+    if end_token is None:
+        problem = f"--data.tokenizer={spec} has none of the usual tokens that end a document: name "
+        problem += "one with --data.end_token"
+    else:
+        problem = f"--data.end_token={end_token} is not a token of --data.tokenizer={spec}"
+    return ConfigError(f"{problem}; its special tokens are: {shown}")
 
 
 def _library(name: str, spec: str) -> Any:

@@ -46,6 +46,11 @@ class ArrayData:
             for name, (shape, dtype) in entries.items()
         }
 
+    @property
+    def suffix(self) -> str:
+        """Of the files in which `genai_jax.media.writers` shows examples."""
+        return ".gif" if len(self.shape) == 4 else ".png"
+
     def train(self, rows: Sequence[int] | None = None):
         return self.loader.batches("train", rows)
 

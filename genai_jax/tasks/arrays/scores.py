@@ -19,10 +19,14 @@ class ScoreFlags:
     """Flags for scoring sampled images; a mixin of `EvaluateRequest`."""
 
     classifier: str = field(
-        "", "Workdir of a classifier whose features are used to score sampled images."
+        "",
+        "Workdir of a classifier whose features are used to score sampled images.",
+        path=True,
     )
     inception: str = field(
-        "", "File of torch-fidelity's Inception weights, to compute the FID of sampled images."
+        "",
+        "File of torch-fidelity's Inception weights, to compute the FID of sampled images.",
+        path=True,
     )
     num_samples: int = field(1000, "Images to sample and score.", minimum=10)
     sample_flags: ClassVar[tuple[str, ...]] = ("num_samples",)  # flags that affect only samples

@@ -34,7 +34,9 @@ from genai_jax.training.optimizer import default_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class CodePriorConfig:
-    autoencoder: str = field("", "Workdir of an autoencoder with vq, rvq, or fsq latents.")
+    autoencoder: str = field(
+        "", "Workdir of an autoencoder with vq, rvq, or fsq latents.", path=True
+    )
     condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
 
 

@@ -47,7 +47,9 @@ class AutoencoderLossConfig:
         0.25, "Weight of the distance to the codes, for vq and rvq latents.", minimum=0
     )
     perceptual: str = field(
-        "", "Workdir of an image classifier whose features to compare (perceptual distance)."
+        "",
+        "Workdir of an image classifier whose features to compare (perceptual distance).",
+        path=True,
     )
     perceptual_weight: float = field(1.0, "Weight of the perceptual distance.", minimum=0)
     discriminator_weight: float = field(

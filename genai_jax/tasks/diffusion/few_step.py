@@ -33,7 +33,9 @@ SAME_AS_TEACHER = (
 class FewStepConfig:
     method: str = field("consistency_training", "Training method.", choices=METHODS)
     teacher: str = field(
-        "", "Workdir of the model to distill, whose weights also initialize the student."
+        "",
+        "Workdir of the model to distill, whose weights also initialize the student.",
+        path=True,
     )
     teacher_guidance: float = field(1.0, "Classifier-free guidance weight of the teacher.")
     steps: int = field(8, "Solver steps that a progressive student takes.", minimum=1)

@@ -75,7 +75,9 @@ class DiffusionConfig:
         maximum=1,
     )
     autoencoder: str = field(
-        "", "Workdir of an autoencoder whose latents to model; the images themselves if empty."
+        "",
+        "Workdir of an autoencoder whose latents to model; the images themselves if empty.",
+        path=True,
     )
 
     def __post_init__(self):

@@ -69,6 +69,7 @@ class SamplerConfig:
     weak: str = field(
         "",
         "Workdir of a weaker model of the same kind to guide with (autoguidance).",
+        path=True,
         changeable=True,
     )
     batch_size: int = field(250, "Images sampled at a time.", minimum=1, changeable=True)
@@ -104,13 +105,19 @@ class DiffusionRequest(Overrides, SampleRequest):
         "Caption to sample from; if empty, captions of held-out images, or none with --init_image.",
     )
     strip: bool = field(False, "Also show trajectories from noise to image.")
-    init_image: str = field("", "Image to start from, or whose masked part is replaced.")
+    init_image: str = field(
+        "", "Image file to start from, or whose masked part is replaced.", path=True
+    )
     strength: float = field(
         0.6, "How much noise to add to --init_image: 0 keeps it, 1 replaces it.",
         minimum=0, maximum=1,
     )  # fmt: skip
-    mask: str = field("", "Image of the size of --init_image, white where to replace it.")
-    interpolate_to: str = field("", "Second image: --num_samples steps from --init_image to it.")
+    mask: str = field(
+        "", "Image file of the size of --init_image, white where to replace it.", path=True
+    )
+    interpolate_to: str = field(
+        "", "Second image file: --num_samples steps from --init_image to it.", path=True
+    )
 
     def __post_init__(self):
         if self.mask and not self.init_image:

@@ -47,7 +47,9 @@ class GanRequest(SampleRequest):
     truncation: float = field(
         1.0, "Scale of the distance of styles from their mean; 1: no truncation.", minimum=0
     )
-    latents: str = field("", "File .npy of latents [n, latent_dim] to use instead of random ones.")
+    latents: str = field(
+        "", "File .npy of latents [n, latent_dim] to use instead of random ones.", path=True
+    )
     path: str = field("spherical", "Path of an interpolation.", choices=PATHS)
     columns: int = field(11, "Images per row of a grid.", minimum=2)
 

@@ -34,7 +34,9 @@ class GanConfig(GameConfig):
         "none", "What both players are conditioned on.", choices=("none", "class")
     )
     grow_from: str = field(
-        "", "Workdir of a run on images half as large, whose layers initialize this one."
+        "",
+        "Workdir of a run on images half as large, whose layers initialize this one.",
+        path=True,
     )
     fade_steps: int = field(0, "Steps over which the new layers fade in.", minimum=0)
 

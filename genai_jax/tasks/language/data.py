@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +36,11 @@ class TextData:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.config.tokenizer)
+        return load_tokenizer(self.config.tokenizer, self.config.end_token)
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray | None:
+        return self.tokenizer.token_bytes()
 
     @property
     def vocab_size(self) -> int:
@@ -55,15 +60,19 @@ class TextData:
     def batch_spec(self) -> dict[str, ArraySpec]:
         shape = (self.config.batch_size, self.config.sequence_length)
         dtypes = dict.fromkeys(ENTRIES, jnp.int32) | {"loss_mask": jnp.float32}
+        if self._token_bytes is None:
+            dtypes["target_bytes"] = jnp.int32
         return {name: ArraySpec(shape, d, ("batch", "length")) for name, d in dtypes.items()}
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.sequence_length
 
-    def token_bytes(self) -> np.ndarray:
-        """Number of UTF-8 bytes that each token stands for, float32 [vocabulary]."""
-        return np.asarray(self.tokenizer.token_bytes(), np.float32)
+    def target_bytes(self, batch: Batch) -> jax.Array:
+        """Number of UTF-8 bytes of the text that each target stands for, [batch, length]."""
+        if "target_bytes" in batch:
+            return batch["target_bytes"]
+        return jnp.asarray(self._token_bytes, jnp.float32)[batch["targets"]]
 
     def train(self, rows: Sequence[int] | None = None):
         return self.loader.batches("train", rows)

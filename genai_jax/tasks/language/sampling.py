@@ -23,7 +23,7 @@ from genai_jax.training.sharding import LOGICAL_AXES
 class TextRequest(SampleRequest):
     num_samples: int = field(1, "Samples for each prompt.", minimum=1)
     prompt: str = field("", "Text to continue.")
-    prompt_file: str = field("", "File with one prompt per line.")
+    prompt_file: str = field("", "File with one prompt per line.", path=True)
     max_tokens: int = field(256, "Maximum number of new tokens in a sample.", minimum=1)
     temperature: float = field(
         1.0, "Divides the logits; 0 always takes the likeliest token.", minimum=0

@@ -18,12 +18,13 @@ def text_metrics(
     Args:
       log_probs: of the targets, [batch, length], nats.
       correct: whether a target was predicted, [batch, length] bool.
-      batch: targets, loss_mask, and segment_ids, with tokens in the same order.
+      batch: targets, loss_mask, segment_ids, and target_bytes if there are any, with tokens in
+        the same order.
       data: that the batch comes from.
     """
     mask = batch["loss_mask"]
     nll, tokens = -jnp.sum(log_probs * mask, 1), jnp.sum(mask, 1)
-    size = jnp.sum(jnp.asarray(data.token_bytes())[batch["targets"]] * mask, 1)
+    size = jnp.sum(data.target_bytes(batch) * mask, 1)
     metrics = {
         "loss": Mean(nll, tokens),
         "bits_per_byte": Mean(nll / math.log(2), size),

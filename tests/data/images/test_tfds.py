@@ -2,6 +2,7 @@
 
 import io
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -119,3 +120,22 @@ def test_resizing_keeps_the_center():
 def test_missing_features_are_errors(data_dir, changes, message):
     with pytest.raises(ConfigError, match=message):
         open_images(config(data_dir, **changes), "train")
+
+
+@pytest.mark.parametrize(
+    ("feature", "said"),
+    [
+        (
+            tfds.features.Image(shape=(8, 8, 4)),
+            r"have 4 channel\(s\) of uint8; prepare it with 1 or 3",
+        ),
+        (tfds.features.Image(shape=(8, 8, 1), dtype=np.uint16), r"1 channel\(s\) of uint16"),
+        (tfds.features.Tensor(shape=(8, 8, 1), dtype=np.float32), r"1 channel\(s\) of float32"),
+    ],
+)
+def test_pixels_that_cannot_be_shown_are_refused_before_training(monkeypatch, feature, said):
+    info = types.SimpleNamespace(features={"image": feature}, splits={"train": None})
+    builder = types.SimpleNamespace(info=info)
+    monkeypatch.setattr("genai_jax.data.images.tfds.prepared_builder", lambda *_: builder)
+    with pytest.raises(ConfigError, match=said):
+        open_images(config("/nowhere", label_key=""), "train")

@@ -1,9 +1,14 @@
-import os
+import gzip
+import io
+import lzma
 import subprocess
 import sys
 import time
+import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from genai_jax.config import ConfigError
 from genai_jax.data.shuffle import permuted
@@ -88,8 +93,10 @@ def test_a_single_document_can_be_trained_on_but_not_validated_on(tmp_path):
     path = tmp_path / "tiny.txt"
     path.write_text("only this")
     assert documents(text_config(path), "train") == ["only this"]
-    with pytest.raises(ConfigError, match="none is left for validation: add documents"):
+    with pytest.raises(ConfigError, match="none is left for validation: add documents, or sep"):
         open_source(text_config(path), "validation")
+    with pytest.raises(ConfigError, match=r"none is left for validation: add documents$"):
+        open_source(text_config(tmp_path), "validation")
 
 
 def test_copies_fall_into_the_same_split(tmp_path):
@@ -160,7 +167,52 @@ def test_permuted_is_a_permutation(size):
         ]
 
 
-def test_home_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x.txt").write_text("text")
-    assert documents(text_config(os.path.join("~", "x.txt")), "train") == ["text"]
+def test_linked_folders_are_read_once_and_what_is_skipped_is_said(tmp_path, capsys):
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    for path in (folder / "sub", folder / ".git", outside):
+        path.mkdir(parents=True)
+    for i, path in enumerate((folder / "a", folder / "sub" / "b", outside / "c", outside / "d")):
+        path.write_text(f"text {i}")
+    for hidden in (folder / ".git" / "x", folder / ".DS_Store"):
+        hidden.write_text("hidden")
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "dangling").symlink_to(tmp_path / "nowhere")
+    (folder / "0link").symlink_to(outside)
+    (folder / "1link").symlink_to(folder / "sub")
+    (outside / "back").symlink_to(folder)
+    train, validation = both_splits(text_config(folder))
+    assert sorted(train + validation) == [f"text {i}" for i in range(4)]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 hidden, 1 not regular (sockets, dangling links), 1 empty" in said
+
+
+def test_training_gets_most_of_the_text_of_few_documents(tmp_path):
+    for i in range(8):
+        (tmp_path / "large.txt").write_text(f"{i}" * 100_000)
+        (tmp_path / "small.txt").write_text(f"few {i}")
+        train, validation = both_splits(text_config(tmp_path))
+        assert train == [f"{i}" * 100_000] and validation == [f"few {i}"]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "tok.json"])
+def test_files_that_are_not_text_are_named(tmp_path, tokenizer):
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(picture, format="PNG")
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("a.txt", "text")
+    array = io.BytesIO()
+    np.save(array, np.arange(3))
+    files = {
+        "x.gz": gzip.compress(b"text"), "x.xz": lzma.compress(b"text"), "x.png": picture,
+        "x.docx": zipped, "x.npy": array, "x.txt": "text".encode("utf-16"),
+        "x.parquet": b"PAR1\x15\x04",
+    }  # fmt: skip
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.getvalue())
+        for place in (path, tmp_path):
+            with pytest.raises(ConfigError, match=rf"{name} is .*: text:PATH reads plain text"):
+                open_source(text_config(place, tokenizer=tokenizer), "train")
+        path.unlink()

@@ -6,7 +6,7 @@ import pytest
 from genai_jax.config import ConfigError
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import open_source
-from genai_jax.data.text.tokenization import load_tokenizer
+from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
 from genai_jax.train_tokenizer import train_bpe
 
 TEXT = "def f(x):\n    return 'naïve – 日本語 🙂'\t<|endoftext|>\n\n  twice  spaced\r\n"
@@ -71,13 +71,6 @@ def test_empty_text_has_no_tokens(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-def test_token_bytes_add_up(tokenizer):
-    counts = tokenizer.token_bytes()
-    assert counts.shape == (tokenizer.vocab_size,)
-    assert counts[tokenizer.boundary_id] == 0
-    assert counts[tokenizer.encode(TEXT)].sum() == len(TEXT.encode())
-
-
 def test_fingerprint_depends_on_the_content(tokenizer, bpe, sentencepiece_model):
     specs = ["bytes", bpe, sentencepiece_model]
     assert len({load_tokenizer(spec).fingerprint() for spec in specs}) == 3
@@ -119,13 +112,28 @@ def test_broken_file(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_no_boundary(tmp_path):
-    from tokenizers import Tokenizer, models
+def test_the_token_that_ends_a_document(tmp_path, bpe, sentencepiece_model):
+    from tokenizers import AddedToken, Tokenizer, models
 
     path = str(tmp_path / "plain.json")
-    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(path)
-    with pytest.raises(ConfigError, match=r"<\|endoftext\|>, </s>, <eos>, \[SEP\]"):
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|go|>", "<|it|>")])
+    tokenizer.save(path)
+    with pytest.raises(ConfigError, match=r"--data.end_token; its special .*: <\|go\|>, <\|it\|>"):
         load_tokenizer(path)
+    with pytest.raises(ConfigError, match=r"--data.end_token=<\|no\|> is not a token of"):
+        load_tokenizer(path, "<|no|>")
+    assert load_tokenizer(path, "<|it|>").boundary_id == 3
+    assert load_tokenizer(sentencepiece_model, "<s>").boundary_id == 1
+    with pytest.raises(ConfigError, match=r"special tokens are: <s>, </s>"):
+        load_tokenizer(sentencepiece_model, "<end>")
+    with pytest.raises(ConfigError, match="has a boundary of its own"):
+        load_tokenizer("bytes", "</s>")
+    for name in BOUNDARIES:
+        tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+        tokenizer.add_special_tokens([name])
+        tokenizer.save(path)
+        assert load_tokenizer(path).boundary_id == 1
 
 
 @pytest.mark.parametrize("fixture", ["bpe", "sentencepiece_model"])

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -163,5 +162,13 @@ def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
     assert evaluate.main([workdir]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["images"] == 355 and 0.2 < scores["bits_per_dim"] < 1
-    assert sample.main([workdir, "--num_samples=3", "--sweeps=2"]) == 0
-    assert pathlib.Path(capsys.readouterr().out.strip()).read_bytes().startswith(b"\x89PNG")
+    for flags in (("--sweeps=2",), ("--sweeps=3",), ("--seed=1", "--sweeps=2"), ("--sweeps=2",)):
+        assert sample.main([workdir, "--num_samples=3", *flags]) == 0
+    names = [line.rpartition("/")[2] for line in capsys.readouterr().out.split()]
+    assert names[0] == names[3] == "draws_seed0_step-4_num_samples-3_sweeps-2.png"
+    assert len(set(names)) == 3  # requests with other settings do not overwrite it
+    pictures = [tmp_path / "whole" / "samples" / name for name in names]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    for name in ("x.jpg", "x.npy", "x", "x.gif"):
+        with pytest.raises(ConfigError, match=rf"--output={name} must end in \.png"):
+            sample.main([workdir, f"--output={name}"])
