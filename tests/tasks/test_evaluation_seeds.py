@@ -6,12 +6,7 @@ from jax.extend import core
 
 from genai_jax.components import make_task, parse_run, request_class
 from genai_jax.tasks.protocol import Reports
-from tests.tasks.test_half_precision import CASES, ROWS
-
-EXACT_ALONE = ("--glow.steps_per_level=1", "--glow.hidden_channels=4")
-FAMILIES = {
-    case: CASES[case] for case in CASES if " " not in case or case.startswith("diffusion d")
-}
+from tests.every_flag import BASES, COMMON
 
 
 def uses(program: core.Jaxpr, variable: core.Var) -> bool:
@@ -26,10 +21,9 @@ def uses(program: core.Jaxpr, variable: core.Var) -> bool:
     return variable in program.outvars
 
 
-@pytest.mark.parametrize("case", [*FAMILIES, "normalizing_flow"])
-def test_a_seed_is_asked_for_where_it_changes_a_score(case):
-    flags = FAMILIES.get(case, EXACT_ALONE)
-    task = make_task(parse_run([f"--task={case.split()[0]}", f"--data.batch_size={ROWS}", *flags]))
+@pytest.mark.parametrize("base", BASES)
+def test_a_seed_is_asked_for_where_it_changes_a_score(base):
+    task = make_task(parse_run([*COMMON, *BASES[base]]))
     params, mutables = jax.eval_shape(task.init, jax.random.key(0))
     spec = task.data.batch_spec
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in spec.items()}

@@ -1,0 +1,260 @@
+"""Runs of two steps in which every choice of every flag of every family occurs.
+
+    python -m tests.every_flag [FAMILY ...]
+
+chooses the flags of the runs, trains them, and writes `tests/golden/every_flag.json`: for each
+base, a family and what it needs, the runs, and the values that its runs cannot have, with the error
+that refuses them. Each run sets as many flags as go together, so that few runs suffice. To be run
+again after a flag has been added or removed; tests/test_every_flag.py says so.
+"""
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Iterator
+
+from genai_jax import train
+from genai_jax.components import components_of, make_task, parse_run
+from genai_jax.config import ConfigError
+from genai_jax.tasks.registry import task_class
+
+RECORD = pathlib.Path(__file__).parent / "golden" / "every_flag.json"
+COMMON = (
+    "--train.progress=false", "--train.log_every=1", "--eval.batches=1", "--data.batch_size=4",
+    "--optimizer.warmup_steps=0",
+)  # fmt: skip
+DIT = (
+    "--task=diffusion", "--diffusion.network=dit", "--dit.num_layers=2", "--dit.embed_dim=16",
+    "--dit.num_heads=2", "--dit.patch_size=4", "--dit.text_layers=1",
+)  # fmt: skip
+FEW_STEP = (*DIT, "--task=few_step")
+CODEC = (
+    "--task=autoencoder", "--autoencoder.channels=4", "--autoencoder.channel_multipliers=1,1",
+    "--discriminator.channels=4", "--discriminator.num_layers=1",
+    "--autoencoder_loss.discriminator_weight=0.5",
+)  # fmt: skip
+LADDER = (
+    "--task=vae", "--vae.network=ladder", "--ladder_vae.stages=1x1,8x1", "--ladder_vae.channels=4",
+    "--ladder_vae.latent_channels=2",
+)  # fmt: skip
+DENSE = ("--dense_vae.latent_dim=3", "--dense_vae.hidden_dim=16", "--dense_vae.num_layers=1")
+GAN = ("--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--critic.channels=4")
+BASES = {
+    "language_model": (
+        "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
+        "--transformer.num_heads=2", "--data.unique_tokens=2000",
+    ),
+    "language_model experts": (
+        "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
+        "--transformer.num_heads=2", "--data.unique_tokens=2000", "--moe.num_experts=4",
+    ),
+    "diffusion": (
+        "--task=diffusion", "--unet.channels=8", "--unet.channel_multipliers=1,2",
+        "--unet.blocks_per_level=1", "--unet.attention_resolutions=4", "--unet.head_dim=8",
+    ),
+    "diffusion bound": (*DIT, "--diffusion.objective=bound", "--diffusion.schedule=learned"),
+    "diffusion text": (
+        *DIT, "--data.captions", "--diffusion.condition=text", "--data.caption_length=8",
+    ),
+    "diffusion straight": (
+        *DIT, "--diffusion.schedule=flow", "--diffusion.parameterization=velocity",
+    ),
+    "few_step": FEW_STEP,
+    "few_step shortcut": (
+        *FEW_STEP, "--few_step.method=shortcut", "--diffusion.schedule=flow",
+        "--diffusion.parameterization=velocity",
+    ),
+    "autoencoder": CODEC,
+    "autoencoder codes": (*CODEC, "--autoencoder.latent=vq", "--quantizer.codes=16"),
+    "image_classifier": (
+        "--task=image_classifier", "--classifier.channels=8", "--classifier.num_stages=2",
+        "--classifier.feature_dim=8",
+    ),
+    "vae": ("--task=vae", *DENSE),
+    "vae ladder": LADDER,
+    "gan": GAN,
+    "gan style": (
+        *GAN, "--generator.network=style", "--generator.style_dim=5",
+        "--generator.mapping_layers=1", "--critic.network=residual",
+    ),
+    "normalizing_flow": (
+        "--task=normalizing_flow", "--glow.steps_per_level=1", "--glow.hidden_channels=4",
+    ),
+    "rbm": ("--task=rbm", "--rbm.num_hidden=5", "--rbm.chains=4", "--rbm.sweeps=1"),
+}  # fmt: skip
+# Components that say where and how long a run is, or that only sampling uses.
+ELSEWHERE = ("run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler")
+# Numbers are flags of every family, too many to go through: what is off by default, and these.
+NUMBERS = {
+    "moe.group_size": "8",
+    "language_model.vocab_size": "300",
+    "transformer.window": "3",
+    "transformer.num_kv_heads": "1",
+}
+WITH = {  # what a flag needs
+    "transformer.base_width": "transformer.parametrization=maximal_update transformer.head_dim=8 "
+    "transformer.embed_dim=8",
+    "transformer.base_head_dim": "transformer.parametrization=maximal_update "
+    "transformer.base_width=8",
+    "transformer.parametrization": "transformer.base_width=8 transformer.head_dim=8",
+    "moe.group_size": "moe.capacity_factor=1.5",
+    "moe.renormalize": "moe.experts_per_token=1",
+    "ema.snapshot_every": "ema.relative_width=0.1",
+    "gan.fade_steps": "gan.grow_from=x",
+    "gan.path_length_every": "gan.path_length=0.5",
+    "gan.r1_every": "gan.r1=0.5",
+    "augmentation.ramp_images": "augmentation.target=0.5",
+}
+LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
+
+
+def candidates(base: str) -> list[str]:
+    """Every value of every flag of a base's family that its runs are to have, as "name=value"."""
+    flags = (*COMMON, *BASES[base])
+    config = parse_run(flags)
+    fixed = {flag.removeprefix("--").partition("=")[0] for flag in flags}
+    components = components_of(task_class(config.run.task))
+    return [
+        " ".join(
+            [
+                f"{component}.{field.name}={value}",
+                *WITH.get(f"{component}.{field.name}", "").split(),
+            ]
+        )
+        for component, cls in components.items()
+        if component not in ELSEWHERE
+        for field in dataclasses.fields(cls)
+        if f"{component}.{field.name}" not in fixed
+        for value in _values(f"{component}.{field.name}", field)
+    ] + ["dtype=bfloat16"] * (base != "normalizing_flow")
+
+
+def _values(name: str, field: dataclasses.Field) -> Iterator[str]:
+    """Values of a flag other than its default."""
+    kind, default, meta = field.type, field.default, field.metadata
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = (a for a in typing.get_args(kind) if a is not type(None))
+    if meta["choices"]:
+        yield from (choice for choice in meta["choices"] if choice != default)
+    elif kind is bool:
+        yield str(not default).lower()
+    elif name in NUMBERS:
+        yield NUMBERS[name]
+    elif kind in (int, float) and not default and name not in LARGE:  # off, until it has a value
+        yield "2" if kind is int else "0.5"
+
+
+def flags_of(values: list[str]) -> list[str]:
+    return [f"--{flag}" for value in values for flag in value.split()]
+
+
+def refused(base: str, values: list[str]) -> str | None:
+    """The error that refuses these values together; None if there is none."""
+    try:
+        make_task(parse_run([*COMMON, *BASES[base], *flags_of(values)]))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def two_steps(base: str, values: list[str], accumulate: int, workdir: str):
+    """Trains one step, and resumes for another."""
+    flags = [*COMMON, *BASES[base], *flags_of(values)]
+    for steps in (1, 2):
+        more = (f"--train.accumulate={accumulate}", f"--train.steps={steps}")
+        assert train.main([*flags, *more, f"--workdir={workdir}"]) == 0
+    rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["step"] for row in rows][-1] == 2
+
+
+def grown(base: str, left: list[str], check) -> list[str]:
+    """As many values as `check` finds to go together."""
+    run: list[str] = []
+
+    def add(values: list[str]):
+        """Adds all; or halves them, until what does not go with the others is one value."""
+        taken, fresh = {name for value in run for name in names_in(value)}, []
+        for value in values:
+            if not taken & names_in(value):
+                taken |= names_in(value)
+                fresh.append(value)
+        if fresh and check(base, run + fresh) is None:
+            run.extend(fresh)
+        elif len(values) > 1:
+            add(values[: len(values) // 2])
+            add(values[len(values) // 2 :])
+
+    add(left)
+    return run
+
+
+def chosen_runs(base: str, done: set[str]) -> tuple[list[list[str]], dict[str, str]]:
+    """(values of each run, value -> why no run has it), without what is `done` already."""
+    left, runs, why = [value for value in candidates(base) if value not in done], [], {}
+    random.Random(0).shuffle(left)
+    while left:
+        run = grown(base, left, refused)
+        if run and trains(base, run):  # refused later than by its flags alone
+            run = grown(base, run, trains)
+        if not run:
+            why |= {value: trains(base, [value]) for value in left}
+            if "" in why.values() or None in why.values():
+                raise AssertionError(f"{base}: {why}")
+            break
+        print(base, *run, flush=True)
+        runs.append(run)
+        left = [value for value in left if value not in run]
+    return runs, why
+
+
+def family(base: str) -> list[str]:
+    """The bases of the same family."""
+    return [b for b in BASES if b.split()[0] == base.split()[0]]
+
+
+def in_runs(record: dict, bases: list[str]) -> set[str]:
+    """The values that the runs of some bases have."""
+    return {value for base in bases for run in record[base]["runs"] for value in run}
+
+
+def names_in(value: str) -> set[str]:
+    return {flag.partition("=")[0] for flag in value.split()}
+
+
+def trains(base: str, values: list[str]) -> str | None:
+    """As `refused`, but by training."""
+    if message := refused(base, values):
+        return message
+    workdir = tempfile.mkdtemp()
+    try:
+        two_steps(base, values, 2, workdir)
+    except ConfigError as error:
+        return str(error)
+    except BaseException:
+        print("FAILED", base, *values, flush=True)
+        raise
+    finally:
+        shutil.rmtree(workdir, ignore_errors=True)
+    return None
+
+
+def main(names: list[str]):
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    for base in [b for b in BASES if not names or {b, b.split()[0]} & {*names}]:
+        earlier = [b for b in family(base) if list(BASES).index(b) < list(BASES).index(base)]
+        runs, why = chosen_runs(base, in_runs(record, earlier))
+        record[base] = {"runs": runs, "refused": why}
+        print(base, len(runs), "runs,", len(why), "refused", flush=True)
+        record = {name: record[name] for name in BASES if name in record}
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        RECORD.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
