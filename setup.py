@@ -36,6 +36,7 @@ setup(
         "text": TEXT,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
         "fid": ["torch-fidelity>=0.3"],
         "colab": ["nbclient>=0.10", "ipykernel>=6.29"],
     },

@@ -14,7 +14,7 @@ from genai_jax.config import Config, ConfigError, field, flag_names, help_text, 
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
 from genai_jax.scaling.compile_text import as_text, side_by_side
-from genai_jax.training.sharding import placements
+from genai_jax.training.sharding import make_mesh, placements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if not request.topology:
         raise ConfigError(f"--topology is not set; examples are {EXAMPLES}")
     topology = Topology(request.topology, request.slices)
-    topology.prepare()
+    topology.prepare(request.compiles)
     runs = [rest]
     if request.compare:
         flags = [a for a in rest if not a.startswith("--flagfile=")]
@@ -84,7 +84,8 @@ def _check(
 ) -> tuple[int, dict]:
     """Compiles one run and prints the report; returns (1 if it does not fit, the report)."""
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "command-line flags")
-    built = prepared(make_task(config), config, topology)
+    mesh = make_mesh(config.mesh, topology.devices(request.compiles))
+    built = prepared(make_task(config), config, mesh)  # opens the data
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         shardings = placements(params, rules, built.compiled.mesh)

@@ -123,7 +123,7 @@ def run_help(argv: Sequence[str], usage: str) -> str:
     notes = (
         f"Flags of --task={task}. Add --task=NAME to see those of another task: {', '.join(TASKS)}."
     )
-    return help_text(f"{usage}\n\n{notes}", components_of(task_class(task)))
+    return help_text(f"{usage or ''}\n\n{notes}", components_of(task_class(task)))
 
 
 def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
@@ -204,7 +204,7 @@ def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
         if is_outside(task):  # code that only the command line may name
             task = None
     if not task:
-        usage += "\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
+        usage = f"{usage or ''}\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
         return help_text(usage, {"run": REQUESTS[kind], "distributed": DistributedConfig})
     return help_text(usage, request_components(task_class(task), kind))
 

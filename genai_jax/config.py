@@ -20,7 +20,7 @@ from absl import flags
 
 from genai_jax.errors import ConfigError as ConfigError  # where everything imports it from
 from genai_jax.errors import MissingFile as MissingFile
-from genai_jax.files import read_text, unreadable
+from genai_jax.files import expand_home, read_text, unreadable
 
 MAX_FLAGFILES = 256  # that a command line may include, directly or through others
 MAX_FLAGFILE_BYTES = 1 << 18
@@ -150,10 +150,13 @@ def parse(
 
 def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
     """The error message for a flag that does not exist."""
-    names = flag_names(components)
+    names = [
+        _flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)
+    ]
     component = name.rpartition(".")[0]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    near = near or sorted(n for n in names if n.rpartition(".")[2] == name)[:1]
+    for means in (str.__eq__, _is_short):
+        near = near or [n for n in names if means(n.rpartition(".")[2], name)][:1]
     same = sorted(n for n in names if component and n.rpartition(".")[0] == component)
     if near:
         hint = f"did you mean --{near[0]}?"
@@ -162,6 +165,11 @@ def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
     else:
         hint = f"its components are {', '.join(components)}"
     return f"--{name} is not a flag of {user}; {hint}"
+
+
+def _is_short(last: str, name: str) -> bool:
+    """Whether a name is the initials, or the first words, of the last part of a flag."""
+    return name == "".join(word[:1] for word in last.split("_")) or last.startswith(f"{name}_")
 
 
 def last_value(argv: Sequence[str], name: str) -> str | None:
@@ -177,14 +185,6 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
     return value and expand_home(value)
 
 
-def expand_home(path: str) -> str:
-    """Replaces a leading ~ by the home folder, also after a prefix, as in text:~/books."""
-    kind, colon, rest = path.partition(":")
-    if colon and rest.startswith("~"):
-        return f"{kind}:{os.path.expanduser(rest)}"
-    return os.path.expanduser(path)
-
-
 def flag_names(components: Mapping[str, type]) -> set[str]:
     """The names of all flags of the components, without the dashes."""
     return {_flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
@@ -194,9 +194,9 @@ def _shown(default: Any) -> str:
     return {"": "empty", None: "unset"}.get(default, str(default))
 
 
-def help_text(usage: str, components: Mapping[str, type]) -> str:
+def help_text(usage: str | None, components: Mapping[str, type]) -> str:
     """All flags with their defaults and allowed values, grouped by component."""
-    lines = [usage, ""]
+    lines = [usage or "", ""]  # no docstrings under python -OO
     for component, cls in components.items():
         for f in dataclasses.fields(cls):
             notes = [f"default {_shown(f.default)}"]

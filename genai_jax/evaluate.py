@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 
@@ -24,10 +25,23 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.distributed import is_main, join_processes
 
     with join_processes(flags.distributed), tells_how_to_move(config):
-        result = scores(make_task(config), config, flags.run)
+        task = make_task(config)
+        result = scores(task, config, flags.run)
         if is_main():
+            if "data" in flags.components and any(vars(flags.data).values()):
+                _say_if_other_data(task, config)
             print(json.dumps(result))
     return 0
+
+
+def _say_if_other_data(task, config):
+    """Says so if the held-out data, which a flag named, are not those of the run."""
+    from genai_jax.training.workdir import read_record
+
+    name = "validation_sha256"
+    before = read_record(config.run.workdir).get("data", {})
+    if before.get(name) != task.data.record().get(name):
+        print("note: the held-out data are not those of the run", file=sys.stderr)
 
 
 def scores(task, config, request) -> dict:

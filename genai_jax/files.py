@@ -23,6 +23,14 @@ KINDS = {
 Path = str | os.PathLike
 
 
+def expand_home(path: str) -> str:
+    """Replaces a leading ~ by the home folder, also after a prefix, as in text:~/books."""
+    kind, colon, rest = path.partition(":")
+    if colon and rest.startswith("~"):
+        return f"{kind}:{os.path.expanduser(rest)}"
+    return os.path.expanduser(path)
+
+
 def open_regular(path: Path, label: str = "") -> IO[bytes]:
     """Opens a regular file for reading, without waiting.
 

@@ -13,7 +13,8 @@ import jax
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
-from genai_jax.config import ConfigError, expand_home, flag_names, help_text, parse
+from genai_jax.config import ConfigError, flag_names, help_text, parse
+from genai_jax.files import expand_home
 from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
 from genai_jax.scaling.study.folder import counts_of, flagfiles
 

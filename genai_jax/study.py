@@ -23,7 +23,7 @@ from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.expected import read_expected
 from genai_jax.scaling.study.folder import check_folder, read_study
 from genai_jax.scaling.study.launch import commands
-from genai_jax.scaling.study.overview import plan_text
+from genai_jax.scaling.study.overview import plan_text, times_text
 from genai_jax.scaling.study.session import check, report, state_of, train_missing
 from genai_jax.scaling.study.settings import chosen
 from genai_jax.training.lock import locked
@@ -124,15 +124,17 @@ def _announce(request: StudyRequest, study, state, only: Sequence[str]):
         return
     finished = [r for r in state.needed if r.name in state.results]
     others = [r for r in study.runs if r not in runs and r not in finished]
-    speed = None
-    if runs and request.flops_per_second:
+    print(plan_text(runs, finished, others), flush=True)
+    if not runs:
+        return
+    if request.flops_per_second:
         speed = times.given(request.flops_per_second)
-    elif runs:
+    else:
         speed = times.from_finished(finished)
-        if not speed:
-            _say("timing a few steps of the cheapest and the most expensive run")
-            speed = times.calibrated(runs, request.jobs)
-    print(plan_text(runs, finished, others, speed, request.jobs))
+    if not speed:
+        _say("timing a few steps of the cheapest and the most expensive run")
+        speed = times.calibrated(runs, request.jobs)
+    print(times_text(runs, others, speed, request.jobs))
 
 
 def _run(request: StudyRequest, settings, study, only: Sequence[str], argv: Sequence[str]) -> int:

@@ -19,9 +19,11 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.training.lock import locked
     from genai_jax.training.loop import train
     from genai_jax.training.schedule_notes import cut_schedules
+    from genai_jax.training.sharding import make_mesh
     from genai_jax.training.workdir import check_path, claim
 
     with join_processes(config.distributed):
+        make_mesh(config.mesh)  # one that cannot work is refused before the data are opened
         task = make_task(config)
         if not is_main():
             return train(task, config)

@@ -52,7 +52,7 @@ def train_bpe(source: Source, vocab_size: int, output: str) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
         raise config_lib.ConfigError(
-            "training a tokenizer needs the tokenizers package: pip install genai_jax[text]"
+            'training needs the package tokenizers: in the clone, pip install -e ".[text]"'
         ) from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

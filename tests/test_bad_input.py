@@ -1,12 +1,14 @@
 """Every mistake: one clear line, a non-zero exit, nothing written over."""
 
 import resource
+import subprocess
 import sys
 
 import pytest
 
 from genai_jax import command, evaluate, sample, train
 from tests.commands import TINY, run
+from tests.conftest import ROOT
 
 COMMANDS = {"train": train.main, "sample": sample.main, "evaluate": evaluate.main}
 
@@ -55,6 +57,10 @@ def base(text_folder, tmp_path):
         (["--data.tokenizer=/no/such.json"], "/no/such.json"),
         (["--train.accumulate=3"], "--data.batch_size=8 is not divisible by"),
         (["--mesh.tensor=2"], "does not fit 1 device"),
+        (["--mesh.tensor=2", "--data.dataset=text:/no/such/file"], "does not fit 1 device"),
+        (["--lr=1"], "did you mean --optimizer.learning_rate?"),
+        (["--steps=1"], "did you mean --train.steps?"),
+        (["--batch=1"], "did you mean --data.batch_size?"),
         (["--attention=tpu"], "auto, xla, xla_chunked"),
         (["--ema.decay=2"], "--ema.decay=2"),
     ],
@@ -161,6 +167,17 @@ def test_data_that_changed_under_a_run_is_refused(refuse, base, tmp_path):
     train.main(data)
     (folder / "3.txt").write_text("another text")
     assert "the data changed since the run" in refuse("train", *data)
+
+
+def test_help_without_docstrings():
+    names = ("train", "sample", "evaluate", "study", "ladder", "fit", "compile_check",
+             "coordinate_check", "train_tokenizer")  # fmt: skip
+    code = f"from genai_jax import {', '.join(names)}\n"
+    code += "".join(f"{name}.main(['--help'])\n" for name in names)
+    process = subprocess.run(
+        [sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
 
 
 def test_help_answers_within_three_seconds():

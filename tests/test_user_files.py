@@ -42,5 +42,10 @@ def test_a_run_whose_data_and_tokenizer_moved_can_be_used(tmp_path, text_folder,
     capsys.readouterr()
     place = f"--data.dataset=text:{tmp_path / 'new'}", f"--data.tokenizer={tmp_path / 'new.json'}"
     assert evaluate.main([workdir, *place]) == 0
-    scores = [out.split('"tokens_per_second"')[0] for out in (before, capsys.readouterr().out)]
-    assert scores[0] == scores[1]
+    after = capsys.readouterr()
+    scores = [out.split('"tokens_per_second"')[0] for out in (before, after.out)]
+    assert scores[0] == scores[1] and "not those of the run" not in after.err
+    for path in (tmp_path / "new").iterdir():
+        path.write_text(f"another text {path.stem}")
+    assert evaluate.main([workdir, *place]) == 0
+    assert "the held-out data are not those of the run" in capsys.readouterr().err

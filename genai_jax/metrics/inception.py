@@ -26,7 +26,9 @@ def inception_fid(real: np.ndarray, generated: np.ndarray, weights: str) -> floa
         import torch
         import torch_fidelity
     except ImportError:
-        raise ConfigError("--inception needs torch-fidelity: pip install genai_jax[fid]") from None
+        raise ConfigError(
+            '--inception needs torch-fidelity: in the clone, pip install -e ".[fid]"'
+        ) from None
 
     class Images(torch.utils.data.Dataset):
         def __init__(self, images):

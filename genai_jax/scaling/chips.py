@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -85,18 +87,31 @@ class Topology:
         """None for simulated CPU devices."""
         return CHIPS.get(self.kind)
 
-    def prepare(self):
+    @property
+    def num_devices(self) -> int:
+        return math.prod(self.shape) * self.slices * (2 if self.kind == "7x" else 1)
+
+    @property
+    def compiler(self) -> str | None:
+        """The package that compiles for these devices; None if jax does so itself."""
+        return {"cpu": None, "h200": "jax_cuda13_plugin"}.get(self.kind, "libtpu")
+
+    def prepare(self, compiles: bool = True):
         """Prepares this process for describing the devices; call it before jax is used.
+
+        Args:
+          compiles: whether something will be compiled. If not, `devices` simulates the devices,
+            all in one slice, where the compiler is not installed.
 
         Raises:
           ConfigError: the compiler is not installed.
         """
-        if self.kind == "cpu":
+        if self._simulated(compiles):
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", self.shape[0])
+            jax.config.update("jax_num_cpu_devices", self.num_devices)
             return
         kernels_pallas.targets.prepare_environment()
-        needed = "jax_cuda13_plugin" if self.kind == "h200" else "libtpu"
+        needed = self.compiler
         try:
             __import__(needed)
         except ImportError:
@@ -105,13 +120,16 @@ class Topology:
                 "targets` and set PYTHONPATH=.venv/targets"
             ) from None
 
-    def devices(self) -> list:
-        """The described devices.
+    def _simulated(self, compiles: bool) -> bool:
+        return not self.compiler or not (compiles or importlib.util.find_spec(self.compiler))
+
+    def devices(self, compiles: bool = True) -> list:
+        """The described devices; see `prepare`.
 
         Raises:
           ConfigError: the compiler does not support this topology.
         """
-        if self.kind == "cpu":
+        if self._simulated(compiles):
             return jax.devices()
         target = kernels_pallas.targets.TARGETS[self.kind]
         sizes, options = "x".join(map(str, self.shape)), dict(target.options)

@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.scaling.chips import Topology, machine_memory
@@ -17,7 +18,7 @@ from genai_jax.scaling.program import parse
 from genai_jax.tasks.protocol import Fitted, batch_rows, step_spec
 from genai_jax.training.execution import Compiled, build
 from genai_jax.training.flops import flops_of
-from genai_jax.training.sharding import make_mesh, mesh_context
+from genai_jax.training.sharding import mesh_context
 
 
 class DoesNotFit(Exception):
@@ -36,15 +37,14 @@ class Built(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def prepared(task: Any, config: Config, topology: Topology) -> Built:
+def prepared(task: Any, config: Config, mesh: Mesh) -> Built:
     """The training step of `task`, a `genai_jax.tasks.protocol.Task`; nothing is compiled yet.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or an axis does not divide a dimension.
+      ConfigError: an axis of the mesh does not divide a dimension.
     """
     if isinstance(task, Fitted):
         raise ConfigError(f"--task={config.run.task} is fitted in one pass; it has no step")
-    mesh = make_mesh(config.mesh, topology.devices())
     compiled = build(task, config, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=compiled.batch_shardings[name])

@@ -6,7 +6,6 @@ depend on a task: the caller provides the function from flags to `Counts`.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -15,6 +14,11 @@ from typing import NamedTuple
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.study.folder import Counts
 from genai_jax.scaling.study.settings import numbers
+
+STUDY_FILES = {
+    "README.md": "# IsoFLOP ladder\n\nWhich model size reaches the lowest loss at each budget?\n",
+    "study.flags": "--study.analysis=scaling_law\n",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +42,9 @@ class LadderRequest:
         0, "Smallest number of tokens, or examples, per non-embedding parameter; runs with fewer "
         "are left out.", minimum=0,
     )  # fmt: skip
-    most_tokens: float = field(
-        math.inf, "Largest number of tokens, or examples, per non-embedding parameter; runs with "
-        "more are left out.", minimum=0,
+    most_tokens: float | None = field(
+        None, "Largest number of tokens, or examples, per non-embedding parameter; runs with more "
+        "are left out; no limit if unset.", minimum=0,
     )  # fmt: skip
     least_steps: int = field(
         50, "Smallest number of training steps; runs with fewer are left out.", minimum=1
@@ -145,7 +149,7 @@ def _why_not(request: LadderRequest, rung: Rung) -> str:
         return f"{rung.steps} step(s), --least_steps={request.least_steps}"
     if rung.ratio < request.least_tokens:
         return f"{rung.ratio:.3g} tokens per parameter, --least_tokens={request.least_tokens:g}"
-    if rung.ratio > request.most_tokens:
+    if request.most_tokens is not None and rung.ratio > request.most_tokens:
         return f"{rung.ratio:.3g} tokens per parameter, --most_tokens={request.most_tokens:g}"
     return ""
 
@@ -154,6 +158,8 @@ def write_ladder(
     request: LadderRequest, base: str, more: Sequence[str], rungs: Sequence[Rung]
 ) -> list[pathlib.Path]:
     """Writes one flagfile per run, named by budget and width, which includes the base.
+
+    Unless the folder has them, it adds the two files that make it a study.
 
     Args:
       request: the flags of the ladder.
@@ -171,6 +177,9 @@ def write_ladder(
         paths = [folder / f"{rung.name}.flags" for rung in rungs]
         for path, rung in zip(paths, rungs, strict=True):
             path.write_text(_flagfile(request, included, more, rung), encoding="utf-8")
+        for name, text in STUDY_FILES.items():
+            if not (folder / name).exists():
+                (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write to --output={folder}: {error.strerror}") from None
     return paths

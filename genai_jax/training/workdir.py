@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError, flag_values
-from genai_jax.files import read_object, read_text, reason_of, unreadable, write_text
+from genai_jax.files import expand_home, read_object, read_text, reason_of, unreadable, write_text
 from genai_jax.tasks.protocol import Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
 
@@ -47,7 +47,10 @@ def claim(config: Config) -> list[str]:
     changes = []
     saved = has_checkpoints(workdir)
     if saved and os.path.lexists(path):
-        old, new = recorded_flags(workdir), flag_values(config.to_flags())
+        new = flag_values(config.to_flags())
+        # Flags written before paths were expanded may begin with ~.
+        old = {n: new.get(n) if expand_home(v) == new.get(n) else v
+               for n, v in recorded_flags(workdir).items()}  # fmt: skip
         own = ("workdir", *placement)
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]

@@ -94,5 +94,5 @@ def test_inception_needs_its_weights_rgb_images_and_its_package(tmp_path):
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:
-        with pytest.raises(ConfigError, match=r"pip install genai_jax\[fid\]"):
+        with pytest.raises(ConfigError, match=r"pip install -e .\.\[fid\]"):
             inception_fid(rgb, rgb, str(weights))

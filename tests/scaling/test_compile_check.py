@@ -159,3 +159,13 @@ def test_a_missing_compiler_is_an_error(tmp_path):
     assert result.returncode == 2
     assert "needs libtpu, which is not installed: run `make targets`" in result.stderr
     assert os.linesep not in result.stderr.strip()
+
+
+def test_nothing_is_opened_or_needed_that_a_request_can_do_without():
+    result = check("--topology=v5p:2x2x2", "--slices=2", "--nocompiles", *TINY, "--mesh.fsdp=8",
+                   "--data.batch_size=16")  # fmt: skip
+    assert result.returncode == 0 and "16 devices as data 2 x fsdp 8" in result.stdout, (
+        result.stderr
+    )
+    result = check("--topology=cpu:1", "--mesh.tensor=3", "--data.dataset=text:/no/such", *TINY)
+    assert result.returncode == 2 and "does not fit 1 device" in result.stderr

@@ -5,9 +5,10 @@ import re
 import jax
 import pytest
 
-from genai_jax import ladder
+from genai_jax import ladder, study
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
+from genai_jax.scaling.study.folder import flagfiles
 
 BASE = ("--data.batch_size=8", "--data.sequence_length=64", "--optimizer.schedule=linear")
 
@@ -31,7 +32,7 @@ def flags(base, **changes) -> list[str]:
 def test_every_run_spends_its_budget(base, capsys):
     more = "--data.dataset=python_source"
     assert ladder.main([*flags(base, warmup=0.1, evaluations=4), more]) == 0
-    paths = sorted((base.parent / "study").glob("*.flags"))
+    paths = flagfiles(base.parent / "study")
     assert {p.stem for p in paths} == {
         f"c{c}_w{w}" for c in ("1e11", "3.5e11") for w in (32, 64, 128)
     }
@@ -105,3 +106,14 @@ def test_bad_ladders_are_one_line(base, changes, more, words):
         ladder.main([*flags(base, **changes), *more])
     assert "\n" not in str(caught.value)
     assert not list(base.parent.glob("study/*"))
+
+
+def test_its_folder_is_a_study(base, tmp_path, capsys):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "README.md").write_text("# Mine\n\nA question.\n")
+    ladder.main(flags(base))
+    capsys.readouterr()
+    where = (f"--study={tmp_path / 'study'}", f"--workdir={tmp_path / 'work'}")
+    assert study.main([*where, "--dry_run", "--flops_per_second=1e9"]) == 0
+    assert "6 run(s) to train" in capsys.readouterr().out
+    assert (tmp_path / "study" / "README.md").read_text().startswith("# Mine")

@@ -7,7 +7,11 @@ import time
 import pytest
 
 from genai_jax import study
+from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError
+from genai_jax.scaling.study.folder import read_study
+from genai_jax.scaling.study.session import State
+from genai_jax.scaling.study.times import Speed
 from tests.commands import TINY, run, start
 
 STEPS = 800  # of the run that is interrupted: a second or more
@@ -135,6 +139,23 @@ def test_a_dry_run_prints_sizes_and_times(done, folders, capsys):
     assert "estimated from 1 finished run(s) of the study" in out
 
 
+def test_a_dry_run_prints_its_plan_before_it_times_anything(folders, tmp_path, capsys, monkeypatch):
+    runs = read_study(folders[0], tmp_path, parse_run, make_task).runs
+    state = State(runs[:1], runs[:1], {})  # the other may follow
+    monkeypatch.setattr(study, "state_of", lambda *_: state)
+    printed = []
+
+    def calibrated(*_):
+        printed.append(capsys.readouterr().out)
+        return Speed(10.0, 0.0, runs[0].flops / 50, "a test")
+
+    monkeypatch.setattr(study.times, "calibrated", calibrated)
+    study.main([f"--study={folders[0]}", f"--workdir={tmp_path}", "--dry_run"])
+    assert "1 run(s) to train" in printed[0] and "1 other run(s) are not selected" in printed[0]
+    expected = "expected 1 min 0 s for 1 run(s); 1 other run(s), if they follow, 1 min 0 s more"
+    assert expected in capsys.readouterr().out
+
+
 def test_commands_for_other_machines(done, folders, capsys):
     folder, workdir = folders
     study.main([f"--study={folder}", f"--workdir={workdir}", "--launcher=print"])
@@ -201,5 +222,5 @@ def test_missing_and_incomplete_folders(tmp_path):
         study.main([f"--workdir={tmp_path}"])
     with pytest.raises(ConfigError, match="no such folder"):
         study.main([f"--study={tmp_path / 'x'}", f"--workdir={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"has no README.md, which must hold the question"):
+    with pytest.raises(ConfigError, match=r"is not a study yet: add README.md \(its heading and"):
         study.main([f"--study={tmp_path}", f"--workdir={tmp_path}"])

@@ -129,6 +129,9 @@ def prepared_builder(config, built_in: list[str]) -> Any:
         raise ConfigError(f"cannot open data set {config.dataset!r}: {problem}") from None
     try:
         if not builder.is_prepared():
+            print(
+                f"note: preparing {config.dataset} in {where}{_download(builder)}", file=sys.stderr
+            )
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for a command's results
                 builder.download_and_prepare(file_format="array_record")
     except Exception as error:
@@ -136,6 +139,11 @@ def prepared_builder(config, built_in: list[str]) -> Any:
             f"{config.dataset} is not prepared in {where}, and preparing it failed: {reason(error)}"
         ) from None
     return builder
+
+
+def _download(builder: Any) -> str:
+    size = builder.info.download_size
+    return f", for which {size} are downloaded" if size else ""
 
 
 def _unknown(name: str, where: str, built_in: list[str], message: str) -> str:

@@ -266,7 +266,7 @@ def _library(name: str, spec: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigError(
-            f"tokenizer {spec!r} needs the package {name}: pip install genai_jax[text]"
+            f'tokenizer {spec!r} needs the package {name}: in the clone, pip install -e ".[text]"'
         ) from None
 
 

@@ -68,9 +68,13 @@ def check_folder(folder: pathlib.Path):
     """Raises `ConfigError` if `folder` is not the folder of a study."""
     if not folder.is_dir():
         raise ConfigError(f"--study={folder}: no such folder")
-    for name, what in (("README.md", "the question"), ("study.flags", "--study.analysis=...")):
-        if not (folder / name).is_file():
-            raise ConfigError(f"--study={folder} has no {name}, which must hold {what}")
+    needed = {
+        "README.md": "its heading and first paragraph are the question",
+        "study.flags": "it sets --study.analysis=NAME and the flags of that analysis",
+    }
+    missing = [f"{name} ({what})" for name, what in needed.items() if not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(f"--study={folder} is not a study yet: add {' and '.join(missing)}")
     if not flagfiles(folder):
         raise ConfigError(
             f"--study={folder} has no runs: it needs flagfiles besides {' and '.join(NOT_RUNS)}"

@@ -16,24 +16,19 @@ from genai_jax.scaling.study.times import Speed, makespan
 from genai_jax.training.metrics_log import read_metrics
 
 
-def plan_text(
-    runs: Sequence[Run], finished: Sequence[Run], others: Sequence[Run], speed: Speed | None,
-    jobs: int,
-) -> str:  # fmt: skip
-    """The text that a dry run prints.
+def plan_text(runs: Sequence[Run], finished: Sequence[Run], others: Sequence[Run]) -> str:
+    """The table of a dry run.
 
     Args:
       runs: runs that would be trained.
       finished: runs that have finished.
       others: runs that are not selected, or that may be needed after `runs` have finished.
-      speed: speed of this machine, None if nothing would be trained.
-      jobs: number of processes at a time.
     """
     states = {run.name: "finished" for run in finished} | {
         run.name: "perhaps later" for run in others
     }
     every = sorted((*runs, *finished, *others), key=lambda run: by_number(run.name))
-    heads = ("run", "parameters", "non-embedding", "tokens", "FLOPs", "expected time", "")
+    heads = ("run", "parameters", "non-embedding", "tokens", "FLOPs", "")
     rows = [
         (
             run.name + (f" x {run.members}" if run.members > 1 else ""),
@@ -41,27 +36,42 @@ def plan_text(
             shown(run.counts.non_embedding),
             shown(run.counts.tokens_per_step * run.steps * run.members),
             f"{run.flops:.3e}",
-            duration(speed.seconds(run)) if speed and run.name not in states else "",
             states.get(run.name, ""),
         )
         for run in every
     ]
     lines = [*_aligned([heads, *rows]), f"FLOPs: {every[0].counts.convention}"]
-    if speed:
-        seconds = [speed.seconds(run) for run in runs]
-        at_once = f", {jobs} at a time" if jobs > 1 else ""
-        lines += [
-            f"{len(runs)} run(s) to train, {sum(run.flops for run in runs):.3e} FLOPs: expected "
-            f"{duration(makespan(seconds, jobs))}{at_once}",
-            f"estimated from {speed.source}: {speed.rate:.3g} FLOP/s, plus "
-            f"{1e3 * speed.overhead:.1f} ms per step and {speed.startup:.0f} s per run",
-        ]
-    else:
-        lines.append("nothing to train")
+    total = sum(run.flops for run in runs)
+    lines.append(f"{len(runs)} run(s) to train, {total:.3e} FLOPs" if runs else "nothing to train")
     if others:
         lines.append(
             f"{len(others)} other run(s) are not selected, or depend on the results of these"
         )
+    return "\n".join(lines)
+
+
+def times_text(runs: Sequence[Run], others: Sequence[Run], speed: Speed, jobs: int) -> str:
+    """How long a dry run expects `runs` to take, and `others` if they follow.
+
+    Args:
+      runs: runs that would be trained.
+      others: see `plan_text`.
+      speed: speed of this machine.
+      jobs: number of processes at a time.
+    """
+    together = lambda runs: duration(makespan([speed.seconds(run) for run in runs], jobs))
+    rows = [(run.name, duration(speed.seconds(run)), "") for run in runs]
+    at_once = f", {jobs} at a time" if jobs > 1 else ""
+    lines = [
+        *_aligned([("run", "expected time", ""), *rows]),
+        f"expected {together(runs)} for {len(runs)} run(s){at_once}",
+    ]
+    if others:
+        lines[-1] += f"; {len(others)} other run(s), if they follow, {together(others)} more"
+    lines.append(
+        f"estimated from {speed.source}: {speed.rate:.3g} FLOP/s, plus "
+        f"{1e3 * speed.overhead:.1f} ms per step and {speed.startup:.0f} s per run"
+    )
     return "\n".join(lines)
 
 

@@ -141,5 +141,5 @@ def test_missing_library(fixture, request, monkeypatch):
     spec = request.getfixturevalue(fixture)
     for name in ("tokenizers", "sentencepiece"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"pip install genai_jax\[text\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e .\.\[text\]"):
         load_tokenizer(spec)
