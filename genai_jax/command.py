@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import absl.logging
 
 from genai_jax import standard_streams
-from genai_jax.config import ConfigError
+from genai_jax.errors import ConfigError, printable
 
 # Imports create about a million objects that live until the end. Collecting garbage among them,
 # during the imports and again at exit, would take half the time of `--help`.
@@ -35,12 +35,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         if not standard_streams.flush():
             code = code or standard_streams.READER_GONE
     except (ConfigError, OSError) as error:
-        _print_error(str(error))
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except RuntimeError as error:  # what XLA raises if the memory does not suffice
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _print_error(f"out of memory: {str(error).splitlines()[0]}")
+        reason = printable(str(error).splitlines()[0])
+        print(f"error: out of memory: {reason}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
@@ -49,13 +50,6 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     with contextlib.suppress(ConfigError):  # not what ended the command
         standard_streams.flush()
     sys.exit(code)
-
-
-def _print_error(text: str):
-    """Prints one line; characters that a terminal would obey are escaped."""
-    line = " ".join(text.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"error: {shown}", file=sys.stderr)
 
 
 def _quiet():

@@ -1,4 +1,4 @@
-"""The error of a user's mistake."""
+"""The error of a user's mistake, and how its text is shown."""
 
 
 class ConfigError(ValueError):
@@ -11,3 +11,9 @@ class MissingFile(ConfigError):
     def __init__(self, message: str, flag: str):
         super().__init__(message)
         self.flag = flag
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without anything that a terminal would obey."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -10,7 +10,7 @@ import pathlib
 import stat
 from typing import IO, Any
 
-from genai_jax.errors import ConfigError
+from genai_jax.errors import ConfigError, printable
 
 MIB = 1 << 20
 MAX_DEPTH = 64  # of nested JSON
@@ -178,9 +178,8 @@ def reason_of(error: BaseException) -> str:
     """Why a file cannot be opened or read, as part of a line."""
     if "null byte" in str(error):
         return "its path contains a NUL character"
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     # A library may quote the file, which may hold what a terminal obeys.
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(getattr(error, "strerror", None) or str(error))
 
 
 def _shown(path: Path) -> str:

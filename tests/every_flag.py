@@ -200,16 +200,17 @@ def chosen_runs(base: str, done: set[str]) -> tuple[list[list[str]], dict[str, s
     random.Random(0).shuffle(left)
     while left:
         run = grown(base, left, refused)
-        if run and trains(base, run):  # refused later than by its flags alone
-            run = grown(base, run, trains)
         if not run:
-            why |= {value: trains(base, [value]) for value in left}
-            if "" in why.values() or None in why.values():
-                raise AssertionError(f"{base}: {why}")
-            break
-        print(base, *run, flush=True)
-        runs.append(run)
-        left = [value for value in left if value not in run]
+            return runs, why | {value: refused(base, [value]) for value in left}
+        if trains(base, run):  # refused later than by its flags alone
+            good = grown(base, run, trains)
+            alone = {value: trains(base, [value]) for value in run if value not in good}
+            why |= {value: message for value, message in alone.items() if message}
+            run = good or [value for value, message in alone.items() if not message][:1]
+        if run:
+            print(base, *run, flush=True)
+            runs.append(run)
+        left = [value for value in left if value not in run and value not in why]
     return runs, why
 
 

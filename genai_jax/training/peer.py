@@ -14,6 +14,8 @@ import socket
 import threading
 from collections.abc import Iterator
 
+from genai_jax.errors import printable
+
 MESSAGE_BYTES = 2048
 TEXT_BYTES = 500  # of a text within a message
 
@@ -121,12 +123,6 @@ class Peer:
         count = self._counts[serves]
         self._counts[serves] += 1
         return hmac.digest(self._keys[serves], b"%d %b" % (count, text), "sha256").hex().encode()
-
-
-def printable(text: str) -> str:
-    """`text` on one line, without anything that a terminal would obey."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def foreign_text(value: object) -> str:

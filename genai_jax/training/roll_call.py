@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 
+from genai_jax.errors import printable
 from genai_jax.training.address import listen
 from genai_jax.training.attendance import Attendance
-from genai_jax.training.peer import foreign_text, printable
+from genai_jax.training.peer import foreign_text
 from genai_jax.training.presence import Presence
 
 _GRACE_S = 2.0  # for a main thread that is already failing for the reason another process reports

@@ -10,9 +10,10 @@ import pytest
 
 from benchmarks.roll_call import LINES, Strangers
 from genai_jax.config import ConfigError
+from genai_jax.errors import printable
 from genai_jax.training import address, attendance, presence
 from genai_jax.training.attendance import Attendance
-from genai_jax.training.peer import TEXT_BYTES, Peer, failure_code, foreign_text, printable
+from genai_jax.training.peer import TEXT_BYTES, Peer, failure_code, foreign_text
 from genai_jax.training.presence import Presence
 from genai_jax.training.roll_call import RollCall
 from tests.training.test_processes import free_port
