@@ -68,10 +68,12 @@ BASES = {
     "few_step": FEW_STEP,
     "few_step shortcut": (
         *FEW_STEP, "--few_step.method=shortcut", "--diffusion.schedule=flow",
-        "--diffusion.parameterization=velocity",
+        "--diffusion.parameterization=velocity", "--few_step.bootstrap=0.5",
     ),
     "autoencoder": CODEC,
-    "autoencoder codes": (*CODEC, "--autoencoder.latent=vq", "--quantizer.codes=16"),
+    "autoencoder codes": (
+        *CODEC, "--autoencoder.latent=vq", "--quantizer.codes=16", "--autoencoder.head_dim=4",
+    ),
     "image_classifier": (
         "--task=image_classifier", "--classifier.channels=8", "--classifier.num_stages=2",
         "--classifier.feature_dim=8",
@@ -92,6 +94,8 @@ BASES = {
 ELSEWHERE = ("run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler")
 # Numbers are flags of every family, too many to go through: what is off by default, and these.
 NUMBERS = {
+    "unet.embed_dim": "8",
+    "autoencoder_loss.discriminator_start": "1",
     "moe.group_size": "8",
     "language_model.vocab_size": "300",
     "transformer.window": "3",
@@ -109,7 +113,10 @@ WITH = {  # what a flag needs
     "gan.fade_steps": "gan.grow_from=x",
     "gan.path_length_every": "gan.path_length=0.5",
     "gan.r1_every": "gan.r1=0.5",
-    "augmentation.ramp_images": "augmentation.target=0.5",
+    "augmentation.ramp_images": "augmentation.target=0.5 augmentation.kinds=flip",
+    "augmentation.target": "augmentation.kinds=flip",
+    "augmentation.probability": "augmentation.kinds=flip",
+    "data.captions": "diffusion.condition=text",
 }
 LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 
@@ -164,13 +171,13 @@ def refused(base: str, values: list[str]) -> str | None:
 
 
 def two_steps(base: str, values: list[str], accumulate: int, workdir: str):
-    """Trains one step, and resumes for another."""
+    """Trains two steps, and resumes for another."""
     flags = [*COMMON, *BASES[base], *flags_of(values)]
-    for steps in (1, 2):
+    for steps in (2, 3):
         more = (f"--train.accumulate={accumulate}", f"--train.steps={steps}")
         assert train.main([*flags, *more, f"--workdir={workdir}"]) == 0
     rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(row)["step"] for row in rows][-1] == 2
+    assert [json.loads(row)["step"] for row in rows][-1] == 3
 
 
 def grown(base: str, left: list[str], check) -> list[str]:

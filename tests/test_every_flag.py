@@ -14,12 +14,13 @@ NEEDS_MORE: dict[str, set[str]] = {}
 AGAIN = "run python -m tests.every_flag and read the difference"
 
 
+@pytest.mark.depends_on("every flag")
 @pytest.mark.parametrize(("base", "index"), RUNS)
 def test_flags_go_together(base, index, tmp_path):
     two_steps(base, CHOSEN[base]["runs"][index], 1 + index % 2, str(tmp_path))
 
 
-@pytest.mark.parametrize("name", {base.split()[0] for base in BASES})
+@pytest.mark.parametrize("name", sorted({base.split()[0] for base in BASES}))
 def test_every_choice_is_in_a_run_or_refused_by_every_base(name):
     bases = family(f"{name} of any kind")
     chosen = in_runs(CHOSEN, bases)

@@ -1,8 +1,8 @@
 """Tests that run again only when what they depend on has changed.
 
-Compiling kernels and pod programs for chips that are not here, and running kernels in an
-interpreter of a GPU, takes minutes and depends on few files and on the versions of jax and of the
-compilers. A test says so with
+Compiling kernels and pod programs for chips that are not here, running kernels in an interpreter
+of a GPU, and training with every choice of every flag take minutes, and depend on some files and on
+the versions of jax and of the compilers. A test says so with
 `@pytest.mark.depends_on("kernels")`, a name of `GROUPS`. `tests/golden/unchanged.json` holds, per
 group, the hash of its files and the versions with which all of its tests passed; where both match,
 the tests of the group are skipped. `make record` runs the groups and rewrites the file, `make
@@ -91,6 +91,22 @@ GROUPS = {
             PROCESS,
         ),
         ("flax", "optax"),
+    ),
+    "every flag": Group(
+        (
+            "genai_jax/*.py",
+            "genai_jax/data/**/*.py",
+            "genai_jax/diffusion/*.py",
+            "genai_jax/losses/*.py",
+            "genai_jax/networks/**/*.py",
+            "genai_jax/tasks/**/*.py",
+            "genai_jax/training/*.py",
+            "kernels_pallas/*.py",
+            "tests/every_flag.py",
+            "tests/golden/every_flag.json",
+        ),
+        ("flax", "optax", "orbax-checkpoint"),
+        compilers=False,
     ),
 }
 

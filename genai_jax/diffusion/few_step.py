@@ -142,6 +142,10 @@ def shortcut_loss(
     noise_key, size_key, time_key = jax.random.split(key, 3)
     noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
     rows = x0.shape[0]
+    if not bootstrap:
+        mix = per_example(t, x0)
+        velocity = predict((1 - mix) * x0 + mix * noise, t, jnp.zeros(rows, x0.dtype))
+        return mean_square(velocity - (noise - x0))
     levels = int(math.log2(finest))
     exponent = jax.random.randint(size_key, (bootstrap,), 0, levels)
     large_step = 2.0**-exponent

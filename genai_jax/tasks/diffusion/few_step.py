@@ -96,6 +96,15 @@ class FewStep(Task):
                 "--few_step.method=shortcut is for --diffusion.schedule=flow and "
                 "--diffusion.parameterization=velocity"
             )
+        share, rows = self.config.few_step.bootstrap, self.config.data.batch_size
+        rows //= self.config.train.accumulate
+        if method == "shortcut" and share and not round(share * rows):
+            raise ConfigError(
+                f"--few_step.bootstrap={share} of the {rows} example(s) in "
+                f"--train.accumulate={self.config.train.accumulate} part(s) of "
+                f"--data.batch_size={self.config.data.batch_size} is less than one example: "
+                "use a larger fraction, a larger batch, or 0"
+            )
         if diffusion.schedule == "learned" or diffusion.objective == "bound":
             raise ConfigError(
                 f"--few_step.method={method} does not support "

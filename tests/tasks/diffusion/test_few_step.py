@@ -220,3 +220,16 @@ def test_solvers_that_a_method_was_not_trained_for(teacher):
     shortcut = few_step_task("shortcut", "")
     with pytest.raises(ConfigError, match="a number of steps that is a power"):
         shortcut.check_sampler(dataclasses.replace(shortcut.config.sampler, steps=3))
+
+
+def test_a_share_of_the_examples_that_rounds_to_none_is_refused():
+    shortcut = (
+        "--task=few_step", "--few_step.method=shortcut", "--diffusion.schedule=flow",
+        "--diffusion.parameterization=velocity", "--data.batch_size=4",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"bootstrap=0\.25 of the 2 example\(s\) .* or 0$"):
+        task_of(*shortcut, "--train.accumulate=2")
+    task = task_of(*shortcut, "--few_step.bootstrap=0")
+    (phase,) = task.phases(jax.eval_shape(task.init, jax.random.key(0))[0])
+    loss = lambda params, batch: phase.loss(params, {}, batch, StepInfo(jax.random.key(0), 0)).loss
+    assert np.isfinite(jax.jit(loss)(random_params(task), batch_of(task)))
