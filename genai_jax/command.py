@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import absl.logging
@@ -13,10 +14,29 @@ import absl.logging
 from genai_jax import standard_streams
 from genai_jax.config import ConfigError
 
+
+def _print_error(text: str):
+    """Prints one line; characters that a terminal would obey are escaped."""
+    line = " ".join(text.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
+
+
+def _import_jax():
+    """Refuses what jax cannot read from the environment, which it does when it is imported."""
+    if any(name.startswith("JAX_") for name in os.environ):
+        try:
+            import jax  # noqa: F401
+        except ValueError as error:
+            _print_error(f"jax cannot read its environment variables: {error}")
+            sys.exit(2)
+
+
 # Imports create about a million objects that live until the end. Collecting garbage among them,
 # during the imports and again at exit, would take half the time of `--help`.
 if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("genai_jax."):
     gc.disable()
+    _import_jax()
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -34,28 +54,36 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         code = main(sys.argv[1:])
         if not standard_streams.flush():
             code = code or standard_streams.READER_GONE
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         _print_error(str(error))
         code = 2
-    except RuntimeError as error:  # what XLA raises if the memory does not suffice
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        _print_error(f"out of memory: {str(error).splitlines()[0]}")
+    except OSError as error:
+        _print_error(": ".join(map(str, filter(None, (error.filename, error.strerror or error)))))
         code = 2
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already
         code = 130
+    except Exception as error:
+        if not (problem := _of_this_machine(error)):
+            raise
+        _print_error(problem)
+        code = 2
     gc.freeze()
     with contextlib.suppress(ConfigError):  # not what ended the command
         standard_streams.flush()
     sys.exit(code)
 
 
-def _print_error(text: str):
-    """Prints one line; characters that a terminal would obey are escaped."""
-    line = " ".join(text.split())
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    print(f"error: {shown}", file=sys.stderr)
+def _of_this_machine(error: Exception) -> str:
+    """What this machine lacks, if that is why jax raised an error; else empty."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"out of memory: {text}"
+    if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+        names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+        given = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+        return f"jax cannot start the devices of {' '.join(given) or 'this machine'}: {text}"
+    return ""
 
 
 def _quiet():

@@ -1,6 +1,7 @@
 """What a command sets up before jax starts."""
 
 import os
+import subprocess
 import sys
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from genai_jax import command
 from genai_jax.config import ConfigError
+from tests.conftest import ROOT
 
 
 def test_simulated_devices_get_threads_for_collectives_that_overlap(monkeypatch):
@@ -29,6 +31,8 @@ def test_simulated_devices_get_threads_for_collectives_that_overlap(monkeypatch)
     ("problem", "line"),
     [
         (ConfigError("--a=\x1b[31m\n is not\tallowed"), "error: --a=\\x1b[31m is not allowed\n"),
+        (FileNotFoundError(2, "No such file", "a/b"), "error: a/b: No such file\n"),
+        (OSError("odd"), "error: odd\n"),
         (ConfigError("--a=\u202eé"), "error: --a=\\u202eé\n"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nmore"),
@@ -53,3 +57,26 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])
     with pytest.raises(RuntimeError, match="a bug"):
         command.run(main)
+
+
+def test_devices_that_jax_cannot_start_are_one_line(monkeypatch, capsys):
+    start = compile("raise AssertionError", "/jax/_src/xla_bridge.py", "exec")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as stop:
+        command.run(lambda argv: exec(start))
+    said = "error: jax cannot start the devices of JAX_PLATFORMS=cuda: AssertionError\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("value", ["many", ""])
+def test_an_environment_that_jax_cannot_read_is_one_line(value):
+    """jax reads it when it is imported, before any flag is."""
+    result = subprocess.run(
+        [sys.executable, "-m", "genai_jax.evaluate", "--help"],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": value}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: jax cannot read its environment variables: ")
+    assert "jax_num_cpu_devices" in result.stderr

@@ -6,7 +6,6 @@ depend on a task: the caller provides the function from flags to `Counts`.
 """
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -38,9 +37,9 @@ class LadderRequest:
         0, "Smallest number of tokens, or examples, per non-embedding parameter; runs with fewer "
         "are left out.", minimum=0,
     )  # fmt: skip
-    most_tokens: float = field(
-        math.inf, "Largest number of tokens, or examples, per non-embedding parameter; runs with "
-        "more are left out.", minimum=0,
+    most_tokens: float | None = field(
+        None, "Largest number of tokens, or examples, per non-embedding parameter; runs with more "
+        "are left out.", minimum=0,
     )  # fmt: skip
     least_steps: int = field(
         50, "Smallest number of training steps; runs with fewer are left out.", minimum=1
@@ -145,7 +144,7 @@ def _why_not(request: LadderRequest, rung: Rung) -> str:
         return f"{rung.steps} step(s), --least_steps={request.least_steps}"
     if rung.ratio < request.least_tokens:
         return f"{rung.ratio:.3g} tokens per parameter, --least_tokens={request.least_tokens:g}"
-    if rung.ratio > request.most_tokens:
+    if request.most_tokens is not None and rung.ratio > request.most_tokens:
         return f"{rung.ratio:.3g} tokens per parameter, --most_tokens={request.most_tokens:g}"
     return ""
 
