@@ -91,7 +91,7 @@ class Config:
             if name in leave_out or value is None:
                 continue
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            lines.append(_flag_line(name, text))
+            lines.append(flag_line(name, text))
         return "\n".join(lines) + "\n"
 
     def changeable(self) -> set[str]:
@@ -262,7 +262,7 @@ class _Flagfiles:
 _ESCAPED = re.compile(r'(--?[^\s=:]+):=(".*")')
 
 
-def _flag_line(name: str, text: str) -> str:
+def flag_line(name: str, text: str) -> str:
     """The line of a flagfile that sets a flag."""
     if text.isprintable() and text == text.strip():
         return f"--{name}={text}"

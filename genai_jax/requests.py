@@ -47,6 +47,15 @@ class EvaluateRequest(RunRequest):
     batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class ExactRequest(EvaluateRequest):
+    """For tasks whose metrics involve no randomness."""
+
+    def __post_init__(self):
+        if self.seed:
+            raise ValueError(f"seed={self.seed} has no effect: these metrics are not random")
+
+
 def prepare_output(output: str):
     """Creates the folder of the file `output`; done before sampling, whose results it would lose.
 

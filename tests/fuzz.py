@@ -67,6 +67,7 @@ class Result(NamedTuple):
         escaped = [name.encode("unicode_escape").decode() for name in call.names]
         named = any(n and n[:40] in line for n in (*call.names, *escaped))
         named = named or any(set(re.split("[._]", n)) <= {*line.split()} for n in call.names)
+        named = named or any(name.lower() in line.lower() for name in call.environment)
         if named or (call.stdout == "full" and "standard output" in line):
             return True
         # Among several odd things, one may make another flag wrong.

@@ -30,8 +30,8 @@ LOOPS = {
     "heartbeat_s", "prefetch", "n_critic", "critic_steps", "columns",
 }  # fmt: skip
 TINY_REQUEST = {
-    "num_samples": "2", "max_tokens": "3", "steps": "2", "sweeps": "2", "batches": "1",
-    "likelihood_steps": "2", "resamples": "3", "columns": "2",
+    "sample": {"num_samples": 2, "max_tokens": 3, "steps": 2, "sweeps": 2},
+    "evaluate": {"batches": 1},
 }  # fmt: skip
 # Flags that name what is read, with what stands before the path, and those that name a file or
 # folder to write.
@@ -45,12 +45,18 @@ WRITTEN = {"output", "workdir", "program", "dump_shardings"}
 # Text that may be anything; all other text means something, so that most of it is refused.
 FREE = {
     "prompt", "stop", "data.data_dir", "data.text_key", "data.image_key", "data.label_key",
-    "data.caption_key", "loss_unit", "launcher_options", "study.notes", "run", "flops",
+    "data.caption_key", "loss_unit", "launcher_options",
 }  # fmt: skip
-TEXTS = (
-    "\u2603 nonsense", "nan", "-1", "1e400", ",", "x" * 5000, "$\\frac{", "\x1b[31mred", "a:b:c",
-    "\udcff", "%s{0}", "no_such_thing", "../..", "'", '"', "\u202e",
-)  # fmt: skip
+NO_TEXTS = (
+    "\u2603 nonsense",
+    "1e400",
+    "x" * 5000,
+    "$\\frac{",
+    "\x1b[31mred",
+    "no_such_thing",
+    "%s{0}",
+)
+TEXTS = (*NO_TEXTS, "nan", "-1", ",", "a:b:c", "\udcff", "../..", "'", '"', "\u202e", "", " ")
 NOT_NUMBERS = ("three", "", "1e", "0x", "\u2603", "1 000", "--1", "1;2", "nan", "None", "true")
 BEYOND = (LARGEST_INT + 1, 2**63, -(2**63) - 1, 10**30, -(10**5000) // 10**4990)
 
@@ -130,9 +136,8 @@ class Calls:
         self._count += 1
         place = f"new/{self._count}"
         if command in ("sample", "evaluate"):
-            tiny = TINY_REQUEST | ({"num_samples": "10"} if command == "evaluate" else {})
-            tiny = [f"--{f.name}={tiny[f.name]}" for f in self._flags(command, family)
-                    if f.name in tiny]  # fmt: skip
+            names = {f.name for f in self._flags(command, family)} & {*TINY_REQUEST[command]}
+            tiny = [f"--{name}={TINY_REQUEST[command][name]}" for name in sorted(names)]
             output = [f"--output={place}"] if command == "sample" else []
             return [f"--workdir=runs/{family}", *tiny, *output]
         run = [f"--flagfile=files/{family}.flags"]
@@ -181,6 +186,8 @@ class Calls:
         if flag.name in READ or flag.name in WRITTEN or flag.name in ("task", "train.steps"):
             return None
         text, refused = self._text_for(flag)
+        if flag.name == "init_map" and command != "train":  # those need shapes alone
+            refused = False
         shown = [f"--{flag.name}={text}"]
         if command == "train" and self._rng.random() < 0.1:
             shown = [f"--{flag.name}", text]
@@ -200,9 +207,9 @@ class Calls:
                 return rng.choice(("maybe", "", "2", "nan")), True
             return rng.choice(("true", "false", "1", "0")), False
         if kind is str:
-            if flag.name in FREE:
-                return rng.choice(("", " ", *TEXTS)), False
-            return rng.choice(("", *TEXTS)), False
+            if flag.name in FREE or flag.name.startswith("study.") or rng.random() < 0.5:
+                return rng.choice(TEXTS), False
+            return rng.choice(NO_TEXTS), True
         bad = list(NOT_NUMBERS) if kind is int else [n for n in NOT_NUMBERS if n != "0x"]
         bad += ["1.5", "inf", "1e400"] if kind is int else ["inf", "-inf", "1e400"]
         if low is not None:
@@ -250,7 +257,9 @@ class Calls:
         ))  # fmt: skip
         if name == "data.dataset" and rng.random() < 0.3:
             before = "images:"
-        read = name not in ("data.tokenizer",) or family == "language_model"
+        read = (name != "data.tokenizer" or family == "language_model") and (
+            name != "init_from" or command == "train"
+        )
         return Odd((f"--{name}={before}{path}",), read and bool(path), (name, path))
 
     def _unknown(self, command: str, family: str) -> Odd:

@@ -26,7 +26,7 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
-from genai_jax.requests import Files, SampleRequest
+from genai_jax.requests import ExactRequest, Files, SampleRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
@@ -66,6 +66,10 @@ class ReconstructionRequest(SampleRequest):
         32, "Held-out images to show next to their reconstructions.", minimum=1
     )
 
+    def __post_init__(self):
+        if self.seed:
+            raise ValueError(f"seed={self.seed} has no effect: reconstructions are not random")
+
 
 class Autoencoder(Task):
     """The task behind ``--task=autoencoder``; see `genai_jax.tasks.protocol.Task`."""
@@ -83,7 +87,7 @@ class Autoencoder(Task):
         ("^perceptual/", (...,)),  # never trained, replicated
     )
     loss_unit = "reconstruction loss"
-    sample_request = ReconstructionRequest
+    sample_request, evaluate_request = ReconstructionRequest, ExactRequest
 
     def __init__(self, config: Config):
         self.config, self.data = config, ArrayData(config)

@@ -14,6 +14,7 @@ from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image import classifier
 from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
+from genai_jax.requests import ExactRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import open_fitting
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
@@ -44,6 +45,7 @@ class ImageClassifier(Task):
     partition_rules: ClassVar = tuple(
         (f"^model/.*{path}$", axes) for path, axes in classifier.PARTITION_RULES
     )
+    evaluate_request = ExactRequest
     loss_unit = "nats per image"
 
     def __init__(self, config: Config):

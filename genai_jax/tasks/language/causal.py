@@ -24,7 +24,7 @@ from genai_jax.networks.sequence.flops import (
     transformer_training_flops,
 )
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.requests import Texts
+from genai_jax.requests import ExactRequest, Texts
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
@@ -58,7 +58,7 @@ class LanguageModel(Task):
         "language_model": LanguageModelConfig,
     }
     loss_unit = "nats per token"
-    sample_request = TextRequest
+    sample_request, evaluate_request = TextRequest, ExactRequest
 
     def __init__(self, config: Config):
         self.config = config

@@ -40,6 +40,8 @@ class TextRequest(SampleRequest):
                 f"temperature={self.temperature} is too small to divide by; 0 takes the likeliest "
                 "token"
             )
+        if self.seed and not self.temperature:
+            raise ValueError(f"seed={self.seed} has no effect with temperature=0")
         if self.prompt and self.prompt_file:
             raise ValueError("`prompt` and `prompt_file` exclude each other")
 
