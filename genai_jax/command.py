@@ -50,6 +50,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     standard_streams.set_up()
     _quiet()
     _give_simulated_devices_threads()
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files alone, whatever the user's notebooks do
     try:
         code = main(sys.argv[1:])
         if not standard_streams.flush():
@@ -77,7 +78,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 def _of_this_machine(error: Exception) -> str:
     """What this machine lacks, if that is why jax raised an error; else empty."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    exhausted = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if exhausted or isinstance(error, MemoryError):
         return f"out of memory: {text}"
     if traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py"):
         names = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")

@@ -34,6 +34,7 @@ WORKERS = 2
 MEMORY = 12 << 30  # bytes of address space of a call
 BAD = ("traceback", "hang", "ignored nonsense", "other")
 MAY_PRECEDE = ("note: ", "warning: ", "changed since the run began: ")
+EXPLAINS = r"--[a-z]|files/|new/|out of memory|is (nan|-?inf) at step|not finite"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -71,7 +72,7 @@ class Result(NamedTuple):
         if named or (call.stdout == "full" and "standard output" in line):
             return True
         # Among several odd things, one may make another flag wrong.
-        return not call.refused and bool(re.search(r"--[a-z]|files/|new/|out of memory", line))
+        return not call.refused and bool(re.search(EXPLAINS, line))
 
     def __str__(self):
         said = (self.err.strip().splitlines() or [""])[-1]

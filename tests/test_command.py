@@ -1,6 +1,7 @@
 """What a command sets up before jax starts."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from genai_jax import command
 from genai_jax.config import ConfigError
 from tests.conftest import ROOT
+from tests.fuzz_calls import COMMANDS
 
 
 def test_simulated_devices_get_threads_for_collectives_that_overlap(monkeypatch):
@@ -38,6 +40,7 @@ def test_simulated_devices_get_threads_for_collectives_that_overlap(monkeypatch)
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\nmore"),
             "error: out of memory: RESOURCE_EXHAUSTED: Out of memory: 9 bytes.\n",
         ),
+        (MemoryError(), "error: out of memory: MemoryError\n"),
     ],
 )
 def test_a_mistake_ends_with_one_line_that_no_terminal_obeys(problem, line, monkeypatch, capsys):
@@ -80,3 +83,9 @@ def test_an_environment_that_jax_cannot_read_is_one_line(value):
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: jax cannot read its environment variables: ")
     assert "jax_num_cpu_devices" in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_leaves_the_first_import_of_jax_to_the_module_that_guards_it(name):
+    lines = (ROOT / "genai_jax" / f"{name}.py").read_text().splitlines()
+    assert not [line for line in lines if re.match(r"(import|from) (jax|flax|optax)\b", line)]
