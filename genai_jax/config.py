@@ -8,7 +8,6 @@ reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebo
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import types
@@ -23,6 +22,7 @@ from genai_jax.files import read_text, unreadable
 
 MAX_FLAGFILES = 256  # that a command line may include, directly or through others
 MAX_FLAGFILE_BYTES = 1 << 18
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which flags are used
 LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
 
 
@@ -343,8 +343,8 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
-        number = lambda value: value is None or math.isfinite(value)
-        flags.register_validator(name, number, "must be a finite number", values)
+        number = lambda value: value is None or abs(value) <= LARGEST_FLOAT
+        flags.register_validator(name, number, "must be a finite number of float32", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)
     else:

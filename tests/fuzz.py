@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
     for result in prepare(families, folder):
         raise SystemExit(f"the tiny run failed: {result}")
     calls = Calls(families, options.seed)
-    plain = [calls.plain(command, "language_model") for command in COMMANDS]
+    plain = [calls.plain(command, "language_model") for command in COMMANDS[:-1]]
     endings = Counter()
     for result in run_calls([*plain, *(calls.next() for _ in range(options.calls))], folder):
         endings[result.ending()] += 1
