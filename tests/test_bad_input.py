@@ -62,6 +62,7 @@ def base(text_folder, tmp_path):
         (["--mesh.tensor=2"], "does not fit 1 device"),
         (["--attention=tpu"], "auto, xla, xla_chunked"),
         (["--ema.decay=2"], "--ema.decay=2"),
+        (["--optimizer.learning_rate=1e39"], "must be a finite number of float32"),
     ],
 )  # fmt: skip
 def test_training_refuses(refuse, base, tmp_path, flags, said):
