@@ -8,7 +8,6 @@ reproduces it. Nothing here touches the global ``absl.flags.FLAGS``, so a notebo
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import types
@@ -24,6 +23,7 @@ from genai_jax.files import expand_home, read_text, unreadable
 
 MAX_FLAGFILES = 256  # that a command line may include, directly or through others
 MAX_FLAGFILE_BYTES = 1 << 18
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which flags are used
 LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
 
 
@@ -94,7 +94,7 @@ class Config:
             if name in leave_out or value is None:
                 continue
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            lines.append(_flag_line(name, text))
+            lines.append(flag_line(name, text))
         return "\n".join(lines) + "\n"
 
     def changeable(self) -> set[str]:
@@ -276,7 +276,7 @@ class _Flagfiles:
 _ESCAPED = re.compile(r'(--?[^\s=:]+):=(".*")')
 
 
-def _flag_line(name: str, text: str) -> str:
+def flag_line(name: str, text: str) -> str:
     """The line of a flagfile that sets a flag."""
     if text.isprintable() and text == text.strip():
         return f"--{name}={text}"
@@ -360,8 +360,8 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
-        number = lambda value: value is None or math.isfinite(value)
-        flags.register_validator(name, number, "must be a finite number", values)
+        number = lambda value: value is None or abs(value) <= LARGEST_FLOAT
+        flags.register_validator(name, number, "must be a finite number of float32", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)
     else:

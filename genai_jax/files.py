@@ -137,12 +137,14 @@ def parse_json(text: str) -> Any:
 def write_text(path: pathlib.Path, text: str):
     """Writes a text file in UTF-8 completely or not at all, whatever lies there.
 
+    Bytes of a path that are not UTF-8 (surrogates) are escaped.
+
     Raises:
       OSError: it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # a pipe would make us wait, a link lead elsewhere
-    with open(temporary, "x", encoding="utf-8") as file:
+    with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
     os.replace(temporary, path)
 

@@ -9,8 +9,6 @@ comment at the top of each file gives N, D and C, counted from the shapes of the
 import pathlib
 from collections.abc import Sequence
 
-import jax
-
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, flag_names, help_text, parse
@@ -23,6 +21,8 @@ def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(help_text(__doc__, {"run": LadderRequest}))
         return 0
+    import jax
+
     request, base, more = _split(argv)
     jax.config.update("jax_platforms", "cpu")  # only shapes are needed
 
@@ -53,7 +53,7 @@ def _split(argv: Sequence[str]) -> tuple[LadderRequest, str, list[str]]:
     name_of = lambda argument: argument.lstrip("-").split("=")[0]
     for argument in argv:
         if not argument.startswith("-") or "=" not in argument:
-            raise ConfigError(f"{argument}: write --name=value")
+            raise ConfigError(f"argument {argument!r} is not a flag; write --name=value")
     bases = [a.split("=", 1)[1] for a in argv if name_of(a) == "flagfile"]
     if len(bases) != 1:
         raise ConfigError(

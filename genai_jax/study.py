@@ -13,8 +13,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, expand_flagfiles, field, help_text, last_value, parse
@@ -69,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
         for name, analysis in ANALYSES.items():
             print("\n" + help_text(f"--study.analysis={name}", {"study": analysis.config}))
         return 0
+    import jax
+
     request, settings = _parse(argv)
     # Leaves the accelerators to the processes of the runs.
     jax.config.update("jax_platforms", "cpu")

@@ -4,13 +4,13 @@ python -m genai_jax.train_tokenizer --vocab_size=4096 --output=tokenizer.json
 """
 
 import dataclasses
-import os
 
 from genai_jax import config as config_lib
 from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
+from genai_jax.requests import prepare_output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,17 @@ class TrainTokenizerConfig:
     output: str = config_lib.field("tokenizer.json", "file to write; must end in .json", path=True)
 
 
-COMPONENTS = {"run": TrainTokenizerConfig, "data": DataConfig}
+# The rest of `DataConfig` is about batches of tokens.
+TextConfig = dataclasses.make_dataclass(
+    "TextConfig",
+    [
+        (f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+        for f in dataclasses.fields(DataConfig)
+        if f.name in ("dataset", "data_dir", "text_key", "validation_percent")
+    ],
+    frozen=True,
+)
+COMPONENTS = {"run": TrainTokenizerConfig, "data": TextConfig}
 
 
 def main(argv: list[str]) -> int:
@@ -33,8 +43,13 @@ def main(argv: list[str]) -> int:
     output = config.run.output
     if not output.endswith(".json"):
         raise config_lib.ConfigError(f"--output={output} does not end in .json")
+    try:
+        output.encode()  # a path that the tokenizers package cannot take
+    except UnicodeEncodeError:
+        raise config_lib.ConfigError(f"--output={output!a} is not UTF-8") from None
+    prepare_output(output)
     # Reads the text as for the new tokenizer, which cannot represent bytes that are not UTF-8.
-    data = dataclasses.replace(config.data, tokenizer=output)
+    data = DataConfig(**vars(config.data), tokenizer=output)
     train, validation = open_source(data, "train"), open_source(data, "validation")
     train_bpe(train, config.run.vocab_size, output)
     tokenizer = load_tokenizer(output)
@@ -65,7 +80,6 @@ def train_bpe(source: Source, vocab_size: int, output: str) -> None:
     )
     documents = (source[i] for i in range(len(source)))
     tokenizer.train_from_iterator(documents, trainer, length=len(source))
-    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     tokenizer.save(output)
 
 

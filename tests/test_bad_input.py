@@ -1,5 +1,6 @@
 """Every mistake: one clear line, a non-zero exit, nothing written over."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -7,6 +8,10 @@ import sys
 import pytest
 
 from genai_jax import command, evaluate, sample, train
+from genai_jax.components import request_class
+from genai_jax.config import Config, ConfigError, parse
+from genai_jax.tasks.diffusion.sampling import SamplerConfig, sampler_of
+from genai_jax.tasks.registry import task_class
 from tests.commands import TINY, run
 from tests.conftest import ROOT
 
@@ -63,6 +68,7 @@ def base(text_folder, tmp_path):
         (["--batch=1"], "did you mean --data.batch_size?"),
         (["--attention=tpu"], "auto, xla, xla_chunked"),
         (["--ema.decay=2"], "--ema.decay=2"),
+        (["--optimizer.learning_rate=1e39"], "must be a finite number of float32"),
     ],
 )  # fmt: skip
 def test_training_refuses(refuse, base, tmp_path, flags, said):
@@ -156,6 +162,29 @@ def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):
     record.write_text(record.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
     assert "is not the one the checkpoint was trained with" in refuse("sample", workdir)
     assert "tokenizer_sha256 was 0" in refuse("train", f"--flagfile={flags}", workdir)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "flags", "said"),
+    [
+        ("language_model", "evaluate", "--seed=3", "--seed=3 has no effect"),
+        ("image_classifier", "evaluate", "--seed=3", "--seed=3 has no effect"),
+        ("autoencoder", "evaluate", "--seed=3", "--seed=3 has no effect"),
+        ("autoencoder", "sample", "--seed=3", "--seed=3 has no effect"),
+        ("language_model", "sample", "--seed=3 --temperature=0", "--seed=3 has no effect"),
+        ("diffusion", "sample", "--strength=0.3", "--strength=0.3 needs --init_image"),
+        ("diffusion", "sample", "--strength=0 --init_image=a --mask=b", "--strength=0.0 needs"),
+        ("diffusion", "evaluate", "--likelihood_steps=7", "--likelihood_steps=7 needs"),
+        ("few_step", "evaluate", "--likelihood=exact --likelihood_probes=7", "probes=7 needs"),
+        ("diffusion", "sample", "--churn=0.5", "--churn=0.5 is for --solver=heun, not dpmpp_2m"),
+        ("diffusion", "sample", "--solver=heun --snr=0.5", "--snr=0.5 is for --solver=predictor_c"),
+    ],
+)  # fmt: skip
+def test_what_a_request_would_ignore_is_refused(task, kind, flags, said):
+    request = request_class(task_class(task), f"{kind}_request")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parsed = parse(flags.split(), {"run": request})[0].run
+        sampler_of(Config({"sampler": SamplerConfig()}), parsed)
 
 
 def test_data_that_changed_under_a_run_is_refused(refuse, base, tmp_path):

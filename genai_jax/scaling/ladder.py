@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from genai_jax.config import ConfigError, field
+from genai_jax.config import ConfigError, field, flag_line
 from genai_jax.scaling.study.folder import Counts
 from genai_jax.scaling.study.settings import numbers
 
@@ -187,7 +187,8 @@ def write_ladder(
 
 def _flagfile(request: LadderRequest, included: str, more: Sequence[str], rung: Rung) -> str:
     counts = rung.counts
-    flags = [f"--flagfile={included}", *more, *_size_flags(request, rung.width)]
+    given = [flag_line(*flag.lstrip("-").split("=", 1)) for flag in more]
+    flags = [flag_line("flagfile", included), *given, *_size_flags(request, rung.width)]
     flags.append(f"--train.steps={rung.steps}")
     if request.warmup is not None:
         flags.append(f"--optimizer.warmup_steps={round(request.warmup * rung.steps)}")

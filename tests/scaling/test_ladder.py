@@ -30,8 +30,8 @@ def flags(base, **changes) -> list[str]:
 
 @pytest.mark.smoke
 def test_every_run_spends_its_budget(base, capsys):
-    more = "--data.dataset=python_source"
-    assert ladder.main([*flags(base, warmup=0.1, evaluations=4), more]) == 0
+    more = ("--data.dataset=python_source", "--data.answer_after=\n")
+    assert ladder.main([*flags(base, warmup=0.1, evaluations=4), *more]) == 0
     paths = flagfiles(base.parent / "study")
     assert {p.stem for p in paths} == {
         f"c{c}_w{w}" for c in ("1e11", "3.5e11") for w in (32, 64, 128)
@@ -48,6 +48,7 @@ def test_every_run_spends_its_budget(base, capsys):
         assert config.optimizer.warmup_steps == round(0.1 * config.train.steps)
         assert config.eval.every == config.train.steps // 4
         assert config.data.dataset == "python_source" and config.data.sequence_length == 64
+        assert config.data.answer_after == "\n"
         n, total, d, ratio, c = (
             float(x.replace(",", ""))
             for x in re.search(

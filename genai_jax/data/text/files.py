@@ -107,6 +107,9 @@ def _decode(file: str, strict: bool) -> str:
         return data.decode("utf-8", "strict" if strict else "surrogateescape")
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    except MemoryError:
+        size = os.path.getsize(file)
+        raise ConfigError(f"cannot read {file}: its {size:,} bytes do not fit in memory") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "

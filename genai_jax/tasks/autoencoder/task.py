@@ -68,6 +68,10 @@ class ReconstructionRequest(SampleRequest):
         32, "Held-out images to show next to their reconstructions.", minimum=1
     )
 
+    def __post_init__(self):
+        if self.seed:
+            raise ValueError(f"seed={self.seed} has no effect: reconstructions are not random")
+
 
 class Autoencoder(Task):
     """The task behind ``--task=autoencoder``; see `genai_jax.tasks.protocol.Task`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,22 @@ class SamplerConfig:
 
 
 Overrides = overrides(SamplerConfig)
+OF_ONE_SOLVER = {"eta": "ddim", "churn": "heun", "snr": "predictor_corrector"}
+
+
+def sampler_of(config: Config, request: Any) -> SamplerConfig:
+    """The settings of a run with those that a request, an `Overrides`, sets.
+
+    Raises:
+      ConfigError: settings that contradict each other, or one that the solver does not use.
+    """
+    settings = override(config.sampler, request)
+    for name, solver in OF_ONE_SOLVER.items():
+        if getattr(request, name) is not None and settings.solver != solver:
+            raise ConfigError(
+                f"--{name}={getattr(request, name)} is for --solver={solver}, not {settings.solver}"
+            )
+    return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +142,9 @@ class DiffusionRequest(Overrides, SampleRequest):
             raise ValueError("--interpolate_to needs --init_image, the image to start from")
         if self.interpolate_to and self.mask:
             raise ValueError("--interpolate_to and --mask exclude each other")
+        edits = self.init_image and not (self.mask or self.interpolate_to)
+        if self.strength != type(self).strength and not edits:
+            raise ValueError(f"strength={self.strength} needs --init_image, and it alone")
 
 
 class SampledModel(NamedTuple):
@@ -147,7 +166,7 @@ class SampledModel(NamedTuple):
 def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Files:
     """Samples what a request of the sample command asks for."""
     model = sampled.model
-    sampler = override(sampled.config.sampler, request)
+    sampler = sampler_of(sampled.config, request)
     condition = requested_condition(model, request)
     known = {
         "image": _read_image(model, params, request.init_image, "init_image"),
@@ -239,8 +258,11 @@ class Sampler:
                 f"--guidance={settings.guidance} needs a conditional model "
                 "(--diffusion.condition) or a weaker model to guide with (--weak)"
             )
-        if settings.guidance == 1 and (self.weak_model or settings.guidance_interval):
-            raise ConfigError("--weak and --guidance_interval need a --guidance other than 1")
+        guided = self.weak_model or settings.guidance_interval or settings.guidance_rescale
+        if settings.guidance == 1 and guided:
+            raise ConfigError(
+                "--weak, --guidance_interval, and --guidance_rescale need a --guidance other than 1"
+            )
         if config.num_times and settings.steps > config.num_times:
             raise ConfigError(
                 f"--steps={settings.steps} is more than the {config.num_times} times of this "

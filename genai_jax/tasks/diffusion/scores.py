@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.config import ConfigError, field, override
+from genai_jax.config import ConfigError, field
 from genai_jax.diffusion.likelihood import log_density
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import Overrides, SampledModel, Sampler
+from genai_jax.tasks.diffusion.sampling import Overrides, SampledModel, Sampler, sampler_of
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
 
@@ -35,6 +35,15 @@ class ScoreRequest(Overrides, ScoreFlags, EvaluateRequest):
         *(f.name for f in dataclasses.fields(Overrides)),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, needed in (("steps", ("exact", "hutchinson")), ("probes", ("hutchinson",))):
+            name = f"likelihood_{name}"
+            if getattr(self, name) != getattr(type(self), name) and self.likelihood not in needed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs --likelihood={' or '.join(needed)}"
+                )
+
 
 def report(sampled: SampledModel, params: Params, batches: Callable, request: ScoreRequest) -> dict:
     """Bits per dimension, and scores of sampled images, as requested."""
@@ -42,7 +51,7 @@ def report(sampled: SampledModel, params: Params, batches: Callable, request: Sc
     if request.likelihood != "none":
         metrics |= likelihood(model, params, batches(request.batches), request)
     if request.scores_samples():
-        settings = override(sampled.config.sampler, request)
+        settings = sampler_of(sampled.config, request)
         labels, condition = _held_out_condition(model, request.num_samples)
         sampler = Sampler(sampled, params, settings)
         images, _ = sampler.sample(jax.random.key(request.seed), len(labels), condition)

@@ -222,3 +222,8 @@ def test_train_tokenizer_help_and_errors(corpus, capsys):
         train_tokenizer.main([f"--data.dataset=text:{corpus}", "--output=tok"])
     with pytest.raises(ConfigError):
         train_tokenizer.main(["--vocab_size=256"])
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        train_tokenizer.main([f"--data.dataset=text:{corpus}", "--output=\udcff.json"])
+    for flag in ("tokenizer", "batch_size", "answer_after"):  # would have no effect
+        with pytest.raises(ConfigError, match=f"--data.{flag} is not a flag of this command"):
+            train_tokenizer.main([f"--data.{flag}=1"])
