@@ -15,7 +15,8 @@ from genai_jax.requests import Files
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import DiffusionRequest, SampledModel, sample_request
+from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest
+from genai_jax.tasks.diffusion.sampling import SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
 from genai_jax.tasks.diffusion.task import Diffusion
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer

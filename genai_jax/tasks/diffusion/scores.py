@@ -16,7 +16,8 @@ from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.diffusion.model import DenoisingModel
-from genai_jax.tasks.diffusion.sampling import Overrides, SampledModel, Sampler, sampler_of
+from genai_jax.tasks.diffusion.sampler_flags import Overrides, sampler_of
+from genai_jax.tasks.diffusion.sampling import SampledModel, Sampler
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
 

@@ -16,12 +16,8 @@ from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.requests import Files
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.diffusion.model import DenoisingModel, DiffusionConfig
-from genai_jax.tasks.diffusion.sampling import (
-    DiffusionRequest,
-    SampledModel,
-    SamplerConfig,
-    sample_request,
-)
+from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig
+from genai_jax.tasks.diffusion.sampling import SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 from genai_jax.training.optimizer import default_optimizer

@@ -17,12 +17,8 @@ from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert
 from genai_jax.diffusion.steps import eps_of, intervals
 from genai_jax.diffusion.times import inverse_grid, time_grid
 from genai_jax.tasks.diffusion.model import DiffusionConfig, fixed_schedule
-from genai_jax.tasks.diffusion.sampling import (
-    DiffusionRequest,
-    Sampler,
-    requested_condition,
-    sample_request,
-)
+from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest
+from genai_jax.tasks.diffusion.sampling import Sampler, requested_condition, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
 from genai_jax.tasks.diffusion.task import Diffusion
 from genai_jax.tasks.protocol import StepInfo
