@@ -29,10 +29,17 @@ def _import_jax():
             sys.exit(2)
 
 
+def _quiet_if_interrupted(kind, error, where):
+    """Ctrl-C during the imports needs no traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, where)
+
+
 # Imports create about a million objects that live until the end. Collecting garbage among them,
 # during the imports and again at exit, would take half the time of `--help`.
 if getattr(sys.modules["__main__"].__spec__, "name", "").startswith("genai_jax."):
     gc.disable()
+    sys.excepthook = _quiet_if_interrupted
     _import_jax()
 
 

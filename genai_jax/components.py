@@ -9,12 +9,12 @@ from genai_jax.config import (
     Config,
     ConfigError,
     MissingFile,
-    expand_flagfiles,
     field,
     help_text,
     last_value,
     parse,
 )
+from genai_jax.flagfiles import expand_flagfiles
 from genai_jax.networks.sequence.mixers import outside_mixers
 from genai_jax.requests import EvaluateRequest, SampleRequest
 from genai_jax.tasks.registry import TASKS, is_outside, task_class, task_name

@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
         print(request_help(argv, "evaluate_request", __doc__))
         return 0
     flags, config = parse_request(argv, "evaluate_request")
+    if flags.run.batches == 0:
+        raise ConfigError("--batches=0 leaves nothing to evaluate on; -1 takes all batches")
     from genai_jax.training.distributed import is_main, join_processes
 
     with join_processes(flags.distributed), tells_how_to_move(config):

@@ -5,6 +5,7 @@ python -m genai_jax.fit --csv=runs.csv --output=report [--budget=1e20,1e21]
 """
 
 import dataclasses
+import pathlib
 import platform
 import shlex
 from collections.abc import Sequence
@@ -50,6 +51,14 @@ def main(argv: Sequence[str]) -> int:
     for name in ("csv", "output"):
         if not getattr(request, name):
             raise ConfigError(f"--{name} is not set")
+    used = [request.parameters, request.tokens, request.loss, *filter(None, [request.flops])]
+    if len({*used}) < len(used):
+        raise ConfigError(
+            "--parameters, --tokens, --loss, and --flops name four different columns, not "
+            f"{', '.join(used)}"
+        )
+    if pathlib.Path(request.output).exists() and not pathlib.Path(request.output).is_dir():
+        raise ConfigError(f"--output={request.output} is a file; name a folder for the report")
     budgets = _budgets(request.budget)
     # SciPy and Matplotlib, which --help and flag errors do without.
     from genai_jax.scaling.fits.analysis import scaling_law

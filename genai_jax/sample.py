@@ -39,7 +39,13 @@ def main(argv: Sequence[str]) -> int:
             folder = pathlib.Path(request.workdir) / "samples"
             if isinstance(sampled, Files):
                 sampled = sampled._replace(settings=distinguishing(request, model.step))
-            for line in sampled.write(request.output, folder):
+            try:
+                lines = sampled.write(request.output, folder)
+            except OSError as error:
+                place = f"--output={request.output}" if request.output else folder
+                reason = error.strerror or error
+                raise ConfigError(f"cannot write the samples to {place}: {reason}") from None
+            for line in lines:
                 print(line)
     return 0
 

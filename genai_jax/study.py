@@ -15,7 +15,14 @@ from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
-from genai_jax.config import ConfigError, expand_flagfiles, field, help_text, last_value, parse
+from genai_jax.config import (
+    ConfigError,
+    field,
+    help_text,
+    last_value,
+    parse,
+)
+from genai_jax.flagfiles import expand_flagfiles
 from genai_jax.scaling.study import times
 from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.expected import read_expected

@@ -4,20 +4,23 @@ python -m genai_jax.train_tokenizer --vocab_size=4096 --output=tokenizer.json
 """
 
 import dataclasses
+import pathlib
 
 from genai_jax import config as config_lib
 from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
-from genai_jax.data.text.tokenization import BOUNDARIES, load_tokenizer
+from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, load_tokenizer
+from genai_jax.files import write_text
 from genai_jax.requests import prepare_output
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokenizerConfig:
     vocab_size: int = config_lib.field(
-        4096, "vocabulary size, including the 256 bytes and the boundary token", minimum=257
-    )
+        4096, "vocabulary size, including the 256 bytes and the boundary token", minimum=257,
+        maximum=MAX_IDS,
+    )  # fmt: skip
     output: str = config_lib.field("tokenizer.json", "file to write; must end in .json", path=True)
 
 
@@ -80,7 +83,12 @@ def train_bpe(source: Source, vocab_size: int, output: str) -> None:
     )
     documents = (source[i] for i in range(len(source)))
     tokenizer.train_from_iterator(documents, trainer, length=len(source))
-    tokenizer.save(output)
+    try:  # completely or not at all
+        write_text(pathlib.Path(output), tokenizer.to_str(pretty=True))
+    except OSError as error:
+        raise config_lib.ConfigError(
+            f"cannot write to --output={output}: {error.strerror}"
+        ) from None
 
 
 def compression(tokenizer, source: Source) -> tuple[int, int]:

@@ -89,3 +89,11 @@ def test_an_environment_that_jax_cannot_read_is_one_line(value):
 def test_a_command_leaves_the_first_import_of_jax_to_the_module_that_guards_it(name):
     lines = (ROOT / "genai_jax" / f"{name}.py").read_text().splitlines()
     assert not [line for line in lines if re.match(r"(import|from) (jax|flax|optax)\b", line)]
+
+
+def test_ctrl_c_during_the_imports_needs_no_traceback(capsys):
+    error = KeyboardInterrupt()
+    command._quiet_if_interrupted(KeyboardInterrupt, error, None)
+    assert capsys.readouterr().err == ""
+    command._quiet_if_interrupted(ValueError, ValueError("a bug"), None)
+    assert "ValueError: a bug" in capsys.readouterr().err

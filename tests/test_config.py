@@ -35,12 +35,13 @@ def test_values_have_the_type_of_their_field():
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--inner.size=x", "inner.size=x"),
-        ("--inner.size=1.5", "inner.size=1.5"),
+        ("--inner.size=x", "--inner.size=x: it is not a whole number$"),
+        ("--inner.size=1e1", "--inner.size=1e1: it is not a whole number$"),
+        ("--inner.rate=1e", "--inner.rate=1e: it is not a number$"),
         ("--inner.size=10", r"\[1, 9\]"),
         ("--inner.rate=-1", "non-negative|inner.rate"),
         ("--inner.kind=c", "<a|b>"),
-        ("--inner.deep=maybe", "inner.deep=maybe"),
+        ("--inner.deep=maybe", "--inner.deep=maybe: it is neither true nor false$"),
         (
             "--inner.sizes=1",
             "--inner.sizes is not a flag of this command; did you mean --inner.size?",

@@ -16,8 +16,14 @@ import pytest
 
 from genai_jax import files, fit, media
 from genai_jax.components import parse_run
-from genai_jax.config import Config, ConfigError, expand_flagfiles, field, flag_values, parse
+from genai_jax.config import (
+    Config,
+    ConfigError,
+    field,
+    parse,
+)
 from genai_jax.data.text.tokenization import load_tokenizer
+from genai_jax.flagfiles import expand_flagfiles, flag_values
 from genai_jax.scaling.report import show_dollars
 from genai_jax.tasks.arrays.walks import read_latents
 from genai_jax.training.ema_profiles import reconstruct

@@ -99,7 +99,10 @@ def test_a_finished_run_is_left_alone(whole, text_folder, capsys):
     assert train.main([*flags(text_folder), f"--workdir={whole}", "--data.prefetch=0"]) == 0
     err = capsys.readouterr().err
     assert "trained to step 12 already" in err and "--data.prefetch=4 -> 0" in err
-    assert rows(whole) == before
+    flagfile = (whole / "flags.txt").read_text()
+    with pytest.raises(ConfigError, match=r"to step 12 already, more than --train\.steps=6"):
+        train.main([*flags(text_folder), f"--workdir={whole}", "--train.steps=6"])
+    assert rows(whole) == before and (whole / "flags.txt").read_text() == flagfile
 
 
 def test_other_flags_in_the_same_workdir_are_named(whole, text_folder):

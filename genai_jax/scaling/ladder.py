@@ -11,7 +11,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from genai_jax.config import ConfigError, field, flag_line
+from genai_jax.config import LARGEST_INT, ConfigError, field
+from genai_jax.flagfiles import flag_line
 from genai_jax.scaling.study.folder import Counts
 from genai_jax.scaling.study.settings import numbers
 
@@ -145,6 +146,8 @@ def _size_flags(request: LadderRequest, width: int) -> list[str]:
 
 def _why_not(request: LadderRequest, rung: Rung) -> str:
     """Why a run is left out; empty if it is not."""
+    if rung.steps > LARGEST_INT:
+        return f"{rung.steps:.3g} steps, more than the {LARGEST_INT} of any run"
     if rung.steps < request.least_steps:
         return f"{rung.steps} step(s), --least_steps={request.least_steps}"
     if rung.ratio < request.least_tokens:

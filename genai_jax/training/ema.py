@@ -25,7 +25,7 @@ class EmaConfig:
     )
     snapshot_every: int = field(
         0, "Steps between snapshots of the power-function averages, from which an average of any "
-        "width can be reconstructed later; 0: no snapshots.", minimum=0,
+        "width can be reconstructed later; 0: no snapshots.", minimum=0, within_run=True,
     )  # fmt: skip
     use: str = field(
         "", "Average that sample and evaluate use by default; the parameters themselves if empty.",

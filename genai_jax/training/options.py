@@ -30,5 +30,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    start: int = field(0, "Steps before the profile starts.", minimum=0, changeable=True)
+    start: int = field(
+        0, "Steps before the profile starts.", minimum=0, changeable=True, within_run=True
+    )
     steps: int = field(0, "Steps to profile into workdir/profile.", minimum=0, changeable=True)

@@ -5,10 +5,10 @@ from genai_jax.training.optimizer import ENDLESS, learning_rate_schedule
 
 
 def cut_schedules(config: Config) -> list[str]:
-    """One line for each schedule that is longer than the run."""
+    """One line for each number of steps that is larger than those of the run."""
     steps = config.train.steps
     return [
-        f"--{name}={value} is cut: the run has --train.steps={steps}"
+        f"--{name}={value} goes beyond the end of the run at --train.steps={steps}"
         for name, value in config.items().items()
         if name in config.within_run() and value > steps
     ]

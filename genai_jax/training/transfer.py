@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 import jax
 
-from genai_jax.config import Config, ConfigError, expand_flagfiles, last_value, parse
+from genai_jax.config import (
+    Config,
+    ConfigError,
+    last_value,
+    parse,
+)
+from genai_jax.flagfiles import expand_flagfiles
 from genai_jax.tasks.protocol import Prepares, PyTree, Task, Transfer
 from genai_jax.training.checkpoint import Checkpointer, Misfit, first_line
 from genai_jax.training.ema import EmaConfig

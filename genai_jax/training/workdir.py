@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from genai_jax.config import Config, ConfigError, flag_values
+from genai_jax.config import Config, ConfigError
 from genai_jax.files import expand_home, read_object, read_text, reason_of, unreadable, write_text
+from genai_jax.flagfiles import flag_values
 from genai_jax.tasks.protocol import Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
 
@@ -55,6 +56,12 @@ def claim(config: Config) -> list[str]:
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
         fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
+        trained = max(_saved_steps(workdir))
+        if config.train.steps < trained:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run that is trained to step {trained} already, more "
+                f"than --train.steps={config.train.steps}"
+            )
         if fixed:
             raise ConfigError(
                 f"--workdir={workdir} holds a run with different flags: {', '.join(fixed)}; use "
@@ -98,11 +105,15 @@ def _write(path: pathlib.Path, text: str):
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint to protect; a run without one may start over."""
+    return bool(_saved_steps(workdir))
+
+
+def _saved_steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / "checkpoints"
     try:
-        return any(path.name.isdigit() for path in folder.iterdir())
+        return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
     except FileNotFoundError:
-        return False
+        return []
     except OSError as error:
         raise unreadable(folder, reason_of(error)) from None
 

@@ -107,6 +107,7 @@ def test_a_condition_holds_rows_out(tmp_path):
     [
         ("", "no rows"),
         (HEADING, "no rows"),
+        ("name,N,D,L,L\na,1,2,3,4\n", "has more than one column 'L'"),
         ("name,N,L\na,1,2\n", "no column 'D'; its columns are name, N, L"),
         (HEADING + "a,1,2,3\nb,,2,3\n", "line 3: N is '', not a number"),
         (HEADING + "a,1,2,3\nb,1,2\n", "line 3: L is '', not a number"),
@@ -129,6 +130,8 @@ def test_bad_flags_are_one_line(tmp_path):
         (["--budget=many"], "--budget=many: write positive FLOPs"),
         (["--extrapolate=0.5"], "extrapolate"),
         (["--flops=C"], "no column 'C'"),
+        (["--parameters=tokens"], "name four different columns, not tokens, tokens, loss"),
+        ([f"--output={csv}"], "is a file; name a folder for the report"),
         ([], "5 coefficients, but there are only 4 points"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -94,6 +94,7 @@ def test_files_left_from_an_earlier_ladder_are_named(base, capsys):
         ({"widths": "32,x"}, (), "--widths=32,x is not a list of numbers"),
         ({"budgets": "-1"}, (), "--budgets=-1: the numbers must be positive"),
         ({"budgets": "1e6"}, (), "--budgets: 1e.06 FLOPs suit no width; c1e6_w32: 0 step"),
+        ({"budgets": "1e20"}, (), r"suit no width; c1e20_w32: .* steps, more than the 2147483647"),
         ({"budgets": ""}, (), "--budgets is not set"),
         ({"output": ""}, (), "--output is not set"),
         ({"component": "dit"}, (), "--component=dit is not a component of --task=language_model"),

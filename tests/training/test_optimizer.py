@@ -69,7 +69,8 @@ def test_a_schedule_reaches_its_peak_and_its_last_value(name, warmup, steps):
 def test_a_schedule_that_the_length_of_a_run_cuts_or_changes_is_reported():
     flags = ("--optimizer.warmup_steps=3", "--vae.kl_warmup=20", "--task=vae")
     config = parse_run([*flags, "--train.steps=10"])
-    assert cut_schedules(config) == ["--vae.kl_warmup=20 is cut: the run has --train.steps=10"]
+    line = "--vae.kl_warmup=20 goes beyond the end of the run at --train.steps=10"
+    assert cut_schedules(config) == [line]
     assert cut_schedules(parse_run([*flags, "--train.steps=20"])) == []
 
     longer = parse_run([*flags, "--train.steps=19"])

@@ -152,6 +152,10 @@ def _read_rows(path: str) -> tuple[list[int], list[dict]]:
                 )
     except csv.Error as error:
         raise ConfigError(f"cannot read --csv={path}: {error}") from None
+    names = reader.fieldnames or ()
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--csv={path} has more than one column {name!r}")
     if not numbered:
         raise ConfigError(f"--csv={path} has no rows below its header")
     lines, rows = zip(*numbered, strict=True)

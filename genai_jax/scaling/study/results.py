@@ -10,8 +10,9 @@ import re
 import sys
 from typing import NamedTuple
 
-from genai_jax.config import Config, ConfigError, flag_values
+from genai_jax.config import Config, ConfigError
 from genai_jax.files import read_object, unreadable, write_text
+from genai_jax.flagfiles import flag_values
 from genai_jax.scaling.study.folder import Counts, Run
 from genai_jax.training.metrics_log import read_metrics
 from genai_jax.training.population import member_config

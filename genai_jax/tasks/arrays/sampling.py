@@ -31,7 +31,7 @@ def requested_labels(loader: Any, text: str, count: int) -> np.ndarray:
     Raises:
       ConfigError: a class that the data does not have.
     """
-    labels = [loader.parse_label(part) for part in text.split(",") if part]
+    labels = [loader.parse_label(part) for part in text.split(",")] if text else []
     return cycled(labels or all_labels(loader.label_sizes), count)
 
 

@@ -1,8 +1,10 @@
+import errno
 import sys
 
 import numpy as np
 import pytest
 
+from genai_jax import train_tokenizer
 from genai_jax.config import ConfigError
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import open_source
@@ -143,3 +145,22 @@ def test_missing_library(fixture, request, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"pip install -e .\.\[text\]"):
         load_tokenizer(spec)
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    text, output = tmp_path / "text", tmp_path / "t.json"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.txt").write_text(f"document {i} " * 20)
+    output.write_text("the old one")
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_tokenizer, "write_text", full)
+    flags = [f"--data.dataset=text:{text}", "--vocab_size=300", f"--output={output}"]
+    with pytest.raises(ConfigError, match=r"cannot write to --output=.*t\.json: No space left"):
+        train_tokenizer.main(flags)
+    assert output.read_text() == "the old one"
+    with pytest.raises(ConfigError, match=r"--vocab_size=2000000000: .* in the range"):
+        train_tokenizer.main([*flags, "--vocab_size=2000000000"])
