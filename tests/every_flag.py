@@ -91,7 +91,7 @@ BASES = {
     "rbm": ("--task=rbm", "--rbm.num_hidden=5", "--rbm.chains=4", "--rbm.sweeps=1"),
 }  # fmt: skip
 # Components that say where and how long a run is, or that only sampling uses.
-ELSEWHERE = ("run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler")
+ELSEWHERE = {"run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler"}
 # Numbers are flags of every family, too many to go through: what is off by default, and these.
 NUMBERS = {
     "unet.embed_dim": "8",
@@ -124,22 +124,20 @@ LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 def candidates(base: str) -> list[str]:
     """Every value of every flag of a base's family that its runs are to have, as "name=value"."""
     flags = (*COMMON, *BASES[base])
-    config = parse_run(flags)
     fixed = {flag.removeprefix("--").partition("=")[0] for flag in flags}
-    components = components_of(task_class(config.run.task))
-    return [
-        " ".join(
-            [
-                f"{component}.{field.name}={value}",
-                *WITH.get(f"{component}.{field.name}", "").split(),
-            ]
-        )
-        for component, cls in components.items()
-        if component not in ELSEWHERE
-        for field in dataclasses.fields(cls)
-        if f"{component}.{field.name}" not in fixed
-        for value in _values(f"{component}.{field.name}", field)
-    ] + ["dtype=bfloat16"] * (base != "normalizing_flow")
+    components = components_of(task_class(parse_run(flags).run.task))
+
+    def with_needs(name: str, value: str) -> str:
+        needs = [n for n in WITH.get(name, "").split() if n.split(".")[0] in components]
+        return " ".join([f"{name}={value}", *needs])
+
+    every = ["dtype=bfloat16"] * (base != "normalizing_flow")
+    for component in components.keys() - ELSEWHERE:
+        for field in dataclasses.fields(components[component]):
+            name = f"{component}.{field.name}"
+            if name not in fixed:
+                every += [with_needs(name, value) for value in _values(name, field)]
+    return sorted(every)
 
 
 def _values(name: str, field: dataclasses.Field) -> Iterator[str]:

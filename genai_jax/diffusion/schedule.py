@@ -132,9 +132,15 @@ def sigmoid(start: float = -3.0, end: float = 3.0, clip: float = 1e-9) -> Schedu
     """alpha^2 falls as a sigmoid of time between `start` and `end` (Jabri et al. 2023)."""
     top, bottom = (1 / (1 + math.exp(-x)) for x in (end, start))
 
+    # Each part by itself: in float32, 1 - (1 - 1e-9) is 0, and the log-SNR at an end infinite.
+    def part(distance):
+        return clip + (1 - 2 * clip) * jnp.maximum(distance / (top - bottom), 0)
+
     def signal(t):
-        unclipped = (top - jax.nn.sigmoid(start + t * (end - start))) / (top - bottom)
-        return clip + (1 - 2 * clip) * unclipped
+        return part(top - jax.nn.sigmoid(start + t * (end - start)))
+
+    def noise(t):
+        return part(jax.nn.sigmoid(start + t * (end - start)) - bottom)
 
     def time(value):
         unclipped = (jax.nn.sigmoid(value) - clip) / (1 - 2 * clip)
@@ -143,8 +149,8 @@ def sigmoid(start: float = -3.0, end: float = 3.0, clip: float = 1e-9) -> Schedu
 
     return Schedule(
         lambda t: jnp.sqrt(signal(t)),
-        lambda t: jnp.sqrt(1 - signal(t)),
-        lambda t: jnp.log(signal(t)) - jnp.log1p(-signal(t)),
+        lambda t: jnp.sqrt(noise(t)),
+        lambda t: jnp.log(signal(t)) - jnp.log(noise(t)),
         time,
     )
 

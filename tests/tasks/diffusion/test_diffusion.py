@@ -16,7 +16,7 @@ from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert
 from genai_jax.diffusion.steps import eps_of, intervals
 from genai_jax.diffusion.times import inverse_grid, time_grid
-from genai_jax.tasks.diffusion.model import DiffusionConfig, fixed_schedule
+from genai_jax.tasks.diffusion.model import BOUNDED, DiffusionConfig, fixed_schedule
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest
 from genai_jax.tasks.diffusion.sampling import Sampler, requested_condition, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, likelihood
@@ -198,6 +198,12 @@ def test_samples_that_are_not_finite_are_not_written(conditional, params):
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
     with pytest.raises(ConfigError, match="2 of 2 samples have values that are not finite"):
         samples_of(conditional, broken, num_samples=2)
+
+
+@pytest.mark.parametrize("name", [n for n in BOUNDED if n != "learned"])
+def test_a_schedule_of_a_bound_has_a_finite_log_snr_at_both_ends(name):
+    ends = schedules.SCHEDULES[name]().log_snr(jnp.array([0, 1], jnp.float32))
+    assert np.all(np.isfinite(ends)) and ends[0] > ends[1]
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
