@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import os
 import pathlib
+import signal
+import threading
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -42,6 +44,9 @@ for _name, _value in _before.items():
     else:
         os.environ[_name] = _value
 
+
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which processes inherit
 
 pytest_plugins = ("tests.unchanged", "pytester")
 

@@ -15,18 +15,14 @@ from tests.fuzz_calls import COMMANDS
 
 
 def test_simulated_devices_get_threads_for_collectives_that_overlap(monkeypatch):
-    monkeypatch.delenv("NPROC", raising=False)
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    command._give_simulated_devices_threads()
-    assert "NPROC" not in os.environ
+    def threads(**environment) -> str | None:
+        monkeypatch.setattr(os, "environ", environment)  # nothing may be left for other tests
+        command._give_simulated_devices_threads()
+        return environment.get("NPROC")
 
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
-    command._give_simulated_devices_threads()
-    assert os.environ["NPROC"] == "64"
-
-    monkeypatch.setenv("NPROC", "5")  # the user's choice stays
-    command._give_simulated_devices_threads()
-    assert os.environ["NPROC"] == "5"
+    assert threads() is None and threads(JAX_NUM_CPU_DEVICES="1") is None
+    assert threads(JAX_NUM_CPU_DEVICES="8") == "64"
+    assert threads(JAX_NUM_CPU_DEVICES="8", NPROC="5") == "5"  # the user's choice stays
 
 
 @pytest.mark.parametrize(
