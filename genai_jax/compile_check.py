@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
-from genai_jax.config import Config, ConfigError, field, flag_names, help_text, parse
+from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_names, help_text, parse
+from genai_jax.files import writing_to
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
 from genai_jax.scaling.compile_text import as_text, side_by_side
@@ -39,7 +40,7 @@ class CheckRequest:
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h", "--helpfull"} & set(argv):
+    if asks_for_help(argv):
         print(help_text(__doc__, {"run": CheckRequest}) + "\n\nand every flag of the train command")
         return 0
     request, rest = _split(argv)
@@ -89,7 +90,7 @@ def _check(
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         shardings = placements(params, rules, built.compiled.mesh)
-        _write(request.dump_shardings, suffix, shardings)
+        _write(request, "dump_shardings", suffix, shardings)
     if not request.compiles:
         report = facts(config, topology, built)
         print(as_text(named, report))
@@ -100,20 +101,23 @@ def _check(
         report, program = problem.report, None
     print(as_text(named, report))
     if request.output:
-        _write(request.output, suffix, json.dumps(report, indent=1) + "\n")
+        _write(request, "output", suffix, json.dumps(report, indent=1) + "\n")
     if request.program and program:
-        _write(request.program, suffix, program)
+        _write(request, "program", suffix, program)
     return (0 if report["fits"] else 1), report
 
 
-def _write(path: str, suffix: str, text: str):
+def _write(request: CheckRequest, name: str, suffix: str, text: str):
+    """Writes to the file that the flag `name` says; prints if that is "-"."""
+    path = getattr(request, name)
     if path == "-":
         print(text)
         return
     target = pathlib.Path(path)
     target = target.with_name(target.stem + suffix + target.suffix)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    with writing_to(f"--{name}={path}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from genai_jax.config import (
+    HELP,
     Config,
     ConfigError,
     MissingFile,
@@ -75,7 +76,6 @@ SHARED = {
 GRADIENT = ("optimizer", "ema", "mesh", "profile", "compiler", "population")
 MOVABLE = ("dataset", "data_dir", "tokenizer")  # flags of the data that a request may override
 REQUESTS = {"sample_request": SampleRequest, "evaluate_request": EvaluateRequest}
-HELP = {"--help", "-h", "--helpfull"}
 
 
 def components_of(cls: type) -> dict[str, type]:

@@ -20,6 +20,7 @@ from genai_jax.errors import MissingFile as MissingFile
 from genai_jax.files import expand_home
 from genai_jax.flagfiles import expand_flagfiles, flag_line
 
+HELP = {"--help", "-h", "--helpfull"}
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which flags are used
 LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
 
@@ -193,6 +194,21 @@ def last_value(argv: Sequence[str], name: str) -> str | None:
     return value and expand_home(value)
 
 
+def refuse_set(component: str, config: Any, names: Sequence[str], why: str):
+    """Raises `ConfigError` if one of the fields `names` of a component has been set.
+
+    Args:
+      component: its name, as in ``--component.name``.
+      config: the dataclass.
+      names: the fields that have no effect.
+      why: the end of the line, such as "applies only to GPUs".
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for name in names:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise ConfigError(f"--{_flag_name(component, name)}={value} {why}")
+
+
 def flag_names(components: Mapping[str, type]) -> set[str]:
     """The names of all flags of the components, without the dashes."""
     return {_flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
@@ -200,6 +216,10 @@ def flag_names(components: Mapping[str, type]) -> set[str]:
 
 def _shown(default: Any) -> str:
     return {"": "empty", None: "unset"}.get(default, str(default))
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    return not HELP.isdisjoint(argv)
 
 
 def help_text(usage: str | None, components: Mapping[str, type]) -> str:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
-from genai_jax.config import ConfigError, field, flag_names, help_text, parse
+from genai_jax.config import ConfigError, asks_for_help, field, flag_names, help_text, parse
+from genai_jax.files import writing_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CoordinateRequest:
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h"} & set(argv):
+    if asks_for_help(argv):
         print(help_text(__doc__, {"run": CoordinateRequest}))
         print("\nand every flag of the train command")
         return 0
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--output is not set: name a folder for the plot and the tables")
     config = parse_run([a for a in argv if a not in own])
     changes = check(config, _widths(request.widths), request.steps, make_task, request.seeds)
-    write(changes, pathlib.Path(request.output))
+    with writing_to(f"--output={request.output}"):
+        write(changes, pathlib.Path(request.output))
     for (parametrization, activation), slope in slopes(changes).items():
         print(f"{parametrization:15} {activation:35} width^{slope:+.2f}")
     return 0

@@ -7,18 +7,12 @@ import time
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import (
-    HELP,
-    make_task,
-    parse_request,
-    request_help,
-    tells_how_to_move,
-)
-from genai_jax.config import ConfigError
+from genai_jax.components import make_task, parse_request, request_help, tells_how_to_move
+from genai_jax.config import ConfigError, asks_for_help
 
 
 def main(argv: Sequence[str]) -> int:
-    if HELP & set(argv):
+    if asks_for_help(argv):
         print(request_help(argv, "evaluate_request", __doc__))
         return 0
     flags, config = parse_request(argv, "evaluate_request")

@@ -4,10 +4,12 @@ A named pipe, a device, a link to itself, or a file that is too large, cut, or o
 refused in one line. Nothing here waits: a pipe without a writer is refused like any other.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import stat
+from collections.abc import Iterator
 from typing import IO, Any
 
 from genai_jax.errors import ConfigError, printable
@@ -174,6 +176,17 @@ def endless_file(folder: pathlib.Path, limit: int, unlimited: str) -> str | None
 def unreadable(path: Path, reason: str, label: str = "") -> ConfigError:
     """The error of a file that cannot be read."""
     return ConfigError(f"cannot read {label or _shown(path)}: {reason}")
+
+
+@contextlib.contextmanager
+def writing_to(place: object) -> Iterator[None]:
+    """Raises `ConfigError`, which names `place`, where what is inside cannot write."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):
+            raise
+        raise ConfigError(f"cannot write to {place}: {reason_of(error)}") from None
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,7 +11,9 @@ import shlex
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.config import ConfigError, field, help_text, parse
+from genai_jax.config import ConfigError, asks_for_help, field, help_text, parse
+from genai_jax.errors import printable
+from genai_jax.files import writing_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class FitRequest:
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h", "--helpfull"} & set(argv):
+    if asks_for_help(argv):
         print(help_text(__doc__, {"run": FitRequest}))
         return 0
     request = parse(argv, {"run": FitRequest})[0].run
@@ -77,12 +79,14 @@ def main(argv: Sequence[str]) -> int:
         seed=request.seed,
         resamples=request.resamples,
         extrapolate=request.extrapolate,
-        loss_unit=request.loss_unit,
+        loss_unit=printable(request.loss_unit),
     )
     convention = f"column {request.flops}" if request.flops else "6 N D (--flops is not set)"
-    print(f"{request.csv}: {len(data.points.loss)} runs, FLOPs: {convention}")
+    print(f"{printable(request.csv)}: {len(data.points.loss)} runs, FLOPs: {convention}")
     print("\n".join(text_of(sections)))
-    write_report(request.output, "Scaling law", sections, record=_record(request, argv, convention))
+    record = _record(request, argv, convention)
+    with writing_to(f"--output={request.output}"):
+        write_report(request.output, "Scaling law", sections, record=record)
     print(f"\nreport: {request.output}/index.html")
     return 0
 
@@ -127,8 +131,8 @@ def _record(request: FitRequest, argv: Sequence[str], convention: str) -> dict:
         "scipy": scipy.__version__,
     }
     return {
-        "commands": [f"python -m genai_jax.fit {shlex.join(argv)}"],
-        "environment": {**versions, "data": request.csv, "FLOPs": convention},
+        "commands": [printable(f"python -m genai_jax.fit {shlex.join(argv)}")],
+        "environment": {**versions, "data": printable(request.csv), "FLOPs": convention},
     }
 
 

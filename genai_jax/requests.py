@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-from genai_jax.config import ConfigError, field
+from genai_jax.config import field
+from genai_jax.files import writing_to
 
 # Of what a file's name says: `Files.name` has the seed, and the step is that of the checkpoint.
 NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "mixers")
@@ -72,15 +73,13 @@ def prepare_output(output: str):
     if not output:
         return
     path = pathlib.Path(output)
-    try:
+    with writing_to(f"--output={output}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         if new or not path.is_fifo():  # whose reader would see its end
             open(path, "ab").close()
         if new:
             path.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write to --output={output}: {error.strerror}") from None
 
 
 class Sampled(Protocol):

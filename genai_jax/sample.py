@@ -4,19 +4,14 @@ import pathlib
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import (
-    HELP,
-    make_task,
-    parse_request,
-    request_help,
-    tells_how_to_move,
-)
-from genai_jax.config import ConfigError
+from genai_jax.components import make_task, parse_request, request_help, tells_how_to_move
+from genai_jax.config import ConfigError, asks_for_help
+from genai_jax.files import writing_to
 from genai_jax.requests import Files, distinguishing, prepare_output
 
 
 def main(argv: Sequence[str]) -> int:
-    if HELP & set(argv):
+    if asks_for_help(argv):
         print(request_help(argv, "sample_request", __doc__))
         return 0
     flags, config = parse_request(argv, "sample_request")
@@ -39,12 +34,8 @@ def main(argv: Sequence[str]) -> int:
             folder = pathlib.Path(request.workdir) / "samples"
             if isinstance(sampled, Files):
                 sampled = sampled._replace(settings=distinguishing(request, model.step))
-            try:
+            with writing_to(f"--output={request.output}" if request.output else folder):
                 lines = sampled.write(request.output, folder)
-            except OSError as error:
-                place = f"--output={request.output}" if request.output else folder
-                reason = error.strerror or error
-                raise ConfigError(f"cannot write the samples to {place}: {reason}") from None
             for line in lines:
                 print(line)
     return 0

@@ -17,6 +17,7 @@ from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import (
     ConfigError,
+    asks_for_help,
     field,
     help_text,
     last_value,
@@ -69,7 +70,7 @@ class StudyRequest:
 
 
 def main(argv: Sequence[str]) -> int:
-    if {"--help", "-h"} & set(argv):
+    if asks_for_help(argv):
         print(help_text(__doc__, {"run": StudyRequest}))
         for name, analysis in ANALYSES.items():
             print("\n" + help_text(f"--study.analysis={name}", {"study": analysis.config}))

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 
 from genai_jax.command import run
-from genai_jax.components import HELP, make_task, parse_run, run_help
-from genai_jax.config import ConfigError
+from genai_jax.components import make_task, parse_run, run_help
+from genai_jax.config import ConfigError, asks_for_help
 
 
 def main(argv: Sequence[str]) -> int:
-    if HELP & set(argv):
+    if asks_for_help(argv):
         print(run_help(argv, __doc__))
         return 0
     config = parse_run(argv)

@@ -11,7 +11,7 @@ from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, load_tokenizer
-from genai_jax.files import write_text
+from genai_jax.files import write_text, writing_to
 from genai_jax.requests import prepare_output
 
 
@@ -39,7 +39,7 @@ COMPONENTS = {"run": TrainTokenizerConfig, "data": TextConfig}
 
 def main(argv: list[str]) -> int:
     """Trains the tokenizer, writes it, and prints how well it compresses the validation split."""
-    if "--help" in argv:
+    if config_lib.asks_for_help(argv):
         print(config_lib.help_text(__doc__, COMPONENTS))
         return 0
     config, _ = config_lib.parse(argv, COMPONENTS)
@@ -83,12 +83,8 @@ def train_bpe(source: Source, vocab_size: int, output: str) -> None:
     )
     documents = (source[i] for i in range(len(source)))
     tokenizer.train_from_iterator(documents, trainer, length=len(source))
-    try:  # completely or not at all
+    with writing_to(f"--output={output}"):  # completely or not at all
         write_text(pathlib.Path(output), tokenizer.to_str(pretty=True))
-    except OSError as error:
-        raise config_lib.ConfigError(
-            f"cannot write to --output={output}: {error.strerror}"
-        ) from None
 
 
 def compression(tokenizer, source: Source) -> tuple[int, int]:

@@ -29,6 +29,10 @@ COMMON = (
     "--train.progress=false", "--train.log_every=1", "--eval.batches=1", "--data.batch_size=4",
     "--optimizer.warmup_steps=0",
 )  # fmt: skip
+TRANSFORMER = (
+    "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
+    "--transformer.num_heads=2", "--data.unique_tokens=2000",
+)  # fmt: skip
 DIT = (
     "--task=diffusion", "--diffusion.network=dit", "--dit.num_layers=2", "--dit.embed_dim=16",
     "--dit.num_heads=2", "--dit.patch_size=4", "--dit.text_layers=1",
@@ -46,14 +50,8 @@ LADDER = (
 DENSE = ("--dense_vae.latent_dim=3", "--dense_vae.hidden_dim=16", "--dense_vae.num_layers=1")
 GAN = ("--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--critic.channels=4")
 BASES = {
-    "language_model": (
-        "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
-        "--transformer.num_heads=2", "--data.unique_tokens=2000",
-    ),
-    "language_model experts": (
-        "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
-        "--transformer.num_heads=2", "--data.unique_tokens=2000", "--moe.num_experts=4",
-    ),
+    "language_model": TRANSFORMER,
+    "language_model experts": (*TRANSFORMER, "--moe.num_experts=4"),
     "diffusion": (
         "--task=diffusion", "--unet.channels=8", "--unet.channel_multipliers=1,2",
         "--unet.blocks_per_level=1", "--unet.attention_resolutions=4", "--unet.head_dim=8",

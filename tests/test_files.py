@@ -149,6 +149,15 @@ def test_every_reader_survives_every_damage(tmp_path, reader):
             assert kind in ("cut", "flipped", "not UTF-8", "other type", "digits", "deep"), kind
 
 
+def test_a_place_that_cannot_be_written_is_named():
+    for path, reason in (("/dev/full", "No space left on device"), ("a\0b", "NUL character")):
+        with (
+            pytest.raises(ConfigError, match=f"cannot write to --output=x: .*{reason}"),
+            files.writing_to("--output=x"),
+        ):
+            pathlib.Path(path).write_text("text", encoding="utf-8")
+
+
 def test_the_depth_and_the_digits_of_json_are_bounded():
     for text in ("[" * 90 + "]" * 90, "[" * 10**5, '{"a":' * 10**5, "1" * 10**6, "{", "[1,", ""):
         with pytest.raises(ValueError, match="JSON"):

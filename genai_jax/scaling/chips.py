@@ -67,10 +67,10 @@ class Topology:
     def __post_init__(self):
         if not re.fullmatch(r"\w+:\d+(x\d+){0,2}", self.text) or self.kind not in (*CHIPS, "cpu"):
             raise ConfigError(f"--topology={self.text} is unknown; examples are {EXAMPLES}")
-        if 0 in self.shape or (self.kind == "cpu" and len(self.shape) > 1):
-            raise ConfigError(
-                f"--topology={self.text}: sizes must be at least 1, and cpu takes a single size"
-            )
+        if 0 in self.shape:
+            raise ConfigError(f"--topology={self.text}: sizes must be at least 1")
+        if self.kind == "cpu" and len(self.shape) > 1:
+            raise ConfigError(f"--topology={self.text}: cpu takes a single size, as cpu:8")
         if self.slices > 1 and self.kind in ("cpu", "h200"):
             raise ConfigError(f"--slices={self.slices} works for TPUs only, not for {self.text}")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from genai_jax.config import LARGEST_INT, ConfigError, field
+from genai_jax.files import writing_to
 from genai_jax.flagfiles import flag_line
 from genai_jax.scaling.study.folder import Counts
 from genai_jax.scaling.study.settings import numbers
@@ -174,7 +175,7 @@ def write_ladder(
       ConfigError: the folder cannot be written to.
     """
     folder = pathlib.Path(request.output)
-    try:
+    with writing_to(f"--output={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         included = os.path.relpath(pathlib.Path(base).resolve(), folder.resolve())
         paths = [folder / f"{rung.name}.flags" for rung in rungs]
@@ -183,8 +184,6 @@ def write_ladder(
         for name, text in STUDY_FILES.items():
             if not (folder / name).exists():
                 (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write to --output={folder}: {error.strerror}") from None
     return paths
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from genai_jax.config import ConfigError
+from genai_jax.files import writing_to
 
 
 @contextlib.contextmanager
@@ -30,13 +31,11 @@ def locked(workdir: str | pathlib.Path, user: str, note: str = "") -> Iterator[I
     """
     workdir = pathlib.Path(workdir)
     path = workdir / f"{user}.lock"
-    try:
+    with writing_to(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         # Opened for reading as well, so that a pipe that lies there does not make us wait.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         file = os.fdopen(descriptor, "rb")
-    except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,15 @@ import jax
 from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.files import expand_home, read_object, read_text, reason_of, unreadable, write_text
+from genai_jax.files import (
+    expand_home,
+    read_object,
+    read_text,
+    reason_of,
+    unreadable,
+    write_text,
+    writing_to,
+)
 from genai_jax.flagfiles import flag_values
 from genai_jax.tasks.protocol import Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
@@ -36,13 +44,11 @@ def claim(config: Config) -> list[str]:
     workdir = pathlib.Path(config.run.workdir)
     path = workdir / "flags.txt"
     check_path(workdir)
-    try:
+    with writing_to(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise _not_writable(workdir, error) from None
     # The number of processes and the index of this one are not part of the run.
     placement = [name for name in config.items() if name.startswith("distributed.")]
     changes = []
@@ -71,7 +77,8 @@ def claim(config: Config) -> list[str]:
         raise ConfigError(
             f"--workdir={workdir} holds checkpoints but no flags.txt to check against"
         )
-    _write(path, config.to_flags(leave_out=("workdir", *placement)))
+    with writing_to(path):
+        write_text(path, config.to_flags(leave_out=("workdir", *placement)))
     return changes
 
 
@@ -90,17 +97,6 @@ def check_path(workdir: str | pathlib.Path):
         raise ConfigError(
             f"--workdir={str(workdir)!a}: checkpoints need a path that is valid UTF-8"
         ) from None
-
-
-def _not_writable(workdir: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot write to --workdir={workdir}: {reason_of(error)}")
-
-
-def _write(path: pathlib.Path, text: str):
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {reason_of(error)}") from None
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -160,7 +156,8 @@ def write_record(workdir: pathlib.Path, record: dict):
             )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
-    _write(workdir / "run.json", json.dumps(record, indent=2) + "\n")
+    with writing_to(path := workdir / "run.json"):
+        write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(

@@ -116,9 +116,11 @@ def test_ignored_flags_and_bad_topologies_are_refused():
         _split(["--topology", "cpu:2"])
     with pytest.raises(ConfigError, match="--output and --program need the compiled step"):
         _split(["--topology=cpu:2", "--nocompiles", "--output=x.json"])
-    for text, slices in (("cpu:0", 1), ("cpu:2x4", 1), ("v5e:0x4", 1)):
-        with pytest.raises(ConfigError, match="sizes must be at least 1, and cpu takes"):
-            Topology(text, slices)
+    for text in ("cpu:0", "v5e:0x4"):
+        with pytest.raises(ConfigError, match=f"{text}: sizes must be at least 1$"):
+            Topology(text)
+    with pytest.raises(ConfigError, match="cpu:2x4: cpu takes a single size, as cpu:8"):
+        Topology("cpu:2x4")
     with pytest.raises(ConfigError, match="--slices=2 works for TPUs only, not for h200"):
         Topology("h200:1x1x8", 2)
 

@@ -94,7 +94,8 @@ def test_a_condition_holds_rows_out(tmp_path):
     assert read_csv(csv, COLUMNS, "N = 2").held_out.tolist() == [False, True, False]
     for condition, message in (
         ("N>5", "matches 0 of 3 rows"),
-        ("N", "write a column"),
+        ("N", "write one column"),
+        ("N>1,D>1", "write one column"),
         ("tokens>1", "no column 'tokens'; its columns are name, N, D, L"),
         ("name=1", "line 2: name is 'a', not a number"),
     ):

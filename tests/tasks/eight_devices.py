@@ -40,6 +40,7 @@ TASK_FLAGS = {
     "shortcut": (
         *DIT, "--task=few_step", "--few_step.method=shortcut", "--few_step.bootstrap=0.5",
         "--diffusion.schedule=flow", "--diffusion.parameterization=velocity",
+        "--sampler.solver=euler", "--sampler.steps=2",
     ),
     "gan": (
         "--task=gan", "--gan.condition=class", "--gan.r1=1", "--gan.r1_every=2",

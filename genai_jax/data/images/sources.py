@@ -3,7 +3,7 @@
 import difflib
 from typing import Any, Protocol
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits, shapes, waves
 from genai_jax.data.text.sources import SPLITS
 
@@ -60,10 +60,10 @@ def open_images(config, split: str) -> ImageSource:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
     if name in BUILT_IN:
-        if config.num_frames is not None and name != "moving_shapes":
-            raise ConfigError(
-                f"--data.num_frames={config.num_frames} applies only to moving_shapes, not {name}"
-            )
+        if name != "moving_shapes":
+            refuse_set("data", config, ["num_frames"], f"applies only to moving_shapes, not {name}")
+        of_tfds = ("data_dir", "image_key", "label_key", "caption_key")
+        refuse_set("data", config, of_tfds, f"applies only to TFDS data sets, not {name}")
         source = BUILT_IN[name](config, split)
     else:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -78,4 +78,7 @@ def open_images(config, split: str) -> ImageSource:
         )
     if config.captions and not source.has_captions:
         raise ConfigError(f"--data.captions: {name} has no captions")
+    if not config.captions:
+        of_captions = ("caption_key", "caption_length", "tokenizer")
+        refuse_set("data", config, of_captions, "has no effect without --data.captions")
     return source

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from genai_jax.config import ConfigError
+from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits
 from genai_jax.data.text import arithmetic, stdlib
 from genai_jax.data.text import files as text_files
@@ -78,6 +78,9 @@ def open_source(config, split: str) -> Source:
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
+    if name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC):
+        of_tfds = ("data_dir", "text_key")
+        refuse_set("data", config, of_tfds, f"applies only to TFDS data sets, not {name}")
     if name in PIXELS:
         documents = PIXELS[name](config.validation_percent, split)
         return MemorySource(f"{name}[{split}]", documents)

@@ -72,8 +72,8 @@ def load_tokenizer(spec: str, end_token: str | None = None) -> Tokenizer:
     kind = kinds.get(os.path.splitext(spec)[1])
     if kind is None:
         raise ConfigError(
-            f"unknown tokenizer {spec!r}: use bytes, numbers:N, a tokenizers .json file, or a "
-            "SentencePiece .model file"
+            f"--data.tokenizer={spec} is not a tokenizer: use bytes, numbers:N, a tokenizers .json "
+            "file, or a SentencePiece .model file"
         )
     if "\0" not in spec and not os.path.lexists(spec):
         raise MissingFile(f"--data.tokenizer={spec}: no such file", "data.tokenizer")

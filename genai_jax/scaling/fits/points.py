@@ -203,12 +203,12 @@ def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
     """[points] bool."""
     if not text:
         return np.zeros(len(rows), bool)
-    match = re.fullmatch(r"\s*(.+?)\s*(>=|<=|>|<|=)\s*(\S+)\s*", text)
+    match = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<|=)\s*(\S+)\s*", text)
     try:
         name, comparison, bound = match.group(1), match.group(2), float(match.group(3))
     except (AttributeError, ValueError):
         raise ConfigError(
-            f"--held_out={text}: write a column, one of > >= < <= =, and a number, as flops>1e19"
+            f"--held_out={text}: write one column, one of > >= < <= =, and a number, as flops>1e19"
         ) from None
     if name == "flops" and name not in rows[0]:
         values = points.flops

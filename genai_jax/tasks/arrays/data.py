@@ -26,7 +26,9 @@ class ArrayData:
       label_sizes: number of values of each attribute of the labels; empty without labels.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, reads_captions: bool = False):
+        if config.data.captions and not reads_captions:
+            raise ConfigError(f"--data.captions: --task={config.run.task} does not use captions")
         self._config = config.data
         self.loader = ImageLoader(config.data, config.run.seed)
         self.shape, self.levels = self.loader.shape, self.loader.levels

@@ -80,7 +80,8 @@ class FewStep(Task):
     evaluate_request = ScoreRequest
 
     def __init__(self, config: Config):
-        self.config, self.data, self.method = config, ArrayData(config), config.few_step.method
+        self.config, self.method = config, config.few_step.method
+        self.data = ArrayData(config, reads_captions=True)
         self.model = DenoisingModel(config, self.data, uses_step_size=self.method == "shortcut")
         self.partition_rules = self.model.partition_rules
         self.activation_axes = self.model.activation_axes

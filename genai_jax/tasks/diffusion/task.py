@@ -40,7 +40,7 @@ class Diffusion(Task):
     evaluate_request = ScoreRequest
 
     def __init__(self, config: Config):
-        self.config, self.data = config, ArrayData(config)
+        self.config, self.data = config, ArrayData(config, reads_captions=True)
         self.model = DenoisingModel(config, self.data)
         self.partition_rules = self.model.partition_rules
         self.activation_axes = self.model.activation_axes

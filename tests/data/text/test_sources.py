@@ -51,6 +51,12 @@ def test_python_docs():
     assert documents(DataConfig(), "train") == train
 
 
+def test_flags_of_other_data_sets_are_refused():
+    for name in ("python_docs", "digit_pixels", "addition:2", "text:/x"):
+        with pytest.raises(ConfigError, match=f"--data.text_key=a applies only .*, not {name}"):
+            open_source(DataConfig(dataset=name, text_key="a"), "train")
+
+
 def test_python_source():
     train, validation = both_splits(DataConfig(dataset="python_source"))
     assert sum(map(len, train)) > 3_000_000 and validation
