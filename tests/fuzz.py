@@ -34,7 +34,7 @@ WORKERS = 2
 MEMORY = 12 << 30  # bytes of address space of a call
 BAD = ("traceback", "hang", "ignored nonsense", "other")
 MAY_PRECEDE = ("note: ", "warning: ", "changed since the run began: ")
-EXPLAINS = r"--[a-z]|files/|new/|out of memory|is (nan|-?inf) at step|not finite"
+EXPLAINS = r"--[a-z]|files/|new/|out of memory|needs .* GiB|is (nan|-?inf) at step|not finite"
 ROOT = pathlib.Path(__file__).parent.parent
 
 
