@@ -22,6 +22,7 @@ from genai_jax.flagfiles import expand_flagfiles, flag_line
 
 HELP = {"--help", "-h", "--helpfull"}
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which flags are used
+SMALLEST_FLOAT = 2.0**-149  # what is closer to 0 would be 0
 LARGEST_INT = 2**31 - 1  # of a flag that names no maximum: sizes and counts of arrays
 
 
@@ -172,7 +173,9 @@ def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
     elif same:
         hint = f"its {component} flags are {', '.join(f'--{n}' for n in same)}"
     else:
-        hint = f"its components are {', '.join(components)}"
+        prefixed = [f"--{c}.*" for c in components if c != "run"]
+        plain = [n for n in names if "." not in n]
+        hint = f"its flags are {', '.join([f'--{n}' for n in plain] + prefixed)}"
     return f"--{name} is not a flag of {user}; {hint}"
 
 
@@ -291,7 +294,7 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         flags.DEFINE_integer(name, f.default, **bounds, **common)
     elif kind is float:
         flags.DEFINE_float(name, f.default, **bounds, **common)
-        number = lambda value: value is None or abs(value) <= LARGEST_FLOAT
+        number = lambda x: not x or SMALLEST_FLOAT <= abs(x) <= LARGEST_FLOAT
         flags.register_validator(name, number, "must be a finite number of float32", values)
     elif kind is str:
         flags.DEFINE_string(name, f.default, **common)

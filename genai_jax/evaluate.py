@@ -72,11 +72,12 @@ def scores(task, config, request) -> dict:
     broken = [n for n, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
     if broken:
         raise ConfigError(
-            f"{', '.join(broken)} of the run in --workdir={config.run.workdir} is not finite"
+            f"not finite in the run in --workdir={config.run.workdir}: {', '.join(broken)}"
         )
     if "tokens" in result:
         result["tokens_per_second"] = result["tokens"] / seconds
-    return {"step": model.step, "ema": model.ema, "split": "validation", **result}
+    unit = {"loss_unit": task.loss_unit} if "loss" in result else {}
+    return {"step": model.step, "ema": model.ema, "split": "validation", **unit, **result}
 
 
 if __name__ == "__main__":

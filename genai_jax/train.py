@@ -24,11 +24,11 @@ def main(argv: Sequence[str]) -> int:
 
     with join_processes(config.distributed):
         make_mesh(config.mesh)  # one that cannot work is refused before the data are opened
-        task = make_task(config)
         if not is_main():
-            return train(task, config)
+            return train(make_task(config), config)
         check_path(config.run.workdir)
         with locked(config.run.workdir, "run"):
+            task = make_task(config)  # opens the data, which may take a download
             for change in claim(config):
                 print(f"changed since the run began: {change}", file=sys.stderr)
             for note in cut_schedules(config):

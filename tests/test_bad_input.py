@@ -79,7 +79,7 @@ def test_training_refuses(refuse, base, tmp_path, flags, said):
 def test_a_flag_of_another_task_is_refused(refuse, base):
     said = refuse("train", *base, "--dit.num_layers=2")
     assert "--dit.num_layers is not a flag of --task=language_model" in said
-    assert "its components are run, train," in said and "transformer" in said
+    assert "its flags are --task, --seed, " in said and ", --transformer.*, " in said
 
 
 def test_flagfiles_that_are_empty_or_circular(refuse, base, tmp_path):
@@ -171,6 +171,11 @@ def test_requests_that_a_run_cannot_answer(refuse, base, tmp_path):
         ("language_model", "sample", "--seed=3 --temperature=0", "--seed=3 has no effect"),
         ("diffusion", "sample", "--strength=0.3", "--strength=0.3 needs --init_image"),
         ("diffusion", "sample", "--strength=0 --init_image=a --mask=b", "--strength=0.0 needs"),
+        ("diffusion", "sample", "--strength=0 --init_image=a --steps=3", "--steps=3 has no effect"),
+        ("diffusion", "sample", "--strength=0 --init_image=a --label=3", "--label=3 has no effect"),
+        ("diffusion", "sample", "--interpolate_to=b --init_image=a --seed=3", "--seed=3 has no ef"),
+        ("few_step", "sample", "--interpolate_to=b --init_image=a --strip", "--strip=True has no "),
+        ("language_model", "sample", "--seed=3 --top_k=1", "--seed=3 has no effect with --top_k=1"),
         ("diffusion", "evaluate", "--likelihood_steps=7", "--likelihood_steps=7 needs"),
         ("few_step", "evaluate", "--likelihood=exact --likelihood_probes=7", "probes=7 needs"),
         ("diffusion", "sample", "--churn=0.5", "--churn=0.5 is for --solver=heun, not dpmpp_2m"),

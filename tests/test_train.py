@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(whole, text_folder, tmp_
     damage(tmp_path / "checkpoints" / "12", how)
     assert train.main([*flags(text_folder), f"--workdir={tmp_path}"]) == 0
     err = capsys.readouterr().err
-    assert "warning: checkpoint 12 cannot be restored" in err
+    assert "/checkpoints/12 is damaged: " in err
     assert "at step 8" in err
     assert rows(tmp_path) == rows(whole) and steps_in(tmp_path) == [4, 8, 12]
 
@@ -260,6 +260,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text_folder, tmp_path):
     wild = {"optimizer.learning_rate": 1e18, "optimizer.clip_norm": 0, "checkpoint.every": 1}
     command = (*flags(text_folder, **wild), f"--workdir={tmp_path}", "--optimizer.name=sgd")
     small = ("--ema.decay=", "--transformer.dropout=0", "--transformer.num_layers=1")
-    said = r"loss is (nan|-?inf) at step 2; none is saved before"  # what step 1 saved caused it
+    said = (
+        r"loss is (nan|-?inf) at step 2; no checkpoint is before it"  # what step 1 saved caused it
+    )
     with pytest.raises(ConfigError, match=said):
         train.main([*command, *small])

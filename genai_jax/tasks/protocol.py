@@ -187,6 +187,13 @@ class Task(Protocol):
         """
         return {name: float(x.total / x.weight) for name, x in reduced.items()}
 
+    def changed_length(self, step: int, before: int) -> str | None:
+        """What another number of steps than `before` does to the task at `step`; None if nothing.
+
+        The run's learning rate is not meant: training tells of it.
+        """
+        return None
+
     def init_from(self) -> tuple[Transfer, ...]:
         """Parameters to initialize from other runs."""
         return ()

@@ -167,13 +167,12 @@ class Checkpointer:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
                 self.raise_if_unreadable(candidate, error)
-                problem = f"checkpoint {candidate} cannot be restored: {first_line(error)}"
+                folder = pathlib.Path(self._manager.directory) / str(candidate)
+                problem = f"checkpoint {folder} is damaged: {first_line(error)}"
                 if is_main():
-                    print(f"warning: {problem}", file=sys.stderr)
+                    print(f"warning: {problem}; an older one is tried", file=sys.stderr)
         if problem:
-            raise ConfigError(
-                f"{problem}; no other checkpoint is left in {self._manager.directory}"
-            )
+            raise ConfigError(f"{problem}; no other checkpoint is left")
         if not self._read_only:
             self._store.remove()  # what an earlier life of the run left that never saved
         return None

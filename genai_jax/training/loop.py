@@ -12,7 +12,6 @@ from genai_jax.tasks.protocol import Task
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.distributed import barrier, is_main
-from genai_jax.training.ema_profiles import write_snapshot
 from genai_jax.training.execution import Execution, SingleRun
 from genai_jax.training.fitted import fit
 from genai_jax.training.hardware import nearest_first, peak_of
@@ -24,7 +23,7 @@ from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.saving import Saver
-from genai_jax.training.schedule_notes import changed_schedule
+from genai_jax.training.schedule_notes import changed_schedules
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
@@ -110,6 +109,7 @@ class Run:
             self.saver.close()
             if self.log:
                 self.log.check(self.saver.kept())
+            self.saver.check()
             self.stop.ask()
             stopped_by = self.stop.ask()  # the answer to the question before
         return 128 + stopped_by if stopped_by else 0
@@ -125,7 +125,7 @@ class Run:
         self.unwritten = clock.get("unwritten", [])
         self.reader.rare = clock["rare"]
         self._say(f"resuming {self.workdir} at step {step}")
-        if note := changed_schedule(self.config, step, clock.get("steps")):
+        for note in changed_schedules(self.task, self.config, step, clock.get("steps")):
             self._say(note)
         return step, state
 
@@ -150,8 +150,9 @@ class Run:
             last = step == config.train.steps
             evaluates = config.eval.batches != 0 and (last or _due(step, config.eval.every))
             saves = last or _due(step, config.checkpoint.every)
-            if _due(step, config.ema.snapshot_every):
-                write_snapshot(self.workdir, step, state.ema)
+            due = _due(step, config.ema.snapshot_every)
+            if due and not self.saver.snapshot(step, state.ema):
+                self.stop.fail()  # once the state is saved
             stopping = self.stop.ask()
             if not (evaluates or saves or stopping):
                 continue
@@ -192,7 +193,7 @@ class Run:
         good = last_good(self.checkpointer.steps(), step, error.loss_failed)
         self.checkpointer.set_aside_after(good or 0)
         barrier()  # whoever raises first ends the others
-        kept = f"the last good checkpoint is step {good}" if good else "none is saved before"
+        kept = f"the last good checkpoint is step {good}" if good else "no checkpoint is before it"
         return ConfigError(f"{error.what}; {kept}")
 
     def _evaluate_and_log(self, step: int, state: TrainState, row: dict) -> float | None:
@@ -208,9 +209,14 @@ class Run:
             self.unfinished_row = row
             return None
         self.unfinished_row = None
+        used = metrics.get("ema/loss", metrics["loss"])  # in sampling and evaluation
+        if not math.isfinite(used):
+            raise self._cannot_go_on(
+                step, CannotGoOn(f"the held-out loss is {used} at step {step}", loss_failed=False)
+            )
         row = row | {f"eval/{name}": value for name, value in metrics.items()}
         self._write(row)
-        return metrics.get("ema/loss", metrics["loss"])  # of what sampling and evaluation use
+        return used
 
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -22,7 +23,8 @@ class MetricsLog:
     since the resumed run writes them again.
 
     A row that cannot be written (a full disk) raises nothing. It and all later ones are kept in
-    `unwritten`, for the checkpoint to hold, and `check` raises.
+    `unwritten`, for the checkpoint to hold, and `check` raises. A number that is not finite is left
+    out of its row, with one warning for each name.
 
     Raises:
       ConfigError: the file is not a metrics file.
@@ -32,12 +34,18 @@ class MetricsLog:
         self.path = workdir / "metrics.jsonl"
         self.unwritten: list[dict] = []
         self._error: OSError | None = None
+        self._left_out: set[str] = set()
+        if start_step and not os.path.lexists(self.path):
+            print(
+                f"warning: {self.path} is missing, and with it the rows up to step {start_step}",
+                file=sys.stderr,
+            )
         self._file, self._size = _open_after(self.path, start_step)
         self._board = Scalars(workdir / "tensorboard", start_step + 1)
 
     def write(self, *rows: dict) -> bool:
         """Writes {"step": ..., name: number, ...}, each; returns whether they are in the file."""
-        for row in rows:
+        for row in map(self._finite, rows):
             if self._error is None:
                 try:
                     self._append(row)
@@ -58,6 +66,18 @@ class MetricsLog:
     def close(self):
         self._file.close()
         self._board.close()
+
+    def _finite(self, row: dict) -> dict:
+        """The row without numbers that are not finite, which JSON does not have."""
+        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+        for name in bad.keys() - self._left_out:
+            print(
+                f"warning: {name} is {bad[name]} at step {row['step']}; rows leave it out where it "
+                "is not finite",
+                file=sys.stderr,
+            )
+        self._left_out |= bad.keys()
+        return {name: value for name, value in row.items() if name not in bad}
 
     def _append(self, row: dict):
         if not self._in_place():

@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 
+from genai_jax.files import reason_of
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.metrics_log import parse_rows, read_lines, thinned
 
@@ -23,8 +24,7 @@ def plot_metrics(workdir: pathlib.Path, task: Task):
         for plot, (suffixes, label) in curves.items():
             _plot(workdir, plot, rows, suffixes, label)
     except Exception as error:  # of the fonts, of the characters of a path, of a full disk
-        text = " ".join(str(error).split())
-        print(f"warning: no plot in {workdir}: {text}", file=sys.stderr)
+        print(f"warning: no plot in {workdir}: {reason_of(error)}", file=sys.stderr)
 
 
 def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[str, ...], label):

@@ -4,7 +4,9 @@ import pathlib
 import sys
 
 from genai_jax.config import ConfigError
+from genai_jax.files import writing_to
 from genai_jax.training.checkpoint import Checkpointer, first_line
+from genai_jax.training.ema_profiles import FOLDER, write_snapshot
 
 
 class Saver:
@@ -13,6 +15,7 @@ class Saver:
     def __init__(self, checkpointer: Checkpointer, workdir: pathlib.Path):
         self._checkpointer, self._workdir = checkpointer, workdir
         self._failed = False  # closing raises the error of the last save again
+        self._problem: ConfigError | None = None  # of writing averages
 
     def save(self, *arguments):
         """Starts to save; the arguments are those of `Checkpointer.save`.
@@ -21,6 +24,20 @@ class Saver:
           ConfigError: this checkpoint or the one before it could not be written.
         """
         self._try(self._checkpointer.save, *arguments)
+
+    def snapshot(self, step: int, ema: dict) -> bool:
+        """Writes averages of a step into the workdir; returns whether that worked, see `check`."""
+        try:
+            with writing_to(self._workdir / FOLDER):
+                write_snapshot(self._workdir, step, ema)
+        except ConfigError as error:
+            self._problem = self._problem or error
+        return self._problem is None
+
+    def check(self):
+        """Raises `ConfigError`, which says what is kept, if averages could not be written."""
+        if self._problem:
+            raise ConfigError(f"{self._problem}; {self.kept()}")
 
     def wait(self):
         """Blocks until the last checkpoint is on disk.

@@ -1,6 +1,7 @@
 """What a run says about schedules that are longer than it, or that a new length changes."""
 
 from genai_jax.config import Config
+from genai_jax.tasks.protocol import Task
 from genai_jax.training.optimizer import ENDLESS, learning_rate_schedule
 
 
@@ -14,16 +15,25 @@ def cut_schedules(config: Config) -> list[str]:
     ]
 
 
-def changed_schedule(config: Config, step: int, steps: int | None) -> str | None:
-    """What a new length of the run does to its learning rate; None if nothing.
+def changed_schedules(task: Task, config: Config, step: int, steps: int | None) -> list[str]:
+    """What a new length of the run does to its learning rate, and to the curriculum of its task.
 
     Args:
+      task: of the run.
       config: with the new length.
       step: completed steps.
       steps: the length so far, if known.
     """
+    if steps in (None, config.train.steps):
+        return []
+    notes = (changed_rate(config, step, steps), task.changed_length(step, steps))
+    return [note for note in notes if note]
+
+
+def changed_rate(config: Config, step: int, steps: int) -> str | None:
+    """What another length than `steps` does to the learning rate; None if nothing."""
     now = config.train.steps
-    if steps in (None, now) or config.optimizer.schedule in ENDLESS:
+    if config.optimizer.schedule in ENDLESS:
         return None
     before, after = (float(learning_rate_schedule(config.optimizer, n)(step)) for n in (steps, now))
     if before == after:

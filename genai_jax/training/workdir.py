@@ -43,7 +43,6 @@ def claim(config: Config) -> list[str]:
     """
     workdir = pathlib.Path(config.run.workdir)
     path = workdir / "flags.txt"
-    check_path(workdir)
     with writing_to(f"--workdir={workdir}"):
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"

@@ -269,11 +269,11 @@ def test_extrapolating_too_far_is_an_error():
 
 def test_too_few_points_or_sizes_are_an_error():
     points = runs(20)
-    with pytest.raises(ConfigError, match="has 5 coefficients, but there are only 4 points"):
+    with pytest.raises(ConfigError, match="as many points as its 5 coefficients, not 4"):
         fit(LAW, points.where(np.arange(4)))
-    with pytest.raises(ConfigError, match="has 4 coefficients, but there are only 3 points"):
+    with pytest.raises(ConfigError, match="as many points as its 4 coefficients, not 3"):
         fit(KaplanJoint(), points.where(np.arange(3)))
-    with pytest.raises(ConfigError, match="has 5 coefficients, but there are only 4 points"):
+    with pytest.raises(ConfigError, match="as many points as its 5 coefficients, not 4"):
         fit_projected(points.where(np.arange(4)))
     same = points._replace(parameters=np.full(20, 1e8))
     with pytest.raises(ConfigError, match="3 different parameters, but there are 1"):

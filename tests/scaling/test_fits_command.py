@@ -133,7 +133,7 @@ def test_bad_flags_are_one_line(tmp_path):
         (["--flops=C"], "no column 'C'"),
         (["--parameters=tokens"], "name four different columns, not tokens, tokens, loss"),
         ([f"--output={csv}"], "is a file; name a folder for the report"),
-        ([], "5 coefficients, but there are only 4 points"),
+        ([], "as many points as its 5 coefficients, not 4"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([*flags, *more])

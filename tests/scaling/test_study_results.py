@@ -63,7 +63,7 @@ def test_a_divergence_can_count_as_a_result(tmp_path):
     rows = [{"step": 2, "train/loss": 5.0}]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "flags.txt").write_text(run.config.to_flags())
-    write_fate(run, Fate(2, "loss is nan at step 3; none is saved before", 1.0, 0))
+    write_fate(run, Fate(2, "loss is nan at step 3; no checkpoint is before it", 1.0, 0))
     assert is_finished(run, True) and not is_finished(run, False)
     assert read_results(run)[0].final("eval/loss") == math.inf
     write_fate(run, Fate(2, "text:/x: no such file or folder", 1.0, 0))

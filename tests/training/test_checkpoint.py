@@ -118,7 +118,7 @@ def test_only_a_damaged_checkpoint_is_passed_over(
     monkeypatch.setattr(checkpointer._manager, "restore", fails)
     if damaged:
         assert checkpointer.restore(state_of(0))[0] == 1
-        assert "checkpoint 2 cannot be restored" in capsys.readouterr().err
+        assert "/2 is damaged: " in capsys.readouterr().err
     else:
         with pytest.raises(Unreadable, match=f"2 in .* cannot be read now: {os.strerror(number)}"):
             checkpointer.restore(state_of(0))

@@ -19,6 +19,7 @@ from genai_jax.config import ConfigError
 from genai_jax.training import metrics_log, plots
 from genai_jax.training.metrics_log import MetricsLog, parse_rows, read_metrics, thinned
 from tests.tasks.runs import steps_in
+from tests.toy_tasks import Linear
 
 FLAGS = (
     "--task=tests.toy_tasks:Linear", "--train.steps=12", "--train.log_every=1",
@@ -188,6 +189,52 @@ def test_a_row_that_cannot_be_written_ends_the_run_saved(whole, tmp_path, monkey
             assert steps_of(tmp_path / "metrics.jsonl") == list(range(1, step))
     assert train.main(command) == 0
     assert values(tmp_path) == whole
+
+
+def test_numbers_that_are_not_finite_are_left_out_with_one_warning(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0)
+    nan, inf = float("nan"), float("inf")
+    assert log.write(row(1) | {"eval/kl": nan}, row(2) | {"eval/kl": inf}, row(3) | {"eval/kl": 1})
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [row(1), row(2), row(3) | {"eval/kl": 1}]
+    assert capsys.readouterr().err.count("warning: eval/kl is nan at step 1; rows leave it") == 1
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    metrics = Linear.example_metrics
+    command = [*FLAGS, f"--workdir={tmp_path}"]
+
+    def wild(*arguments):
+        (loss,) = metrics(*arguments).values()
+        return {"loss": loss._replace(total=loss.total / 0)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Linear, "example_metrics", wild)
+        said = "the held-out loss is inf at step 6; the last good checkpoint is step 4"
+        with pytest.raises(ConfigError, match=said):
+            train.main(command)
+    assert steps_in(tmp_path) == [4] and steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+
+
+def test_averages_that_cannot_be_written_end_the_run_saved(whole, tmp_path):
+    (tmp_path / "ema").touch()
+    command = [*FLAGS, f"--workdir={tmp_path}", "--ema.relative_width=0.1"]
+    said = r"cannot write to .*/ema: .* exists; step 3 is the last one saved"
+    with pytest.raises(ConfigError, match=said):
+        train.main([*command, "--ema.snapshot_every=3"])
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    (tmp_path / "ema").unlink()
+    assert train.main([*command, "--ema.snapshot_every=3"]) == 0
+    averaged = [{n: v for n, v in r.items() if "eval/ema/" not in n} for r in values(tmp_path)]
+    assert averaged == whole
+
+
+def test_a_log_that_went_away_between_two_processes_is_missed(tmp_path, capsys):
+    go_on(tmp_path, 0)
+    assert "missing" not in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    go_on(tmp_path, 2)
+    assert "is missing, and with it the rows up to step 2" in capsys.readouterr().err
 
 
 @pytest.fixture

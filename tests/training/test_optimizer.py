@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from genai_jax.components import parse_run
+from genai_jax.components import make_task, parse_run
 from genai_jax.training.optimizer import (
     ENDLESS,
     OPTIMIZERS,
@@ -15,7 +15,7 @@ from genai_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from genai_jax.training.schedule_notes import changed_schedule, cut_schedules
+from genai_jax.training.schedule_notes import changed_schedules, cut_schedules
 
 RULES = (
     ("^embed$", ("vocabulary", "embed")),
@@ -74,13 +74,22 @@ def test_a_schedule_that_the_length_of_a_run_cuts_or_changes_is_reported():
     assert cut_schedules(parse_run([*flags, "--train.steps=20"])) == []
 
     longer = parse_run([*flags, "--train.steps=19"])
-    assert changed_schedule(longer, 10, 10) == (
+    changed = lambda config, step, before: changed_schedules(
+        make_task(config), config, step, before
+    )
+    assert changed(longer, 10, 10) == [
         "--optimizer.schedule=cosine now ends at step 19 instead of 10: the learning rate of the "
         "next step is 0.00055, not 0.0001"
-    )
-    assert changed_schedule(longer, 10, 19) is None and changed_schedule(longer, 10, None) is None
+    ]
+    assert changed(longer, 10, 19) == changed(longer, 10, None) == []
     constant = parse_run([*flags, "--train.steps=19", "--optimizer.schedule=constant"])
-    assert changed_schedule(constant, 10, 10) is None
+    assert changed(constant, 10, 10) == []
+    curriculum = ("--task=few_step", "--train.steps=200")
+    growing = parse_run([*curriculum, "--optimizer.schedule=constant"])
+    assert changed(growing, 100, 100) == [
+        "--train.steps=200 instead of 100 changes the curriculum: the next step has 40 time "
+        "intervals, not 160"
+    ]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -64,7 +64,7 @@ def check_enough(count: int, coefficients: int, what: str):
     """Raises `ConfigError` if there are fewer points than coefficients."""
     if count < coefficients:
         raise ConfigError(
-            f"{what} has {coefficients} coefficients, but there are only {count} points"
+            f"{what} needs at least as many points as its {coefficients} coefficients, not {count}"
         )
 
 

@@ -29,9 +29,13 @@ def requested_labels(loader: Any, text: str, count: int) -> np.ndarray:
     """The labels of `count` images: a comma-separated list, or else all, repeated in order.
 
     Raises:
-      ConfigError: a class that the data does not have.
+      ConfigError: a class that the data does not have, or more classes than images.
     """
     labels = [loader.parse_label(part) for part in text.split(",")] if text else []
+    if len(labels) > count:
+        raise ConfigError(
+            f"--label={text} names {len(labels)} classes, more than --num_samples={count}"
+        )
     return cycled(labels or all_labels(loader.label_sizes), count)
 
 

@@ -28,6 +28,7 @@ from genai_jax.tasks.arrays.sampling import check_label, in_batches, requested_l
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.autoencoder.latents import Latents
 from genai_jax.tasks.language.sampling import Decoder, Settings, TokenSampler
+from genai_jax.tasks.language.scores import perplexity
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
 from genai_jax.training.optimizer import default_optimizer
 
@@ -209,7 +210,7 @@ class CodePrior(Task):
         return {
             "loss": metrics["loss"],
             "bits_per_code": metrics["loss"] / math.log(2),
-            "perplexity": math.exp(metrics["loss"]),
+            "perplexity": perplexity(metrics["loss"]),
             "accuracy": metrics["accuracy"],
             "images": round(reduced["loss"].weight / self.num_codes),
         }

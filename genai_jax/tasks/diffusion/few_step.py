@@ -197,6 +197,21 @@ class FewStep(Task):
         )
         return losses, {"intervals": intervals}
 
+    def changed_length(self, step: int, before: int) -> str | None:
+        few = self.config.few_step
+        if not self.method.startswith("consistency"):
+            return None
+        old, new = (
+            int(few_step.consistency_steps(step, total, few.first_intervals, few.last_intervals))
+            for total in (before, self.config.train.steps)
+        )
+        if old == new:
+            return None
+        return (
+            f"--train.steps={self.config.train.steps} instead of {before} changes the curriculum: "
+            f"the next step has {new} time intervals, not {old}"
+        )
+
     def _guided_teacher(self, params, condition):
         weight = self.config.few_step.teacher_guidance
         plain = self.model.denoiser(params, condition, "teacher")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from genai_jax.config import Config, ConfigError, field, override, overrides
+from genai_jax.config import Config, ConfigError, field, override, overrides, refuse_set
 from genai_jax.diffusion.solvers import SOLVERS
 from genai_jax.diffusion.times import SPACINGS
 from genai_jax.requests import SampleRequest
@@ -125,4 +125,13 @@ class DiffusionRequest(Overrides, SampleRequest):
             raise ValueError("--interpolate_to and --mask exclude each other")
         edits = self.init_image and not (self.mask or self.interpolate_to)
         if self.strength != type(self).strength and not edits:
-            raise ValueError(f"strength={self.strength} needs --init_image, and it alone")
+            raise ValueError(
+                f"strength={self.strength} needs --init_image without --mask or --interpolate_to"
+            )
+        solver = [f.name for f in dataclasses.fields(Overrides)]
+        if self.interpolate_to:
+            unused = ("seed", "strip", "solver", *OF_ONE_SOLVER)
+            refuse_set("run", self, unused, "has no effect with --interpolate_to, which uses ddim")
+        if self.strength == 0:
+            unused = ("seed", "strip", "label", "prompt", *solver)
+            refuse_set("run", self, unused, "has no effect with --strength=0, which adds no noise")

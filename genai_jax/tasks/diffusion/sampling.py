@@ -48,6 +48,11 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
     """Samples what a request of the sample command asks for."""
     model = sampled.model
     sampler = sampler_of(sampled.config, request)
+    given = request.label or request.prompt
+    if given and sampler.guidance == 0 and not (sampler.weak or sampler.guidance_interval):
+        raise ConfigError(
+            f"{given!r} has no effect with --guidance=0, the model without a condition"
+        )
     condition = requested_condition(model, request)
     known = {
         "image": _read_image(model, params, request.init_image, "init_image"),

@@ -47,6 +47,11 @@ class TextRequest(SampleRequest):
                     f"{name}={getattr(self, name)} has no effect with temperature=0, which always "
                     "takes the likeliest token"
                 )
+        if self.top_k == 1 and self.seed:
+            raise ValueError(
+                f"seed={self.seed} has no effect with top_k=1, which always takes the likeliest "
+                "token"
+            )
         if self.prompt and self.prompt_file:
             raise ValueError("`prompt` and `prompt_file` exclude each other")
 

@@ -35,6 +35,11 @@ def text_metrics(
     return metrics
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
 def _exact_matches(correct: jax.Array, batch: Batch) -> Mean:
     """The number of answers with all tokens predicted correctly, out of all answers of a row."""
     mask, (_, length) = batch["loss_mask"], batch["targets"].shape
@@ -66,7 +71,7 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
     loss = metrics["loss"]
     summary = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "bits_per_byte": metrics["bits_per_byte"],
         "accuracy": metrics["accuracy"],
         "tokens": int(tokens),

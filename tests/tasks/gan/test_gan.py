@@ -195,7 +195,7 @@ def test_a_run_grows_from_one_on_smaller_images(tmp_path):
 
 
 def test_a_penalty_that_is_not_finite_stops_the_run(tmp_path):
-    said = r"(loss is inf|grad_norm is (nan|inf)) at step 1 in phase r1; none is saved"
+    said = r"(loss is inf|grad_norm is (nan|inf)) at step 1 in phase r1; no checkpoint is"
     with pytest.raises(ConfigError, match=said) as error:
         run_to(tmp_path, 5, *TINY, "--gan.r1=1e38", "--gan.r1_every=2", "--eval.batches=0")
     assert "\n" not in str(error.value)
