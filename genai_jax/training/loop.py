@@ -9,6 +9,7 @@ import jax
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
+from genai_jax.training.announcements import beginning, ending
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.distributed import barrier, is_main
@@ -70,17 +71,23 @@ class Run:
         params = self.compiled.shapes.params
         if self.main:
             one = execution.shapes_of_one(params)
-            write_record(self.workdir, run_record(self.task, mesh, one, execution.flops, self.peak))
+            record = run_record(self.task, mesh, one, execution.flops, self.peak)
+            write_record(self.workdir, record)
+            if config.train.progress:
+                print(
+                    beginning(config, record, execution.examples, execution.tokens), file=sys.stderr
+                )
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints",
             config.checkpoint,
             frozen=frozen_paths(self.compiled.phases, params),
         )
         self.saver = Saver(self.checkpointer, self.workdir)
-        self.reader = ReportReader(self.compiled.phases, execution.numbers)
+        self.reader = ReportReader(self.compiled.phases, execution.numbers, execution.rate)
         self.profiler = Profiler(config.profile, self.workdir, self.main)
         self.seconds = 0.0  # spent in earlier processes
         self.began = time.perf_counter()
+        self.scores: dict[str, float] = {}  # of the last evaluation
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
         self.unwritten: list[dict] = []  # rows that an earlier process could not write
 
@@ -112,6 +119,9 @@ class Run:
                 self.log.check(self.saver.kept())
             self.stop.ask()
             stopped_by = self.stop.ask()  # the answer to the question before
+            steps = self.config.train.steps
+            if self.config.train.progress and not stopped_by and start < steps:
+                self._say(ending(self.workdir, steps, self.scores, hasattr(self.task, "sample")))
         return 128 + stopped_by if stopped_by else 0
 
     def _restore_or_begin(self) -> tuple[int, TrainState]:
@@ -207,7 +217,7 @@ class Run:
         except Stopped:
             self.unfinished_row = row
             return None
-        self.unfinished_row = None
+        self.unfinished_row, self.scores = None, metrics
         row = row | {f"eval/{name}": value for name, value in metrics.items()}
         self._write(row)
         return metrics.get("ema/loss", metrics["loss"])  # of what sampling and evaluation use

@@ -1,5 +1,7 @@
 """What a run says about schedules that are longer than it, or that a new length changes."""
 
+import numpy as np
+
 from genai_jax.config import Config
 from genai_jax.training.optimizer import ENDLESS, learning_rate_schedule
 
@@ -25,7 +27,7 @@ def changed_schedule(config: Config, step: int, steps: int | None) -> str | None
     now = config.train.steps
     if steps in (None, now) or config.optimizer.schedule in ENDLESS:
         return None
-    before, after = (float(learning_rate_schedule(config.optimizer, n)(step)) for n in (steps, now))
+    before, after = (learning_rate_schedule(config.optimizer, n, np)(step) for n in (steps, now))
     if before == after:
         return None
     return (

@@ -74,7 +74,10 @@ def test_mistakes_are_one_line(two, tmp_path):
         ([], "no runs are named"),
         ([two[0], two[0] + "/"], "is given twice"),
         ([str(tmp_path)], "it has no flags.txt"),
-        ([*two, "--metrics=eval/fid", "--output=x"], "no run has eval/fid; the metrics are eval/images, "),
+        (
+            [*two, "--metrics=eval/fid", "--output=x"],
+            "no run has eval/fid; the metrics are eval/images, ",
+        ),
         ([*two, "--over=flops", "--output=x"], "does not know its FLOPs per step"),
         ([*two, f"--output={tmp_path / 'file'}"], "is a file"),
         ([*two, "--over=flops"], "over=flops has no effect without --output"),
