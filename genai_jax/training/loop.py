@@ -29,7 +29,7 @@ from genai_jax.training.schedule_notes import changed_schedule
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
-from genai_jax.training.workdir import run_record, write_record
+from genai_jax.training.workdir import data_flags, run_record, write_record
 
 
 def train(task: Task, config: Config) -> int:
@@ -65,6 +65,7 @@ class Run:
         # Members of a population are evaluated one after another, each by all devices.
         self.held_out = BatchPlacement(data.batch_spec, batch_shardings(data.batch_spec, mesh))
         self.source = execution.train(self.placement.rows)
+        self.data_flags = data_flags(config)
         self.peak = peak_of(nearest_first(mesh)) if self.main else None
         if config.eval.batches:  # held-out data that is missing is noticed now, not at the end
             next(iter(data.held_out(1, self.held_out.rows)), None)
@@ -72,7 +73,7 @@ class Run:
         if self.main:
             one = execution.shapes_of_one(params)
             record = run_record(self.task, mesh, one, execution.flops, self.peak)
-            write_record(self.workdir, record)
+            write_record(self.workdir, record, data if config.run.resume_with_changes else None)
             if config.train.progress:
                 print(
                     beginning(config, record, execution.examples, execution.tokens), file=sys.stderr
@@ -130,7 +131,10 @@ class Run:
             return 0, self.execution.begin()
         step, state, data, clock = restored
         self.checkpointer.set_aside_after(step)
-        self.source.set_state(data)
+        if clock.get("data", self.data_flags) == self.data_flags:
+            self.source.set_state(data)
+        else:
+            self._say("the data have changed, and start from their beginning")
         self.seconds, self.unfinished_row = clock["seconds"], clock["unfinished_row"]
         self.unwritten = clock.get("unwritten", [])
         self.reader.rare = clock["rare"]
@@ -225,7 +229,7 @@ class Run:
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
         clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
-        clock["unfinished_row"] = self.unfinished_row
+        clock |= {"unfinished_row": self.unfinished_row, "data": self.data_flags}
         if self.log and self.log.unwritten:
             clock["unwritten"] = self.log.unwritten
         self.saver.save(step, state, self.batches.get_state(), clock, loss)
