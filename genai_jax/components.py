@@ -48,6 +48,10 @@ class RunConfig:
         "float32", "Precision of the matmuls; parameters stay in float32.", choices=DTYPES
     )
     workdir: str = field("", "Folder of the run.", changeable=True, path=True)
+    resume_with_changes: bool = field(
+        False, "Let a run go on with another learning rate or schedule, or with other data.",
+        changeable=True,
+    )  # fmt: skip
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
     init_from: str | None = field(
         None, "Workdir of a run whose parameters initialize this one.", path=True

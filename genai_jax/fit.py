@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     from genai_jax.scaling.fits.analysis import scaling_law
     from genai_jax.scaling.fits.points import Columns, read_csv
     from genai_jax.scaling.report import write_report
+    from genai_jax.scaling.report_text import text_of
 
     columns = Columns(
         request.parameters, request.tokens, request.loss, request.flops or None, request.run or None
@@ -101,24 +102,6 @@ def _budgets(text: str) -> list[float] | None:
     if not budgets or not all(0 < budget < float("inf") for budget in budgets):
         raise ConfigError(f"--budget={text}: write positive FLOPs, comma-separated, as 1e20,1e21")
     return budgets
-
-
-def text_of(sections: Sequence) -> list[str]:
-    """Titles, paragraphs and tables of a report as lines of plain text."""
-    lines = []
-    for section in sections:
-        lines += ["", section.title, *section.paragraphs]
-        for table in section.tables:
-            cells = [table.columns, *([_cell(value) for value in row] for row in table.rows)]
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines += ["  " + "  ".join(map(str.rjust, row, widths)) for row in cells]
-    return lines
-
-
-def _cell(value) -> str:
-    if value is None or value != value:  # NaN: an interval without resamples
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _record(request: FitRequest, argv: Sequence[str], convention: str) -> dict:

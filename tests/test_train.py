@@ -40,7 +40,8 @@ def flags(text_folder, **changes) -> tuple[str, ...]:
 def whole(text_folder, tmp_path_factory):
     """An uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    run("train", *flags(text_folder), f"--workdir={workdir}")
+    _, said = run("train", *flags(text_folder), f"--workdir={workdir}", "--train.progress")
+    (workdir / "said").write_text(said)
     return workdir
 
 
@@ -60,7 +61,21 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
     assert "measured on this machine" in record["peak"]["source"]
     assert (whole / "plots" / "loss.png").stat().st_size > 10_000
     assert list((whole / "tensorboard").glob("events.*"))
+    rates = [row["train/learning_rate"] for row in written]  # warmup of one step, then rsqrt
+    assert rates == pytest.approx([1e-3 * (1 / (row["step"] - 1)) ** 0.5 for row in written])
     assert steps_in(whole) == [4, 8, 12]
+
+
+def test_a_run_says_what_it_trains_and_what_came_out(whole):
+    said = (whole / "said").read_text()
+    parameters = json.loads((whole / "run.json").read_text())["parameters"]["total"]
+    assert said.startswith(f"language_model: {parameters:,} parameters; text:")
+    assert "; 12 steps of 256 tokens\n1 cpu device(s); " in said and " FLOPs per step: at " in said
+    first, second = said.splitlines()[-2:]
+    loss = rows(whole)[-1]["eval/loss"]
+    assert first.startswith(f"{whole}: step 12; held-out loss {loss:.4g}, ")
+    assert first.endswith(f"; curves in {whole}/plots")
+    assert second == f"python -m genai_jax.sample --workdir={whole}"
 
 
 @pytest.mark.smoke

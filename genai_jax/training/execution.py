@@ -21,6 +21,7 @@ from genai_jax.tasks.protocol import (
 from genai_jax.training import compiler
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.flops import flops_per_step
+from genai_jax.training.optimizer import learning_rate_schedule
 from genai_jax.training.phases import phases_of
 from genai_jax.training.sharding import (
     LOGICAL_AXES,
@@ -87,6 +88,9 @@ class Execution(Protocol):
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         """The metrics of a step, on the host, as single numbers."""
+
+    def rate(self, step: int) -> np.ndarray:
+        """The learning rate after `step` completed steps: a number, or one for each member."""
 
     def shapes_of_one(self, tree: PyTree) -> PyTree:
         """A single model's shapes out of those of the state."""
@@ -175,6 +179,12 @@ def check_rows(config: Config, rows: int, phases: Sequence[Phase], shards: int):
             )
 
 
+def host_rate(config: Config) -> Callable[[int], np.ndarray]:
+    """Completed steps -> learning rate of the next one, computed without a device."""
+    rate = learning_rate_schedule(config.optimizer, config.train.steps, np)
+    return lambda step: np.asarray(rate(step), np.float64)
+
+
 class SingleRun:
     """One run of a task; see `Execution`."""
 
@@ -182,7 +192,7 @@ class SingleRun:
         self.task, self._config = task, config
         self.compiled = build(task, config, mesh)
         self.examples = batch_rows(task.data.batch_spec)
-        self.tokens = task.tokens_per_step()
+        self.tokens, self.rate = task.tokens_per_step(), host_rate(config)
         shapes = self.compiled.shapes
         self.flops = flops_per_step(task, self.compiled.phases, shapes.params, shapes.mutables)
         self._evaluator = Evaluator(task)

@@ -9,6 +9,7 @@ import jax
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import Task
+from genai_jax.training.announcements import beginning, ending
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.distributed import barrier, is_main
@@ -27,7 +28,7 @@ from genai_jax.training.schedule_notes import changed_schedules
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
-from genai_jax.training.workdir import run_record, write_record
+from genai_jax.training.workdir import data_flags, run_record, write_record
 
 
 def train(task: Task, config: Config) -> int:
@@ -63,23 +64,30 @@ class Run:
         # Members of a population are evaluated one after another, each by all devices.
         self.held_out = BatchPlacement(data.batch_spec, batch_shardings(data.batch_spec, mesh))
         self.source = execution.train(self.placement.rows)
+        self.data_flags = data_flags(config)
         self.peak = peak_of(nearest_first(mesh)) if self.main else None
         if config.eval.batches:  # held-out data that is missing is noticed now, not at the end
             next(iter(data.held_out(1, self.held_out.rows)), None)
         params = self.compiled.shapes.params
         if self.main:
             one = execution.shapes_of_one(params)
-            write_record(self.workdir, run_record(self.task, mesh, one, execution.flops, self.peak))
+            record = run_record(self.task, mesh, one, execution.flops, self.peak)
+            write_record(self.workdir, record, data if config.run.resume_with_changes else None)
+            if config.train.progress:
+                print(
+                    beginning(config, record, execution.examples, execution.tokens), file=sys.stderr
+                )
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints",
             config.checkpoint,
             frozen=frozen_paths(self.compiled.phases, params),
         )
         self.saver = Saver(self.checkpointer, self.workdir)
-        self.reader = ReportReader(self.compiled.phases, execution.numbers)
+        self.reader = ReportReader(self.compiled.phases, execution.numbers, execution.rate)
         self.profiler = Profiler(config.profile, self.workdir, self.main)
         self.seconds = 0.0  # spent in earlier processes
         self.began = time.perf_counter()
+        self.scores: dict[str, float] = {}  # of the last evaluation
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
         self.unwritten: list[dict] = []  # rows that an earlier process could not write
 
@@ -112,6 +120,9 @@ class Run:
             self.saver.check()
             self.stop.ask()
             stopped_by = self.stop.ask()  # the answer to the question before
+            steps = self.config.train.steps
+            if self.config.train.progress and not stopped_by and start < steps:
+                self._say(ending(self.workdir, steps, self.scores, hasattr(self.task, "sample")))
         return 128 + stopped_by if stopped_by else 0
 
     def _restore_or_begin(self) -> tuple[int, TrainState]:
@@ -120,7 +131,10 @@ class Run:
             return 0, self.execution.begin()
         step, state, data, clock = restored
         self.checkpointer.set_aside_after(step)
-        self.source.set_state(data)
+        if clock.get("data", self.data_flags) == self.data_flags:
+            self.source.set_state(data)
+        else:
+            self._say("the data have changed, and start from their beginning")
         self.seconds, self.unfinished_row = clock["seconds"], clock["unfinished_row"]
         self.unwritten = clock.get("unwritten", [])
         self.reader.rare = clock["rare"]
@@ -208,7 +222,7 @@ class Run:
         except Stopped:
             self.unfinished_row = row
             return None
-        self.unfinished_row = None
+        self.unfinished_row, self.scores = None, metrics
         used = metrics.get("ema/loss", metrics["loss"])  # in sampling and evaluation
         if not math.isfinite(used):
             raise self._cannot_go_on(
@@ -221,7 +235,7 @@ class Run:
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
         clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
-        clock["unfinished_row"] = self.unfinished_row
+        clock |= {"unfinished_row": self.unfinished_row, "data": self.data_flags}
         if self.log and self.log.unwritten:
             clock["unwritten"] = self.log.unwritten
         self.saver.save(step, state, self.batches.get_state(), clock, loss)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,10 @@ class OptimizerConfig:
     )
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int, numpy: Any = jnp) -> optax.Schedule:
     """Completed steps -> learning rate of the next one, for a run of `steps` steps.
+
+    With ``numpy=np`` it is computed on the host, in float64.
 
     The rate rises linearly to the peak, which the last step of warmup has. From there `constant`
     stays, and `rsqrt` falls as the inverse square root of the step (Vaswani et al. 2017); the
@@ -77,16 +80,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
             return 1.0
         if config.schedule == "rsqrt":
             shift = max(warmup, 1)
-            return (shift / (shift + jnp.maximum(step - warmup, 0))) ** 0.5
-        progress = jnp.clip((step - (steps - 1 - falling)) / max(falling, 1), 0, 1)
+            return (shift / (shift + numpy.maximum(step - warmup, 0))) ** 0.5
+        progress = numpy.clip((step - (steps - 1 - falling)) / max(falling, 1), 0, 1)
         left = 1 - progress
         if config.schedule == "cosine":
-            left = (1 + jnp.cos(math.pi * progress)) / 2
+            left = (1 + numpy.cos(math.pi * progress)) / 2
         return final + (1 - final) * left
 
     def rate(step):
         # The first step already learns: its rate is 1 / warmup of the peak, not 0.
-        ramp = jnp.minimum((step + 1) / max(warmup, 1), 1)
+        ramp = numpy.minimum((step + 1) / max(warmup, 1), 1)
         return config.learning_rate * ramp * fraction(step)
 
     return rate

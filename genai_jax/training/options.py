@@ -14,7 +14,9 @@ class TrainConfig:
         "Microbatches per step, one in memory at a time; their gradients are averaged.",
         minimum=1,
     )
-    progress: bool = field(True, "Show a progress bar.", changeable=True)
+    progress: bool = field(
+        True, "Print what is trained, a progress bar, and what came out.", changeable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from genai_jax.training.execution import (
     Compiled,
     check_rows,
     evaluation_seed,
+    host_rate,
     jitted,
     with_average,
     with_part,
@@ -127,6 +128,8 @@ class Population:
         self.examples = batch_rows(first.data.batch_spec) * self.size
         tokens = first.tokens_per_step()
         self.tokens = None if tokens is None else tokens * self.size
+        rates = [host_rate(c) for c in self.configs]
+        self.rate = lambda step: np.stack([rate(step) for rate in rates])
         self._evaluator = Evaluator(first)
         self._reported_diverged: set[int] = set()
 

@@ -29,13 +29,19 @@ class ReportReader:
     Args:
       phases: of the run.
       numbers: metrics on the host, perhaps of several members -> single numbers.
+      rate: completed steps -> learning rate of the next one, or those of several members.
 
     Attributes:
       rare: the metrics of phases that do not run in every step, as last seen.
     """
 
-    def __init__(self, phases: Sequence[Phase], numbers: Callable[[Mapping], dict[str, float]]):
-        self._phases, self._numbers = tuple(phases), numbers
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        numbers: Callable[[Mapping], dict[str, float]],
+        rate: Callable[[int], np.ndarray],
+    ):
+        self._phases, self._numbers, self._rate = tuple(phases), numbers, rate
         self._lazy = tuple(f"{phase.name}/" for phase in phases if phase.every > 1)
         self.rare: dict[str, float] = {}
 
@@ -47,7 +53,7 @@ class ReportReader:
         """
         report = jax.device_get(report)
         ran = {n: x for n, x in report.metrics.items() if phase_ran(self._phases, n, step - 1)}
-        metrics = self._numbers(ran)
+        metrics = self._numbers({"learning_rate": self._rate(step - 1)} | ran)
         self._check(step, metrics, report.can_learn)
         self.rare |= {name: x for name, x in metrics.items() if name.startswith(self._lazy)}
         return metrics | self.rare

@@ -1,5 +1,7 @@
 """What a run says about schedules that are longer than it, or that a new length changes."""
 
+import numpy as np
+
 from genai_jax.config import Config
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.optimizer import ENDLESS, learning_rate_schedule
@@ -35,7 +37,7 @@ def changed_rate(config: Config, step: int, steps: int) -> str | None:
     now = config.train.steps
     if config.optimizer.schedule in ENDLESS:
         return None
-    before, after = (float(learning_rate_schedule(config.optimizer, n)(step)) for n in (steps, now))
+    before, after = (learning_rate_schedule(config.optimizer, n, np)(step) for n in (steps, now))
     if before == after:
         return None
     return (

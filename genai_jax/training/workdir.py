@@ -24,10 +24,18 @@ from genai_jax.files import (
     writing_to,
 )
 from genai_jax.flagfiles import flag_values
-from genai_jax.tasks.protocol import Params, Task
+from genai_jax.tasks.protocol import Data, Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
 
 PATTERN = "[]*?\\"  # orbax reads these as a pattern, and tensorstore the last as a slash
+# What may change with --resume_with_changes, besides the data: no shape depends on it.
+ON_REQUEST = tuple(
+    f"optimizer.{name}"
+    for name in (
+        "learning_rate", "schedule", "warmup_steps", "decay_fraction", "final_fraction",
+        "weight_decay",
+    )
+)  # fmt: skip
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -35,7 +43,8 @@ def claim(config: Config) -> list[str]:
     """Creates the workdir of a run, or checks that it belongs to the same configuration.
 
     Returns:
-      The changes to flags since the run began; only changeable flags can be among them.
+      The changes to flags since the run began; only changeable flags can be among them, and with
+      ``--resume_with_changes`` those of the learning rate and the data.
 
     Raises:
       ConfigError: it belongs to a run with other flags (which are named), is not writable, or has a
@@ -61,17 +70,18 @@ def claim(config: Config) -> list[str]:
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
         fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
+        asked = [c for c in fixed if _may_change(c, config)]
         trained = max(_saved_steps(workdir))
         if config.train.steps < trained:
             raise ConfigError(
                 f"--workdir={workdir} holds a run that is trained to step {trained} already, more "
                 f"than --train.steps={config.train.steps}"
             )
-        if fixed:
-            raise ConfigError(
-                f"--workdir={workdir} holds a run with different flags: {', '.join(fixed)}; use "
-                "the same flags or another workdir"
-            )
+        allowed = config.run.resume_with_changes
+        if fixed and not (allowed and asked == fixed):
+            raise _other_flags(workdir, fixed if not allowed else [*{*fixed} - {*asked}], asked)
+        if asked:
+            _record_changes(workdir, trained, asked)
     elif saved:
         raise ConfigError(
             f"--workdir={workdir} holds checkpoints but no flags.txt to check against"
@@ -79,6 +89,36 @@ def claim(config: Config) -> list[str]:
     with writing_to(path):
         write_text(path, config.to_flags(leave_out=("workdir", *placement)))
     return changes
+
+
+def _may_change(change: str, config: Config) -> bool:
+    """Whether a change, as "--name=old -> new", is one that --resume_with_changes allows."""
+    name = change.removeprefix("--").partition("=")[0]
+    return "optimizer" in config.components and (name in ON_REQUEST or name.startswith("data."))
+
+
+def _other_flags(workdir: pathlib.Path, fixed: list[str], asked: list[str]) -> ConfigError:
+    advice = "the same flags or another workdir"
+    if fixed == asked:
+        advice = "the same flags, another workdir, or --resume_with_changes"
+    return ConfigError(
+        f"--workdir={workdir} holds a run with different flags: {', '.join(fixed)}; use {advice}"
+    )
+
+
+def _record_changes(workdir: pathlib.Path, step: int, changes: list[str]):
+    """Adds to run.json what is different from checkpoint `step` on."""
+    record = read_record(workdir, without="earlier changes are unknown")
+    record["changes"] = [*record.get("changes", []), {"step": step, "flags": changes}]
+    with writing_to(path := workdir / "run.json"):
+        write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def data_flags(config: Config) -> dict[str, str]:
+    """The flags, as text, that decide which batches a run takes."""
+    free = config.changeable()
+    flags = flag_values(config.to_flags())
+    return {n: v for n, v in flags.items() if n.startswith("data.") and n not in free}
 
 
 def check_path(workdir: str | pathlib.Path):
@@ -138,8 +178,13 @@ def recorded_flags(workdir: str | pathlib.Path) -> dict[str, str]:
         raise error if str(path) in str(error) else unreadable(path, str(error)) from None
 
 
-def write_record(workdir: pathlib.Path, record: dict):
+def write_record(workdir: pathlib.Path, record: dict, changed: Data | None = None):
     """Writes ``run.json``.
+
+    Args:
+      workdir: folder of the run.
+      record: see `run_record`.
+      changed: the data, if they need not be those that the run began with, but only fit it.
 
     Raises:
       ConfigError: the data or the tokenizer differ from those that the run began with, or its
@@ -148,13 +193,17 @@ def write_record(workdir: pathlib.Path, record: dict):
     old = _record(workdir) if has_checkpoints(workdir) else {}
     for name, value in record["data"].items():
         before = old.get("data", {}).get(name, value)
-        if before != value:
+        if before != value and changed:
+            changed.check(old["data"])
+        elif before != value:
             raise ConfigError(
                 f"the data changed since the run in --workdir={workdir} began: "
                 f"{name} was {before} and is now {value}"
             )
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
+    if "changes" in old:
+        record["changes"] = old["changes"]
     with writing_to(path := workdir / "run.json"):
         write_text(path, json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,64 @@
+"""What a run says at its beginning and at its end."""
+
+import datetime
+import pathlib
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from genai_jax.config import Config
+from genai_jax.errors import printable
+
+MOST = 5  # scores in a line
+
+
+def beginning(config: Config, record: Mapping[str, Any], examples: int, tokens: int | None) -> str:
+    """What is trained, on what, and how much work that is.
+
+    Args:
+      config: of the run.
+      record: the contents of ``run.json``.
+      examples: rows of a batch, of all members of a population.
+      tokens: tokens of a batch; None if the task does not count them.
+    """
+    counts, data, flops = record["parameters"], record["data"], record["flops_per_step"]
+    active = f" ({counts['active']:,} active)" if counts["active"] < counts["total"] else ""
+    batch = f"{examples:,} examples" if tokens is None else f"{tokens:,} tokens"
+    members = f"{config.population.size} models of " if config.population.size > 1 else ""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in record["mesh"].items())
+    devices = f"{record['devices']} {record['device_kind']} device(s)"
+    work = f"{flops:.3g} FLOPs per step"
+    if peak := record["peak"]:
+        seconds = config.train.steps * flops / peak["flops_per_second"]
+        work += (
+            f": at least {_duration(seconds)} at {peak['flops_per_second']:.3g} FLOP/s, the peak"
+        )
+    return (
+        f"{config.run.task}: {members}{counts['total']:,} parameters{active}; "
+        f"{printable(str(data.get('train', data['dataset'])))}; "
+        f"{config.train.steps:,} steps of {batch}\n"
+        f"{devices}{', mesh ' if mesh else ''}{mesh}; {work}"
+    )
+
+
+def ending(workdir: pathlib.Path, step: int, scores: Mapping[str, float], samples: bool) -> str:
+    """What came out, and where it is.
+
+    Args:
+      workdir: folder of the run.
+      step: the last one.
+      scores: held-out metrics; empty if there were none.
+      samples: whether one can sample from the run.
+    """
+    kept = {n: v for n, v in scores.items() if isinstance(v, float) and "/" not in n}
+    named = [f"{n} {kept[n]:.4g}" for n in sorted(kept, key=lambda n: n != "loss")]
+    held_out = f"; held-out {', '.join(named[:MOST])}" if named else ""
+    shown = printable(str(workdir))
+    line = f"{shown}: step {step}{held_out}; curves in {shown}/plots"
+    return f"{line}\npython -m genai_jax.sample --workdir={shlex.quote(shown)}" if samples else line
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return str(datetime.timedelta(seconds=round(seconds)))
