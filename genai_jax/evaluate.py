@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_request, request_help, tells_how_to_move
 from genai_jax.config import ConfigError, asks_for_help
-from genai_jax.errors import printable
+from genai_jax.errors import NothingHeldOut, printable
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,7 +27,12 @@ def main(argv: Sequence[str]) -> int:
         task = make_task(config)
         if "validation_percent" in moved:
             _refuse_own_data(config)
-        result = scores(task, config, flags.run)
+        try:
+            result = scores(task, config, flags.run)
+        except NothingHeldOut as error:
+            if "dataset" not in moved:
+                raise
+            raise ConfigError(f"{error}; --data.validation_percent=100 scores all of it") from None
         if is_main():
             result |= _other_data(task, config) if moved else {}
             print(json.dumps(result))

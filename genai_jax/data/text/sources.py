@@ -16,6 +16,7 @@ from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits
 from genai_jax.data.text import arithmetic, packages, stdlib
 from genai_jax.data.text import files as text_files
+from genai_jax.errors import NothingHeldOut, printable
 
 SPLITS = ("train", "validation")
 EMBEDDED = {
@@ -99,7 +100,9 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
     if not splits:
         splits |= _split(_documents(config), config.validation_percent)
     if not splits[split]:
-        raise ConfigError(f"{name} contains only one document, so none is left for {_advice(name)}")
+        problem = f"{printable(name)} contains only one document, so none is left for"
+        error = NothingHeldOut if split == "validation" else ConfigError
+        raise error(f"{problem} {split}: {_advice(name)}")
     return MemorySource(f"{name}[{split}]", splits[split])
 
 
@@ -151,10 +154,10 @@ def _advice(name: str) -> str:
     path = name.removeprefix("text:")
     if text_files.is_split(path):
         return (
-            "validation: add documents, or separate parts of the file with form feeds, or with "
+            "add documents, or separate parts of the file with form feeds, or with "
             f"blank lines at least {text_files.MIN_CHARACTERS:,} characters apart"
         )
-    return f"validation: add {'rows' if os.path.isfile(path) else 'documents'}"
+    return f"add {'rows' if os.path.isfile(path) else 'documents'}"
 
 
 def hold_out(documents: Sequence[str], percent: int) -> set[bytes]:
