@@ -16,7 +16,7 @@ _NAMED = 3  # skipped files that a warning names
 _FIRST = 60  # characters of the first document that are shown
 
 
-def read(path: str, *, strict: bool, text_key: str = "text") -> list[str]:
+def read(path: str, *, strict: bool, text_key: str = "text", quiet: bool = False) -> list[str]:
     """Reads the documents under `path`, and says on stderr what it read.
 
     The rows of tables (`tables.is_table`) are documents. In a folder, each other file is a
@@ -29,6 +29,7 @@ def read(path: str, *, strict: bool, text_key: str = "text") -> list[str]:
       strict: reject bytes that are not UTF-8. Otherwise they become lone surrogates
         (``errors="surrogateescape"``), from which the bytes can be recovered.
       text_key: the column or key of the text in tables.
+      quiet: say only what was skipped.
 
     Raises:
       ConfigError: nothing at `path`, no text in it, a file that cannot be read, or a single file
@@ -55,7 +56,9 @@ def read(path: str, *, strict: bool, text_key: str = "text") -> list[str]:
             counts["empty"] += 1
         documents += kept
         size += sum(map(len, kept))
-    _report(path, documents, len(files), counts, binary)
+    _report_skipped(path, counts, binary, documents)
+    if not quiet:
+        _report(path, len(files) - len(binary) - counts["empty"], documents)
     return documents
 
 
@@ -79,8 +82,8 @@ def _texts(
     return _split(text) if split else [text]
 
 
-def _report(path: str, documents: list[str], files: int, counts: dict[str, int], binary: list[str]):
-    """Says what was read and what was not.
+def _report_skipped(path: str, counts: dict[str, int], binary: list[str], documents: list[str]):
+    """Says which files and rows were not read.
 
     Raises:
       ConfigError: there are no documents.
@@ -96,14 +99,15 @@ def _report(path: str, documents: list[str], files: int, counts: dict[str, int],
         _say(f"warning: {place}: skipped {'; '.join(skipped)}")
     elif skipped:
         _say(f"note: {place}: skipped {'; '.join(skipped)}")
-    read = (
-        _counted(files - len(binary) - counts["empty"], "file"),
-        _counted(len(documents), "document"),
-    )
+
+
+def _report(path: str, files: int, documents: list[str]):
+    """Says how much was read, and the first words."""
     size = sum(len(text.encode("utf-8", "surrogateescape")) for text in documents)
     first = printable(documents[0][: 4 * _FIRST])
     first = first if len(first) <= _FIRST else first[:_FIRST].rpartition(" ")[0] or first[:_FIRST]
-    _say(f"{place}: {', '.join(read)}, {size:,} bytes; the first begins: {first}")
+    read = f"{_counted(files, 'file')}, {_counted(len(documents), 'document')}, {size:,} bytes"
+    _say(f"note: {printable(f'text:{path}')}: {read}; the first begins: {first}")
 
 
 def _counted(number: int, noun: str) -> str:

@@ -105,7 +105,9 @@ def _docstrings(file: str, path: str) -> str:
 def _say(name: str, documents: list[str]):
     size = sum(len(text.encode("utf-8", "surrogateescape")) for text in documents)
     versions = ", ".join(_versions())
-    print(f"{name}: {len(documents):,} modules, {size:,} bytes, of {versions}", file=sys.stderr)
+    print(
+        f"note: {name}: {len(documents):,} modules, {size:,} bytes, of {versions}", file=sys.stderr
+    )
 
 
 def _versions() -> Iterator[str]:

@@ -67,8 +67,8 @@ def test_a_folder_of_all_formats_is_read_in_order(tmp_path, capsys):
     (outside / "back").symlink_to(folder)
     assert sorted(read(folder)) == sorted(expected)
     size = sum(map(len, expected))
-    said = f"text:{folder}: {len(names)} files, {len(expected)} documents, {size} bytes; the first"
-    assert capsys.readouterr().err == f"{said} begins: {expected[0]}\n"
+    said = f"{len(names)} files, {len(expected)} documents, {size} bytes; the first begins: "
+    assert capsys.readouterr().err == f"note: text:{folder}: {said}{expected[0]}\n"
 
 
 def test_rows_without_text_are_counted(tmp_path, capsys):
