@@ -169,16 +169,16 @@ def request_components(cls: type, kind: str) -> dict[str, type]:
     names = MOVABLE
     if kind == "evaluate_request" and set(OF_OTHER_TEXT) <= set(fields):
         names += OF_OTHER_TEXT
-    movable = [(n, *_moved(fields[n])) for n in names if n in fields]
+    movable = [(n, *_moved(fields[n], kind)) for n in names if n in fields]
     if movable:
         components["data"] = dataclasses.make_dataclass("Moved", movable, frozen=True)
     return components
 
 
-def _moved(f: dataclasses.Field) -> tuple[Any, Any]:
+def _moved(f: dataclasses.Field, request: str) -> tuple[Any, Any]:
     """Type and declaration of the flag of a request that overrides a field."""
     kind, path = plain_type(f.type) | None, f.metadata["path"]
-    if f.name == "dataset":
+    if f.name == "dataset" and request == "evaluate_request":
         moved = field(None, "The run's data set, if it moved, or another one to score.", path=path)
     elif f.name == "validation_percent":
         moved = field(

@@ -97,7 +97,8 @@ def _source(path: str) -> str:
 
 def _docstrings(file: str, path: str) -> str:
     try:
-        return docstrings(module_name(file), _source(path))
+        text = docstrings(module_name(file), _source(path))
+        return text.encode("utf-8", "backslashreplace").decode()  # of lone surrogates
     except (SyntaxError, ValueError, RecursionError):
         return ""
 

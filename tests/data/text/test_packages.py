@@ -24,7 +24,7 @@ def two(monkeypatch, tmp_path):
         "one/f_test.py": '"""A test."""\n',
         "one/data_pb2.py": '"""Generated."""\n',
         "two/__init__.py": 'raise RuntimeError("imported")\n',
-        "two/sub/m.py": '"""Deeper."""\n',
+        "two/sub/m.py": '"""Deeper: \\ud800."""\n',
         "two/template.py": "def {{name}}(:\n",
     }
     for name, text in files.items():
@@ -42,7 +42,7 @@ def two(monkeypatch, tmp_path):
 EXPECTED = [
     "one\n---\nThe first.\n\none.f\n-----\nDoes it.\n",
     "one._private.A\n--------------\nOf a class.\n",
-    "two.sub.m\n---------\nDeeper.\n",
+    "two.sub.m\n---------\nDeeper: \\ud800.\n",
 ]
 
 
