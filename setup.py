@@ -2,6 +2,7 @@ from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
+TABLES = ["pyarrow>=14.0.1"]  # .parquet and .zst; the requirements below install it as well
 
 setup(
     name="genai_jax",
@@ -32,8 +33,9 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "test": TEST + TEXT,
+        "test": TEST + TEXT + TABLES,
         "text": TEXT,
+        "tables": TABLES,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],

@@ -14,6 +14,7 @@ from genai_jax.config import (
     help_text,
     last_value,
     parse,
+    plain_type,
 )
 from genai_jax.flagfiles import expand_flagfiles
 from genai_jax.networks.sequence.mixers import outside_mixers
@@ -78,7 +79,9 @@ SHARED = {
     "population": PopulationConfig,
 }
 GRADIENT = ("optimizer", "ema", "mesh", "profile", "compiler", "population")
-MOVABLE = ("dataset", "data_dir", "tokenizer")  # flags of the data that a request may override
+# Flags of the data that a request may override, and those of text that `evaluate` may.
+MOVABLE = ("dataset", "data_dir", "tokenizer")
+OF_OTHER_TEXT = ("text_key", "validation_percent")
 REQUESTS = {"sample_request": SampleRequest, "evaluate_request": EvaluateRequest}
 
 
@@ -151,23 +154,46 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
     components = request_components(task_class(task), kind)
     request = parse(argv, components, user=f"a run of --task={task}")[0]
     moved = vars(request.data) if "data" in components else {}
-    moved = {name: value for name, value in moved.items() if value is not None}
-    return request, config.replace("data", **moved) if moved else config
+    return request, _move(config, {name: x for name, x in moved.items() if x is not None})
+
+
+def _move(config: Config, moved: dict[str, Any]) -> Config:
+    """The configuration with other flags of the data."""
+    if "dataset" in moved and hasattr(config.data, "of"):
+        data = config.data.of(moved["dataset"])
+        config = Config({**config.components, "data": data}, config.defaults)
+    return config.replace("data", **moved) if moved else config
 
 
 def request_components(cls: type, kind: str) -> dict[str, type]:
     """Flag components of such a command, among them where the data of the run is now."""
     components = {"run": request_class(cls, kind), "distributed": DistributedConfig}
     data = cls.components.get("data")
-    fields = dataclasses.fields(data) if data else ()
-    movable = [(f.name, str | None, _moved(f.name)) for f in fields if f.name in MOVABLE]
+    fields = {f.name: f for f in dataclasses.fields(data)} if data else {}
+    names = MOVABLE
+    if kind == "evaluate_request" and set(OF_OTHER_TEXT) <= set(fields):
+        names += OF_OTHER_TEXT
+    movable = [(n, *_moved(fields[n], kind)) for n in names if n in fields]
     if movable:
         components["data"] = dataclasses.make_dataclass("Moved", movable, frozen=True)
     return components
 
 
-def _moved(name: str) -> Any:
-    return field(None, f"What to use instead of the run's --data.{name}, if it moved.", path=True)
+def _moved(f: dataclasses.Field, request: str) -> tuple[Any, Any]:
+    """Type and declaration of the flag of a request that overrides a field."""
+    kind, path = plain_type(f.type) | None, f.metadata["path"]
+    if f.name == "dataset" and request == "evaluate_request":
+        moved = field(None, "The run's data set, if it moved, or another one to score.", path=path)
+    elif f.name == "validation_percent":
+        moved = field(
+            None,
+            "Percentage of the documents of --data.dataset to score; 100 for all.",
+            minimum=1,
+            maximum=100,
+        )
+    else:
+        moved = field(None, f"What to use instead of the run's --data.{f.name}.", path=path)
+    return kind, moved
 
 
 @contextlib.contextmanager

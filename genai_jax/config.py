@@ -282,7 +282,7 @@ def _define(components: Mapping[str, type]) -> flags.FlagValues:
 
 
 def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> None:
-    kind, meta = _plain_type(f.type), f.metadata
+    kind, meta = plain_type(f.type), f.metadata
     common = dict(help=meta["help"], flag_values=values)
     largest = LARGEST_INT if kind is int and meta["maximum"] is None else meta["maximum"]
     bounds = dict(lower_bound=meta["minimum"], upper_bound=largest)
@@ -302,7 +302,7 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
         raise TypeError(f"--{name}: a field of type {f.type} cannot be a flag")
 
 
-def _plain_type(annotation: Any) -> type:
+def plain_type(annotation: Any) -> type:
     """``int`` for ``int`` and for ``int | None``."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         (annotation,) = (a for a in typing.get_args(annotation) if a is not type(None))
@@ -312,7 +312,7 @@ def _plain_type(annotation: Any) -> type:
 def overrides(cls: type) -> type:
     """A dataclass with the fields of `cls`, all unset, for a command that may override some."""
     unset = [
-        (f.name, _plain_type(f.type) | None, dataclasses.field(default=None, metadata=f.metadata))
+        (f.name, plain_type(f.type) | None, dataclasses.field(default=None, metadata=f.metadata))
         for f in dataclasses.fields(cls)
     ]
     return dataclasses.make_dataclass(f"{cls.__name__}Overrides", unset, frozen=True)

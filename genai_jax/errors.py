@@ -13,6 +13,10 @@ class MissingFile(ConfigError):
         self.flag = flag
 
 
+class NothingHeldOut(ConfigError):
+    """A data set of a single document, which is all trained on."""
+
+
 def printable(text: str) -> str:
     """`text` on one line, without anything that a terminal would obey."""
     line = " ".join(text.split())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_request, request_help, tells_how_to_move
 from genai_jax.config import ConfigError, asks_for_help
+from genai_jax.errors import NothingHeldOut, printable
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,24 +21,65 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--batches=0 leaves nothing to evaluate on; -1 takes all batches")
     from genai_jax.training.distributed import is_main, join_processes
 
+    moved = vars(flags.data) if "data" in flags.components else {}
+    moved = {name for name, value in moved.items() if value is not None}
     with join_processes(flags.distributed), tells_how_to_move(config):
         task = make_task(config)
-        result = scores(task, config, flags.run)
+        if "validation_percent" in moved:
+            _refuse_own_data(config)
+        try:
+            result = scores(task, config, flags.run)
+        except NothingHeldOut as error:
+            if "dataset" not in moved:
+                raise
+            raise ConfigError(f"{error}; --data.validation_percent=100 scores all of it") from None
         if is_main():
-            if "data" in flags.components and any(vars(flags.data).values()):
-                _say_if_other_data(task, config)
+            result |= _other_data(task, config) if moved else {}
             print(json.dumps(result))
     return 0
 
 
-def _say_if_other_data(task, config):
-    """Says so if the held-out data, which a flag named, are not those of the run."""
+def _other_data(task, config) -> dict:
+    """Says so if the held-out data, which a flag named, are not those of the run.
+
+    Returns:
+      For the result: what the run was trained on, if it is something else.
+    """
     from genai_jax.training.workdir import read_record
 
-    name = "validation_sha256"
+    now, before = task.data.record(), read_record(config.run.workdir).get("data", {})
+    if before.get("validation_sha256") == now.get("validation_sha256"):
+        return {}
+    trained_on = before.get("dataset")
+    note = "note: the held-out data are not those of the run"
+    note += f", which was trained on {printable(str(trained_on))}" if trained_on else ""
+    scored, left_out = (now.get(f"{split}_documents") for split in ("validation", "train"))
+    if scored and left_out:
+        note += f"; these are {scored:,} of {scored + left_out:,} documents"
+        if hasattr(config.data, "text_key"):
+            note += ": --data.validation_percent=100 scores all of them"
+    print(note, file=sys.stderr)
+    return {"trained_on": trained_on} if trained_on else {}
+
+
+def _refuse_own_data(config):
+    """Raises `ConfigError` if another part of the run's own data is to be scored.
+
+    Documents would be among them that the run was trained on.
+    """
+    from genai_jax.training.workdir import read_record, recorded_flags
+
+    percent = config.data.validation_percent
+    default = type(config.data)().validation_percent
+    own = int(recorded_flags(config.run.workdir).get("data.validation_percent", default))
     before = read_record(config.run.workdir).get("data", {})
-    if before.get(name) != task.data.record().get(name):
-        print("note: the held-out data are not those of the run", file=sys.stderr)
+    now = make_task(config.replace("data", validation_percent=own)).data.record()
+    if percent != own and now.get("train_sha256") == before.get("train_sha256"):
+        raise ConfigError(
+            f"--data.validation_percent={percent}: the run was trained on documents of "
+            f"{printable(config.data.dataset)} that this would score; it scores those held out, "
+            f"{own}%"
+        )
 
 
 def scores(task, config, request) -> dict:
@@ -76,8 +118,11 @@ def scores(task, config, request) -> dict:
         )
     if "tokens" in result:
         result["tokens_per_second"] = result["tokens"] / seconds
+    data = getattr(getattr(config, "data", None), "dataset", None)
+    named = {} if data is None else {"dataset": data}
     unit = {"loss_unit": task.loss_unit} if "loss" in result else {}
-    return {"step": model.step, "ema": model.ema, "split": "validation", **unit, **result}
+    where = {"step": model.step, "ema": model.ema, **named, "split": "validation"}
+    return {**where, **unit, **result}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from genai_jax.config import (
     field,
     parse,
 )
+from genai_jax.data.text.files import read as read_documents
 from genai_jax.data.text.tokenization import load_tokenizer
 from genai_jax.flagfiles import expand_flagfiles, flag_values
 from genai_jax.scaling.report import show_dollars
@@ -29,7 +30,9 @@ from genai_jax.tasks.arrays.walks import read_latents
 from genai_jax.training.ema_profiles import reconstruct
 from tests.conftest import ROOT
 from tests.damage import DAMAGES, damage
+from tests.data.text.formats import write_documents
 
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.zst")
 # Readers of files in a workdir or of a flag: path -> what the reader returns.
 READERS = {
     "flagfile": lambda path: expand_flagfiles([f"--flagfile={path}"]),
@@ -39,11 +42,11 @@ READERS = {
     "picture": lambda path: media.read_image(str(path), (8, 8, 3), flag="init_image", levels=256),
     "latents": lambda path: read_latents(str(path), 3),
     "CSV": lambda path: fit.main([f"--csv={path}", f"--output={path}.report"]),
+    **{f"text{suffix}": lambda path: read_documents(str(path), strict=True) for suffix in SUFFIXES},
 }
 # Each opens files of its own, of this project, or of Python, and nothing that a user names.
 OPEN_THEIR_OWN = {
     "genai_jax/files.py",
-    "genai_jax/data/text/files.py",  # training text, of any size; regular files only
     "genai_jax/data/text/stdlib.py",
     "genai_jax/scaling/chips.py",
     "genai_jax/scaling/study/runs.py",
@@ -127,6 +130,8 @@ def write_good(reader: str, path: pathlib.Path):
         path.write_text("--seed=1\n")
     elif reader == "tokenizer.json":
         words(path, {"</s>": 0, "a": 1})
+    elif reader.startswith("text"):
+        write_documents(path, ["one", "two"])
     else:
         path.write_text('{"a": 1}')
 
@@ -135,8 +140,8 @@ def write_good(reader: str, path: pathlib.Path):
 def test_every_reader_survives_every_damage(tmp_path, reader):
     for kind in DAMAGES:
         path = tmp_path / f"{kind.replace(' ', '_')}.{reader.replace('.', '_')}"
-        if reader.startswith("tokenizer"):
-            path = path.with_suffix(os.path.splitext(reader)[1])
+        if reader.startswith(("tokenizer", "text")):
+            path = tmp_path / f"{kind.replace(' ', '_')}{reader[reader.index('.') :]}"
         write_good(reader, path)
         damage(path, kind)
         if kind == "no permission" and os.geteuid() == 0:

@@ -1,87 +1,141 @@
-"""``text:PATH``: a text file, or a folder of them, split into documents."""
+"""``text:PATH``: a user's own text, one file or a folder of them, as documents."""
 
 import functools
 import os
 import sys
 from collections.abc import Iterator
 
-from genai_jax.config import ConfigError, MissingFile
+from genai_jax.data.text.contents import NotText, decode, read_content
+from genai_jax.data.text.tables import is_table, read_rows
+from genai_jax.errors import ConfigError, MissingFile, printable
+from genai_jax.files import reason_of, unreadable
 
 MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
 _MAX_CHARACTERS = 8_000  # from this length on, at the next line break: there may be no blank lines
-_SIGNATURES = {  # first bytes of files that are not text
-    b"\x1f\x8b": "compressed (gzip)",
-    b"PK\x03\x04": "a zip archive",
-    b"(\xb5/\xfd": "compressed (zstd)",
-    b"\xfd7zXZ\0": "compressed (xz)",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"PAR1\x15": "a Parquet table",
-    b"ARROW1\0\0": "an Arrow table",
-    b"\x89HDF\r\n": "an HDF5 file",
-    b"SQLite format 3\0": "an SQLite data base",
-    b"\x93NUMPY": "a NumPy array",
-    b"%PDF-": "a PDF",
-    b"\x89PNG\r\n": "a picture (PNG)",
-    b"\xff\xd8\xff": "a picture (JPEG)",
-    b"GIF87a": "a picture (GIF)",
-    b"GIF89a": "a picture (GIF)",
-    b"II*\0": "a picture (TIFF)",
-    b"MM\0*": "a picture (TIFF)",
-    b"OggS\0": "audio (Ogg)",
-    b"fLaC\0": "audio (FLAC)",
-    b"ID3\x03": "audio (MP3)",
-    b"ID3\x04": "audio (MP3)",
-    b"\x7fELF": "a program",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
+_NAMED = 3  # skipped files that a warning names
+_FIRST = 60  # characters of the first document that are shown
 
 
-def read(path: str, *, strict: bool) -> list[str]:
-    """Reads the documents under `path`.
+def read(path: str, *, strict: bool, text_key: str = "text", quiet: bool = False) -> list[str]:
+    """Reads the documents under `path`, and says on stderr what it read.
 
-    In a folder, each file is a document, sorted by relative path. Hidden files and empty ones are
-    skipped, which a line on stderr says; a linked folder is read once. A single file is split at
-    form feeds or, if it has none, into groups of paragraphs.
+    The rows of tables (`tables.is_table`) are documents. In a folder, each other file is a
+    document, sorted by relative path. Hidden files, empty ones, and those that are not text are
+    skipped, which a line on stderr says; a linked folder is read once. A single file of plain text
+    is split at form feeds or, if it has none, into groups of paragraphs.
 
     Args:
       path: a file or a folder.
       strict: reject bytes that are not UTF-8. Otherwise they become lone surrogates
         (``errors="surrogateescape"``), from which the bytes can be recovered.
+      text_key: the column or key of the text in tables.
+      quiet: say only what was skipped.
 
     Raises:
-      ConfigError: nothing at `path`, no text in it, or a file that cannot be read or is not text.
+      ConfigError: nothing at `path`, no text in it, a file that cannot be read, or a single file
+        that is not text.
     """
-    skipped = {}
-    if os.path.isdir(path):
-        files, skipped = _files(path)
-        documents = [_decode(file, strict) for file in files]
-        skipped["empty"] = sum(not document.strip() for document in documents)
-    elif os.path.isfile(path):
-        documents = _split(_decode(path, strict))
-    else:
-        raise MissingFile(f"--data.dataset=text:{path}: no such file or folder", "data.dataset")
-    documents = [document for document in documents if document.strip()]
-    counts = ", ".join(f"{count} {kind}" for kind, count in skipped.items() if count)
-    if not documents:
-        note = f" (skipped: {counts})" if counts else ""
-        raise ConfigError(f"text:{path} is empty: it has no text to train on{note}")
-    if counts:
-        _say(f"note: text:{path}: skipped files: {counts}")
+    files, counts = _files(path)
+    in_folder, room = os.path.isdir(path), _memory()
+    documents: list[str] = []
+    binary: list[str] = []
+    size, counts["empty"], counts["rows without text"] = 0, 0, 0
+    for file in files:
+        try:
+            data = read_content(file, room - size)
+        except NotText as error:
+            if not in_folder:
+                raise
+            binary.append(f"{printable(os.path.relpath(file, path))} ({error.kind})")
+            continue
+        texts = _texts(file, data, text_key, strict, room - size, split=not in_folder)
+        kept = [text for text in texts if text and not text.isspace()]
+        if is_table(file):
+            counts["rows without text"] += len(texts) - len(kept)
+        elif not kept:
+            counts["empty"] += 1
+        documents += kept
+        size += sum(map(len, kept))
+    _report_skipped(path, counts, binary, documents)
+    if not quiet:
+        _report(path, len(files) - len(binary) - counts["empty"], documents)
     return documents
+
+
+def has_columns(path: str) -> bool:
+    """Whether any file that `read` would read is a table."""
+    return os.path.exists(path) and any(is_table(file) for file in _files(path)[0])
+
+
+def is_split(path: str) -> bool:
+    """Whether `path` is one file of plain text, which is split into documents."""
+    return os.path.isfile(path) and not is_table(path)
+
+
+def _texts(
+    file: str, data: bytes, text_key: str, strict: bool, room: int, split: bool
+) -> list[str | None]:
+    """The documents of a file, among them blank ones."""
+    if is_table(file):
+        return read_rows(file, data, text_key, strict=strict, limit=room)
+    text = decode(file, data, strict=strict)
+    return _split(text) if split else [text]
+
+
+def _report_skipped(path: str, counts: dict[str, int], binary: list[str], documents: list[str]):
+    """Says which files and rows were not read.
+
+    Raises:
+      ConfigError: there are no documents.
+    """
+    place = printable(f"text:{path}")
+    names = ", ".join(binary[:_NAMED]) + ", ..." * (len(binary) > _NAMED)
+    skipped = [f"{count:,} {kind}" for kind, count in counts.items() if count]
+    skipped = [f"{len(binary):,} not text: {names}"] * bool(binary) + skipped
+    note = f" (skipped: {'; '.join(skipped)})" if skipped else ""
+    if not documents:
+        raise ConfigError(f"{place} is empty: it has no text to train on{note}")
+    if binary:
+        _say(f"warning: {place}: skipped {'; '.join(skipped)}")
+    elif skipped:
+        _say(f"note: {place}: skipped {'; '.join(skipped)}")
+
+
+def _report(path: str, files: int, documents: list[str]):
+    """Says how much was read, and the first words."""
+    size = sum(len(text.encode("utf-8", "surrogateescape")) for text in documents)
+    first = printable(documents[0][: 4 * _FIRST])
+    first = first if len(first) <= _FIRST else first[:_FIRST].rpartition(" ")[0] or first[:_FIRST]
+    read = f"{_counted(files, 'file')}, {_counted(len(documents), 'document')}, {size:,} bytes"
+    _say(f"note: {printable(f'text:{path}')}: {read}; the first begins: {first}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 @functools.cache
 def _say(text: str):
-    """Once per process, though the data are read for each split."""
+    """Once per process, though the data may be read for each split."""
     print(text, file=sys.stderr)
 
 
-def _files(folder: str) -> tuple[list[str], dict[str, int]]:
+def _memory() -> int:
+    """Most bytes of text to hold: reading and splitting it takes up to four times as much."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def _files(path: str) -> tuple[list[str], dict[str, int]]:
     """The files to read, sorted, and how many of which kind are skipped."""
-    paths, hidden, seen, tops = [], 0, set(), [folder]
+    if "\0" in path or not os.path.lexists(path):
+        raise MissingFile(
+            f"--data.dataset=text:{printable(path)}: no such file or folder", "data.dataset"
+        )
+    if not os.path.isdir(path):
+        return [path], {}
+    paths, hidden, seen, tops = [], 0, set(), [path]
     for top in tops:  # grows by links to folders, which come after what is really there
-        for parent, folders, names in os.walk(top):
+        for parent, folders, names in os.walk(top, onerror=_refuse):
             if os.path.realpath(parent) in seen:
                 folders[:] = []
                 continue
@@ -91,30 +145,14 @@ def _files(folder: str) -> tuple[list[str], dict[str, int]]:
             inside = [os.path.join(parent, name) for name in folders]
             tops += [path for path in inside if os.path.islink(path)]
             paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    files = [path for path in paths if os.path.isfile(path)]
-    files.sort(key=lambda file: os.path.relpath(file, folder).split(os.sep))
+    files = [file for file in paths if os.path.isfile(file)]
+    files.sort(key=lambda file: os.path.relpath(file, path).split(os.sep))
     special = len(paths) - len(files)
     return files, {"hidden": hidden, "not regular (sockets, dangling links)": special}
 
 
-def _decode(file: str, strict: bool) -> str:
-    try:
-        with open(file, "rb") as stream:
-            data = stream.read()
-        kind = next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), None)
-        if kind:
-            raise ConfigError(f"{file} is {kind}: text:PATH reads plain text in UTF-8 only")
-        return data.decode("utf-8", "strict" if strict else "surrogateescape")
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
-    except MemoryError:
-        size = os.path.getsize(file)
-        raise ConfigError(f"cannot read {file}: its {size:,} bytes do not fit in memory") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file} is not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}): "
-            "convert it, or read its raw bytes with --data.tokenizer=bytes"
-        ) from None
+def _refuse(error: OSError):
+    raise unreadable(error.filename, reason_of(error))
 
 
 def _split(text: str) -> list[str]:

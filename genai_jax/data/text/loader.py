@@ -13,7 +13,13 @@ from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.packing import Batch, Packer, padding
 from genai_jax.data.text.passages import Passages
-from genai_jax.data.text.sources import SPLITS, Source, encode_document, open_source
+from genai_jax.data.text.sources import (
+    SPLITS,
+    Source,
+    encode_document,
+    open_source,
+    unused_flags,
+)
 from genai_jax.data.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +32,9 @@ _CACHED_BYTES = 64 * 2**20  # token ids of a source up to this size are cached, 
 class DataConfig:
     dataset: str = field(
         "python_docs",
-        "Data set: the name of a TFDS data set, python_docs, python_source, text:PATH, "
-        "digit_pixels, or arithmetic: addition:DIGITS, modular_addition:P, modular_division:P.",
+        "Data set: the name of a TFDS data set, text:PATH, python_docs, python_source, "
+        "package_docs, package_source, digit_pixels, or arithmetic: addition:DIGITS, "
+        "modular_addition:P, modular_division:P.",
         path=True,
     )
     batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
@@ -42,7 +49,11 @@ class DataConfig:
         "Token that ends a document; if unset, a usual one that the tokenizer has.",
     )
     data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
-    text_key: str = field("text", "TFDS feature that holds the text.")
+    text_key: str = field(
+        "text",
+        "What holds the text: a TFDS feature, a key in .jsonl, or a column in .csv, .tsv, or "
+        ".parquet.",
+    )
     validation_percent: int = field(
         5,
         "Percentage of documents to hold out if the data set has no validation split.",
@@ -77,6 +88,12 @@ class DataConfig:
             return self.passage_length
         return 4 * self.sequence_length if self.answer_after is None else 0
 
+    def of(self, dataset: str) -> "DataConfig":
+        """The same settings for another data set, without those that it does not use."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        unused = {name: defaults[name] for name in unused_flags(dataset)}
+        return dataclasses.replace(self, dataset=dataset, **unused)
+
 
 class TextLoader:
     """Makes the rows of global batches: all of them, or those that a process needs.
@@ -90,11 +107,8 @@ class TextLoader:
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer, config.end_token)
         self._seed = seed % 2**32
-        self._documents = {
-            "train": _TokenizedSource(
-                open_source(config, "train"), self.tokenizer, config.passage_characters
-            )
-        }
+        self._documents: dict[str, _TokenizedSource] = {}
+        self._opened: dict = {}  # see `open_source`
 
     def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
         """Endless shuffled batches of int32 arrays ``[rows, sequence_length]``; see `Packer`.
@@ -129,7 +143,8 @@ class TextLoader:
             counted = lambda ids: (
                 (np.cumsum(ids == mark) > 0) & (ids != mark) & (ids != self.tokenizer.boundary_id)
             )
-        shape, sizes = (config.batch_size, config.sequence_length), self._documents["train"].sizes
+        shape = (config.batch_size, config.sequence_length)
+        sizes = self.tokenizer.token_bytes() is None
         return Packer(get_document, rows, *shape, counted, sizes)
 
     def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
@@ -217,8 +232,9 @@ class TextLoader:
 
     def _open(self, split: str) -> "_TokenizedSource":
         if split not in self._documents:
-            source = open_source(self.config, split)
-            self._documents[split] = _TokenizedSource(source, self.tokenizer)
+            source = open_source(self.config, split, self._opened)
+            passages = self.config.passage_characters if split == "train" else 0
+            self._documents[split] = _TokenizedSource(source, self.tokenizer, passages)
         return self._documents[split]
 
     def _evaluation_length(self, documents: "_TokenizedSource", row: int, limit: int) -> int:

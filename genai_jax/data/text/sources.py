@@ -14,11 +14,17 @@ from typing import Protocol
 
 from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits
-from genai_jax.data.text import arithmetic, stdlib
+from genai_jax.data.text import arithmetic, packages, stdlib
 from genai_jax.data.text import files as text_files
+from genai_jax.errors import NothingHeldOut, printable
 
 SPLITS = ("train", "validation")
-EMBEDDED = {"python_docs": stdlib.docs, "python_source": stdlib.source}
+EMBEDDED = {
+    "python_docs": stdlib.docs,
+    "python_source": stdlib.source,
+    "package_docs": packages.docs,
+    "package_source": packages.source,
+}
 # Images written out as text; name -> function (percentage held out, split) -> documents.
 PIXELS = {"digit_pixels": digits.pixel_documents}
 # Synthetic problems; each takes a number, as in ``addition:3``.
@@ -65,12 +71,14 @@ class MemorySource:
         return digest.hexdigest()
 
 
-def open_source(config, split: str) -> Source:
+def open_source(config, split: str, opened: dict | None = None) -> Source:
     """Opens one split of ``config.dataset``.
 
     Args:
       config: a `DataConfig`.
       split: "train" or "validation".
+      opened: filled by one call and used by the next one with the same config, so that data in
+        memory are read once for both splits.
 
     Raises:
       ConfigError: an unknown data set, an empty one, or no documents for this split.
@@ -78,38 +86,78 @@ def open_source(config, split: str) -> Source:
     if split not in SPLITS:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
-    if name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC):
-        of_tfds = ("data_dir", "text_key")
-        refuse_set("data", config, of_tfds, f"applies only to TFDS data sets, not {name}")
+    _refuse_unused(config)
     if name in PIXELS:
         documents = PIXELS[name](config.validation_percent, split)
         return MemorySource(f"{name}[{split}]", documents)
-    if name in EMBEDDED:
-        documents = _embedded(name)
-    elif name.startswith("text:"):
-        path = name.removeprefix("text:")
-        documents = text_files.read(path, strict=config.tokenizer != "bytes")
-    elif name.partition(":")[0] in SYNTHETIC:
-        documents = _synthetic(name)
-    else:
+    if not _is_built_in(name):
         from genai_jax.data.text import tfds as tfds_source
 
         synthetic = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
         built_in = [*sorted(EMBEDDED), *sorted(PIXELS), *synthetic, "text:PATH"]
         return tfds_source.open_tfds(config, split, built_in=built_in)
-    held_out = hold_out(documents, config.validation_percent)
-    selected = [d for d in documents if (content_hash(d) in held_out) == (split == "validation")]
-    if not selected:
-        advice = "add documents"
-        if os.path.isfile(name.removeprefix("text:")):
-            advice += (
-                ", or separate parts of the file with form feeds, or with blank lines at least "
-                f"{text_files.MIN_CHARACTERS:,} characters apart"
-            )
-        raise ConfigError(
-            f"{name} contains only one document, so none is left for validation: {advice}"
+    splits = {} if opened is None else opened
+    if not splits:
+        splits |= _split(_documents(config), config.validation_percent)
+    if not splits[split]:
+        problem = f"{printable(name)} contains only one document, so none is left for"
+        error = NothingHeldOut if split == "validation" else ConfigError
+        raise error(f"{problem} {split}: {_advice(name)}")
+    return MemorySource(f"{name}[{split}]", splits[split])
+
+
+def unused_flags(name: str) -> tuple[str, ...]:
+    """The flags about reading a data set that the one called `name` does not use."""
+    if not _is_built_in(name):
+        return ()
+    path = name.removeprefix("text:") if name.startswith("text:") else None
+    # If the path is missing, that is what the user has to hear.
+    if path and (not os.path.exists(path) or text_files.has_columns(path)):
+        return ("data_dir",)
+    return ("data_dir", "text_key")
+
+
+def _refuse_unused(config):
+    name, unused = config.dataset, unused_flags(config.dataset)
+    refuse_set("data", config, ["data_dir"] if unused else [], f"applies only to TFDS, not {name}")
+    if "text_key" in unused:
+        tables = "TFDS data sets and .jsonl, .csv, .tsv, and .parquet files"
+        refuse_set("data", config, ["text_key"], f"applies only to {tables}, not {name}")
+
+
+def _is_built_in(name: str) -> bool:
+    return name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
+
+
+def _documents(config) -> list[str]:
+    """All documents of a data set that is held in memory."""
+    name = config.dataset
+    if name in EMBEDDED:
+        return _embedded(name)
+    if name.startswith("text:"):
+        path, strict = name.removeprefix("text:"), config.tokenizer != "bytes"
+        return text_files.read(path, strict=strict, text_key=config.text_key)
+    return _synthetic(name)
+
+
+def _split(documents: Sequence[str], percent: int) -> dict[str, list[str]]:
+    """The documents of each split, in order."""
+    held_out = hold_out(documents, percent)
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for document in documents:
+        splits["validation" if content_hash(document) in held_out else "train"].append(document)
+    return splits
+
+
+def _advice(name: str) -> str:
+    """What to do about a single document."""
+    path = name.removeprefix("text:")
+    if text_files.is_split(path):
+        return (
+            "add documents, or separate parts of the file with form feeds, or with "
+            f"blank lines at least {text_files.MIN_CHARACTERS:,} characters apart"
         )
-    return MemorySource(f"{name}[{split}]", selected)
+    return f"add {'rows' if os.path.isfile(path) else 'documents'}"
 
 
 def hold_out(documents: Sequence[str], percent: int) -> set[bytes]:
@@ -120,11 +168,14 @@ def hold_out(documents: Sequence[str], percent: int) -> set[bytes]:
     than half of the text would be held out is passed over, if `percent` is less than half.
 
     Returns:
-      `percent` percent of the distinct documents: at least one, unless there is only one.
+      `percent` percent of the distinct documents: at least one, unless there is only one; all of
+      them for 100.
     """
     sizes = collections.Counter()
     for document in documents:
         sizes[content_hash(document)] += len(document)
+    if percent == 100:
+        return set(sizes)
     if len(sizes) == 1:
         return set()
     count, most = max(1, len(sizes) * percent // 100), sizes.total() / (2 if percent < 50 else 1)

@@ -26,16 +26,22 @@ def docs() -> list[str]:
     except ImportError:  # some distributions leave it out
         topics = {}
     documents = [topics[name].strip() + "\n" for name in sorted(topics)]
-    for module, source in _modules():
-        sections = list(_sections(module, ast.parse(source)))
-        if sections:
-            documents.append("\n".join(sections))
-    return documents
+    return documents + [text for text in map(docstrings, *zip(*_modules(), strict=True)) if text]
 
 
 def source() -> list[str]:
     """The source of each module, one document per module."""
     return [text for _, text in _modules()]
+
+
+def docstrings(module: str, source: str) -> str:
+    """The docstrings of a module, each under its qualified name; empty if there are none."""
+    return "\n".join(_sections(module, ast.parse(source)))
+
+
+def module_name(file: str) -> str:
+    """ "a/b/__init__.py" -> "a.b"."""
+    return file.removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__")
 
 
 def _modules() -> Iterator[tuple[str, str]]:
@@ -48,7 +54,7 @@ def _modules() -> Iterator[tuple[str, str]]:
         with open(os.path.join(root, file), "rb") as stream:
             text = importlib.util.decode_source(stream.read())
         if text.strip():
-            yield file.removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__"), text
+            yield module_name(file), text
 
 
 def _python_files(root: str) -> Iterator[str]:
