@@ -8,10 +8,13 @@ that refuses them. Each run sets as many flags as go together, so that few runs 
 again after a flag has been added or removed; tests/test_every_flag.py says so.
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import pathlib
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +36,13 @@ TRANSFORMER = (
     "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
     "--transformer.num_heads=2", "--data.unique_tokens=2000",
 )  # fmt: skip
+UNET = (
+    "--unet.channels=8",
+    "--unet.channel_multipliers=1,2",
+    "--unet.blocks_per_level=1",
+    "--unet.attention_resolutions=4",
+    "--unet.head_dim=8",
+)
 DIT = (
     "--task=diffusion", "--diffusion.network=dit", "--dit.num_layers=2", "--dit.embed_dim=16",
     "--dit.num_heads=2", "--dit.patch_size=4", "--dit.text_layers=1",
@@ -52,10 +62,8 @@ GAN = ("--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--cr
 BASES = {
     "language_model": TRANSFORMER,
     "language_model experts": (*TRANSFORMER, "--moe.num_experts=4"),
-    "diffusion": (
-        "--task=diffusion", "--unet.channels=8", "--unet.channel_multipliers=1,2",
-        "--unet.blocks_per_level=1", "--unet.attention_resolutions=4", "--unet.head_dim=8",
-    ),
+    "diffusion": (*UNET, "--task=diffusion"),
+    "diffusion dit": DIT,
     "diffusion bound": (*DIT, "--diffusion.objective=bound", "--diffusion.schedule=learned"),
     "diffusion text": (
         *DIT, "--data.captions", "--diffusion.condition=text", "--data.caption_length=8",
@@ -64,6 +72,14 @@ BASES = {
         *DIT, "--diffusion.schedule=flow", "--diffusion.parameterization=velocity",
     ),
     "few_step": FEW_STEP,
+    "few_step unet": (*UNET, "--task=few_step"),
+    "few_step progressive": (
+        *FEW_STEP, "--few_step.method=progressive", "--few_step.teacher={diffusion dit}",
+    ),
+    "few_step distillation": (
+        *FEW_STEP, "--few_step.method=consistency_distillation",
+        "--few_step.teacher={diffusion dit}",
+    ),
     "few_step shortcut": (
         *FEW_STEP, "--few_step.method=shortcut", "--diffusion.schedule=flow",
         "--diffusion.parameterization=velocity", "--few_step.bootstrap=0.5",
@@ -71,6 +87,13 @@ BASES = {
     "autoencoder": CODEC,
     "autoencoder codes": (
         *CODEC, "--autoencoder.latent=vq", "--quantizer.codes=16", "--autoencoder.head_dim=4",
+    ),
+    "autoencoder residual codes": (
+        *CODEC, "--autoencoder.latent=rvq", "--quantizer.codes=8", "--quantizer.codebooks=2",
+    ),
+    "code_prior": (
+        "--task=code_prior", "--code_prior.autoencoder={autoencoder codes}",
+        "--transformer.num_layers=2", "--transformer.embed_dim=16", "--transformer.num_heads=2",
     ),
     "image_classifier": (
         "--task=image_classifier", "--classifier.channels=8", "--classifier.num_stages=2",
@@ -82,6 +105,14 @@ BASES = {
     "gan style": (
         *GAN, "--generator.network=style", "--generator.style_dim=5",
         "--generator.mapping_layers=1", "--critic.network=residual",
+    ),
+    "gan small": (
+        *GAN, "--data.dataset=shapes", "--data.image_size=16", "--generator.channels=8",
+        "--critic.channels=8",
+    ),
+    "gan grown": (
+        *GAN, "--data.dataset=shapes", "--data.image_size=32", "--gan.grow_from={gan small}",
+        "--gan.fade_steps=1",
     ),
     "normalizing_flow": (
         "--task=normalizing_flow", "--glow.steps_per_level=1", "--glow.hidden_channels=4",
@@ -119,9 +150,24 @@ WITH = {  # what a flag needs
 LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 
 
+@functools.cache
+def trained(base: str) -> str:
+    """Workdir of a run of one step, that another one needs."""
+    workdir = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, workdir, ignore_errors=True)
+    assert train.main([*flags_of_base(base), "--train.steps=1", f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+def flags_of_base(base: str) -> list[str]:
+    """What all runs of a base have; "{other base}" stands for a run of that one."""
+    run = lambda match: trained(match[1])
+    return [re.sub(r"\{(.+)\}", run, flag) for flag in (*COMMON, *BASES[base])]
+
+
 def candidates(base: str) -> list[str]:
     """Every value of every flag of a base's family that its runs are to have, as "name=value"."""
-    flags = (*COMMON, *BASES[base])
+    flags = flags_of_base(base)
     fixed = {flag.removeprefix("--").partition("=")[0] for flag in flags}
     components = components_of(task_class(parse_run(flags).run.task))
 
@@ -160,7 +206,7 @@ def flags_of(values: list[str]) -> list[str]:
 def refused(base: str, values: list[str]) -> str | None:
     """The error that refuses these values together; None if there is none."""
     try:
-        make_task(parse_run([*COMMON, *BASES[base], *flags_of(values)]))
+        make_task(parse_run([*flags_of_base(base), *flags_of(values)]))
     except ConfigError as error:
         return str(error)
     return None
@@ -168,7 +214,7 @@ def refused(base: str, values: list[str]) -> str | None:
 
 def two_steps(base: str, values: list[str], accumulate: int, workdir: str):
     """Trains two steps, and resumes for another."""
-    flags = [*COMMON, *BASES[base], *flags_of(values)]
+    flags = [*flags_of_base(base), *flags_of(values)]
     for steps in (2, 3):
         more = (f"--train.accumulate={accumulate}", f"--train.steps={steps}")
         assert train.main([*flags, *more, f"--workdir={workdir}"]) == 0
@@ -204,7 +250,8 @@ def chosen_runs(base: str, done: set[str]) -> tuple[list[list[str]], dict[str, s
     while left:
         run = grown(base, left, refused)
         if not run:
-            return runs, why | {value: refused(base, [value]) for value in left}
+            why |= {value: refused(base, [value]) for value in left}
+            break
         if trains(base, run):  # refused later than by its flags alone
             good = grown(base, run, trains)
             alone = {value: trains(base, [value]) for value in run if value not in good}
@@ -214,7 +261,7 @@ def chosen_runs(base: str, done: set[str]) -> tuple[list[list[str]], dict[str, s
             print(base, *run, flush=True)
             runs.append(run)
         left = [value for value in left if value not in run and value not in why]
-    return runs, why
+    return runs or [[]], why  # the base itself trains, too
 
 
 def family(base: str) -> list[str]:

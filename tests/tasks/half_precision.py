@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 HALF = (jnp.bfloat16, jnp.float16)
-SUMS = {"reduce_sum", "cumsum", "reduce_window_sum", "psum", "reduce_scatter"}
+SUMS = {"reduce_sum", "reduce_window_sum", "reduce"}  # long where they shorten an array
+ALWAYS = {"scatter-add", "cumsum", "psum", "reduce_scatter"}
 
 
 def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterator[str]:
@@ -23,26 +24,36 @@ def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterat
       rows: the number of examples.
       carry: the inputs that are results of the same program's last turn in a loop.
     """
-    sums = set(program.invars[carry])  # to which something is added over and over
+    turns = set(program.invars[carry])  # to which something is added over and over
+    sums: set = set()
     for equation in program.eqns:
         name, (first, *_) = equation.primitive.name, (*equation.invars, None)
         for out in equation.outvars:
             if getattr(out.aval, "dtype", None) not in HALF:
                 continue
-            shortens = name in SUMS and first.aval.size > out.aval.size
-            if shortens or name == "scatter-add":
+            shortens = name in SUMS and first.aval.size > out.aval.size and _adds(equation)
+            if shortens or name in ALWAYS:
                 yield _described(name, equation, out)
             elif name in ("add_any", "add") and out.aval.size % rows:
-                if name == "add_any" and sums & {v for v in equation.invars if _is_variable(v)}:
+                added = {v for v in equation.invars if _is_variable(v)}
+                if added & turns or (name == "add_any" and added & sums):
                     yield _described(name, equation, out)
                 sums.add(out)
         carry = slice(0)
         if name == "scan":
-            constants, turns = equation.params["num_consts"], equation.params["num_carry"]
-            carry = slice(constants, constants + turns)
+            constants, count = equation.params["num_consts"], equation.params["num_carry"]
+            carry = slice(constants, constants + count)
+        elif name == "while":
+            carry = slice(equation.params["body_nconsts"], None)
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(inner):
                 yield from half_sums(getattr(inner, "jaxpr", inner), rows, carry)
+
+
+def _adds(equation) -> bool:
+    """Whether a reduction is a sum: `reduce` says so in a program of its own."""
+    inner = equation.params.get("jaxpr")
+    return inner is None or any(e.primitive.name == "add" for e in inner.eqns)
 
 
 def _described(name: str, equation, out) -> str:
