@@ -39,7 +39,9 @@ class ImageDataConfig:
     )
     num_frames: int | None = field(None, "Frames per video; 8 if unset.", minimum=1)
     data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
-    image_key: str = field("image", "TFDS feature, or column of hf:PATH, that holds the image.")
+    image_key: str = field(
+        "image", "TFDS feature, or column of an hf data set, that holds the image."
+    )
     label_key: str = field(
         "label", "TFDS feature, column, or JSON key that holds the class; empty for no labels."
     )

@@ -66,8 +66,8 @@ def open_images(config, split: str) -> ImageSource:
     if name in BUILT_IN:
         if name != "moving_shapes":
             refuse_set("data", config, ["num_frames"], f"applies only to moving_shapes, not {name}")
-        of_tfds = ("data_dir", "image_key", "label_key", "caption_key")
-        refuse_set("data", config, of_tfds, f"applies only to TFDS data sets, not {name}")
+        of_others = ("data_dir", "image_key", "label_key", "caption_key")
+        refuse_set("data", config, of_others, f"does not apply to {name}")
         source = BUILT_IN[name](config, split)
     elif name.partition(":")[0] in OWN and ":" in name:
         from genai_jax.data.images import own_pictures

@@ -59,6 +59,7 @@ def read_shards(config: Any) -> Records:
         refused += others
         if problem:
             damaged.append(f"{shard}: {problem}")
+            found = dict(list(found.items())[:-1])  # the last one may lack a part
         without += sum("picture" not in parts for parts in found.values())
         examples += [
             (f"{shard}/{name}", parts) for name, parts in found.items() if "picture" in parts
@@ -118,8 +119,9 @@ def _examples(shard: str) -> tuple[dict[str, dict[str, Any]], str, int]:
                     place = _Place(shard, member.offset_data, member.size)
                     examples.setdefault(name, {}).setdefault(kind, place)
                 file.seek(archive.offset)
-                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which ends it without an error
-                    return examples, f"it is damaged at offset {archive.offset:,}", others
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    # Such a block, or none, ends an archive without an error.
+                    return examples, f"it is cut or damaged at byte {archive.offset:,}", others
         except Exception as error:  # of many types, for damaged archives
             return examples, f"it is a damaged tar file ({reason_of(error)})", others
     return examples, "", others
