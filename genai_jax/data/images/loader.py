@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.data.images.sources import Example, ImageSource, open_images
+from genai_jax.data.images.sources import OWN, Example, ImageSource, open_images
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.sources import SPLITS
 from genai_jax.data.text.tokenization import load_tokenizer
@@ -213,6 +213,8 @@ class ImageLoader:
             "levels": self.levels,
             "label_sizes": list(self.label_sizes),
         }
+        if self.label_names and self.config.dataset.partition(":")[0] in OWN:
+            facts["label_names"] = [list(names) for names in self.label_names]
         if self.config.captions:
             facts["tokenizer"] = self.tokenizer.spec
             facts["tokenizer_sha256"] = self.tokenizer.fingerprint()
