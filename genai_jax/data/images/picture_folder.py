@@ -50,7 +50,7 @@ def read_folder(config: Any) -> Records:
     shown = [f"{count:,} {kind}" for kind, count in skipped.items() if count]
     notes = [f"skipped files: {', '.join(shown)}"] if shown else []
     rows = _Rows(path, tables, set(pictures)) if tables else None
-    held_out, levels = None, 0
+    held_out = None
     if pictures and (own := _own_splits(pictures)):
         held_out_name, unused = own
         if unused:
@@ -58,7 +58,8 @@ def read_folder(config: Any) -> Records:
         pictures = [name for name in pictures if _first(name) in ("train", held_out_name)]
         held_out = np.array([_first(name) == held_out_name for name in pictures])
         notes.append(f"validation is the folder {held_out_name}")
-        levels = 1
+    # A folder train alone is the data set without what its owner holds out.
+    levels = int(held_out is not None or {_first(name) for name in pictures} == {"train"})
     classes, labels = _classes(config, pictures, levels, rows)
     captions = None
     if rows:

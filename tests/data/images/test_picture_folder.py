@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import time
 import warnings
 
 import numpy as np
@@ -104,6 +106,10 @@ def test_folders_named_as_splits_are_splits(tmp_path):
     assert data.label_names == (("brick", "grass", "water"),)
     with pytest.raises(ConfigError, match="validation_percent=50 has no effect"):
         loader(f"images:{tmp_path}", validation_percent=50)
+    for part in ("val", "test"):
+        shutil.rmtree(tmp_path / part)
+    alone = loader(f"images:{tmp_path}")
+    assert alone.label_names == data.label_names and len(everything(alone)) == 18
 
 
 def test_every_frame_of_a_gif_is_a_picture_on_one_side(tmp_path):
@@ -300,6 +306,8 @@ def test_batches_are_the_same_whether_or_not_the_pictures_fit_into_memory(tmp_pa
     expected, state = batches(9, 0)
     fingerprint = loader(f"images:{tmp_path}").fingerprint()
     monkeypatch.setattr(collection, "IN_MEMORY", 100)
+    late = lambda data, *a: time.sleep(hash(data) % 4 / 1000) or decode(data, *a)
+    monkeypatch.setattr(collection, "decode", late)  # workers end in another order
     streamed, streamed_state = batches(9, 3)
     assert streamed_state == state and loader(f"images:{tmp_path}").fingerprint() == fingerprint
     middle = batches(4, 3)[1]
