@@ -42,7 +42,7 @@ class Collection:
     def __init__(self, config: Any, records: Records):
         self.name, self.records = config.dataset, records
         if not records.places:
-            raise ConfigError(f"{self.name} has no pictures: {'; '.join(records.notes) or 'none'}")
+            raise ConfigError(": ".join([f"{self.name} has no pictures", *records.notes]))
         self.damaged: dict[int, str] = {}
         headers = self._headers()
         self.shape = self._fitting_shape(config, headers)

@@ -90,7 +90,8 @@ def files_of(path: str, suffixes: tuple[str, ...], kind: str) -> tuple[list[str]
     if os.path.isfile(path):
         return [path], []
     if not os.path.isdir(path):
-        raise MissingFile(f"--data.dataset={kind}:{path}: no such file or folder", "data.dataset")
+        why = "neither a file nor a folder" if os.path.exists(path) else "no such file or folder"
+        raise MissingFile(f"--data.dataset={kind}:{path}: {why}", "data.dataset")
     there, skipped = list_files(path)
     files = [file for file in there if file.lower().endswith(suffixes)]
     skipped["with other suffixes"] = len(there) - len(files)
