@@ -37,6 +37,7 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.dit
 	$(RUN) -m benchmarks.population
 	$(RUN) -m benchmarks.scaling_fit
+	$(RUN) -m benchmarks.pictures
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 	$(PIP) -e .

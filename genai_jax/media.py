@@ -149,7 +149,7 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
         raise ConfigError(f"--{flag} is for images, but this model's examples have shape {shape}")
     height, width, channels = shape
     label = f"--{flag}={path}"
-    picture = _eight_bits(_read_picture(path, label, shape), label)
+    picture = eight_bits(_read_picture(path, label, shape), label)
     if flag == "mask":
         picture = picture.convert("L")
     bands = len(picture.getbands())
@@ -161,30 +161,66 @@ def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> 
     return np.round(values.astype(np.float32) * ((levels - 1) / 255)).astype(np.uint8)
 
 
-def _eight_bits(picture, name: str):
+def eight_bits(picture: Any, name: str, *, flatten: bool = False) -> Any:
     """A Pillow image as 8-bit gray (L) or RGB.
+
+    Values of 16 bits are divided by 257; floating-point values from 0 to 1 are multiplied by 255.
+
+    Args:
+      picture: of any mode.
+      name: what an error calls it.
+      flatten: whether transparent pixels are blended with white; otherwise they are an error.
 
     Raises:
       ConfigError: it has transparent pixels, or values of no fixed range.
     """
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits per pixel, which Pillow may read as 32
+    if picture.mode[0] in "IF":  # 16 bits per pixel, which Pillow may read as 32; floating point
         values = np.asarray(picture).astype(np.float32)
-        if values.min() >= 0 and values.max() < 2**16:
-            return Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
-        raise ConfigError(
-            f"{name} has transparent pixels: flatten it, for example onto white, and save it "
-            "without an alpha channel"
-        )
+        largest = 1.0 if picture.mode == "F" else 2.0**16 - 1
+        if np.all((values >= 0) & (values <= largest)):
+            return Image.fromarray(np.round(values * (255 / largest)).astype(np.uint8))
     kinds = {"1": "L", "L": "L", "LA": "L", "La": "L"}
     kinds |= dict.fromkeys(("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr"), "RGB")
+    if picture.has_transparency_data:
+        colors = picture.convert("RGBA")
+        if colors.getextrema()[3][0] < 255 and not flatten:
+            raise ConfigError(
+                f"{name} has transparent pixels: flatten it, for example onto white, and save it "
+                "without an alpha channel"
+            )
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, colors).convert(kinds.get(picture.mode, "RGB"))
     if picture.mode not in kinds:
         raise ConfigError(
             f"{name} has pixels of Pillow's mode {picture.mode}: save it as 8-bit gray or RGB"
         )
     return picture.convert(kinds[picture.mode])
+
+
+def upright(picture: Any) -> Any:
+    """A Pillow image turned as its EXIF orientation says; a photograph may be stored on its side.
+
+    An orientation that cannot be read is none.
+    """
+    from PIL import Image
+
+    turns = Image.Transpose
+    turn = {
+        2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+        6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90,
+    }.get(orientation(picture))  # fmt: skip
+    return picture if turn is None else picture.transpose(turn)
+
+
+def orientation(picture: Any) -> int:
+    """EXIF orientation of a Pillow image, 1 to 8; its sides are swapped from 5 on."""
+    try:
+        value = picture.getexif().get(0x0112)
+    except Exception:  # of many types, for damaged EXIF data
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _other_shape(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> ConfigError:
@@ -197,15 +233,15 @@ def _other_shape(label: str, found: tuple[int, ...], shape: tuple[int, ...]) -> 
 
 def _read_picture(path: str, label: str, shape: tuple[int, ...]) -> Any:
     """The picture of a file; its pixels are read only if its header gives the expected size."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     with open_regular(path, label) as stream, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(stream, formats=FORMATS) as file:
-                # A photograph may be stored on its side.
                 if sorted(file.size) == sorted(shape[:2]):
-                    return ImageOps.exif_transpose(file)
+                    file.load()
+                    return upright(file)
                 found = file.height, file.width, len(file.getbands())
         except UnidentifiedImageError:
             raise unreadable(path, f"it is not an image ({', '.join(FORMATS)})", label) from None

@@ -10,45 +10,24 @@ import hashlib
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.data.images.in_memory import MemoryImages
 
 SIZE, LEVELS = 8, 17
 NAMES = tuple("0123456789")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-class Digits:
-    """One split, held in memory."""
-
-    shape = (SIZE, SIZE, 1)
-    levels = LEVELS
-    label_names = (NAMES,)
-    has_captions = True
-    can_flip = False
-
-    def __init__(self, split: str, images: np.ndarray, labels: np.ndarray):
-        self.name = f"digits[{split}]"
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        labels = self.labels[index]
-        caption = f"a handwritten {WORDS[labels[0]]}"
-        return {"image": self.images[index], "labels": labels, "caption": caption}
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
-
-
-def open_digits(config, split: str) -> Digits:
+def open_digits(config, split: str) -> MemoryImages:
     if config.image_size not in (None, SIZE):
         raise ConfigError(f"--data.image_size={config.image_size}: digits are {SIZE}x{SIZE}")
     images, labels = _load()
     held_out = _held_out(config.validation_percent)
-    in_split = held_out if split == "validation" else ~held_out
-    return Digits(split, images[in_split], labels[in_split])
+    chosen = held_out if split == "validation" else ~held_out
+    captions = [f"a handwritten {WORDS[label]}" for label in labels[chosen, 0]]
+    return MemoryImages(
+        f"digits[{split}]", images[chosen], labels[chosen], classes=NAMES, captions=captions,
+        levels=LEVELS,
+    )  # fmt: skip
 
 
 def pixel_documents(validation_percent: int, split: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genai_jax.config import ConfigError, field
-from genai_jax.data.images.sources import ImageSource, open_images
+from genai_jax.data.images.sources import OWN, Example, ImageSource, open_images
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.sources import SPLITS
 from genai_jax.data.text.tokenization import load_tokenizer
@@ -25,20 +25,31 @@ Batch = dict[str, np.ndarray]
 class ImageDataConfig:
     dataset: str = field(
         "digits",
-        "Data set: digits, shapes, moving_shapes, waves, or the name of a TFDS data set.",
+        "Data set: digits, mnist, emoji, shapes, moving_shapes, waves, images:PATH (a folder of "
+        "pictures), hf:PATH (Arrow or Parquet files), webdataset:PATH (tar files), or the name of "
+        "a TFDS data set.",
         path=True,
     )
     batch_size: int = field(128, "Examples per step, over all devices.", minimum=1)
     image_size: int | None = field(
         None,
-        "Height and width of an image, or length of a signal; the data set's own if unset.",
+        "Height and width of an image, or length of a signal; the data set's own if unset. Other "
+        "images are cropped to a centered square, which is resized to it.",
         minimum=1,
     )
     num_frames: int | None = field(None, "Frames per video; 8 if unset.", minimum=1)
     data_dir: str | None = field(None, "Folder of prepared TFDS data sets.", path=True)
-    image_key: str = field("image", "TFDS feature that holds the image.")
-    label_key: str = field("label", "TFDS feature that holds the class; empty for no labels.")
-    caption_key: str = field("", "TFDS feature that holds the caption; empty for no captions.")
+    image_key: str = field(
+        "image", "TFDS feature, or column of an hf data set, that holds the image."
+    )
+    label_key: str = field(
+        "label", "TFDS feature, column, or JSON key that holds the class; empty for no labels."
+    )
+    caption_key: str = field(
+        "",
+        "TFDS feature, column, or JSON key that holds the caption. If empty, no captions of TFDS, "
+        "and text or caption of other data sets.",
+    )
     validation_percent: int = field(
         20,
         "Percentage of examples to hold out if the data set has no validation split.",
@@ -130,7 +141,7 @@ class ImageLoader:
         if hasattr(source, "images") and not self.config.captions:  # held in memory
             batch = {"image": source.images[indices], "labels": source.labels[indices]}
         else:
-            examples = [source[int(i)] for i in indices]
+            examples = self._examples(source, indices)
             batch = {"image": np.stack([e["image"] for e in examples])}
             if source.label_names:
                 batch["labels"] = np.stack([e["labels"] for e in examples])
@@ -139,11 +150,17 @@ class ImageLoader:
                 batch["tokens"], batch["token_mask"] = self.encode_captions(texts)
         return batch | {"loss_mask": np.ones(len(indices), np.float32)}
 
+    def _examples(self, source: ImageSource, indices: Sequence[int]) -> list[Example]:
+        """The examples at these indices, in parallel where the source can do that."""
+        if hasattr(source, "many"):
+            return source.many(indices)
+        return [source[int(i)] for i in indices]
+
     def examples(self, split: str, count: int) -> dict[str, Any]:
         """Up to `count` examples spread evenly over a split: image, labels, caption."""
         source = self.open(split)
         indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-        examples = [source[int(i)] for i in indices]
+        examples = self._examples(source, indices)
         result = {"image": np.stack([e["image"] for e in examples])}
         if source.label_names:
             result["labels"] = np.stack([e["labels"] for e in examples])
@@ -196,6 +213,8 @@ class ImageLoader:
             "levels": self.levels,
             "label_sizes": list(self.label_sizes),
         }
+        if self.label_names and self.config.dataset.partition(":")[0] in OWN:
+            facts["label_names"] = [list(names) for names in self.label_names]
         if self.config.captions:
             facts["tokenizer"] = self.tokenizer.spec
             facts["tokenizer_sha256"] = self.tokenizer.fingerprint()

@@ -4,7 +4,7 @@ import difflib
 from typing import Any, Protocol
 
 from genai_jax.config import ConfigError, refuse_set
-from genai_jax.data.images import digits, shapes, waves
+from genai_jax.data.images import digits, emoji, mnist, shapes, waves
 from genai_jax.data.text.sources import SPLITS
 
 # image: uint8 [*space, channels]; labels: int32 [attributes]; caption: str
@@ -15,7 +15,11 @@ BUILT_IN = {
     "shapes": shapes.open_shapes,
     "moving_shapes": shapes.open_moving_shapes,
     "waves": waves.open_waves,
+    "mnist": mnist.open_mnist,
+    "emoji": emoji.open_emoji,
 }
+# A user's own pictures, read by `genai_jax.data.images.own_pictures`; each takes a path.
+OWN = ("images", "hf", "webdataset")
 
 
 class ImageSource(Protocol):
@@ -62,16 +66,23 @@ def open_images(config, split: str) -> ImageSource:
     if name in BUILT_IN:
         if name != "moving_shapes":
             refuse_set("data", config, ["num_frames"], f"applies only to moving_shapes, not {name}")
-        of_tfds = ("data_dir", "image_key", "label_key", "caption_key")
-        refuse_set("data", config, of_tfds, f"applies only to TFDS data sets, not {name}")
+        of_others = ("data_dir", "image_key", "label_key", "caption_key")
+        refuse_set("data", config, of_others, f"does not apply to {name}")
         source = BUILT_IN[name](config, split)
+    elif name.partition(":")[0] in OWN and ":" in name:
+        from genai_jax.data.images import own_pictures
+
+        source = own_pictures.open_own(config, split)
     else:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        near = difflib.get_close_matches(name, [*BUILT_IN, *OWN], n=1)
+        if near and near[0] in OWN:
+            near = [f"{near[0]}:PATH"]
         if near:
             raise ConfigError(f"unknown data set {name!r}: did you mean {near[0]}?")
         from genai_jax.data.images import tfds as tfds_images
 
-        source = tfds_images.open_tfds_images(config, split, built_in=sorted(BUILT_IN))
+        built_in = [*sorted(BUILT_IN), *(f"{kind}:PATH" for kind in OWN)]
+        source = tfds_images.open_tfds_images(config, split, built_in=built_in)
     if config.flip and not source.can_flip:
         raise ConfigError(
             f"--data.flip: a mirror image of an example of {name} is not a valid example"

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.data.images.decoding import resized
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.tfds import VALIDATION_NAMES, held_out_range, prepared_builder, reason
 
@@ -72,22 +73,6 @@ def _label_names(config, features) -> tuple[tuple[str, ...], ...]:
             f"--data.label_key={config.label_key} of {config.dataset} is not a class label"
         )
     return (tuple(label.names),)
-
-
-def resized(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The largest center crop with the aspect ratio of `shape`, resized to it with antialiasing."""
-    height, width, _ = shape
-    if image.shape[:2] == (height, width):
-        return image
-    from PIL import Image
-
-    scale = min(image.shape[0] / height, image.shape[1] / width)
-    crop_height, crop_width = scale * height, scale * width
-    top, left = (image.shape[0] - crop_height) / 2, (image.shape[1] - crop_width) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(picture).reshape(shape)
 
 
 def open_tfds_images(config, split: str, *, built_in: list[str]) -> TfdsImages:

@@ -1,14 +1,12 @@
 """``text:PATH``: a user's own text, one file or a folder of them, as documents."""
 
-import functools
 import os
-import sys
 from collections.abc import Iterator
 
+from genai_jax.data.folders import list_files, say
 from genai_jax.data.text.contents import NotText, decode, read_content
 from genai_jax.data.text.tables import is_table, read_rows
 from genai_jax.errors import ConfigError, MissingFile, printable
-from genai_jax.files import reason_of, unreadable
 
 MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
 _MAX_CHARACTERS = 8_000  # from this length on, at the next line break: there may be no blank lines
@@ -96,9 +94,9 @@ def _report_skipped(path: str, counts: dict[str, int], binary: list[str], docume
     if not documents:
         raise ConfigError(f"{place} is empty: it has no text to train on{note}")
     if binary:
-        _say(f"warning: {place}: skipped {'; '.join(skipped)}")
+        say(f"warning: {place}: skipped {'; '.join(skipped)}")
     elif skipped:
-        _say(f"note: {place}: skipped {'; '.join(skipped)}")
+        say(f"note: {place}: skipped {'; '.join(skipped)}")
 
 
 def _report(path: str, files: int, documents: list[str]):
@@ -107,17 +105,11 @@ def _report(path: str, files: int, documents: list[str]):
     first = printable(documents[0][: 4 * _FIRST])
     first = first if len(first) <= _FIRST else first[:_FIRST].rpartition(" ")[0] or first[:_FIRST]
     read = f"{_counted(files, 'file')}, {_counted(len(documents), 'document')}, {size:,} bytes"
-    _say(f"note: {printable(f'text:{path}')}: {read}; the first begins: {first}")
+    say(f"note: {printable(f'text:{path}')}: {read}; the first begins: {first}")
 
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-@functools.cache
-def _say(text: str):
-    """Once per process, though the data may be read for each split."""
-    print(text, file=sys.stderr)
 
 
 def _memory() -> int:
@@ -133,26 +125,7 @@ def _files(path: str) -> tuple[list[str], dict[str, int]]:
         )
     if not os.path.isdir(path):
         return [path], {}
-    paths, hidden, seen, tops = [], 0, set(), [path]
-    for top in tops:  # grows by links to folders, which come after what is really there
-        for parent, folders, names in os.walk(top, onerror=_refuse):
-            if os.path.realpath(parent) in seen:
-                folders[:] = []
-                continue
-            seen.add(os.path.realpath(parent))
-            hidden += sum(name.startswith(".") for name in (*folders, *names))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = [os.path.join(parent, name) for name in folders]
-            tops += [path for path in inside if os.path.islink(path)]
-            paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    files = [file for file in paths if os.path.isfile(file)]
-    files.sort(key=lambda file: os.path.relpath(file, path).split(os.sep))
-    special = len(paths) - len(files)
-    return files, {"hidden": hidden, "not regular (sockets, dangling links)": special}
-
-
-def _refuse(error: OSError):
-    raise unreadable(error.filename, reason_of(error))
+    return list_files(path)
 
 
 def _split(text: str) -> list[str]:

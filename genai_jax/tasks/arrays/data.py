@@ -65,7 +65,7 @@ class ArrayData:
     def check(self, trained_on: dict) -> None:
         """Raises `ConfigError` if shapes, levels, or labels differ from those of a run's data."""
         now = self.loader.fingerprint()
-        for name in ("shape", "levels", "label_sizes", "tokenizer_sha256"):
+        for name in ("shape", "levels", "label_sizes", "label_names", "tokenizer_sha256"):
             before, after = trained_on.get(name), now.get(name)
             if name in trained_on and _plain(before) != _plain(after):
                 raise ConfigError(
