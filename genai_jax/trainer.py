@@ -79,14 +79,15 @@ def _interruptible(work: Callable[[StopSignal], object]):
             done.set()
 
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(target,), name="training").start()
-    while not done.is_set():
-        try:
-            done.wait()
-        except KeyboardInterrupt:
-            if stop.received:
-                raise
-            stop.receive(signal.SIGINT)
-            print("saving; interrupt again to save in the background", file=sys.stderr)
+    thread = threading.Thread(target=context.run, args=(target,), name="training")
+    try:
+        thread.start()
+        done.wait()
+    except KeyboardInterrupt:
+        stop.receive(signal.SIGINT)
+        if thread.ident is None:  # it did not start
+            raise
+        print("saving; interrupt again to save in the background", file=sys.stderr)
+        done.wait()
     if problems:
         raise problems[0]

@@ -222,8 +222,11 @@ class LanguageModel(Task):
 
     def attention_weights(self, params, mutables, text: str) -> np.ndarray:
         """See `genai_jax.tasks.protocol.Attends`."""
-        tokens = jnp.asarray(self._ids(text))
-        return np.asarray(attention_weights(self.model, params["model"], tokens))
+        return np.asarray(self._weights(params["model"], self._ids(text)))
+
+    @functools.cached_property
+    def _weights(self):
+        return jax.jit(functools.partial(attention_weights, self.model))
 
     def token_texts(self, text: str) -> list[str]:
         """See `genai_jax.tasks.protocol.Attends`."""
