@@ -16,13 +16,14 @@ import pytest
 import genai_jax
 from genai_jax import evaluate, sample, trainer
 from genai_jax.config import ConfigError
+from genai_jax.keyword_flags import run_flags
 from genai_jax.training import loop
 from tests.commands import TINY, environment
 from tests.conftest import ROOT
 
 TEXT = {flag.removeprefix("--").split("=")[0]: flag.split("=")[1] for flag in TINY} | {
     "train.steps": 4, "checkpoint.every": 1, "checkpoint.keep": 1, "eval.every": 1,
-    "eval.batches": 1, "data.unique_tokens": 2000, "train.log_every": 1,
+    "eval.batches": 1, "train.log_every": 1,
 }  # fmt: skip
 IMAGES = (
     "--task=vae", "--dense_vae.latent_dim=3", "--dense_vae.hidden_dim=16",
@@ -33,8 +34,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return genai_jax.train(TEXT, tmp_path_factory.mktemp("text"))
+def flags(text_folder):
+    return TEXT | {"data.dataset": f"text:{text_folder}"}
+
+
+@pytest.fixture(scope="module")
+def text(flags, tmp_path_factory):
+    return genai_jax.train(flags, tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -177,16 +183,14 @@ def test_flags_of_the_model_belong_to_load(text):
     assert re.fullmatch(r"<Run .*: language_model, step 4>", repr(text))
 
 
-def test_every_way_to_give_the_flags_of_a_run(text, tmp_path):
+def test_every_way_to_give_the_flags_of_a_run(flags, text, tmp_path):
     flagfile = tmp_path / "x.flags"
-    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in TEXT.items()))
-    listed = [f"--{name}={value}" for name, value in TEXT.items()]
-    from genai_jax.keyword_flags import run_flags
-
-    configs = [run_flags(x, "w") for x in (TEXT, listed, flagfile, str(flagfile), text.config)]
+    flagfile.write_text("".join(f"--{name}={value}\n" for name, value in flags.items()))
+    listed = [f"--{name}={value}" for name, value in flags.items()]
+    configs = [run_flags(x, "w") for x in (flags, listed, flagfile, str(flagfile), text.config)]
     assert all(config.to_flags() == configs[0].to_flags() for config in configs)
     with pytest.raises(ConfigError, match="workdir is empty"):
-        run_flags(TEXT, "")
+        run_flags(flags, "")
     with pytest.raises(ConfigError, match=r"did you mean --train\.steps"):
         genai_jax.train({"train.step": 3}, tmp_path)
 
@@ -206,31 +210,31 @@ def interrupting(monkeypatch, at: int, number=signal.SIGINT):
 
 
 @pytest.mark.timeout(120)
-def test_an_interrupt_in_a_notebook_saves_and_returns(text, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_in_a_notebook_saves_and_returns(flags, tmp_path, monkeypatch, capsys):
     before = list(map(signal.getsignal, SIGNALS))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "ps1", "In: ", raising=False)
         seen = interrupting(patch, 2)
-        run = genai_jax.train({**TEXT, "train.steps": 10**6}, tmp_path)
+        run = genai_jax.train({**flags, "train.steps": 10**6}, tmp_path)
     assert seen == before == list(map(signal.getsignal, SIGNALS))  # none was installed
     assert 2 <= run.step < 10**6
     assert "stopped by signal 2" in capsys.readouterr().err
-    assert genai_jax.train(TEXT | {"train.steps": run.step + 1}, tmp_path).step == run.step + 1
+    assert genai_jax.train(flags | {"train.steps": run.step + 1}, tmp_path).step == run.step + 1
 
 
 @pytest.mark.timeout(120)
-def test_an_interrupt_in_a_script_saves_and_ends_it(tmp_path, monkeypatch):
+def test_an_interrupt_in_a_script_saves_and_ends_it(flags, tmp_path, monkeypatch):
     interrupting(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
-        genai_jax.train({**TEXT, "train.steps": 10**6}, tmp_path)
+        genai_jax.train({**flags, "train.steps": 10**6}, tmp_path)
     assert genai_jax.load(tmp_path).step >= 2
 
 
 def test_a_thread_trains_without_handlers_and_mistakes_reach_the_caller(
-    text, tmp_path, monkeypatch
+    flags, tmp_path, monkeypatch
 ):
     before, results = list(map(signal.getsignal, SIGNALS)), []
-    flags = {**TEXT, "train.steps": 1, "eval.batches": 0}
+    flags = {**flags, "train.steps": 1, "eval.batches": 0}
     thread = threading.Thread(target=lambda: results.append(genai_jax.train(flags, tmp_path / "a")))
     thread.start()
     thread.join()
