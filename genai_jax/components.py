@@ -220,6 +220,12 @@ def _check_named(config: Config, task: str | None, mixers: Sequence[str], workdi
             raise ConfigError(f"--mixers={mixer}: the run in --workdir={workdir} does not use it")
 
 
+def outside_code(config: Config) -> tuple[str, str | None]:
+    """The task and the mixers of a run, as requests name them to allow their code."""
+    mixers = dict.fromkeys(m for c in config.components.values() for m in _mixers(c))
+    return config.run.task, ",".join(mixers) or None
+
+
 def _mixers(component: Any) -> tuple[str, ...]:
     """The mixers from outside this project that a component's pattern names."""
     return outside_mixers(getattr(component, "pattern", None))

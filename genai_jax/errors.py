@@ -4,6 +4,10 @@
 class ConfigError(ValueError):
     """A mistake by the user, in one line that names the value and what is allowed."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show: IPython calls this."""
+        return [f"{type(self).__name__}: {printable(str(self))}"]
+
 
 class MissingFile(ConfigError):
     """What the flag `flag` names is not there; it may have moved since the run began."""

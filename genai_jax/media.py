@@ -1,10 +1,8 @@
 """Writes images, videos and signals to files that people can look at, and reads images."""
 
-import functools
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,8 @@ from genai_jax.files import open_regular, reason_of, unreadable
 GRID_PIXELS = 1024  # grids are enlarged up to this height and width
 GAP = 1  # pixels between pictures, before scaling
 BACKGROUND = 90
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF"}  # that can be written
+JPEG_QUALITY = 95  # of 100
 # That can be read. Pillow runs Ghostscript for others.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 
@@ -59,26 +59,25 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return sheet.repeat(factor, 0).repeat(factor, 1)
 
 
-def write_png(path: pathlib.Path, picture: np.ndarray) -> None:
-    """Writes an image [height, width, 3], uint8."""
-    from PIL import Image
+def picture(examples: np.ndarray, levels: int, columns: int | None = None) -> np.ndarray:
+    """Examples in one picture [height, width, 3], uint8.
 
-    Image.fromarray(picture).save(path, format="PNG")
+    Images are in a grid, signals in small panels; of a video each row shows the frames.
+
+    Args:
+      examples: [n, *space, channels] in levels.
+      levels: values are 0 .. levels - 1.
+      columns: columns of the grid; about square if None.
+    """
+    if examples.ndim == 3:
+        return _panels(examples, levels, columns)
+    images = to_bytes(examples, levels)
+    if examples.ndim == 5:
+        images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
+    return grid(images, columns)
 
 
-def write_gif(path: pathlib.Path, videos: np.ndarray, columns: int | None = None) -> None:
-    """Writes a grid of videos [n, time, height, width, channels], uint8, that loops forever."""
-    from PIL import Image
-
-    frames = [Image.fromarray(grid(videos[:, i], columns)) for i in range(videos.shape[1])]
-    frames[0].save(
-        path, format="GIF", save_all=True, append_images=frames[1:], duration=120, loop=0
-    )
-
-
-def write_signals(
-    path: pathlib.Path, signals: np.ndarray, levels: int, columns: int | None = None
-) -> None:
+def _panels(signals: np.ndarray, levels: int, columns: int | None) -> np.ndarray:
     """Plots signals [n, length, channels] in a grid of small panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -86,51 +85,68 @@ def write_signals(
     count = len(signals)
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(2 * columns, 1.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(2 * columns, 1.2 * rows), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in panels.flat:
         panel.set_axis_off()
     for panel, signal in zip(panels.flat, signals, strict=False):
         panel.plot(signal.astype(np.float32) * (2 / (levels - 1)) - 1, linewidth=0.9)
         panel.set_ylim(-1.05, 1.05)
-    figure.savefig(path, dpi=100, format="png")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def kind_of(examples: np.ndarray) -> str:
+    """The suffix of the file in which examples [n, *space, channels] are shown by default."""
+    return ".gif" if examples.ndim == 5 else ".png"
 
 
 def write_examples(
     path: pathlib.Path, examples: np.ndarray, levels: int, columns: int | None = None
 ) -> None:
-    """Writes examples [n, *space, channels] as signals, images or videos, by their spatial axes."""
-    if examples.ndim == 3:
-        write_signals(path, examples, levels, columns)
-    elif examples.ndim == 4:
-        write_png(path, grid(to_bytes(examples, levels), columns))
-    else:
-        write_gif(path, to_bytes(examples, levels), columns)
+    """Writes examples [n, *space, channels] as one picture; videos move in a .gif.
 
-
-def writers(
-    examples: np.ndarray, levels: int, strip: np.ndarray | None = None, columns: int | None = None
-) -> dict[str, Callable[[pathlib.Path], None]]:
-    """File suffix -> function that writes the file, for `genai_jax.requests.Files`.
-
-    Args:
-      examples: [n, *space, channels] in levels.
-      levels: values are 0 .. levels - 1.
-      strip: [rows, columns, *space, channels], for example the sampling trajectory of each row's
-        example; written to a second file.
-      columns: columns of the grid; about square if None.
+    The suffix of `path`, one of `PICTURES`, is the format.
     """
-    examples = checked_levels(examples)
-    kind = ".gif" if examples.ndim == 5 else ".png"
-    write = lambda examples, columns: functools.partial(
-        write_examples, examples=examples, levels=levels, columns=columns
-    )
-    functions = {kind: write(examples, columns)}
-    if strip is not None:
-        flat = checked_levels(strip.reshape(-1, *strip.shape[2:]))
-        functions[f"_strip{kind}"] = write(flat, strip.shape[1])
-    return functions
+    kind = PICTURES[path.suffix.lower()]
+    if kind == "GIF" and examples.ndim == 5:
+        images = to_bytes(examples, levels)
+        _write_frames(path, [grid(images[:, i], columns) for i in range(images.shape[1])])
+    else:
+        _save(path, picture(examples, levels, columns), kind)
+
+
+def write_example(path: pathlib.Path, example: np.ndarray, levels: int) -> None:
+    """Writes one example [*space, channels]: an image, or a video in a .gif, pixel by pixel.
+
+    The suffix of `path`, one of `PICTURES`, is the format.
+    """
+    kind = PICTURES[path.suffix.lower()]
+    if example.ndim == 2 or (example.ndim == 4 and kind != "GIF"):
+        _save(path, picture(example[None], levels), kind)
+        return
+    pixels = to_bytes(example, levels)
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    if example.ndim == 4:
+        _write_frames(path, list(pixels))
+    else:
+        _save(path, pixels, kind)
+
+
+def _save(path: pathlib.Path, pixels: np.ndarray, kind: str):
+    from PIL import Image
+
+    options = {"quality": JPEG_QUALITY} if kind == "JPEG" else {}
+    Image.fromarray(pixels).save(path, format=kind, **options)
+
+
+def _write_frames(path: pathlib.Path, frames: list[np.ndarray]):
+    """Writes frames [height, width, ...], uint8, as a GIF that loops forever."""
+    from PIL import Image
+
+    first, *others = map(Image.fromarray, frames)
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=120, loop=0)
 
 
 def read_image(path: str, shape: tuple[int, ...], *, flag: str, levels: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the commands ask of a trained run, and what sampling returns.
+"""What is asked of a trained run, by the commands and by `genai_jax.load`.
 
 A task adds its own flags in a subclass, which its attributes `sample_request` and
 `evaluate_request` name.
@@ -6,14 +6,15 @@ A task adds its own flags in a subclass, which its attributes `sample_request` a
 
 import dataclasses
 import hashlib
-import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar
 
-from genai_jax.config import field
-from genai_jax.files import writing_to
+from genai_jax.config import ConfigError, field
+from genai_jax.sampled import ARRAY_SUFFIXES, Origin
+from genai_jax.sampled import Files as Files  # for families outside this project
+from genai_jax.sampled import Texts as Texts
 
+BEST = "best"  # in place of a step
 # Of what a file's name says: `Files.name` has the seed, and the step is that of the checkpoint.
 NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "mixers")
 
@@ -30,8 +31,10 @@ class RunRequest:
         None,
         "Comma-separated mixers of the run's pattern whose code lives outside genai_jax.",
     )
-    checkpoint_step: int | None = field(
-        None, "Step of the checkpoint; the newest if unset.", minimum=0
+    checkpoint_step: str | None = field(
+        None,
+        "Step of the checkpoint, or best for the one with the lowest held-out loss; the newest if "
+        "unset.",
     )
     ema: str | None = field(
         None,
@@ -40,16 +43,38 @@ class RunRequest:
     )
     member: int = field(0, "Index of the run within a population, from 0.", minimum=0)
 
+    def step(self) -> int | str | None:
+        """The step of the checkpoint, "best", or None for the newest.
+
+        Raises:
+          ConfigError: another text.
+        """
+        text = self.checkpoint_step
+        if text is None or text == BEST:
+            return text
+        if not (text.isascii() and text.isdigit() and len(text) <= 10):
+            raise ConfigError(f"--checkpoint_step={text} is not the number of a step, or {BEST}")
+        return int(text)
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleRequest(RunRequest):
     seed: int = field(0, "Random seed for sampling.", minimum=0)
     output: str = field(
         "",
-        "File to write. If empty, texts are printed, and images go to workdir/samples, named by "
-        "the step and the flags that are set.",
+        "File to write; its suffix says what is written, and a name that ends in / is a folder. If "
+        "empty, texts are printed, and images go to workdir/samples, named by the step and the "
+        "flags that are set.",
         path=True,
     )
+    suffixes: ClassVar[tuple[str, ...] | None] = None  # of `output`; None: not known beforehand
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRequest(SampleRequest):
+    """For tasks that sample images, signals, or videos: `sampled.Arrays`."""
+
+    suffixes: ClassVar = ARRAY_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,68 +87,6 @@ class ExactEvaluateRequest(RunRequest):
 @dataclasses.dataclass(frozen=True)
 class EvaluateRequest(ExactEvaluateRequest):
     seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
-
-
-def prepare_output(output: str):
-    """Creates the folder of the file `output`; done before sampling, whose results it would lose.
-
-    Raises:
-      ConfigError: the file cannot be written.
-    """
-    if not output:
-        return
-    path = pathlib.Path(output)
-    with writing_to(f"--output={output}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        if new or not path.is_fifo():  # whose reader would see its end
-            open(path, "ab").close()
-        if new:
-            path.unlink()
-
-
-class Sampled(Protocol):
-    """The result of `Samples.sample`."""
-
-    def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes to `output`, or to the default place if it is empty; returns lines to print."""
-
-
-class Texts(NamedTuple):
-    """Sampled texts."""
-
-    texts: list[str]
-
-    def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes all texts to the file `output`; without one, returns them to be printed."""
-        del folder
-        texts = self.texts
-        if len(texts) > 1:
-            texts = [f"--- sample {i + 1} of {len(texts)}\n{text}" for i, text in enumerate(texts)]
-        if not output:
-            return texts
-        pathlib.Path(output).write_text("\n".join(texts) + "\n", encoding="utf-8")
-        return []
-
-
-class Files(NamedTuple):
-    """Sampled images as files, each kind with the function that writes it."""
-
-    name: str  # stem of the default file
-    writers: Mapping[str, Callable[[pathlib.Path], None]]  # ".png", "_strip.png" -> writer
-    settings: str = ""  # end of the stem; see `distinguishing`
-
-    def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes each kind next to `output`, or in `folder` if that is empty; returns the paths."""
-        first = next(iter(self.writers))
-        path = pathlib.Path(output) if output else folder / f"{self.name}{self.settings}{first}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = []
-        for suffix, write in self.writers.items():
-            target = path if suffix == first else path.with_name(path.stem + suffix)
-            write(target)
-            written.append(str(target))
-        return written
 
 
 def distinguishing(request: SampleRequest, step: int) -> str:
@@ -141,3 +104,11 @@ def distinguishing(request: SampleRequest, step: int) -> str:
     if plain == text and len(text) <= 100:
         return text
     return f"{plain[:100]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def origin_of(request: RunRequest, step: int) -> Origin:
+    """What the files of samples record about the request that they answer."""
+    values = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+    left_out = ("workdir", "output", "checkpoint_step", "task", "mixers")
+    settings = {n: x for n, x in values.items() if x is not None and n not in left_out}
+    return Origin(step, settings, distinguishing(request, step))

@@ -1,10 +1,15 @@
-"""Trains or resumes a run: python -m genai_jax.train --flagfile=F --workdir=D [--flag=value]"""
+"""Trains or resumes a run: python -m genai_jax.train --flagfile=F --workdir=D [--flag=value]
+
+In Python, `genai_jax.train(flags, workdir)` does the same: the module is callable.
+"""
 
 import sys
+import types
 from collections.abc import Sequence
+from typing import Any
 
 from genai_jax.command import run
-from genai_jax.components import make_task, parse_run, run_help
+from genai_jax.components import parse_run, run_help
 from genai_jax.config import ConfigError, asks_for_help
 
 
@@ -15,26 +20,22 @@ def main(argv: Sequence[str]) -> int:
     config = parse_run(argv)
     if not config.run.workdir:
         raise ConfigError("--workdir is not set: name a folder for the run's files")
-    from genai_jax.training.distributed import is_main, join_processes
-    from genai_jax.training.lock import locked
-    from genai_jax.training.loop import train
-    from genai_jax.training.schedule_notes import cut_schedules
-    from genai_jax.training.sharding import make_mesh
-    from genai_jax.training.workdir import check_path, claim
+    from genai_jax.trainer import run_training
 
-    with join_processes(config.distributed):
-        make_mesh(config.mesh)  # one that cannot work is refused before the data are opened
-        if not is_main():
-            return train(make_task(config), config)
-        check_path(config.run.workdir)
-        with locked(config.run.workdir, "run"):
-            task = make_task(config)  # opens the data, which may take a download
-            for change in claim(config):
-                print(f"changed since the run began: {change}", file=sys.stderr)
-            for note in cut_schedules(config):
-                print(f"note: {note}", file=sys.stderr)
-            return train(task, config)
+    return run_training(config)
 
+
+class _Callable(types.ModuleType):
+    """A module that is also the function `genai_jax.runs.train`."""
+
+    def __call__(self, flags: Any, workdir: Any) -> Any:
+        from genai_jax.runs import train
+
+        return train(flags, workdir)
+
+
+_Callable.__call__.__doc__ = "See `genai_jax.runs.train`."
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     run(main)

@@ -12,7 +12,7 @@ from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, load_tokenizer
 from genai_jax.files import write_text, writing_to
-from genai_jax.requests import prepare_output
+from genai_jax.sampled import prepare_output
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,8 @@ class Calls:
         if command in ("sample", "evaluate"):
             names = {f.name for f in self._flags(command, family)} & {*TINY_REQUEST[command]}
             tiny = [f"--{name}={TINY_REQUEST[command][name]}" for name in sorted(names)]
-            output = [f"--output={place}.png"] if command == "sample" else []
+            suffix = ".txt" if family == "language_model" else ".png"
+            output = [f"--output={place}{suffix}"] if command == "sample" else []
             return [f"--workdir=runs/{family}", *tiny, *output]
         run = [f"--flagfile=files/{family}.flags"]
         return {

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from genai_jax import files, fit, media
 from genai_jax.components import parse_run
@@ -120,7 +121,7 @@ def test_users_files_are_opened_in_one_place():
 def write_good(reader: str, path: pathlib.Path):
     """A file that the reader accepts, or at least begins to understand."""
     if reader == "picture":
-        media.write_png(path, np.zeros((8, 8, 3), np.uint8))
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path, "PNG")
     elif reader == "latents":
         with open(path, "wb") as file:
             np.save(file, np.ones((2, 3), np.float32))
@@ -281,7 +282,7 @@ def test_the_size_of_a_picture_is_read_before_its_pixels(tmp_path):
 
 def test_no_cut_or_flipped_picture_is_a_traceback(tmp_path):
     whole, path = tmp_path / "whole.png", tmp_path / "damaged.png"
-    media.write_png(whole, np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(whole)
     data = whole.read_bytes()
     cut = [data[:i] for i in range(len(data))]
     flipped = [data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :] for i in range(len(data))]

@@ -20,6 +20,7 @@ LAYERS = (
     ("genai_jax.tasks.protocol", 1),  # contracts, without any family
     ("genai_jax.tasks.registry", 1),
     ("genai_jax.requests", 1),
+    ("genai_jax.sampled", 1),
     ("genai_jax.media", 1),
     ("genai_jax.standard_streams", 1),
     ("genai_jax.networks", 2),
@@ -30,9 +31,13 @@ LAYERS = (
     ("genai_jax.losses", 3),
     ("genai_jax.training", 4),
     ("genai_jax.components", 5),
+    ("genai_jax.keyword_flags", 6),
+    ("genai_jax.other_data", 6),
     ("genai_jax.scaling", 6),
     ("genai_jax.tasks", 6),
     ("genai_jax.command", 7),
+    ("genai_jax.trainer", 7),
+    ("genai_jax.runs", 7),
 )
 COMMANDS = {
     f"genai_jax.{path.stem}"

@@ -21,17 +21,26 @@ def test_a_grid_has_its_images_in_reading_order_and_is_enlarged_by_a_whole_facto
     assert np.all(small[0] == media.BACKGROUND)
 
 
-def test_signals_images_and_videos_have_their_own_file_formats(tmp_path):
-    for shape, suffix in (((3, 16, 1), ".png"), ((3, 4, 4, 3), ".png"), ((3, 5, 4, 4, 3), ".gif")):
+def test_every_kind_of_example_can_be_every_kind_of_picture(tmp_path):
+    for shape in ((3, 16, 1), (3, 4, 4, 3), (3, 5, 4, 4, 3)):
         values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-        strip = np.stack([values[:2]] * 4, 1)
-        writers = media.writers(values, 256, strip)
-        assert list(writers) == [suffix, f"_strip{suffix}"]
-        for name, write in writers.items():
-            path = tmp_path / f"x{name}"
-            write(path)
+        sizes = set()
+        for suffix, kind in media.PICTURES.items():
+            path = tmp_path / f"x{suffix}"
+            media.write_examples(path, values, 256)
+            media.write_example(tmp_path / f"one{suffix}", values[0], 256)
+            moves = suffix == ".gif" and len(shape) == 5
+            for name in (path, tmp_path / f"one{suffix}"):
+                with Image.open(name) as file:
+                    assert file.format == kind and getattr(file, "n_frames", 1) == 1 + 4 * moves
             with Image.open(path) as file:
-                assert getattr(file, "n_frames", 1) == (5 if suffix == ".gif" else 1)
+                sizes |= set() if moves else {file.size}
+        assert len(sizes) == 1
+
+
+def test_rows_of_a_picture_of_videos_are_their_frames():
+    videos = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * np.ones((4, 4, 1), np.uint8)
+    np.testing.assert_array_equal(media.picture(videos, 6), media.picture(IMAGES, 6, columns=3))
 
 
 def test_a_written_image_is_read_back_exactly(tmp_path):

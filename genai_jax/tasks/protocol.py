@@ -239,6 +239,28 @@ class Reports(Protocol):
         """Additional metrics; `batches(count)` yields held-out batches, all of them for -1."""
 
 
+@runtime_checkable
+class Embeds(Protocol):
+    """A task whose model computes hidden states, features, or latents of its inputs."""
+
+    def embed(self, params: Params, mutables: PyTree, inputs: Any) -> Any:
+        """Inputs, held-out ones for None, to a host array [inputs, ...], float32.
+
+        `params` have adapters merged in and are on one device, as are the mutables.
+        """
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A language model whose attention can be looked at."""
+
+    def attention_weights(self, params: Params, mutables: PyTree, text: str) -> Any:
+        """The weights of one text, a host array [layers, heads, query, key]; as for `Embeds`."""
+
+    def token_texts(self, text: str) -> list[str]:
+        """Its tokens: the axes `query` and `key`."""
+
+
 class Collected(NamedTuple):
     """A batch collected from the model itself, and metrics to log about it."""
 

@@ -115,6 +115,10 @@ class Checkpointer:
         """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def best_step(self) -> int | None:
+        """The step whose checkpoint has the lowest held-out loss; None if none has a loss."""
+        return self._manager.best_step()
+
     def save(self, step: int, state: Any, data: dict, clock: dict, loss: float | None = None):
         """Starts to save a checkpoint; `state` may be donated once this returns.
 

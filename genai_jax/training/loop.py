@@ -31,8 +31,13 @@ from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
 from genai_jax.training.workdir import data_flags, run_record, write_record
 
 
-def train(task: Task, config: Config) -> int:
+def train(task: Task, config: Config, stop: StopSignal | None = None) -> int:
     """Trains to the end, or until a signal; resumes what the workdir holds.
+
+    Args:
+      task: what to learn.
+      config: of the run.
+      stop: what ends it early; the signals of this process if None.
 
     Returns:
       0, or 128 + the number of the signal that ended it.
@@ -46,7 +51,7 @@ def train(task: Task, config: Config) -> int:
     mesh = make_mesh(config.mesh)
     check_batch_fits(task.data.batch_spec, mesh)
     kind = Population if config.population.size > 1 else SingleRun
-    with StopSignal() as stop:
+    with stop or StopSignal() as stop:
         execution = kind(task, config, mesh)
         check_state_fits(execution.compiled.shapes, mesh)
         return Run(execution, config, stop).run()
@@ -178,6 +183,7 @@ class Run:
                 self._save(step, state, loss)
             self.progress.leave_out(time.perf_counter() - paused)
             if stopping:
+                self.progress.close()
                 if stopping != FAILED:
                     self._say(f"stopped by signal {stopping} at step {step}")
                 return

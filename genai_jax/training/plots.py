@@ -28,15 +28,15 @@ def plot_metrics(workdir: pathlib.Path, task: Task):
 
 
 def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[str, ...], label):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # pyplot would change the figures of a notebook
 
     names = sorted({name for row in rows for name in row if name.endswith(suffixes)}, reverse=True)
     if not names:
         return
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     for name in names:
         points = [(row["step"], row[name]) for row in rows if name in row]
         marker = "o" if name.startswith("eval/") else None
@@ -53,4 +53,3 @@ def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[st
         text.set_parse_math(False)
     (workdir / "plots").mkdir(exist_ok=True)
     figure.savefig(workdir / "plots" / f"{plot}.png", dpi=150)
-    plt.close(figure)

@@ -4,6 +4,7 @@ import sys
 import time
 
 from genai_jax.training.hardware import Peak
+from genai_jax.training.stop_signal import interactive
 
 
 class Progress:
@@ -16,12 +17,13 @@ class Progress:
         self._examples, self._tokens, self._flops, self._peak = examples, tokens, flops, peak
         self._last_step, self._last_time = start, time.perf_counter()
         terminal = sys.stderr.isatty()
+        seconds = 0.2 if terminal else 1 if interactive() else 10
         self._bar = tqdm(
             total=total,
             initial=start,
             disable=not show,
             unit="step",
-            mininterval=0.2 if terminal else 10,
+            mininterval=seconds,
             dynamic_ncols=terminal,
         )
 

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.requests import BEST
 from genai_jax.tasks.protocol import Params, PyTree, Task, batch_rows
 from genai_jax.training.checkpoint import Checkpointer
 from genai_jax.training.ema_profiles import reconstruct
@@ -51,7 +52,7 @@ def restore_model(
     task: Task,
     config: Config,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     ema: str | None = None,
     member: int = 0,
 ) -> Restored:
@@ -60,7 +61,8 @@ def restore_model(
     Args:
       task: of the run.
       config: of the run.
-      step: of the checkpoint; the newest if None.
+      step: of the checkpoint, or `BEST` for the one with the lowest held-out loss, that of
+        ``--ema.use`` if it is set; the newest if None.
       ema: an average that the run kept; "width:W" for the power-function average of that relative
         width, reconstructed from snapshots; "none" for the parameters; None for ``--ema.use``.
       member: index within a population, from 0.
@@ -92,6 +94,13 @@ def restore_model(
         frozen=frozen_paths(phases_of(task, config)(shapes.params), shapes.params),
     )  # fmt: skip
     wanted = ("mutables", *(f"params/{path}" for path in rest), *average)
+    if step == BEST:
+        step = checkpointer.best_step()
+        if step is None and checkpointer.steps():
+            raise ConfigError(
+                f"--checkpoint_step={BEST}: no checkpoint in --workdir={workdir} was evaluated "
+                "when it was saved (--eval.every, --eval.batches)"
+            )
     restored = checkpointer.restore(shapes, step, wanted)
     checkpointer.close()
     if restored is None:

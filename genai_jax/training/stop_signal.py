@@ -27,20 +27,39 @@ TOGETHER_S = 0.5  # the same signal within this time after the first counts as o
 FAILED = 128  # in place of a signal: one process has a problem that need not lose the state
 
 
+def interactive() -> bool:
+    """Whether a person types at this process: in a notebook, IPython, or Python's own prompt."""
+    return hasattr(sys, "ps1")
+
+
 class Stopped(Exception):
     """Raised to abandon work because a signal arrived."""
 
 
 class StopSignal:
-    """While entered, records the first signal; `agreed` is what all processes know."""
+    """While entered, records the first signal; `agreed` is what all processes know.
 
-    def __init__(self):
-        self._received = 0
+    Args:
+      listens: whether to install signal handlers, which only the main thread can; without them,
+        `receive` has to be called. None: in the main thread.
+
+    Attributes:
+      received: the first signal of this process; 0 if there is none.
+      agreed: the same in all processes, as of the last `ask`.
+    """
+
+    def __init__(self, listens: bool | None = None):
+        main = threading.current_thread() is threading.main_thread()
+        self._listens = main if listens is None else listens
+        self.received = 0
         self._before = {}
-        self._agreement = _Agreement() if jax.process_count() > 1 else None
-        self.agreed: int | None = None  # the same in all processes, as of the last `ask`
+        self._agreement: _Agreement | None = None
+        self.agreed: int | None = None
 
     def __enter__(self):
+        self._agreement = _Agreement() if jax.process_count() > 1 else None
+        if not self._listens:
+            return self
         # Python runs a handler when the main thread returns to it, which may be compiling for
         # minutes or waiting for a device forever. The thread hears of every signal at once.
         self._receiving, self._sending = os.pipe()
@@ -49,17 +68,20 @@ class StopSignal:
         threading.Thread(target=self._end_when_repeated, daemon=True, name="signals").start()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                self._before[number] = signal.signal(number, self._receive)
+                self._before[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *_):
+        if not self._listens:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._sending)  # the thread ends
 
-    def _receive(self, number, _frame):
-        self._received = self._received or number
+    def receive(self, number: int, _frame=None):
+        """Records a signal; the first one counts."""
+        self.received = self.received or number
 
     def _end_when_repeated(self):
         """In a thread: ends the process when a signal comes for the second time."""
@@ -75,14 +97,14 @@ class StopSignal:
 
     def fail(self):
         """Makes all processes save and stop, for a problem of this one."""
-        self._received = self._received or FAILED
+        self.received = self.received or FAILED
 
     def ask(self) -> int | None:
         """The signal on which all processes stop, once all know of it: one call later.
 
         All processes must call this equally often.
         """
-        signals = self._agreement.exchange(self._received) if self._agreement else self._received
+        signals = self._agreement.exchange(self.received) if self._agreement else self.received
         self.agreed = self.agreed or signals or None
         return self.agreed
 

@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageLoader
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
 
@@ -48,10 +51,15 @@ class ArrayData:
             for name, (shape, dtype) in entries.items()
         }
 
-    @property
-    def suffix(self) -> str:
-        """Of the files in which `genai_jax.media.writers` shows examples."""
-        return ".gif" if len(self.shape) == 4 else ".png"
+    def sampled(
+        self, name: str, examples: np.ndarray, labels: np.ndarray | None = None, **more: Any
+    ) -> Arrays:
+        """What the sample command writes, in the levels and with the label names of the data.
+
+        `more` are fields of `Arrays`.
+        """
+        names = self.loader.label_names
+        return Arrays(name, examples, self.levels, labels, names, **more)
 
     def train(self, rows: Sequence[int] | None = None):
         return self.loader.batches("train", rows)

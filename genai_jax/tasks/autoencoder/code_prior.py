@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.decoding.generate import Step, at_last_token
@@ -22,7 +21,8 @@ from genai_jax.networks.sequence import transformer
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.flops import CONVENTION, transformer_training_flops
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.requests import EvaluateRequest, Files, SampleRequest
+from genai_jax.requests import ArrayRequest, EvaluateRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.sampling import check_label, in_batches, requested_labels
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
@@ -55,7 +55,7 @@ class _CodeSampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeRequest(_CodeSampling, SampleRequest):
+class CodeRequest(_CodeSampling, ArrayRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     label: str = field(
         "", "Classes to sample, comma-separated and repeated in order; all in order if empty."
@@ -222,10 +222,10 @@ class CodePrior(Task):
         images, labels = self._sample_images(params, request, "")
         return score_images(self.data, images, labels, request)
 
-    def sample(self, params, mutables, request) -> Files:
+    def sample(self, params, mutables, request) -> Arrays:
         check_label(request.label, bool(self.label_sizes))
-        images, _ = self._sample_images(params, request, request.label)
-        return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
+        images, labels = self._sample_images(params, request, request.label)
+        return self.data.sampled(f"draws_seed{request.seed}", images, labels)
 
     def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, *space, channels], and their requested labels."""

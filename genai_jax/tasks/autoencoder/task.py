@@ -5,6 +5,7 @@ discriminator that trains in a separate phase (Esser et al. 2021; Rombach et al.
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from genai_jax import media
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.adversarial import adaptive_weight, critic_loss
@@ -26,8 +26,10 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
-from genai_jax.requests import ExactEvaluateRequest, Files, SampleRequest
+from genai_jax.requests import ArrayRequest, ExactEvaluateRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
@@ -63,7 +65,7 @@ class AutoencoderLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReconstructionRequest(SampleRequest):
+class ReconstructionRequest(ArrayRequest):
     num_samples: int = field(
         32, "Held-out images to show next to their reconstructions.", minimum=1
     )
@@ -289,9 +291,22 @@ class Autoencoder(Task):
         """Latents -> images in [-1, 1]."""
         return self.codec.decode(params["autoencoder"], mutables, z)
 
-    def sample(self, params, mutables, request) -> Files:
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Latents [images, *small, channels]: means, or quantized vectors."""
+        return embedded(self.data, inputs, functools.partial(self._latents, params, mutables))
+
+    @functools.cached_property
+    def _latents(self):
+        return jax.jit(
+            lambda params, mutables, images, labels: self.encode(
+                params, mutables, self.data.scaled(images)
+            )
+        )
+
+    def sample(self, params, mutables, request) -> Arrays:
         """Held-out images, each with its reconstruction to its right."""
-        originals = self.data.loader.examples("validation", request.num_samples)["image"]
+        held_out = self.data.loader.examples("validation", request.num_samples)
+        originals = held_out["image"]
 
         @jax.jit
         def reconstruct(params, mutables, image):
@@ -300,7 +315,7 @@ class Autoencoder(Task):
 
         reconstructions = to_host(reconstruct(params, mutables, originals))
         pairs = np.concatenate([originals, reconstructions], -2)
-        return Files("reconstructions", media.writers(pairs, self.data.levels))
+        return self.data.sampled("reconstructions", pairs, held_out.get("labels"))
 
     def flops_per_step(self) -> dict:
         shape = (self.config.data.batch_size, *self.data.shape)

@@ -1,6 +1,7 @@
 """Image classification, also for the features that scores of samples use."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,9 +17,9 @@ from genai_jax.networks.image import classifier
 from genai_jax.networks.image.classifier import Classifier, ClassifierConfig
 from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.embedding import embedded, in_parts
 from genai_jax.tasks.arrays.other_runs import open_fitting
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
-from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 from genai_jax.training.restore import restore_model
 
@@ -108,6 +109,18 @@ class ImageClassifier(Task):
         metrics = super().summarize(reduced, params, mutables, key)
         return metrics | {"images": int(reduced["loss"].weight)}
 
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Features [images, feature_dim], from which the logits are computed."""
+        return embedded(self.data, inputs, functools.partial(self._features, params))
+
+    @functools.cached_property
+    def _features(self):
+        return jax.jit(
+            lambda params, images, labels: self.model.apply(
+                {"params": params["model"]}, self.data.scaled(images)
+            )[0]
+        )
+
     def flops_per_step(self) -> dict:
         x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.data.shape), jnp.float32)
         params = jax.eval_shape(self.init, jax.random.key(0))[0]["model"]
@@ -156,14 +169,4 @@ def load_classifier(workdir: str, data: ArrayData) -> Describe:
         features, logits = task.model.apply({"params": params["model"]}, task.data.scaled(images))
         return features, jnp.stack([jnp.argmax(x, -1) for x in logits], 1)
 
-    def in_batches(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        size = min(len(images), 256)
-        parts = []
-        for begin in range(0, len(images), size):
-            part = images[begin : begin + size]
-            padded = np.concatenate([part, np.repeat(part[:1], size - len(part), 0)])
-            parts.append([x[: len(part)] for x in to_host(describe(params, padded))])
-        features, labels = zip(*parts, strict=True)
-        return np.concatenate(features), np.concatenate(labels)
-
-    return in_batches
+    return lambda images: tuple(in_parts(functools.partial(describe, params), images))

@@ -11,7 +11,7 @@ from genai_jax.components import recorded_task
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.diffusion import few_step, guidance
 from genai_jax.networks.image.conditioning import Condition
-from genai_jax.requests import Files
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
 from genai_jax.tasks.diffusion.model import DenoisingModel
@@ -241,7 +241,7 @@ class FewStep(Task):
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
         return report(self.sampled_model(), params, batches, request)
 
-    def sample(self, params, mutables, request: DiffusionRequest) -> Files:
+    def sample(self, params, mutables, request: DiffusionRequest) -> Arrays:
         return sample_request(self.sampled_model(), params, request)
 
     def sampled_model(self) -> SampledModel:

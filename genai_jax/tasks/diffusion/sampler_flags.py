@@ -6,7 +6,7 @@ from typing import Any
 from genai_jax.config import Config, ConfigError, field, override, overrides, refuse_set
 from genai_jax.diffusion.solvers import SOLVERS
 from genai_jax.diffusion.times import SPACINGS
-from genai_jax.requests import SampleRequest
+from genai_jax.requests import ArrayRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def sampler_of(config: Config, request: Any) -> SamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionRequest(Overrides, SampleRequest):
+class DiffusionRequest(Overrides, ArrayRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     label: str = field(
         "",

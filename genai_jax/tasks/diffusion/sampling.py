@@ -15,7 +15,7 @@ from genai_jax.diffusion import editing, guidance
 from genai_jax.diffusion.solvers import solve
 from genai_jax.diffusion.times import inverse_grid, time_grid
 from genai_jax.networks.image.conditioning import Condition
-from genai_jax.requests import Files
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig, sampler_of
@@ -44,7 +44,7 @@ class SampledModel(NamedTuple):
     check: Callable[[SamplerConfig], None] = lambda sampler: None
 
 
-def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Files:
+def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequest) -> Arrays:
     """Samples what a request of the sample command asks for."""
     model = sampled.model
     sampler = sampler_of(sampled.config, request)
@@ -53,7 +53,8 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         raise ConfigError(
             f"{given!r} has no effect with --guidance=0, the model without a condition"
         )
-    condition = requested_condition(model, request)
+    asked = requested_condition(model, request)
+    condition = asked.condition
     known = {
         "image": _read_image(model, params, request.init_image, "init_image"),
         "mask": _read_mask(model, request.mask),
@@ -62,25 +63,35 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
     if request.interpolate_to:
         other = _read_image(model, params, request.interpolate_to, "interpolate_to")
         path = generator.interpolate(known["image"], other, request.num_samples, condition)
-        return _files(sampled, path, request, None)
+        return _shown(sampled, path, request, asked)
     start = request.strength if request.init_image and not request.mask else 1.0
     if start == 0:  # no noise: the image as the model reads it
         kept = to_host(model.pixels(params, known["image"]))
-        return _files(sampled, np.repeat(kept, request.num_samples, 0), request, None)
+        return _shown(sampled, np.repeat(kept, request.num_samples, 0), request, asked)
     images, strip = generator.sample(
         jax.random.key(request.seed), request.num_samples, condition, start=start,
         strip=request.strip, **known,
     )  # fmt: skip
-    return _files(sampled, images, request, strip)
+    return _shown(sampled, images, request, asked, strip)
 
 
-def _files(sampled: SampledModel, images: np.ndarray, request, strip) -> Files:
+def _shown(sampled: SampledModel, images: np.ndarray, request, asked, strip=None) -> Arrays:
     name = f"{sampled.config.diffusion.network}_seed{request.seed}"
-    return Files(name, media.writers(images, sampled.model.data.levels, strip))
+    return sampled.model.data.sampled(
+        name, images, asked.labels, prompts=asked.prompts, strip=strip
+    )
 
 
-def requested_condition(model: DenoisingModel, request) -> Condition:
-    """The condition of each of `num_samples` images.
+class Requested(NamedTuple):
+    """What images are to show: the condition, and what of it can be said in words."""
+
+    condition: Condition
+    labels: np.ndarray | None = None  # [images, attributes]
+    prompts: list[str] | None = None  # one per image
+
+
+def requested_condition(model: DenoisingModel, request) -> Requested:
+    """What each of `num_samples` images is to show.
 
     Raises:
       ConfigError: a condition that the model was not trained with, or an unknown class.
@@ -98,15 +109,17 @@ def requested_condition(model: DenoisingModel, request) -> Condition:
                 f"--init_image needs --{'label' if kind == 'class' else 'prompt'}: with "
                 "--diffusion.condition_dropout=0 this model was not trained without one"
             )
-        return model.null_condition(count)
+        return Requested(model.null_condition(count))
     if kind == "class":
-        return model.condition(labels=requested_labels(loader, request.label, count))
+        labels = requested_labels(loader, request.label, count)
+        return Requested(model.condition(labels=labels), labels)
     if kind == "text":
         held_out = lambda: loader.examples("validation", count)["caption"]
         texts = [request.prompt] if request.prompt else held_out()
         tokens, mask = loader.encode_captions(texts)
-        return model.condition(tokens=cycled(tokens, count), token_mask=cycled(mask, count))
-    return Condition()
+        condition = model.condition(tokens=cycled(tokens, count), token_mask=cycled(mask, count))
+        return Requested(condition, prompts=[texts[i % len(texts)] for i in range(count)])
+    return Requested(Condition())
 
 
 def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):

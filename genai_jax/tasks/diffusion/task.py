@@ -13,7 +13,7 @@ from genai_jax.networks.image.conditioning import Condition
 from genai_jax.networks.image.dit import DitConfig
 from genai_jax.networks.image.unet import UnetConfig
 from genai_jax.networks.parallel.axes import ParallelConfig
-from genai_jax.requests import Files
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.diffusion.model import DenoisingModel, DiffusionConfig
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig
@@ -107,7 +107,7 @@ class Diffusion(Task):
     def report(self, params, mutables, batches: Callable, request: ScoreRequest) -> dict:
         return report(self.sampled_model(), params, batches, request)
 
-    def sample(self, params, mutables, request: DiffusionRequest) -> Files:
+    def sample(self, params, mutables, request: DiffusionRequest) -> Arrays:
         return sample_request(self.sampled_model(), params, request)
 
     def sampled_model(self) -> SampledModel:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax import media
 from genai_jax.config import Config, field
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.likelihoods import Bernoulli
 from genai_jax.networks.energy import rbm
-from genai_jax.requests import EvaluateRequest, Files, SampleRequest
+from genai_jax.requests import ArrayRequest, EvaluateRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
@@ -39,7 +40,7 @@ class RbmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RbmRequest(SampleRequest):
+class RbmRequest(ArrayRequest):
     num_samples: int = field(64, "Images to sample.", minimum=1)
     sweeps: int = field(1000, "Gibbs sweeps, starting from the persistent chains.", minimum=1)
 
@@ -154,9 +155,21 @@ class Rbm(Task):
         images = self._sample_images(params, mutables, request)
         return score_images(self.data, images, None, request)
 
-    def sample(self, params, mutables, request) -> Files:
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Probabilities of the hidden units [images, hidden], given probabilities of white."""
+        return embedded(self.data, inputs, functools.partial(self._hidden, params))
+
+    @functools.cached_property
+    def _hidden(self):
+        def hidden(params, images, labels):
+            white = images.reshape(len(images), -1) / jnp.float32(self.data.levels - 1)
+            return jax.nn.sigmoid(rbm.hidden_logits(params["machine"], white))
+
+        return jax.jit(hidden)
+
+    def sample(self, params, mutables, request) -> Arrays:
         images = self._sample_images(params, mutables, request)
-        return Files(f"draws_seed{request.seed}", media.writers(images, self.data.levels))
+        return self.data.sampled(f"draws_seed{request.seed}", images)
 
     def _sample_images(self, params, mutables, request) -> np.ndarray:
         """Probabilities of white after long chains, as levels, uint8 [n, *space, channels]."""

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax import media
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
-from genai_jax.requests import EvaluateRequest, Files, SampleRequest
+from genai_jax.requests import ArrayRequest, EvaluateRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData, marked_levels
+from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.sampling import (
     check_label,
     check_show_flags,
@@ -43,7 +44,7 @@ class FlowConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowRequest(SampleRequest):
+class FlowRequest(ArrayRequest):
     num_samples: int = field(
         64, f"Images to sample, or walks to show, of which there are at most {MAX_ROWS}.", minimum=1
     )
@@ -136,16 +137,34 @@ class NormalizingFlow(Task):
         images, labels = self._sample_images(params, request, "")
         return score_images(self.data, images, labels, request)
 
-    def sample(self, params, mutables, request) -> Files:
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Latents of all scales, flattened, [images, dimensions]; standard normal under the model.
+
+        Instead of noise, half a level is added to the images.
+        """
+        latents = functools.partial(self._latents, params)
+        return embedded(self.data, inputs, latents, bool(self.label_sizes))
+
+    @functools.cached_property
+    def _latents(self):
+        def latents(params, images, labels):
+            x = (images.astype(jnp.float32) + 0.5) * (2 / self.data.levels) - 1
+            variables = {"params": params["model"]}
+            z, *_ = self.model.apply(variables, x, labels, method="forward")
+            return jnp.concatenate([part.reshape(len(images), -1) for part in z], 1)
+
+        return jax.jit(latents)
+
+    def sample(self, params, mutables, request) -> Arrays:
         check_label(request.label, bool(self.label_sizes))
         check_show_flags(request, USES)
         columns = None
         if request.show == "draws":
-            images, _ = self._sample_images(params, request, request.label)
+            images, labels = self._sample_images(params, request, request.label)
         else:
-            images, columns = self._interpolate(params, request), request.columns
+            (images, labels), columns = self._interpolate(params, request), request.columns
         name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-        return Files(name, media.writers(images, self.data.levels, columns=columns))
+        return self.data.sampled(name, images, labels, columns=columns)
 
     def paint(self, params, latents, labels) -> jax.Array:
         """Latents of each scale -> images in levels; see `marked_levels`."""
@@ -171,12 +190,17 @@ class NormalizingFlow(Task):
         key, program = jax.random.key(request.seed), functools.partial(sample_batch, params)
         return in_batches(program, key, count, labels), labels
 
-    def _interpolate(self, params, request) -> np.ndarray:
-        """Walks from one held-out image to another through their latents, one per row."""
+    def _interpolate(self, params, request) -> tuple[np.ndarray, np.ndarray | None]:
+        """Walks from one held-out image to another through their latents, one per row.
+
+        Returns images and, if the model is conditioned on classes, their labels.
+        """
         rows = min(request.num_samples, MAX_ROWS)
         held_out = self.data.loader.examples("validation", 2 * rows)
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None
+
+        walk_labels = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
 
         @jax.jit
         def walk(params, image, labels):
@@ -186,10 +210,9 @@ class NormalizingFlow(Task):
             paths = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
                     for z in latents]  # fmt: skip
             flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in paths]
-            walk_labels = None if labels is None else jnp.repeat(labels[:rows], request.columns, 0)
             return self.paint(params, flat, walk_labels)
 
-        return to_host(walk(params, held_out["image"], labels))
+        return to_host(walk(params, held_out["image"], labels)), walk_labels
 
     def flops_per_step(self) -> dict:
         rows = self.config.data.batch_size

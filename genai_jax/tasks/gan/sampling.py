@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax import media
 from genai_jax.config import field
-from genai_jax.requests import Files, SampleRequest
+from genai_jax.requests import ArrayRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import (
     check_label,
     check_show_flags,
@@ -29,7 +29,7 @@ MAX_ROWS = 12  # of a grid of images
 
 
 @dataclasses.dataclass(frozen=True)
-class GanRequest(SampleRequest):
+class GanRequest(ArrayRequest):
     num_samples: int = field(
         64,
         f"Images to sample, or rows of a grid, of which there are at most {MAX_ROWS}.",
@@ -62,7 +62,7 @@ class GanRequest(SampleRequest):
                 )
 
 
-def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest) -> Files:
+def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest) -> Arrays:
     """Samples what a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
     check_show_flags(request, USES)
@@ -72,15 +72,15 @@ def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest)
         if request.latents:
             latents = read_latents(request.latents, task.config.generator.latent_dim)
             count = len(latents)
-        images, _ = sample_images(
+        images, labels = sample_images(
             task, params, mutables, key, count, label=request.label, latents=latents,
             truncation=request.truncation,
         )  # fmt: skip
     else:
         walk = interpolation if request.show == "interpolation" else truncation_grid
-        images = walk(task, params, mutables, key, request)
+        images, labels = walk(task, params, mutables, key, request)
     name = f"{request.show}_seed{request.seed}"
-    return Files(name, media.writers(images, task.data.levels, columns=columns))
+    return task.data.sampled(name, images, labels, columns=columns)
 
 
 def sample_images(
@@ -100,23 +100,27 @@ def sample_images(
     return in_batches(program, key, count, labels), labels
 
 
-def interpolation(task, params, mutables, key, request: GanRequest) -> np.ndarray:
+Walk = tuple[np.ndarray, np.ndarray | None]  # images and, with classes, their labels
+
+
+def interpolation(task, params, mutables, key, request: GanRequest) -> Walk:
     """Walks from one random latent to another, one per row."""
     rows = min(request.num_samples, MAX_ROWS)
     z = jax.random.normal(key, (2, rows, task.config.generator.latent_dim))
     points = jnp.moveaxis(path(z[0], z[1], request.columns, request.path), 0, 1)
     labels = _row_labels(task, request, rows)
     flat = points.reshape(-1, points.shape[-1])
-    return _render(task, params, mutables, flat, labels, request.truncation)
+    return _render(task, params, mutables, flat, labels, request.truncation), labels
 
 
-def truncation_grid(task, params, mutables, key, request: GanRequest) -> np.ndarray:
+def truncation_grid(task, params, mutables, key, request: GanRequest) -> Walk:
     """One sample per row, from the mean style to its own style."""
     rows, columns = min(request.num_samples, MAX_ROWS), request.columns
     z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
     amounts = jnp.tile(jnp.linspace(0, 1, columns), rows)[:, None]
     labels = _row_labels(task, request, rows)
-    return _render(task, params, mutables, jnp.repeat(z, columns, 0), labels, amounts)
+    z = jnp.repeat(z, columns, 0)
+    return _render(task, params, mutables, z, labels, amounts), labels
 
 
 def _row_labels(task, request, rows: int) -> np.ndarray | None:

@@ -1,10 +1,12 @@
 """Next-token prediction on packed text with a decoder-only transformer."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
@@ -23,8 +25,10 @@ from genai_jax.networks.sequence.flops import (
     inactive_parameters,
     transformer_training_flops,
 )
+from genai_jax.networks.sequence.inspection import attention_weights
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.requests import ExactEvaluateRequest, Texts
+from genai_jax.requests import ExactEvaluateRequest
+from genai_jax.sampled import Texts
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
@@ -189,7 +193,59 @@ class LanguageModel(Task):
             TextSampler(self.decoder(), self.data.tokenizer),
             jax.random.key(request.seed),
         )
-        return Texts(sampler(params, prompts, key, settings_of(request), request.stop))
+        texts = sampler(params, prompts, key, settings_of(request), request.stop)
+        return Texts(texts, prompts)
+
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Hidden states [texts, length, embed_dim] of texts, each after the boundary token."""
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+            raise ConfigError("a language model embeds a text or a list of texts")
+        ids = [self._ids(text) for text in texts]
+        lengths = np.array([len(x) for x in ids], np.int32)
+        tokens = np.zeros((len(ids), max(lengths, default=0)), np.int32)
+        for row, x in zip(tokens, ids, strict=True):
+            row[: len(x)] = x
+        if not len(ids):
+            return np.zeros((0, 0, self.config.transformer.embed_dim), np.float32)
+        hidden, _ = self._read(params, tokens, lengths)
+        real = np.arange(tokens.shape[1]) < lengths[:, None]
+        return np.asarray(hidden, np.float32) * real[..., None]
+
+    @functools.cached_property
+    def _read(self):
+        return jax.jit(
+            lambda params, tokens, lengths: self.model.apply(
+                {"params": params["model"]}, tokens, lengths=lengths
+            )
+        )
+
+    def attention_weights(self, params, mutables, text: str) -> np.ndarray:
+        """See `genai_jax.tasks.protocol.Attends`."""
+        return np.asarray(self._weights(params["model"], self._ids(text)))
+
+    @functools.cached_property
+    def _weights(self):
+        return jax.jit(functools.partial(attention_weights, self.model))
+
+    def token_texts(self, text: str) -> list[str]:
+        """See `genai_jax.tasks.protocol.Attends`."""
+        return ["<boundary>", *(self.data.tokenizer.decode([i]) for i in self._ids(text)[1:])]
+
+    def _ids(self, text: str) -> np.ndarray:
+        """The tokens of a document that begins with `text`, [length].
+
+        Raises:
+          ConfigError: more positions than the model has learned.
+        """
+        tokenizer, shape = self.data.tokenizer, self.config.transformer
+        ids = np.concatenate([[tokenizer.boundary_id], tokenizer.encode(text)]).astype(np.int32)
+        if shape.positions == "learned" and len(ids) > shape.max_length:
+            raise ConfigError(
+                f"a text of {len(ids)} tokens needs more than the {shape.max_length} positions "
+                "that the model has learned"
+            )
+        return ids
 
     def flops_per_step(self) -> dict:
         shape, data, moe = self.config.transformer, self.config.data, self.config.moe

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from genai_jax.decoding.generate import Generated, Step, generate
 from genai_jax.files import read_text
 from genai_jax.networks.parallel.axes import axis_size
 from genai_jax.requests import SampleRequest
+from genai_jax.sampled import TEXT_SUFFIXES
 from genai_jax.tasks.protocol import Params
 from genai_jax.training.distributed import to_host
 from genai_jax.training.sharding import LOGICAL_AXES
@@ -33,6 +34,7 @@ class TextRequest(SampleRequest):
         1.0, "Sample among the likeliest tokens whose probability reaches p.", minimum=0, maximum=1
     )
     stop: str = field("", "Text that ends a sample and is left out of it.")
+    suffixes: ClassVar = TEXT_SUFFIXES
 
     def __post_init__(self):
         if 0 < self.temperature < 1e-6:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax import media
 from genai_jax.config import field
 from genai_jax.networks.latent.latent_variables import Latents
-from genai_jax.requests import Files, SampleRequest
+from genai_jax.requests import ArrayRequest
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import (
     check_label,
     check_show_flags,
@@ -33,7 +33,7 @@ MEASURED_IMAGES = 512  # that determine which latents are used
 
 
 @dataclasses.dataclass(frozen=True)
-class VaeRequest(SampleRequest):
+class VaeRequest(ArrayRequest):
     num_samples: int = field(
         64, f"Images to sample, or walks to show, of which there are at most {MAX_ROWS}.", minimum=1
     )
@@ -54,23 +54,23 @@ class VaeRequest(SampleRequest):
     columns: int = field(11, "Images per walk.", minimum=2)
 
 
-def sample_request(task: Any, params: dict, request: VaeRequest) -> Files:
+def sample_request(task: Any, params: dict, request: VaeRequest) -> Arrays:
     """Samples what a request of the sample command asks for."""
     check_label(request.label, bool(task.network.label_sizes))
     check_show_flags(request, USES)
     columns = None
     if request.show == "prior":
-        images, _ = sample_images(
+        images, labels = sample_images(
             task, params, jax.random.key(request.seed), request.num_samples, label=request.label,
             temperature=request.temperature, pixels=request.pixels,
         )  # fmt: skip
     elif request.show == "reconstructions":
-        images = reconstructions(task, params, request.num_samples)
+        images, labels = reconstructions(task, params, request.num_samples)
     else:
         walk = interpolation if request.show == "interpolation" else latent_traversal
-        images, columns = walk(task, params, request), request.columns
+        (images, labels), columns = walk(task, params, request), request.columns
     name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-    return Files(name, media.writers(images, task.data.levels, columns=columns))
+    return task.data.sampled(name, images, labels, columns=columns)
 
 
 def sample_images(
@@ -94,15 +94,18 @@ def sample_images(
     return in_batches(functools.partial(sample_batch, params), key, count, labels), labels
 
 
-def reconstructions(task, params, count: int) -> np.ndarray:
+Shown = tuple[np.ndarray, np.ndarray | None]  # images and, with classes, their labels
+
+
+def reconstructions(task, params, count: int) -> Shown:
     """Held-out images, each with its reconstruction to its right."""
     held_out = task.data.loader.examples("validation", count)
     latents, labels = posterior_means(task, params, held_out)
     reconstructed = decode(task, params, [stage.z for stage in latents], labels)
-    return np.concatenate([held_out["image"], reconstructed], -2)
+    return np.concatenate([held_out["image"], reconstructed], -2), labels
 
 
-def interpolation(task, params, request: VaeRequest) -> np.ndarray:
+def interpolation(task, params, request: VaeRequest) -> Shown:
     """Walks between two held-out images through the means of their latents, one per row."""
     rows = min(request.num_samples, MAX_ROWS)
     held_out = task.data.loader.examples("validation", 2 * rows)
@@ -114,10 +117,10 @@ def interpolation(task, params, request: VaeRequest) -> np.ndarray:
     ]
     flat = [x.reshape(-1, *x.shape[2:]) for x in points]
     walk_labels = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
-    return decode(task, params, flat, walk_labels)
+    return decode(task, params, flat, walk_labels), walk_labels
 
 
-def latent_traversal(task, params, request: VaeRequest) -> np.ndarray:
+def latent_traversal(task, params, request: VaeRequest) -> Shown:
     """Held-out image number `seed`, with one latent per row varied over the range of its prior.
 
     Rows start with the latents whose means vary most, in standard deviations of their prior.
@@ -140,20 +143,21 @@ def latent_traversal(task, params, request: VaeRequest) -> np.ndarray:
         for part, stage in zip(np.split(points, ends, 1), latents, strict=True)
     ]
     walk_labels = None if labels is None else np.repeat(labels[chosen : chosen + 1], len(points), 0)
-    return decode(task, params, z, walk_labels)
+    return decode(task, params, z, walk_labels), walk_labels
 
 
 def posterior_means(task, params, examples: dict) -> tuple[list[Latents], np.ndarray | None]:
-    """Mean latents of each stage; images are binarized or dequantized with a fixed key."""
+    """Mean latents of each stage, and the labels that the model is conditioned on."""
     labels = examples["labels"] if task.network.label_sizes else None
-
-    @jax.jit
-    def means(params, image, labels):
-        x, _ = task.likelihood.observe(image, jax.random.key(0))
-        _, latents = task.top_down(params, task.bottom_up(params, x, labels), labels)
-        return latents
-
+    means = jax.jit(lambda *arguments: posterior(task, *arguments))
     return to_host(means(params, examples["image"], labels)), labels
+
+
+def posterior(task, params, image, labels) -> list[Latents]:
+    """Mean latents of each stage; images are binarized or dequantized with a fixed key."""
+    x, _ = task.likelihood.observe(image, jax.random.key(0))
+    _, latents = task.top_down(params, task.bottom_up(params, x, labels), labels)
+    return latents
 
 
 def decode(task, params, z: list, labels: np.ndarray | None) -> np.ndarray:

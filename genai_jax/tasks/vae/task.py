@@ -1,6 +1,7 @@
 """Variational autoencoders: dense or hierarchical, with a choice of pixel likelihoods."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -20,9 +21,10 @@ from genai_jax.networks.latent.ladder_vae import LadderVae, LadderVaeConfig
 from genai_jax.networks.latent.latent_variables import Latents
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.arrays.data import ArrayData
+from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
-from genai_jax.tasks.vae.sampling import VaeRequest, sample_images, sample_request
+from genai_jax.tasks.vae.sampling import VaeRequest, posterior, sample_images, sample_request
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 
@@ -260,6 +262,20 @@ class Vae(Task):
             "importance_bits_per_dim": bits(bound),
             "elbo_bits_per_dim": bits(weights.mean(0)),
         }
+
+    def embed(self, params, mutables, inputs) -> np.ndarray:
+        """Means of the latents of all groups, flattened, [images, dimensions]."""
+        needs_labels = bool(self.network.label_sizes)
+        means = functools.partial(self._means, params)
+        return embedded(self.data, inputs, means, needs_labels)
+
+    @functools.cached_property
+    def _means(self):
+        def means(params, images, labels):
+            latents = posterior(self, params, images, labels)
+            return jnp.concatenate([s.z.reshape(len(images), -1) for s in latents], 1)
+
+        return jax.jit(means)
 
     def sample(self, params, mutables, request):
         del mutables

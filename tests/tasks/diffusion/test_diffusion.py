@@ -152,9 +152,8 @@ def write_png(path, values):
 
 def samples_of(task, params, **request) -> np.ndarray:
     """The images that a request of the sample command writes."""
-    files = sample_request(task.sampled_model(), params, DiffusionRequest(workdir="x", **request))
-    (write,) = files.writers.values()
-    return write.keywords["examples"]
+    request = DiffusionRequest(workdir="x", **request)
+    return sample_request(task.sampled_model(), params, request).values
 
 
 def test_a_masked_sample_keeps_what_is_not_masked(conditional, params, tmp_path):
@@ -185,7 +184,7 @@ def test_an_edit_of_an_image_asks_for_no_class_unless_one_is_given(conditional):
     labels = lambda model, **flags: (
         requested_condition(
             model, DiffusionRequest(workdir="x", init_image="x.png", num_samples=3, **flags)
-        ).labels
+        ).condition.labels
     )
     np.testing.assert_array_equal(labels(conditional.model), [[10]] * 3)
     np.testing.assert_array_equal(labels(conditional.model, label="4"), [[4]] * 3)

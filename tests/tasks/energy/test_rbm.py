@@ -169,6 +169,6 @@ def test_a_run_goes_on_is_scored_and_shown(tmp_path, capsys):
     assert len(set(names)) == 3  # requests with other settings do not overwrite it
     pictures = [tmp_path / "whole" / "samples" / name for name in names]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    for name in ("x.jpg", "x.npy", "x", "x.gif"):
+    for name in ("x.tif", "x.txt", "x"):
         with pytest.raises(ConfigError, match=rf"--output={name} must end in \.png"):
             sample.main([workdir, f"--output={name}"])

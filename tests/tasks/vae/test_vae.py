@@ -213,7 +213,7 @@ def test_a_traversal_starts_at_the_image_of_its_seed():
     task, params, _ = filled(make(*DENSE))
     walk = lambda seed: latent_traversal(
         task, params, VaeRequest(show="traversal", num_samples=2, columns=3, seed=seed)
-    )
+    )[0]
     first = walk(0)
     assert first.shape == (6, 8, 8, 1) and np.any(first[0] != first[2])
     assert np.any(first != walk(1))
