@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_names, help_text, parse
+from genai_jax.data.text.tfds import shapes_only
 from genai_jax.files import writing_to
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
@@ -86,7 +87,8 @@ def _check(
     """Compiles one run and prints the report; returns (1 if it does not fit, the report)."""
     named = next((a.split("=", 1)[1] for a in argv if "flagfile=" in a), "command-line flags")
     mesh = make_mesh(config.mesh, topology.devices(request.compiles))
-    built = prepared(make_task(config), config, mesh)  # opens the data
+    with shapes_only():
+        built = prepared(make_task(config), config, mesh)
     if request.dump_shardings:
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         shardings = placements(params, rules, built.compiled.mesh)

@@ -25,11 +25,13 @@ class TfdsImages:
     def __init__(self, config, builder: Any, tfds_split: str, part: str | None):
         self.name = f"{builder.info.full_name}[{tfds_split}]" + (f"/{part}" if part else "")
         self._config, self._part = config, part
-        self._examples = builder.as_data_source(split=tfds_split)
-        self._info = builder.info.splits[tfds_split]
-        self._start, self._stop = held_out_range(
-            len(self._examples), config.validation_percent, part
-        )
+        self._examples, self._start, self._stop = (), 0, 0
+        if builder.is_prepared():  # else only shapes are asked for
+            self._examples = builder.as_data_source(split=tfds_split)
+            self._info = builder.info.splits[tfds_split]
+            self._start, self._stop = held_out_range(
+                len(self._examples), config.validation_percent, part
+            )
         self.label_names = _label_names(config, builder.info.features)
         self.has_captions = bool(config.caption_key)
         height, width, channels = builder.info.features[config.image_key].shape
@@ -108,6 +110,8 @@ def open_tfds_images(config, split: str, *, built_in: list[str]) -> TfdsImages:
             f"channel(s) of {kind}; prepare it with 1 or 3 channels of uint8"
         )
     own = [name for name in VALIDATION_NAMES if name in splits]
+    if not builder.is_prepared():
+        return TfdsImages(config, builder, "train", None)
     if "train" not in splits:
         raise ConfigError(f"{config.dataset} has no train split, only {', '.join(splits)}")
     try:

@@ -13,6 +13,7 @@ from genai_jax.config import ConfigError
 from genai_jax.data.images.loader import ImageDataConfig, ImageLoader
 from genai_jax.data.images.sources import open_images
 from genai_jax.data.images.tfds import resized
+from genai_jax.data.text.tfds import shapes_only
 
 SIZES = {"train": 20, "test": 6}
 
@@ -139,3 +140,10 @@ def test_pixels_that_cannot_be_shown_are_refused_before_training(monkeypatch, fe
     monkeypatch.setattr("genai_jax.data.images.tfds.prepared_builder", lambda *_: builder)
     with pytest.raises(ConfigError, match=said):
         open_images(config("/nowhere", label_key=""), "train")
+
+
+def test_shapes_are_known_without_the_data(tmp_path):
+    with shapes_only():
+        loader = ImageLoader(ImageDataConfig(dataset="cifar10", data_dir=str(tmp_path)), 0)
+    assert loader.shape == (32, 32, 3) and loader.label_sizes == (10,)
+    assert not list(tmp_path.iterdir())
