@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from genai_jax import components, train_tokenizer
+from genai_jax.compare import CompareRequest
 from genai_jax.compile_check import CheckRequest
 from genai_jax.config import LARGEST_INT, _plain_type
 from genai_jax.coordinate_check import CoordinateRequest
@@ -20,8 +21,9 @@ from genai_jax.tasks.registry import TASKS, task_class
 
 COMMANDS = (
     "train", "sample", "evaluate", "fit", "ladder", "study", "compile_check", "train_tokenizer",
-    "coordinate_check",
+    "coordinate_check", "compare",
 )  # fmt: skip
+OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare")
 OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take every flag of a run
 # Flags whose value is a number of turns of a loop: a huge one only takes its time.
 LOOPS = {
@@ -114,7 +116,7 @@ class Calls:
 
     def next(self) -> Call:
         rng = self._rng
-        command = rng.choices(COMMANDS, (20, 10, 6, 3, 4, 4, 8, 4, 1))[0]
+        command = rng.choices(COMMANDS, (20, 10, 6, 3, 4, 4, 8, 4, 1, 2))[0]
         family = self._family(command)
         odds = [self._odd(command, family) for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0])]
         environment, stdin, stdout, fresh = {}, "", "", False
@@ -127,7 +129,7 @@ class Calls:
         return Call(command, arguments, environment, stdin, stdout, fresh, refused, names)
 
     def _family(self, command: str) -> str:
-        if command in ("ladder", "coordinate_check", "study", "fit", "train_tokenizer"):
+        if command in OF_TEXT:
             return "language_model"
         names = [n for n in self._families if command != "sample" or n != "image_classifier"]
         return self._rng.choice(names)
@@ -150,6 +152,7 @@ class Calls:
                        "--least_steps=1", f"--output={place}"],
             "fit": ["--csv=files/runs.csv", "--resamples=3", f"--output={place}"],
             "study": ["--study=files/study", f"--workdir={place}"],
+            "compare": [f"runs/{family}", f"--output={place}"],
             "train_tokenizer": ["--vocab_size=300", "--data.dataset=text:files/text",
                                 f"--output={place}.json"],
         }[command]  # fmt: skip
@@ -163,6 +166,7 @@ class Calls:
             "compile_check": {"run": CheckRequest}, "coordinate_check": {"run": CoordinateRequest},
             "ladder": {"run": LadderRequest}, "fit": {"run": FitRequest},
             "study": {"run": StudyRequest, "study": ANALYSES["curves"].config},
+            "compare": {"run": CompareRequest},
             "train_tokenizer": train_tokenizer.COMPONENTS,
         }  # fmt: skip
         flags = flags_of(own.get(command, {}))
@@ -287,7 +291,7 @@ class Calls:
         return Odd((word,), True, (word, repr(word), "argument", "is not a flag"))
 
     def _task(self, command: str, family: str) -> Odd | None:
-        if command in ("fit", "study", "train_tokenizer"):
+        if command in ("fit", "study", "train_tokenizer", "compare"):
             return None
         task = self._rng.choice((
             "poetry", "", "no_such_module_x:Task", "tests.outside_tasks_broken:Task", "GAN", ":x",

@@ -15,7 +15,7 @@ from genai_jax.scaling.report import file_name
 from genai_jax.scaling.report_types import Cell, Section, Table
 from genai_jax.scaling.study.curves import legend
 from genai_jax.training.metrics_log import parse_rows, read_lines, thinned
-from genai_jax.training.workdir import flags_path, read_record, recorded_flags
+from genai_jax.training.workdir import read_record, recorded_flags
 
 POINTS = 2000  # of a curve
 
@@ -42,7 +42,10 @@ def read_runs(workdirs: Sequence[str]) -> list[LoggedRun]:
     names = short_names(workdirs)
     runs = []
     for name, workdir in zip(names, workdirs, strict=True):
-        flags_path(workdir, "the workdir")
+        if not os.path.lexists(pathlib.Path(workdir) / "flags.txt"):
+            raise ConfigError(
+                f"argument {workdir!r} is not the workdir of a run: it has no flags.txt"
+            )
         path = pathlib.Path(workdir) / "metrics.jsonl"
         rows = list(parse_rows(thinned(read_lines(path), POINTS), path))
         if not rows:

@@ -58,8 +58,9 @@ def load(transfer: Transfer, shapes: PyTree) -> PyTree:
     target = _at(shapes, transfer.target)
     if target is None:
         raise ConfigError(
-            f"{transfer.flag}={transfer.workdir}: the new run has no {transfer.target}; it has "
-            f"{', '.join(_groups(shapes))}"
+            f"{transfer.flag}={transfer.workdir}: there is nothing named "
+            f"{_short(transfer.target)} in this run to initialize, only "
+            f"{', '.join(map(_short, _groups(shapes)))}"
         )
     wanted: dict[str, tuple[str, jax.ShapeDtypeStruct]] = {}
     for path, shape in jax.tree_util.tree_flatten_with_path(target)[0]:
@@ -180,6 +181,11 @@ def _by_flag(task: Task, config: Config, shapes: PyTree) -> list[Transfer]:
             )
     average = _average_in_use(workdir)
     return [Transfer(workdir, FLAG, a, b, average) for a, b in pairs]
+
+
+def _short(path: str) -> str:
+    """A path as --init_map writes it."""
+    return path.removeprefix("params/")
 
 
 def _full(path: str) -> str:

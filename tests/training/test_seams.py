@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_named(base, tmp_path):
     for flags, said in (
         ((f"--init_from={tmp_path}",), "no run in --init_from="),
         ((f"--init_from={base}", "--init_map=model:nets"),
-         "the new run has no params/nets; it has params/model"),
+         "nothing named nets in this run to initialize, only model"),
         ((f"--init_from={base}", "--init_map=nets:model"), "has no params/nets/layer/bias, with"),
         ((f"--init_from={base}", "--init_map=model/layer/bias:model/layer/kernel"),
          r"model/layer/bias has shape \(1,\) there, and params/model/layer/kernel has \(4,\) here"),

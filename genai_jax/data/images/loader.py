@@ -184,6 +184,8 @@ class ImageLoader:
         Raises:
           ConfigError: too few or too many attributes, or an unknown value.
         """
+        if not text.strip():
+            raise ConfigError("--label has an empty part between its commas")
         parts = text.strip().split(":")
         if not self.label_names:
             raise ConfigError(f"--label={text}: {self.config.dataset} has no labels")

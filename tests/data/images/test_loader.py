@@ -121,7 +121,12 @@ def test_labels_are_parsed_by_name_and_number():
     assert loader().parse_label("3") == (3,)
     shapes = loader(dataset="shapes")
     assert shapes.parse_label("blue:circle:1:centre") == (2, 0, 1, 4)
-    for text, message in (("10", "from 0 to 9"), ("x", "not one of 0, 1"), ("1:2", "names 2")):
+    for text, message in (
+        ("", "an empty part"),
+        ("10", "from 0 to 9"),
+        ("x", "not one of 0, 1"),
+        ("1:2", "names 2"),
+    ):
         with pytest.raises(ConfigError, match=message):
             loader().parse_label(text)
 
