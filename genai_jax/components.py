@@ -55,7 +55,10 @@ class RunConfig:
     )  # fmt: skip
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
     init_from: str | None = field(
-        None, "Workdir of a run whose parameters initialize this one.", path=True
+        None,
+        "Workdir of a run whose parameters initialize this one, from its newest checkpoint or, as "
+        "WORKDIR:STEP or WORKDIR:best, from another one.",
+        path=True,
     )
     init_map: str | None = field(
         None,

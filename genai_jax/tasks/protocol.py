@@ -101,6 +101,7 @@ class Transfer(NamedTuple):
     source: str  # path in its state, e.g. "params/model" or "mutables/codebooks"
     target: str  # path in this run's state, e.g. "params/teacher"
     average: str | None = None  # average of the other run to use; None: its parameters
+    step: int | str | None = None  # of its checkpoint, or "best"; None: the newest
     partial: bool = False  # whether the target may have arrays that the source lacks
 
 

@@ -1,5 +1,6 @@
 """Parameters that begin as another run trained them, read straight into this run's shardings."""
 
+import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from genai_jax.config import (
     parse,
 )
 from genai_jax.flagfiles import expand_flagfiles
+from genai_jax.requests import BEST
 from genai_jax.tasks.protocol import Prepares, PyTree, Task, Transfer
 from genai_jax.training.checkpoint import Checkpointer, Misfit, first_line
 from genai_jax.training.ema import EmaConfig
@@ -54,7 +56,7 @@ def load(transfer: Transfer, shapes: PyTree) -> PyTree:
     Raises:
       ConfigError: as `initial_parts`.
     """
-    source = SavedState(transfer.workdir, transfer.flag)
+    source = SavedState(transfer.workdir, transfer.flag, transfer.step)
     target = _at(shapes, transfer.target)
     if target is None:
         raise ConfigError(
@@ -100,17 +102,22 @@ def _check_fits(source: "SavedState", transfer: Transfer, name: str | None, rest
 
 
 class SavedState:
-    """The newest checkpoint of a run, read array by array; no code of its task is needed.
+    """A checkpoint of a run, read array by array; no code of its task is needed.
+
+    Args:
+      workdir: of the run.
+      flag: that names it, for error messages.
+      step: of the checkpoint, or "best"; None for the newest that is intact.
 
     Attributes:
       step: of the checkpoint.
       shapes: path of every saved array ("params/model/...", "ema/0.9/model/...") -> its shape.
 
     Raises:
-      ConfigError: no run, or no checkpoint.
+      ConfigError: no run, or no such checkpoint.
     """
 
-    def __init__(self, workdir: str, flag: str):
+    def __init__(self, workdir: str, flag: str, step: int | str | None = None):
         self._where = f"{flag}={workdir}"
         flags_path(workdir, flag)
         folder = pathlib.Path(workdir) / "checkpoints"
@@ -120,20 +127,32 @@ class SavedState:
         if last_value(_flags_of(workdir, flag), "population.size") not in (None, "1"):
             raise ConfigError(f"{flag}={workdir} is a population: name a single run")
         problem = None
-        for step in self._checkpointer.steps()[::-1]:
+        for candidate in self._candidates(step, folder):
             try:
-                self.shapes: Mapping[str, tuple[int, ...]] = self._checkpointer.saved_shapes(step)
-                self.step = step
+                self.shapes: Mapping[str, tuple[int, ...]]
+                self.shapes = self._checkpointer.saved_shapes(candidate)
+                self.step = candidate
                 break
             except Misfit:
                 raise
             except Exception as error:  # orbax and tensorstore raise many types for damaged files
-                self._checkpointer.raise_if_unreadable(step, error)
-                problem = f"checkpoint {step} in {folder} cannot be read: {first_line(error)}"
+                self._checkpointer.raise_if_unreadable(candidate, error)
+                problem = f"checkpoint {candidate} in {folder} cannot be read: {first_line(error)}"
                 print(f"warning: {problem}", file=sys.stderr)
         else:
             nothing = f"no checkpoint in {flag}={workdir}: the run has not saved one yet"
             raise ConfigError(problem or nothing)
+
+    def _candidates(self, step: int | str | None, folder: pathlib.Path) -> list[int]:
+        steps = self._checkpointer.steps()
+        if step is None:
+            return steps[::-1]
+        chosen = self._checkpointer.best_step() if step == BEST else step
+        if chosen not in steps:
+            raise ConfigError(
+                f"{self._where}:{step}: {folder} has checkpoints of {steps or 'none'}"
+            )
+        return [chosen]
 
     def resolve(self, path: str, average: str | None) -> str | None:
         """The saved array of a path: that of the average if it has it; None if there is none."""
@@ -160,12 +179,13 @@ class SavedState:
 
 def _by_flag(task: Task, config: Config, shapes: PyTree) -> list[Transfer]:
     """The transfers of --init_from and --init_map."""
-    workdir, mapping = config.run.init_from, config.run.init_map
-    if not workdir:
+    given, mapping = config.run.init_from, config.run.init_map
+    if not given:
         if mapping:
             raise ConfigError(f"--init_map={mapping} needs {FLAG}")
         return []
-    source = SavedState(workdir, FLAG)
+    workdir, step = _with_step(given)
+    source = SavedState(workdir, FLAG, step)
     _check_tokenizer(task, workdir)
     if mapping:
         pairs = [part.partition(":")[::2] for part in mapping.split(",")]
@@ -180,7 +200,15 @@ def _by_flag(task: Task, config: Config, shapes: PyTree) -> list[Transfer]:
                 "--init_map=SOURCE:TARGET"
             )
     average = _average_in_use(workdir)
-    return [Transfer(workdir, FLAG, a, b, average) for a, b in pairs]
+    return [Transfer(workdir, FLAG, a, b, average, step) for a, b in pairs]
+
+
+def _with_step(text: str) -> tuple[str, int | str | None]:
+    """The parts of WORKDIR[:STEP]; a folder of that very name is a workdir."""
+    workdir, _, step = text.rpartition(":")
+    if os.path.lexists(text) or not workdir or not (step == BEST or step.isdecimal()):
+        return text, None
+    return workdir, step if step == BEST else int(step)
 
 
 def _short(path: str) -> str:

@@ -106,6 +106,10 @@ def test_a_run_begins_as_another_one_ended_in_its_averages_too(base, tmp_path):
         "--optimizer.learning_rate=0")  # fmt: skip
     begun, ended = params_of(tmp_path), params_of(base)  # the average that --ema.use names
     jax.tree.map(np.testing.assert_array_equal, begun, ended)
+    run("Linear", tmp_path / "early", f"--init_from={base}:3", "--train.steps=1",
+        "--optimizer.learning_rate=0")  # fmt: skip
+    early = restore_model(*_opened(base), step=3).params
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "early"), early)
     raw = restore_model(*_opened(base), ema="none").params
     assert np.any(raw["model"]["layer"]["kernel"] != ended["model"]["layer"]["kernel"])
 
@@ -123,6 +127,7 @@ def test_what_does_not_fit_is_named(base, tmp_path):
         ((f"--init_from={base}", "--init_map=nets:model"), "has no params/nets/layer/bias, with"),
         ((f"--init_from={base}", "--init_map=model/layer/bias:model/layer/kernel"),
          r"model/layer/bias has shape \(1,\) there, and params/model/layer/kernel has \(4,\) here"),
+        ((f"--init_from={base}:7",), r"base\d*:7: .*/checkpoints has checkpoints of \[3, 6\]"),
         (("--init_map=model",), "--init_map=model needs --init_from"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
