@@ -151,11 +151,12 @@ LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 
 
 @functools.cache
-def trained(base: str) -> str:
-    """Workdir of a run of one step, that another one needs."""
+def trained(base: str, *flags: str) -> str:
+    """Workdir of a run, of one step unless `flags` say otherwise."""
     workdir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, workdir, ignore_errors=True)
-    assert train.main([*flags_of_base(base), "--train.steps=1", f"--workdir={workdir}"]) == 0
+    more = ("--train.steps=1", *flags, f"--workdir={workdir}")
+    assert train.main([*flags_of_base(base), *more]) == 0
     return workdir
 
 
