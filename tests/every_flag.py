@@ -160,6 +160,10 @@ def trained(base: str, *flags: str) -> str:
     return workdir
 
 
+def needs_a_run(base: str) -> bool:
+    return any("{" in flag for flag in BASES[base])
+
+
 def flags_of_base(base: str) -> list[str]:
     """What all runs of a base have; "{other base}" stands for a run of that one."""
     run = lambda match: trained(match[1])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from genai_jax import components, train_tokenizer
 from genai_jax.compare import CompareRequest
 from genai_jax.compile_check import CheckRequest
-from genai_jax.config import LARGEST_INT, _plain_type
+from genai_jax.config import LARGEST_INT, plain_type
 from genai_jax.coordinate_check import CoordinateRequest
 from genai_jax.errors import ConfigError
 from genai_jax.fit import FitRequest
@@ -196,13 +196,13 @@ class Calls:
         shown = [f"--{flag.name}={text}"]
         if command == "train" and self._rng.random() < 0.1:
             shown = [f"--{flag.name}", text]
-            refused = refused and _plain_type(flag.field.type) is not bool
+            refused = refused and plain_type(flag.field.type) is not bool
         return Odd(tuple(shown), refused, (flag.name, *([text] if text else [])))
 
     def _text_for(self, flag: Flag) -> tuple[str, bool]:
         """(a value, whether it must be refused)"""
         rng, meta = self._rng, flag.field.metadata
-        kind, low, high = _plain_type(flag.field.type), meta["minimum"], meta["maximum"]
+        kind, low, high = plain_type(flag.field.type), meta["minimum"], meta["maximum"]
         if meta["choices"]:
             if rng.random() < 0.5:
                 return rng.choice(("nonsense", "", meta["choices"][0].upper() + "X", "0")), True

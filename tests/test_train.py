@@ -69,7 +69,7 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
 def test_a_run_says_what_it_trains_and_what_came_out(whole):
     said = (whole / "said").read_text()
     parameters = json.loads((whole / "run.json").read_text())["parameters"]["total"]
-    assert said.startswith(f"language_model: {parameters:,} parameters; text:")
+    assert f"\nlanguage_model: {parameters:,} parameters; text:" in said
     assert "; 12 steps of 256 tokens\n1 cpu device(s); " in said and " FLOPs per step: at " in said
     first, second = said.splitlines()[-2:]
     loss = rows(whole)[-1]["eval/loss"]

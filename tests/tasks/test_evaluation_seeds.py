@@ -6,7 +6,7 @@ from jax.extend import core
 
 from genai_jax.components import make_task, parse_run, request_class
 from genai_jax.tasks.protocol import Reports
-from tests.every_flag import BASES, COMMON
+from tests.every_flag import BASES, flags_of_base, needs_a_run
 
 
 def uses(program: core.Jaxpr, variable: core.Var) -> bool:
@@ -21,9 +21,15 @@ def uses(program: core.Jaxpr, variable: core.Var) -> bool:
     return variable in program.outvars
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(b, marks=[pytest.mark.depends_on("every flag")] if needs_a_run(b) else [])
+        for b in BASES
+    ],
+)
 def test_a_seed_is_asked_for_where_it_changes_a_score(base):
-    task = make_task(parse_run([*COMMON, *BASES[base]]))
+    task = make_task(parse_run(flags_of_base(base)))
     params, mutables = jax.eval_shape(task.init, jax.random.key(0))
     spec = task.data.batch_spec
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in spec.items()}
