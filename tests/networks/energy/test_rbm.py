@@ -64,3 +64,11 @@ def test_annealing_from_any_base_agrees_with_enumeration_within_its_error_estima
     for base in (np.zeros(10, np.float32), np.linspace(-2, 2, 10, dtype=np.float32)):
         estimate, error = (float(x) for x in run(base, jax.random.key(2)))
         assert abs(estimate - exact) < min(0.1, 4 * error)
+
+
+def test_the_error_estimate_of_annealing_is_the_spread_over_independent_draws():
+    params, base = machine(10, 6), np.zeros(10, np.float32)
+    run = lambda key: rbm.annealed_log_z(params, base, key, chains=100, temperatures=60)
+    estimates, errors = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 300))
+    assert float(np.std(estimates)) == pytest.approx(float(np.mean(errors)), rel=0.15)
+    assert float(np.mean(estimates)) == pytest.approx(float(rbm.exact_log_z(params)), abs=0.02)
