@@ -1,7 +1,6 @@
 """Runs in Python: what the functions return is what the commands print and write."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ import genai_jax
 from genai_jax import evaluate, sample, trainer
 from genai_jax.config import ConfigError
 from genai_jax.keyword_flags import run_flags
-from genai_jax.training import loop
 from tests.commands import TINY, environment
 from tests.conftest import ROOT
 
@@ -195,38 +194,43 @@ def test_every_way_to_give_the_flags_of_a_run(flags, text, tmp_path):
         genai_jax.train({"train.step": 3}, tmp_path)
 
 
-def interrupting(monkeypatch, at: int, number=signal.SIGINT):
-    """Sends this process a signal after step `at`; returns the handlers seen in the step."""
-    original, seen = loop.Run._log_step, []
-
-    def log_step(self, step, *arguments, **options):
-        if step == at:
-            seen.extend(map(signal.getsignal, SIGNALS))
-            os.kill(os.getpid(), number)
-        return original(self, step, *arguments, **options)
-
-    monkeypatch.setattr(loop.Run, "_log_step", log_step)
-    return seen
+SCRIPT = """
+import json, signal, sys
+{first}
+import genai_jax
+handlers = lambda: list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
+before, flags = handlers(), json.loads(sys.argv[1])
+run = genai_jax.train(flags | {{"train.steps": 10**6}}, sys.argv[2])
+assert handlers() == before
+print(run.step, genai_jax.train(flags | {{"train.steps": run.step + 1}}, sys.argv[2]).step)
+"""
 
 
-@pytest.mark.timeout(120)
-def test_an_interrupt_in_a_notebook_saves_and_returns(flags, tmp_path, monkeypatch, capsys):
-    before = list(map(signal.getsignal, SIGNALS))
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "ps1", "In: ", raising=False)
-        seen = interrupting(patch, 2)
-        run = genai_jax.train({**flags, "train.steps": 10**6}, tmp_path)
-    assert seen == before == list(map(signal.getsignal, SIGNALS))  # none was installed
-    assert 2 <= run.step < 10**6
-    assert "stopped by signal 2" in capsys.readouterr().err
-    assert genai_jax.train(flags | {"train.steps": run.step + 1}, tmp_path).step == run.step + 1
+def interrupted(flags, workdir, first: str = "") -> tuple[int, str, str]:
+    """Exit code and output of a script that trains, and that Ctrl-C reaches after two steps."""
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(first=first), json.dumps(flags), str(workdir)],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    rows = workdir / "metrics.jsonl"
+    while script.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 1):
+        time.sleep(0.02)
+    script.send_signal(signal.SIGINT)
+    out, err = script.communicate(timeout=120)
+    return script.returncode, out, err
 
 
-@pytest.mark.timeout(120)
-def test_an_interrupt_in_a_script_saves_and_ends_it(flags, tmp_path, monkeypatch):
-    interrupting(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        genai_jax.train({**flags, "train.steps": 10**6}, tmp_path)
+def test_an_interrupt_in_a_notebook_saves_and_returns(flags, tmp_path):
+    code, out, err = interrupted(flags, tmp_path, first='sys.ps1 = "In: "')
+    assert code == 0, err
+    assert "stopped by signal 2" in err
+    stopped, longer = map(int, out.split())
+    assert 2 <= stopped < 10**6 and longer == stopped + 1
+
+
+def test_an_interrupt_in_a_script_saves_and_ends_it(flags, tmp_path):
+    code, out, err = interrupted(flags, tmp_path)
+    assert code == -signal.SIGINT and not out and "KeyboardInterrupt" in err
     assert genai_jax.load(tmp_path).step >= 2
 
 
@@ -244,19 +248,25 @@ def test_a_thread_trains_without_handlers_and_mistakes_reach_the_caller(
         genai_jax.train({**flags, "data.dataset": "text:/nowhere"}, tmp_path / "b")
 
 
-def test_a_second_interrupt_returns_at_once():
+def test_a_second_interrupt_returns_at_once(monkeypatch):
     """The work goes on in the background."""
-    go_on, asked = threading.Event(), []
+    go_on, asked, interrupts = threading.Event(), [], [KeyboardInterrupt] * 2
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout=None):
+            if interrupts:
+                raise interrupts.pop()
+            return super().wait(timeout)
 
     def work(stop):
-        for _ in range(2):
-            time.sleep(0.1)  # until the main thread waits
-            os.kill(os.getpid(), signal.SIGINT)
         go_on.wait(30)
         asked.append(stop.ask())
 
+    ours = types.SimpleNamespace(Thread=threading.Thread, Event=Interrupted)
+    monkeypatch.setattr(trainer, "threading", ours)
     with pytest.raises(KeyboardInterrupt):
         trainer._interruptible(work)
+    assert not interrupts and not asked
     go_on.set()
     (thread,) = (t for t in threading.enumerate() if t.name == "training")
     thread.join()
