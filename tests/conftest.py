@@ -46,7 +46,9 @@ for _name, _value in _before.items():
 
 
 if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, which processes inherit
+    # Ignored under nohup, and in the background of a shell; processes inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("tests.unchanged", "pytester")
 

@@ -131,6 +131,7 @@ call = RollCall("localhost", port, 3, index, 60)
 call.prove(b"secret")
 print("there", flush=True)
 if index == fails:
+    sys.stdin.readline()  # until the others are there
     call.tell("no space left", 2)
     call.leave("no space left", 2)
 time.sleep(60)
@@ -143,13 +144,17 @@ def test_all_leave_when_one_is_lost_or_fails(killed, fails):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, port, str(index), str(fails)],
-            env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for index in range(3)
     ]  # fmt: skip
     assert [process.stdout.readline() for process in processes] == ["there\n"] * 3
     if killed >= 0:
         processes[killed].kill()
+    else:
+        processes[fails].stdin.write("\n")
+        processes[fails].stdin.flush()
     for index, process in enumerate(processes):
         _, said = process.communicate(timeout=60)
         if killed >= 0 and index != killed:
