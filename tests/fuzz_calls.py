@@ -246,7 +246,7 @@ class Calls:
         before = READ.get(name, "")
         if name in WRITTEN and not (name == "workdir" and command in ("sample", "evaluate")):
             path, refused = rng.choice((
-                ("", name == "workdir" or command not in ("sample", "compile_check")),
+                ("", name == "workdir" or command not in ("sample", "compile_check", "compare")),
                 ("nul\0", True), (f"new/{long}", True), ("files/text.txt/x", True),
                 ("/proc/no/such", True), ("files/fifo/x", True), ("new/\u2603 [1]", False),
                 ("new/a b", False), ("new/$x$", False), ("new/\udcff", False),
