@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from genai_jax.config import (
@@ -17,9 +17,10 @@ from genai_jax.config import (
     plain_type,
 )
 from genai_jax.flagfiles import expand_flagfiles
-from genai_jax.networks.sequence.mixers import outside_mixers
+from genai_jax.outside import allow, is_allowed, is_outside
+from genai_jax.outside_flags import named_code, own_components
 from genai_jax.requests import EvaluateRequest, SampleRequest
-from genai_jax.tasks.registry import TASKS, is_outside, task_class, task_name
+from genai_jax.tasks.registry import TASKS, task_class, task_name
 from genai_jax.training.checkpoint import CheckpointConfig
 from genai_jax.training.compiler import CompilerConfig
 from genai_jax.training.distributed import DistributedConfig
@@ -103,12 +104,21 @@ def components_of(cls: type) -> dict[str, type]:
 def parse_run(argv: Sequence[str]) -> Config:
     """The configuration of a run: the shared components and those of its task.
 
+    The command line may name code outside this project, which is imported if it has flags.
+
     Raises:
       ConfigError: see `genai_jax.config.parse` and `task_class`.
     """
     argv = expand_flagfiles(argv)
     task = last_value(argv, "task") or DEFAULT_TASK
+    allow([task])
+    allow(named_code(argv, components_of(task_class(task))))
+    return _parse(argv, task)
+
+
+def _parse(argv: Sequence[str], task: str) -> Config:
     components = components_of(task_class(task))
+    components |= own_components(argv, components)
     unused = {name: cls() for name, cls in SHARED.items() if name not in components}
     return parse(argv, components, user=f"--task={task}", defaults=unused)[0]
 
@@ -133,7 +143,10 @@ def run_help(argv: Sequence[str], usage: str) -> str:
     notes = (
         f"Flags of --task={task}. Add --task=NAME to see those of another task: {', '.join(TASKS)}."
     )
-    return help_text(f"{usage or ''}\n\n{notes}", components_of(task_class(task)))
+    allow([task])
+    components = components_of(task_class(task))
+    allow(named_code(argv, components))
+    return help_text(f"{usage or ''}\n\n{notes}", components | own_components(argv, components))
 
 
 def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
@@ -150,10 +163,11 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
     workdir = last_value(argv, "workdir")
     if not workdir:
         raise ConfigError("--workdir is not set: name the folder of a run")
-    allowed = [last_value(argv, "task"), *(last_value(argv, "mixers") or "").split(",")]
-    config = read_config(workdir, allowed=allowed)
+    code = [name for name in (last_value(argv, "code") or "").split(",") if name]
+    allow([last_value(argv, "task"), last_value(argv, "data.dataset"), *code])
+    config = read_config(workdir)
     task = config.run.task
-    _check_named(config, last_value(argv, "task"), allowed[1:], workdir)
+    _check_named(config, last_value(argv, "task"), code, workdir)
     components = request_components(task_class(task), kind)
     request = parse(argv, components, user=f"a run of --task={task}")[0]
     moved = vars(request.data) if "data" in components else {}
@@ -211,36 +225,24 @@ def tells_how_to_move(config: Config) -> Iterator[None]:
         ) from None
 
 
-def _check_named(config: Config, task: str | None, mixers: Sequence[str], workdir: str):
-    """Raises `ConfigError` for a task or a mixer on the command line that is not the run's."""
+def _check_named(config: Config, task: str | None, code: Sequence[str], workdir: str):
+    """Raises `ConfigError` for a task or code on the command line that is not the run's."""
     if task and task != config.run.task:
         raise ConfigError(
             f"--task={task}: --workdir={workdir} is a run of --task={config.run.task}"
         )
-    used = {m for c in config.components.values() for m in _mixers(c)}
-    for mixer in mixers:
-        if mixer and mixer not in used:
-            raise ConfigError(f"--mixers={mixer}: the run in --workdir={workdir} does not use it")
-
-
-def outside_code(config: Config) -> tuple[str, str | None]:
-    """The task and the mixers of a run, as requests name them to allow their code."""
-    mixers = dict.fromkeys(m for c in config.components.values() for m in _mixers(c))
-    return config.run.task, ",".join(mixers) or None
-
-
-def _mixers(component: Any) -> tuple[str, ...]:
-    """The mixers from outside this project that a component's pattern names."""
-    return outside_mixers(getattr(component, "pattern", None))
+    for name in set(code) - set(config.outside()):
+        raise ConfigError(f"--code={name}: the run in --workdir={workdir} does not use it")
 
 
 def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
     """Help text of such a command, for the task or the run that the command line names."""
     argv = expand_flagfiles([a for a in argv if a not in HELP])
     task, workdir = last_value(argv, "task"), last_value(argv, "workdir")
+    allow([task])
     if workdir and not task:
         task = recorded_task(workdir)
-        if is_outside(task):  # code that only the command line may name
+        if is_outside(task):
             task = None
     if not task:
         usage = f"{usage or ''}\n\nAdd --task=NAME or --workdir=D to see the flags of one task."
@@ -265,9 +267,7 @@ def recorded_task(workdir: str, flag: str = "--workdir") -> str:
     return last_value(argv, "task") or DEFAULT_TASK
 
 
-def read_config(
-    workdir: str, flag: str = "--workdir", allowed: Collection[str | None] = ()
-) -> Config:
+def read_config(workdir: str, flag: str = "--workdir") -> Config:
     """The configuration of the run in `workdir`, for use on this machine.
 
     The attention backend is reset to "auto": the run's own may be unavailable here, or unable to
@@ -276,33 +276,44 @@ def read_config(
     Args:
       workdir: folder of the run.
       flag: the flag that named it, for error messages.
-      allowed: tasks and mixers that the command line names. Code outside this project is
-        imported only if it is among them: a workdir never decides what is executed.
 
     Raises:
-      ConfigError: there is no run, or it needs outside code that is not `allowed`.
+      ConfigError: there is no run, or it needs code outside this project that this process was not
+        asked to use: a workdir never decides what is executed.
     """
     # Read once: what is checked here is what is used.
     path = flags_path(workdir, flag)
     argv = expand_flagfiles([f"--flagfile={path}"])
     task = last_value(argv, "task") or DEFAULT_TASK
-    if is_outside(task) and task not in allowed:
+    if is_outside(task) and not is_allowed(task):
         raise ConfigError(
             f"{flag}={workdir} is a run of --task={task}, which is code outside genai_jax: to "
             f"allow it, add --task={task} to the command line"
         )
+    with _errors_of(path):
+        named = named_code(argv, components_of(task_class(task)))
+    _check_allowed(named, workdir, flag)
+    with _errors_of(path):
+        config = _parse([*argv, f"--workdir={workdir}", "--attention=auto"], task)
+    _check_allowed(config.outside(), workdir, flag)
+    return config
+
+
+def _check_allowed(names: Iterable[str], workdir: str, flag: str):
+    if unnamed := [name for name in names if not is_allowed(name)]:
+        raise ConfigError(
+            f"{flag}={workdir} uses {' and '.join(unnamed)}, which is code outside genai_jax: to "
+            f"allow it, add --code={','.join(names)} to the command line"
+        )
+
+
+@contextlib.contextmanager
+def _errors_of(path: Any) -> Iterator[None]:
+    """Names the file with which something is wrong."""
     try:
-        config = parse_run([*argv, f"--workdir={workdir}", "--attention=auto"])
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    for component in config.components.values():
-        for mixer in _mixers(component):
-            if mixer not in allowed:
-                raise ConfigError(
-                    f"{flag}={workdir} uses the mixer {mixer}, which is code outside genai_jax: "
-                    f"to allow it, add --mixers={mixer} to the command line"
-                )
-    return config
 
 
 def open_run(cls: type, workdir: str, flag: str) -> Config:
@@ -319,4 +330,5 @@ def open_run(cls: type, workdir: str, flag: str) -> Config:
     expected, task = task_name(cls), recorded_task(workdir, flag)
     if task != expected:
         raise ConfigError(f"{flag}={workdir} is a run of --task={task}, not {expected}")
-    return read_config(workdir, flag, allowed=[task])
+    allow([task])
+    return read_config(workdir, flag)

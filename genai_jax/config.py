@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -19,6 +19,7 @@ from genai_jax.errors import ConfigError as ConfigError  # where everything impo
 from genai_jax.errors import MissingFile as MissingFile
 from genai_jax.files import expand_home
 from genai_jax.flagfiles import expand_flagfiles, flag_line
+from genai_jax.outside import is_outside
 
 HELP = {"--help", "-h", "--helpfull"}
 LARGEST_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which flags are used
@@ -36,6 +37,7 @@ def field(
     changeable: bool = False,
     within_run: bool = False,
     path: bool = False,
+    outside: Callable[[str | None], tuple[str, ...]] | None = None,
 ) -> Any:
     """Declares one field of a component.
 
@@ -48,10 +50,12 @@ def field(
       changeable: whether a run may be resumed with a different value (a mesh, a log interval).
       within_run: whether it is a number of steps that a shorter run cuts, which is then said.
       path: whether it names a file or folder, in which ~ stands for the home folder.
+      outside: for a flag that may name code outside this project: value -> the names of such code
+        in it. Beside `choices`, such a name is allowed.
     """
     metadata = dict(
         help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
-        within_run=within_run, path=path,
+        within_run=within_run, path=path, outside=outside,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -81,7 +85,7 @@ class Config:
     def items(self) -> dict[str, Any]:
         """Flag name -> value, for every field."""
         return {
-            _flag_name(component, f.name): getattr(value, f.name)
+            flag_name(component, f.name): getattr(value, f.name)
             for component, value in self.components.items()
             for f in dataclasses.fields(value)
         }
@@ -104,9 +108,19 @@ class Config:
         """Names of the flags that are numbers of steps within the run."""
         return self._marked("within_run")
 
+    def outside(self) -> tuple[str, ...]:
+        """The code outside this project that flags other than ``--task`` name."""
+        values = self.items()
+        fields = [
+            (values[flag_name(component, f.name)], f.metadata["outside"])
+            for component, value in self.components.items()
+            for f in dataclasses.fields(value)
+        ]
+        return tuple(dict.fromkeys(n for x, names in fields if names for n in names(x)))
+
     def _marked(self, mark: str) -> set[str]:
         return {
-            _flag_name(component, f.name)
+            flag_name(component, f.name)
             for component, value in self.components.items()
             for f in dataclasses.fields(value)
             if f.metadata[mark]
@@ -160,9 +174,7 @@ def _in_english(message: str) -> str:
 
 def _unknown(name: str, components: Mapping[str, type], user: str) -> str:
     """The error message for a flag that does not exist."""
-    names = [
-        _flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)
-    ]
+    names = [flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)]
     component = name.rpartition(".")[0]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     for means in (str.__eq__, _is_short):
@@ -209,12 +221,12 @@ def refuse_set(component: str, config: Any, names: Sequence[str], why: str):
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     for name in names:
         if (value := getattr(config, name)) != defaults[name]:
-            raise ConfigError(f"--{_flag_name(component, name)}={value} {why}")
+            raise ConfigError(f"--{flag_name(component, name)}={value} {why}")
 
 
 def flag_names(components: Mapping[str, type]) -> set[str]:
     """The names of all flags of the components, without the dashes."""
-    return {_flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
+    return {flag_name(c, f.name) for c, cls in components.items() for f in dataclasses.fields(cls)}
 
 
 def _shown(default: Any) -> str:
@@ -232,12 +244,13 @@ def help_text(usage: str | None, components: Mapping[str, type]) -> str:
         for f in dataclasses.fields(cls):
             notes = [f"default {_shown(f.default)}"]
             if f.metadata["choices"]:
-                notes.append("one of " + "|".join(f.metadata["choices"]))
+                own = "|module:Name" if f.metadata["outside"] else ""
+                notes.append(f"one of {'|'.join(f.metadata['choices'])}{own}")
             if f.metadata["minimum"] is not None:
                 notes.append(f"at least {f.metadata['minimum']}")
             if f.metadata["maximum"] is not None:
                 notes.append(f"at most {f.metadata['maximum']}")
-            name = _flag_name(component, f.name)
+            name = flag_name(component, f.name)
             sentence = f.metadata["help"].removesuffix(".")
             lines.append(f"  --{name}\n      {sentence} ({'; '.join(notes)})")
         lines.append("")
@@ -249,14 +262,28 @@ def help_text(usage: str | None, components: Mapping[str, type]) -> str:
 
 
 def _read(values: flags.FlagValues, component: str, cls: type) -> Any:
-    fields = {f.name: values[_flag_name(component, f.name)].value for f in dataclasses.fields(cls)}
+    fields = {f.name: values[flag_name(component, f.name)].value for f in dataclasses.fields(cls)}
     for f in dataclasses.fields(cls):
         if f.metadata["path"] and fields[f.name]:
             fields[f.name] = expand_home(fields[f.name])
+        if f.metadata["outside"] and f.metadata["choices"]:
+            _check_choice(flag_name(component, f.name), fields[f.name], f.metadata["choices"])
     try:
         return cls(**fields)
     except ValueError as error:  # fields that contradict each other
         raise ConfigError(name_flags(str(error), component, cls)) from None
+
+
+def _check_choice(flag: str, value: str, choices: Sequence[str]):
+    """Raises `ConfigError` for neither a choice nor code outside this project."""
+    if value in choices or is_outside(value):
+        return
+    near = difflib.get_close_matches(value, choices, n=1)
+    raise ConfigError(
+        f"--{flag}={value} is not one of {', '.join(choices)}"
+        f"{f' (did you mean {near[0]}?)' if near else ''}; name one of your own as "
+        "my_package.my_module:Name"
+    )
 
 
 def name_flags(message: str, component: str, cls: type) -> str:
@@ -264,12 +291,13 @@ def name_flags(message: str, component: str, cls: type) -> str:
     names = "|".join(re.escape(f.name) for f in dataclasses.fields(cls))
     if not names:
         return message
-    prefix = "--" + _flag_name(component, "")
+    prefix = "--" + flag_name(component, "")
     message = re.sub(rf"`({names})`", rf"{prefix}\1", message)
     return re.sub(rf"(?<![\w.-])({names})=", rf"{prefix}\1=", message)
 
 
-def _flag_name(component: str, name: str) -> str:
+def flag_name(component: str, name: str) -> str:
+    """The name of the flag of a field, without dashes."""
     return name if component == "run" else f"{component}.{name}"
 
 
@@ -277,7 +305,7 @@ def _define(components: Mapping[str, type]) -> flags.FlagValues:
     values = flags.FlagValues()
     for component, cls in components.items():
         for f in dataclasses.fields(cls):
-            _define_flag(values, _flag_name(component, f.name), f)
+            _define_flag(values, flag_name(component, f.name), f)
     return values
 
 
@@ -286,7 +314,7 @@ def _define_flag(values: flags.FlagValues, name: str, f: dataclasses.Field) -> N
     common = dict(help=meta["help"], flag_values=values)
     largest = LARGEST_INT if kind is int and meta["maximum"] is None else meta["maximum"]
     bounds = dict(lower_bound=meta["minimum"], upper_bound=largest)
-    if meta["choices"]:
+    if meta["choices"] and not meta["outside"]:
         flags.DEFINE_enum(name, f.default, list(meta["choices"]), **common)
     elif kind is bool:
         flags.DEFINE_boolean(name, f.default, **common)

@@ -16,7 +16,7 @@ from genai_jax.sampled import Texts as Texts
 
 BEST = "best"  # in place of a step
 # Of what a file's name says: `Files.name` has the seed, and the step is that of the checkpoint.
-NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "mixers")
+NAMED_OTHERWISE = ("workdir", "output", "seed", "checkpoint_step", "task", "code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,10 @@ class RunRequest:
     task: str | None = field(
         None, "Task of the run; needed only if its code lives outside genai_jax."
     )
-    mixers: str | None = field(
+    code: str | None = field(
         None,
-        "Comma-separated mixers of the run's pattern whose code lives outside genai_jax.",
+        "Comma-separated names, as my_package.my_module:Name, of the code outside genai_jax that "
+        "the run uses besides its task.",
     )
     checkpoint_step: str | None = field(
         None,
@@ -109,6 +110,6 @@ def distinguishing(request: SampleRequest, step: int) -> str:
 def origin_of(request: RunRequest, step: int) -> Origin:
     """What the files of samples record about the request that they answer."""
     values = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-    left_out = ("workdir", "output", "checkpoint_step", "task", "mixers")
+    left_out = ("workdir", "output", "checkpoint_step", "task", "code")
     settings = {n: x for n, x in values.items() if x is not None and n not in left_out}
     return Origin(step, settings, distinguishing(request, step))

@@ -18,7 +18,6 @@ import numpy as np
 
 from genai_jax.components import (
     make_task,
-    outside_code,
     parse_request,
     request_class,
     tells_how_to_move,
@@ -40,7 +39,7 @@ from genai_jax.training.quiet import without_orbax_messages
 from genai_jax.training.restore import Restored, restore_model
 from genai_jax.training.sharding import batch_shardings, mesh_context
 
-CHOOSES_MODEL = ("workdir", "task", "mixers", "checkpoint_step", "ema", "member")
+CHOOSES_MODEL = ("workdir", "task", "code", "checkpoint_step", "ema", "member")
 
 
 class Run:
@@ -331,7 +330,7 @@ def load(
     *,
     member: int = 0,
     task: str | None = None,
-    mixers: str | Sequence[str] | None = None,
+    code: str | Sequence[str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Run:
     """Opens a trained run and restores its model onto this machine's devices.
@@ -345,7 +344,7 @@ def load(
       member: index of the run within a population.
       task: task of the run; needed only if its code lives outside genai_jax, which a workdir never
         decides to execute.
-      mixers: the same for mixers.
+      code: the same for its other code, "my_package.my_module:Name" or a list of such names.
       flags: where the run's data is now, if it moved: {"data.dataset": "text:new/place"}.
 
     Raises:
@@ -353,7 +352,7 @@ def load(
     """
     chosen = {
         "workdir": os.fspath(workdir), "checkpoint_step": step, "ema": ema, "member": member,
-        "task": task, "mixers": mixers, **(flags or {}),
+        "task": task, "code": code, **(flags or {}),
     }  # fmt: skip
     request, config = parse_request(as_flags(chosen), "evaluate_request")
     run = Run(config, request.run, moved(request))
@@ -383,5 +382,4 @@ def train(
     config = run_flags(flags, os.fspath(workdir))
     with without_orbax_messages():
         train_here(config)
-    task, mixers = outside_code(config)
-    return load(config.run.workdir, task=task, mixers=mixers)
+    return load(config.run.workdir)

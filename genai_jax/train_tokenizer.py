@@ -12,6 +12,7 @@ from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
 from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, load_tokenizer
 from genai_jax.files import write_text, writing_to
+from genai_jax.outside import allow
 from genai_jax.sampled import prepare_output
 
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         print(config_lib.help_text(__doc__, COMPONENTS))
         return 0
     config, _ = config_lib.parse(argv, COMPONENTS)
+    allow(config.outside())
     output = config.run.output
     if not output.endswith(".json"):
         raise config_lib.ConfigError(f"--output={output} does not end in .json")

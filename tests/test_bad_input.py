@@ -53,7 +53,7 @@ def base(text_folder, tmp_path):
         (["--transformer.num_layer=3"], "transformer.num_layer"),
         (["--transformer.num_layers=three"], "three"),
         (["--transformer.num_layers=0"], "num_layers"),
-        (["--optimizer.name=adamx"], "adamw|sgd|lion|adafactor|muon"),
+        (["--optimizer.name=adamx"], "adamw, sgd, lion, adafactor, muon (did you mean adamw?)"),
         (["--task=poetry"], "language_model"),
         (["stray"], "'stray' is not a flag"),
         (["--transformer.embed_dim=30", "--transformer.num_heads=4"], "30 is not divisible by"),

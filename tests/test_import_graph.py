@@ -16,6 +16,7 @@ LAYERS = (
     ("genai_jax.config", 1),
     ("genai_jax.errors", 1),
     ("genai_jax.files", 1),
+    ("genai_jax.outside", 1),
     ("genai_jax.flagfiles", 1),
     ("genai_jax.tasks.protocol", 1),  # contracts, without any family
     ("genai_jax.tasks.registry", 1),
@@ -31,6 +32,7 @@ LAYERS = (
     ("genai_jax.losses", 3),
     ("genai_jax.training", 4),
     ("genai_jax.components", 5),
+    ("genai_jax.outside_flags", 5),
     ("genai_jax.keyword_flags", 6),
     ("genai_jax.other_data", 6),
     ("genai_jax.scaling", 6),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from genai_jax import evaluate, sample
+from genai_jax import evaluate, outside, sample
 from genai_jax.components import parse_run, read_config
 from genai_jax.config import ConfigError
 from genai_jax.tasks.registry import TASKS, task_class, task_name
@@ -66,7 +66,8 @@ def test_the_guide_is_a_whole_family_in_under_120_lines(folder):
     assert "1 passed" in (folder / "output_3").read_text()
 
 
-def test_a_workdir_alone_never_decides_which_code_is_run(folder):
+def test_a_workdir_alone_never_decides_which_code_is_run(folder, monkeypatch):
+    monkeypatch.setattr(outside, "_allowed", set())
     workdir = f"--workdir={folder / 'run'}"
     for command in (sample, evaluate):
         for flags in ((workdir,), (workdir, "--task=x:Y")):
@@ -96,7 +97,7 @@ def test_a_study_of_an_outside_family(folder):
     [
         ("poetry", "not one of language_model, .*my_package.my_module:MyTask"),
         ("no_such_package.module:Task", "cannot import no_such_package.module: ModuleNotFound"),
-        ("tests.outside_tasks:Missing", "has no class Missing"),
+        ("tests.outside_tasks:Missing", "has no Missing"),
         ("tests.outside_tasks:Incomplete", "lacks phases, example_metrics, which every task has"),
         ("tests.outside_tasks_broken:Task", "cannot import .*: ZeroDivisionError: division by"),
     ],
@@ -112,12 +113,13 @@ def test_names_and_classes_belong_together():
         assert task_name(task_class(name)) == name
 
 
-def test_a_mixer_from_outside_is_named_too(tmp_path):
-    config = parse_run(["--transformer.pattern=no_such_package.module:Mixer"])
+def test_a_mixer_from_outside_is_named_too(tmp_path, monkeypatch):
+    mixer = "tests.networks.sequence.recurrence:LinearRecurrence"
+    config = parse_run([f"--transformer.pattern={mixer}"])
     (tmp_path / "flags.txt").write_text(config.to_flags())
-    with pytest.raises(ConfigError, match=r"--mixers=no_such_package\.module:Mixer"):
+    monkeypatch.setattr(outside, "_allowed", set())
+    with pytest.raises(ConfigError, match=f"--code={mixer}"):
         read_config(str(tmp_path))
-    allowed = read_config(str(tmp_path), allowed=["no_such_package.module:Mixer"])
-    assert allowed.transformer == config.transformer
-    assert not [name for name in sys.modules if name.startswith("no_such_package")]
+    outside.allow([mixer])
+    assert read_config(str(tmp_path)).transformer == config.transformer
     assert os.listdir(tmp_path) == ["flags.txt"]

@@ -1,43 +1,83 @@
-"""Adversarial losses of critic and generator, and their weight relative to another loss."""
+"""Adversarial losses of critic and generator, and their weight relative to another loss.
+
+`real` are verdicts on data, of any shape, and `fake` those on generated examples; higher means more
+real. Losses are scalars.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-LOSSES = ("non_saturating", "hinge", "least_squares", "wasserstein", "relativistic")
-# The verdict of an undecided critic, for losses in which a single verdict has a meaning.
-UNDECIDED = {"non_saturating": 0.0, "hinge": 0.0, "least_squares": 0.5}
+from genai_jax.config import ConfigError
+from genai_jax.outside import load_outside
 
 
-def critic_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The loss of the critic, a scalar.
+class AdversarialLoss(NamedTuple):
+    """What both players of an adversarial game minimize.
 
-    Args:
-      kind: one of LOSSES: Goodfellow et al. 2014; Lim and Ye 2017; Mao et al. 2017 with targets 0
-        and 1; Arjovsky et al. 2017; Jolicoeur-Martineau 2019 with paired real and fake verdicts.
-      real: verdicts on data, of any shape.
-      fake: verdicts on generated examples; for "relativistic", in the shape of `real`.
+    Attributes:
+      critic: (real, fake) -> the loss of the critic.
+      generator: (real, fake) -> the loss of the generator; real is None unless `paired`.
+      undecided: the verdict of an undecided critic; None if a single verdict has no meaning.
+      paired: whether the generator's loss uses the verdicts on data.
     """
-    if kind == "non_saturating":
-        return jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))
-    if kind == "hinge":
-        return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
-    if kind == "least_squares":
-        return (jnp.mean(jnp.square(real - 1)) + jnp.mean(jnp.square(fake))) / 2
-    if kind == "wasserstein":
-        return jnp.mean(fake) - jnp.mean(real)
-    return jnp.mean(jax.nn.softplus(fake - real))
+
+    critic: Callable[[jax.Array, jax.Array], jax.Array]
+    generator: Callable[[jax.Array, jax.Array], jax.Array]
+    undecided: float | None = None
+    paired: bool = False
 
 
-def generator_loss(kind: str, real: jax.Array | None, fake: jax.Array) -> jax.Array:
-    """The loss of the generator, a scalar; only "relativistic" uses the verdicts on data."""
-    if kind == "non_saturating":
-        return jnp.mean(jax.nn.softplus(-fake))
-    if kind == "least_squares":
-        return jnp.mean(jnp.square(fake - 1)) / 2
-    if kind == "relativistic":
-        return jnp.mean(jax.nn.softplus(real - fake))
-    return -jnp.mean(fake)
+LOSSES = {
+    # Goodfellow et al. 2014
+    "non_saturating": AdversarialLoss(
+        lambda real, fake: jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake)),
+        lambda real, fake: jnp.mean(jax.nn.softplus(-fake)),
+        undecided=0.0,
+    ),
+    # Lim and Ye 2017
+    "hinge": AdversarialLoss(
+        lambda real, fake: jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake)),
+        lambda real, fake: -jnp.mean(fake),
+        undecided=0.0,
+    ),
+    # Mao et al. 2017, with targets 0 and 1
+    "least_squares": AdversarialLoss(
+        lambda real, fake: (jnp.mean(jnp.square(real - 1)) + jnp.mean(jnp.square(fake))) / 2,
+        lambda real, fake: jnp.mean(jnp.square(fake - 1)) / 2,
+        undecided=0.5,
+    ),
+    # Arjovsky et al. 2017
+    "wasserstein": AdversarialLoss(
+        lambda real, fake: jnp.mean(fake) - jnp.mean(real),
+        lambda real, fake: -jnp.mean(fake),
+    ),
+    # Jolicoeur-Martineau 2019, with paired verdicts on data and on generated examples
+    "relativistic": AdversarialLoss(
+        lambda real, fake: jnp.mean(jax.nn.softplus(fake - real)),
+        lambda real, fake: jnp.mean(jax.nn.softplus(real - fake)),
+        paired=True,
+    ),
+}
+
+
+def adversarial_loss(name: str) -> AdversarialLoss:
+    """The loss of this name: one of LOSSES, or "my_package.my_module:MY_LOSS".
+
+    Raises:
+      ConfigError: what is named is not an `AdversarialLoss`.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    loss = load_outside("--gan.loss", name)
+    if not isinstance(loss, AdversarialLoss):
+        raise ConfigError(
+            f"--gan.loss={name} is not a genai_jax.losses.adversarial.AdversarialLoss"
+        )
+    return loss
 
 
 def adaptive_weight(reconstruction_gradient, adversarial_gradient) -> jax.Array:

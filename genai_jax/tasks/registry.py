@@ -2,9 +2,9 @@
 
 import difflib
 import importlib
-import re
 
 from genai_jax.config import ConfigError
+from genai_jax.outside import is_outside, load_outside
 
 TASKS = {
     "language_model": "genai_jax.tasks.language.causal:LanguageModel",
@@ -19,12 +19,6 @@ TASKS = {
     "rbm": "genai_jax.tasks.energy.rbm:Rbm",
 }
 REQUIRED = ("components", "init", "phases", "example_metrics")  # of `protocol.Task`
-OUTSIDE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-def is_outside(name: str) -> bool:
-    """Whether a task is named by the path of its class instead of by a key of `TASKS`."""
-    return ":" in name
 
 
 def task_class(name: str) -> type:
@@ -34,17 +28,19 @@ def task_class(name: str) -> type:
       ConfigError: an unknown name, a module that cannot be imported, or a class that lacks a
         required attribute.
     """
-    if name not in TASKS and not OUTSIDE.fullmatch(name):
+    if name not in TASKS and not is_outside(name):
         near = difflib.get_close_matches(name, TASKS, n=1)
         raise ConfigError(
             f"--task={name} is not one of {', '.join(TASKS)}"
             f"{f' (did you mean {near[0]}?)' if near else ''}; name a task of your own by its "
             "class, as in --task=my_package.my_module:MyTask"
         )
-    module_name, class_name = TASKS.get(name, name).split(":")
     if name in TASKS:
+        module_name, class_name = TASKS[name].split(":")
         return getattr(importlib.import_module(module_name), class_name)
-    cls = import_outside(f"--task={name}", module_name, class_name)
+    cls = load_outside("--task", name)
+    if not isinstance(cls, type):
+        raise ConfigError(f"--task={name} is not a class")
     missing = [m for m in REQUIRED if not _provides(cls, m)]
     if missing:
         raise ConfigError(f"--task={name} lacks {', '.join(missing)}, which every task has")
@@ -59,31 +55,6 @@ def task_name(cls: type) -> str:
     """The name of a class in ``--task``."""
     where = f"{cls.__module__}:{cls.__qualname__}"
     return next((name for name, place in TASKS.items() if place == where), where)
-
-
-def import_outside(flag: str, module_name: str, class_name: str) -> type:
-    """A class from outside this project.
-
-    Raises:
-      ConfigError: it cannot be imported; `flag` is what named it.
-    """
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"{flag}: cannot import {module_name}: {type(error).__name__}: {error}{_hint(error)}"
-        ) from error
-    cls = getattr(module, class_name, None)
-    if not isinstance(cls, type):
-        raise ConfigError(f"{flag}: {module_name} has no class {class_name}")
-    return cls
-
-
-def _hint(error: Exception) -> str:
-    if not isinstance(error, ModuleNotFoundError):
-        return ""
-    package = (error.name or "").split(".")[0]
-    return f"; run this in the folder that holds {package}, or add that folder to PYTHONPATH"
 
 
 def _provides(cls: type, name: str) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.outside import load_outside, outside_name
 from genai_jax.training.parametrization import learning_rate_factor
 from genai_jax.training.sharding import logical_axes
 
@@ -25,6 +26,7 @@ class OptimizerConfig:
         "Optimizer. muon: for hidden matrices, with Nesterov Adam for the rest; adafactor: factors "
         "the second moment of arrays with two sides of at least 128.",
         choices=OPTIMIZERS,
+        outside=outside_name,
     )
     learning_rate: float = field(1e-3, "Peak learning rate.", minimum=0)
     schedule: str = field(
@@ -159,6 +161,8 @@ def make_optimizer(
     else:
         if name == "sgd":
             rule = optax.sgd(schedule, momentum=config.momentum or None)
+        elif name not in OPTIMIZERS:
+            return _clipped(config, _own_optimizer(config, schedule, growth))
         elif name == "adafactor":
             # optax does not scale this decay by the learning rate; ours is scaled, as elsewhere.
             rule = optax.adafactor(schedule, multiply_by_parameter_scale=False)
@@ -166,8 +170,29 @@ def make_optimizer(
             # optax's own decay would skip what Muon leaves to Adam, and include scales there.
             rule = _muon(config, schedule, axes_of)
         core = optax.chain(rule, *by_width, _decay_at_rate(schedule, decay, decayed))
-    if config.clip_norm:
-        core = optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+    return _clipped(config, core)
+
+
+def _clipped(config: OptimizerConfig, core: optax.GradientTransformation):
+    if not config.clip_norm:
+        return core
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+
+
+def _own_optimizer(config, schedule, growth) -> optax.GradientTransformation:
+    """One from outside this project, (schedule, config) -> transformation.
+
+    It applies the schedule and the weight decay itself.
+    """
+    named = f"--optimizer.name={config.name}"
+    if growth:
+        raise ConfigError(
+            f"{named}: only {', '.join(OPTIMIZERS)} scale learning rates by width, as "
+            "maximal-update parametrization does"
+        )
+    core = load_outside("--optimizer.name", config.name)(schedule, config)
+    if not isinstance(core, optax.GradientTransformation):
+        raise ConfigError(f"{named} returns a {type(core).__name__}, not an optax transformation")
     return core
 
 

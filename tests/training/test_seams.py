@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from genai_jax import evaluate, sample, train
 from genai_jax.components import make_task, parse_run, read_config
 from genai_jax.config import ConfigError
+from genai_jax.outside import allow
 from genai_jax.tasks.protocol import LossOutput, Phase
 from genai_jax.training import checkpoint
 from genai_jax.training.frozen import FrozenStore, shapes_of
@@ -44,7 +45,8 @@ def params_of(workdir: pathlib.Path) -> dict:
         for line in (workdir / "flags.txt").read_text().splitlines()
         if line.startswith("--task=")
     )
-    config = read_config(str(workdir), allowed=[task])
+    allow([task])
+    config = read_config(str(workdir))
     return jax.device_get(restore_model(make_task(config), config).params)
 
 
@@ -115,7 +117,8 @@ def test_a_run_begins_as_another_one_ended_in_its_averages_too(base, tmp_path):
 
 
 def _opened(workdir):
-    config = read_config(str(workdir), allowed=["tests.toy_tasks:Linear"])
+    allow(["tests.toy_tasks:Linear"])
+    config = read_config(str(workdir))
     return make_task(config), config
 
 

@@ -7,41 +7,45 @@ import numpy as np
 
 
 class MemoryImages:
-    """Images with one label and a caption each; see `genai_jax.data.images.sources.ImageSource`.
+    """Images with a label and a caption each; see `genai_jax.data.images.sources.ImageSource`.
 
     Args:
       name: the data set and the split.
       images: uint8 [examples, height, width, channels].
-      labels: int32 [examples, 1].
+      labels: int32 [examples, 1]; None without labels.
       classes: names of the labels.
-      captions: of each example.
+      captions: of each example; None without captions.
       levels: values of the images are 0 .. levels - 1.
+      can_flip: whether labels and captions still hold for a mirror image.
     """
-
-    has_captions = True
-    can_flip = False
 
     def __init__(
         self,
         name: str,
         images: np.ndarray,
-        labels: np.ndarray,
+        labels: np.ndarray | None,
         *,
         classes: Sequence[str],
-        captions: Sequence[str],
+        captions: Sequence[str] | None,
         levels: int,
+        can_flip: bool = False,
     ):
         self.name, self.images, self.labels = name, images, labels
-        self.shape, self.levels = images.shape[1:], levels
-        self.label_names = (tuple(classes),)
-        self._captions = captions
+        self.shape, self.levels, self.can_flip = images.shape[1:], levels, can_flip
+        self.label_names = () if labels is None else (tuple(classes),)
+        self.has_captions, self._captions = captions is not None, captions
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        caption = self._captions[index]
-        return {"image": self.images[index], "labels": self.labels[index], "caption": caption}
+        example = {"image": self.images[index]}
+        if self.labels is not None:
+            example["labels"] = self.labels[index]
+        if self.has_captions:
+            example["caption"] = self._captions[index]
+        return example
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return hashlib.sha256(self.images.tobytes() + labels).hexdigest()

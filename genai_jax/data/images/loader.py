@@ -11,8 +11,8 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.data.images.sources import OWN, Example, ImageSource, open_images
+from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
-from genai_jax.data.text.sources import SPLITS
 from genai_jax.data.text.tokenization import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ class ImageDataConfig:
     dataset: str = field(
         "digits",
         "Data set: digits, mnist, emoji, shapes, moving_shapes, waves, images:PATH (a folder of "
-        "pictures), hf:PATH (Arrow or Parquet files), webdataset:PATH (tar files), or the name of "
-        "a TFDS data set.",
+        "pictures), hf:PATH (Arrow or Parquet files), webdataset:PATH (tar files), the name of a "
+        "TFDS data set, or a function of your own, as my_package.my_module:my_images.",
         path=True,
+        outside=own_data,
     )
     batch_size: int = field(128, "Examples per step, over all devices.", minimum=1)
     image_size: int | None = field(
@@ -139,7 +140,9 @@ class ImageLoader:
     def gather(self, source: ImageSource, indices: Sequence[int]) -> Batch:
         """The examples at these indices as one batch."""
         if hasattr(source, "images") and not self.config.captions:  # held in memory
-            batch = {"image": source.images[indices], "labels": source.labels[indices]}
+            batch = {"image": source.images[indices]}
+            if source.labels is not None:
+                batch["labels"] = source.labels[indices]
         else:
             examples = self._examples(source, indices)
             batch = {"image": np.stack([e["image"] for e in examples])}
@@ -215,7 +218,8 @@ class ImageLoader:
             "levels": self.levels,
             "label_sizes": list(self.label_sizes),
         }
-        if self.label_names and self.config.dataset.partition(":")[0] in OWN:
+        name = self.config.dataset
+        if self.label_names and (name.partition(":")[0] in OWN or own_data(name)):
             facts["label_names"] = [list(names) for names in self.label_names]
         if self.config.captions:
             facts["tokenizer"] = self.tokenizer.spec

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits, emoji, mnist, shapes, waves
-from genai_jax.data.text.sources import SPLITS
+from genai_jax.data.own_code import SPLITS, own_data
 
 # image: uint8 [*space, channels]; labels: int32 [attributes]; caption: str
 Example = dict[str, Any]
@@ -73,6 +73,10 @@ def open_images(config, split: str) -> ImageSource:
         from genai_jax.data.images import own_pictures
 
         source = own_pictures.open_own(config, split)
+    elif own_data(name):
+        from genai_jax.data.images import own_arrays
+
+        source = own_arrays.open_own_arrays(config, split)
     else:
         near = difflib.get_close_matches(name, [*BUILT_IN, *OWN], n=1)
         if near and near[0] in OWN:

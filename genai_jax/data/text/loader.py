@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genai_jax.config import ConfigError, field
+from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.packing import Batch, Packer, padding
 from genai_jax.data.text.passages import Passages
 from genai_jax.data.text.sources import (
-    SPLITS,
     Source,
     encode_document,
     open_source,
@@ -33,9 +33,11 @@ class DataConfig:
     dataset: str = field(
         "python_docs",
         "Data set: the name of a TFDS data set, text:PATH, python_docs, python_source, "
-        "package_docs, package_source, digit_pixels, or arithmetic: addition:DIGITS, "
-        "modular_addition:P, modular_division:P.",
+        "package_docs, package_source, digit_pixels, arithmetic (addition:DIGITS, "
+        "modular_addition:P, modular_division:P), or a function of your own, as "
+        "my_package.my_module:my_documents.",
         path=True,
+        outside=own_data,
     )
     batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
     sequence_length: int = field(256, "Tokens per sequence.", minimum=1)

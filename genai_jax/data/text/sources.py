@@ -10,15 +10,16 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images import digits
+from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.text import arithmetic, packages, stdlib
 from genai_jax.data.text import files as text_files
+from genai_jax.data.text.own_documents import own_documents
 from genai_jax.errors import NothingHeldOut, printable
 
-SPLITS = ("train", "validation")
 EMBEDDED = {
     "python_docs": stdlib.docs,
     "python_source": stdlib.source,
@@ -71,6 +72,24 @@ class MemorySource:
         return digest.hexdigest()
 
 
+class LazySource:
+    """Documents that an object outside this project reads one at a time."""
+
+    size_bytes = None
+
+    def __init__(self, name: str, documents: Any):
+        self.name, self._documents = name, documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> str:
+        return self._documents[index]
+
+    def fingerprint(self) -> str:
+        return str(self._documents.fingerprint())
+
+
 def open_source(config, split: str, opened: dict | None = None) -> Source:
     """Opens one split of ``config.dataset``.
 
@@ -98,17 +117,23 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
         return tfds_source.open_tfds(config, split, built_in=built_in)
     splits = {} if opened is None else opened
     if not splits:
-        splits |= _split(_documents(config), config.validation_percent)
-    if not splits[split]:
+        documents = _documents(config)
+        if not isinstance(documents, dict):
+            documents = _split(documents, config.validation_percent)
+        splits |= documents
+    if not len(splits[split]):
         problem = f"{printable(name)} contains only one document, so none is left for"
         error = NothingHeldOut if split == "validation" else ConfigError
         raise error(f"{problem} {split}: {_advice(name)}")
-    return MemorySource(f"{name}[{split}]", splits[split])
+    documents = splits[split]
+    if isinstance(documents, list | tuple):
+        return MemorySource(f"{name}[{split}]", documents)
+    return LazySource(f"{name}[{split}]", documents)
 
 
 def unused_flags(name: str) -> tuple[str, ...]:
     """The flags about reading a data set that the one called `name` does not use."""
-    if not _is_built_in(name):
+    if not _is_built_in(name) or own_data(name):
         return ()
     path = name.removeprefix("text:") if name.startswith("text:") else None
     # If the path is missing, that is what the user has to hear.
@@ -126,12 +151,15 @@ def _refuse_unused(config):
 
 
 def _is_built_in(name: str) -> bool:
-    return name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
+    known = name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
+    return known or bool(own_data(name))
 
 
-def _documents(config) -> list[str]:
-    """All documents of a data set that is held in memory."""
+def _documents(config) -> Sequence[str] | dict[str, Any]:
+    """All documents of a data set, or those of each split."""
     name = config.dataset
+    if own_data(name):
+        return own_documents(config)
     if name in EMBEDDED:
         return _embedded(name)
     if name.startswith("text:"):

@@ -15,13 +15,14 @@ from genai_jax.config import field
 from genai_jax.networks.adversarial.growth import channels_at, heights_of
 from genai_jax.networks.layers.convolution import Conv, downsample
 from genai_jax.networks.layers.dense import Dense
+from genai_jax.outside import outside_name
 
 NETWORKS = ("dcgan", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
 class CriticConfig:
-    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS)
+    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS, outside=outside_name)
     base_height: int = field(4, "Height of the last block's output.", minimum=1)
     channels: int = field(32, "Channels at full size; they double at each halving.", minimum=4)
     max_channels: int = field(512, "Largest number of channels at any size.", minimum=4)

@@ -16,13 +16,14 @@ from genai_jax.config import field
 from genai_jax.networks.adversarial.growth import channels_at, heights_of
 from genai_jax.networks.layers.convolution import Conv, GroupNorm, convolve, upsample
 from genai_jax.networks.layers.dense import Dense, add_bias
+from genai_jax.outside import outside_name
 
 NETWORKS = ("dcgan", "residual", "style")
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS)
+    network: str = field("dcgan", "Kind of blocks.", choices=NETWORKS, outside=outside_name)
     latent_dim: int = field(64, "Number of Gaussian latent variables.", minimum=1)
     base_height: int = field(4, "Height of the first block; the others double it.", minimum=1)
     channels: int = field(32, "Channels at full size; they double at each halving.", minimum=4)

@@ -5,7 +5,7 @@ import math
 
 from genai_jax.config import field
 from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
-from genai_jax.networks.sequence.mixers import check_pattern, split_pattern
+from genai_jax.networks.sequence.mixers import check_pattern, outside_mixers, split_pattern
 from genai_jax.networks.sequence.stack import REMAT
 
 PARAMETRIZATIONS = ("standard", "maximal_update")
@@ -90,6 +90,7 @@ class TransformerConfig:
         None,
         "Comma-separated mixers of consecutive blocks, repeated over all blocks: attention, or "
         "module:Class for a mixer of your own; attention if unset.",
+        outside=outside_mixers,
     )
 
     def __post_init__(self):

@@ -7,6 +7,7 @@ discriminator that trains in a separate phase (Esser et al. 2021; Rombach et al.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -16,7 +17,7 @@ import optax
 
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.losses.adversarial import adaptive_weight, critic_loss
+from genai_jax.losses.adversarial import LOSSES, adaptive_weight
 from genai_jax.networks.adversarial import patch_discriminator
 from genai_jax.networks.adversarial.patch_discriminator import (
     DiscriminatorConfig,
@@ -26,6 +27,7 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
+from genai_jax.outside import load_outside, outside_name
 from genai_jax.requests import ArrayRequest, ExactEvaluateRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
@@ -36,11 +38,16 @@ from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Tran
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import make_optimizer
 
+RECONSTRUCTION = {"l1": "l1", "l2": "mse"}  # value of the flag -> name of the metric
+
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderLossConfig:
     reconstruction: str = field(
-        "l1", "Reconstruction error: absolute (l1) or squared (l2).", choices=("l1", "l2")
+        "l1",
+        "Reconstruction error: absolute (l1) or squared (l2).",
+        choices=tuple(RECONSTRUCTION),
+        outside=outside_name,
     )
     kl_weight: float = field(
         1e-6, "Weight of the KL divergence per image value, for kl latents.", minimum=0
@@ -104,6 +111,19 @@ class Autoencoder(Task):
         self.discriminator = PatchDiscriminator(config.discriminator, self.dtype)
         workdir = self.weights.perceptual
         self.perceptual = Perceptual(workdir, self.data) if workdir else None
+        self.own_error = self._own_error()
+
+    def _own_error(self) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+        """Images and reconstructions in [-1, 1] -> the error of each, [batch], of outside code."""
+        flag, name = "--autoencoder_loss.reconstruction", self.weights.reconstruction
+        if name in RECONSTRUCTION:
+            return None
+        error = load_outside(flag, name)
+        images = jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32)
+        shape = getattr(jax.eval_shape(error, images, images), "shape", None)
+        if shape != (1,):
+            raise ConfigError(f"{flag}={name} returns {shape}, not an error for each image, (1,)")
+        return error
 
     def _check(self):
         config, weights, kind = self.config, self.weights, self.config.autoencoder.latent
@@ -196,6 +216,8 @@ class Autoencoder(Task):
         """The terms of the loss, and common measures of reconstruction error, each [batch]."""
         over = tuple(range(1, x.ndim))
         terms = {"l1": jnp.mean(jnp.abs(x - y), over), "mse": jnp.mean(jnp.square(x - y), over)}
+        if self.own_error:
+            terms["own"] = self.own_error(x, y)
         if self.config.autoencoder.latent == "kl":
             terms["kl"] = bottleneck.kl
         elif self.config.autoencoder.latent != "fsq":
@@ -215,7 +237,7 @@ class Autoencoder(Task):
 
     def _reconstruction_loss(self, terms: dict) -> jax.Array:
         """The part of the loss that depends on the reconstruction, [batch]."""
-        loss = terms["l1" if self.weights.reconstruction == "l1" else "mse"]
+        loss = terms[RECONSTRUCTION.get(self.weights.reconstruction, "own")]
         if "perceptual" in terms:
             loss += self.weights.perceptual_weight * terms["perceptual"]
         return loss
@@ -250,7 +272,7 @@ class Autoencoder(Task):
         y = self.codec.output(group, self.codec.hidden(group, bottleneck.latents))
         real, fake = self._verdict(params, x), self._verdict(params, y)
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
-        loss = self._active(info.step) * critic_loss("hinge", real, fake) / 2
+        loss = self._active(info.step) * LOSSES["hinge"].critic(real, fake) / 2
         return LossOutput(loss, metrics, mutables)
 
     # Metrics and samples.

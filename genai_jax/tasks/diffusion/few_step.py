@@ -11,10 +11,12 @@ from genai_jax.components import recorded_task
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.diffusion import few_step, guidance
 from genai_jax.networks.image.conditioning import Condition
+from genai_jax.outside import snake_case
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.other_runs import best_average, open_fitting
-from genai_jax.tasks.diffusion.model import DenoisingModel
+from genai_jax.tasks.diffusion.model import OBJECTIVES, DenoisingModel
+from genai_jax.tasks.diffusion.network import NETWORKS
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest
 from genai_jax.tasks.diffusion.sampling import SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
@@ -107,10 +109,11 @@ class FewStep(Task):
                 f"--data.batch_size={self.config.data.batch_size} is less than one example: "
                 "use a larger fraction, a larger batch, or 0"
             )
-        if diffusion.schedule == "learned" or diffusion.objective == "bound":
+        objective = diffusion.objective
+        if diffusion.schedule == "learned" or objective == "bound" or objective not in OBJECTIVES:
             raise ConfigError(
-                f"--few_step.method={method} does not support "
-                "--diffusion.schedule=learned or --diffusion.objective=bound"
+                f"--few_step.method={method} does not support --diffusion.schedule="
+                f"{diffusion.schedule} with --diffusion.objective={objective}"
             )
         if method == "progressive" and diffusion.num_times % self.config.few_step.steps:
             raise ConfigError(
@@ -134,8 +137,9 @@ class FewStep(Task):
                     f"--diffusion.{name}={getattr(mine, name)}, but the teacher in {workdir} has "
                     f"{getattr(theirs, name)}"
                 )
-        if getattr(config, mine.network) != self.model.network_shape:
-            raise ConfigError(f"--{mine.network}.* differs from the teacher in {workdir}")
+        shape = mine.network if mine.network in NETWORKS else snake_case(mine.network)
+        if getattr(config, shape, None) != getattr(self.config, shape, None):
+            raise ConfigError(f"--{shape}.* differs from the teacher in {workdir}")
         return config
 
     # Parameters and loss.

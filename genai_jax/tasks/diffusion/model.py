@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genai_jax.config import Config, ConfigError, field, name_flags
+from genai_jax.config import Config, ConfigError, field, refuse_set
 from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion import times, weighting
 from genai_jax.diffusion.parameterization import (
@@ -17,19 +17,15 @@ from genai_jax.diffusion.parameterization import (
     input_scale,
 )
 from genai_jax.networks.flops import count_flops
-from genai_jax.networks.image import dit, unet
 from genai_jax.networks.image.conditioning import Condition
-from genai_jax.networks.image.dit import Dit, DitConfig
-from genai_jax.networks.image.unet import Unet, UnetConfig
 from genai_jax.networks.parallel.axes import SEQUENCE
+from genai_jax.outside import load_outside, outside_name
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.latents import Latents
+from genai_jax.tasks.diffusion.network import NETWORKS, check_network, denoising_network
+from genai_jax.tasks.outside_network import with_fields
 from genai_jax.tasks.protocol import Batch, Params, Transfer
 
-NETWORKS = {
-    "unet": (Unet, UnetConfig, unet.PARTITION_RULES),
-    "dit": (Dit, DitConfig, dit.PARTITION_RULES),
-}
 OBJECTIVES = ("denoising", "bound", "flow_matching")
 BOUNDED = ("cosine", "sigmoid", "learned")
 CONDITIONS = ("none", "class", "text")
@@ -37,8 +33,12 @@ CONDITIONS = ("none", "class", "text")
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    network: str = field("unet", "Denoising network.", choices=tuple(NETWORKS))
-    objective: str = field("denoising", "Training objective.", choices=OBJECTIVES)
+    network: str = field(
+        "unet", "Denoising network.", choices=tuple(NETWORKS), outside=outside_name
+    )
+    objective: str = field(
+        "denoising", "Training objective.", choices=OBJECTIVES, outside=outside_name
+    )
     schedule: str = field("cosine", "Noise schedule.", choices=(*schedules.SCHEDULES, "learned"))
     zero_terminal_snr: bool = field(
         False, "Rescale the schedule to zero terminal SNR (no signal at t = 1)."
@@ -117,32 +117,18 @@ class DenoisingModel:
                 f"--diffusion.condition={chosen.condition} does not fit --data.captions="
                 f"{str(config.data.captions).lower()}: text, and only text, needs captions"
             )
-        labels = data.conditional_labels(chosen.condition, "--diffusion.condition")
         self.latents = Latents(chosen.autoencoder, data) if chosen.autoencoder else None
         self.sample_shape = self.latents.shape if self.latents else data.shape
-        network, _, rules = NETWORKS[chosen.network]
+        self.network, rules = denoising_network(
+            config, data, self.sample_shape, uses_step_size=uses_step_size
+        )
         # Groups that are never trained, and the small schedule, are replicated.
         self.partition_rules = (
             *((f"^(model|teacher)/.*{pattern}$", axes) for pattern, axes in rules),
             ("^(schedule|autoencoder|latents)/", (...,)),
         )
-        self.network_shape = getattr(config, chosen.network)
-        self.network = network(
-            self.network_shape,
-            self.sample_shape[-1],
-            label_sizes=labels,
-            vocab_size=data.loader.vocab_size if chosen.condition == "text" else 0,
-            uses_step_size=uses_step_size,
-            backend=config.run.attention,
-            dtype=jnp.dtype(config.run.dtype),
-            **({"parallel": config.parallel} if chosen.network == "dit" else {}),
-        )
         self.activation_axes = (SEQUENCE,) if chosen.network == "dit" else ()
-        try:
-            jax.eval_shape(self._init_network, jax.random.key(0))
-        except ValueError as error:  # sizes that the network does not support
-            message = name_flags(str(error), chosen.network, type(self.network_shape))
-            raise ConfigError(f"--data.dataset={config.data.dataset}: {message}") from None
+        check_network(self.network, config, self._one_input())
 
     # Parameters.
 
@@ -157,9 +143,12 @@ class DenoisingModel:
         return params
 
     def _init_network(self, key: jax.Array):
+        return self.network.init(key, *self._one_input())["params"]
+
+    def _one_input(self) -> tuple:
         x, noise = jnp.zeros((1, *self.sample_shape)), jnp.zeros(1)
         step_size = jnp.zeros(1) if self.uses_step_size else None
-        return self.network.init(key, x, noise, self.null_condition(1), step_size)["params"]
+        return x, noise, self.null_condition(1), step_size
 
     def init_from(self) -> tuple[Transfer, ...]:
         return self.latents.init_from() if self.latents else ()
@@ -272,7 +261,7 @@ class DenoisingModel:
     def flops_per_step(self, rows: int) -> dict:
         """Three times the forward pass of the network: the backward pass costs twice as much."""
         x = jax.ShapeDtypeStruct((rows, *self.sample_shape), jnp.float32)
-        network = self.network.clone(backend="xla", dtype=jnp.float32)
+        network = with_fields(self.network, backend="xla", dtype=jnp.float32)
         condition = jax.eval_shape(lambda: self.null_condition(rows))
         noise = jax.ShapeDtypeStruct((rows,), jnp.float32)
         step_size = noise if self.uses_step_size else None
@@ -325,6 +314,10 @@ def check_flags(config: Config):
             f"--diffusion.parameterization=velocity, not {chosen.schedule} and "
             f"{chosen.parameterization}"
         )
+    if chosen.objective not in OBJECTIVES:
+        why = f"has no effect with --diffusion.objective={chosen.objective}"
+        refuse_set("diffusion", chosen, ["weighting"], why)
+        load_outside("--diffusion.objective", chosen.objective, ["__call__"])
     if chosen.schedule == "learned" and chosen.objective != "bound":
         raise ConfigError(
             "--diffusion.schedule=learned needs --diffusion.objective=bound: no other loss "

@@ -15,6 +15,7 @@ from genai_jax.diffusion import editing, guidance
 from genai_jax.diffusion.solvers import solve
 from genai_jax.diffusion.times import inverse_grid, time_grid
 from genai_jax.networks.image.conditioning import Condition
+from genai_jax.outside import snake_case
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
@@ -76,7 +77,7 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
 
 
 def _shown(sampled: SampledModel, images: np.ndarray, request, asked, strip=None) -> Arrays:
-    name = f"{sampled.config.diffusion.network}_seed{request.seed}"
+    name = f"{snake_case(sampled.config.diffusion.network)}_seed{request.seed}"
     return sampled.model.data.sampled(
         name, images, asked.labels, prompts=asked.prompts, strip=strip
     )

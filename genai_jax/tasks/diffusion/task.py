@@ -6,16 +6,17 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from genai_jax.config import Config
+from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.diffusion import bound, objective
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.networks.image.dit import DitConfig
 from genai_jax.networks.image.unet import UnetConfig
 from genai_jax.networks.parallel.axes import ParallelConfig
+from genai_jax.outside import load_outside
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
-from genai_jax.tasks.diffusion.model import DenoisingModel, DiffusionConfig
+from genai_jax.tasks.diffusion.model import OBJECTIVES, DenoisingModel, DiffusionConfig
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig
 from genai_jax.tasks.diffusion.sampling import SampledModel, sample_request
 from genai_jax.tasks.diffusion.scores import ScoreRequest, report
@@ -83,6 +84,8 @@ class Diffusion(Task):
             return total, {f"{n}_bits_per_dim": jnp.mean(v) for n, v in bits.items()}
         key, time_key = jax.random.split(key)
         t = model.times(time_key, x0.shape[0], schedule)
+        if config.objective not in OBJECTIVES:
+            return own_objective(config.objective, predict, schedule, x0, t, key), {}
         if config.objective == "flow_matching":
             return objective.flow_matching_loss(predict, schedule, x0, t, key), {}
         return objective.denoising_loss(
@@ -120,3 +123,13 @@ class Diffusion(Task):
 
     def flops_per_step(self) -> dict:
         return self.model.flops_per_step(self.config.data.batch_size)
+
+
+def own_objective(name: str, predict, schedule, x0, t, key) -> jax.Array:
+    """The loss of each image, [batch], by a function from outside this project."""
+    flag = "--diffusion.objective"
+    losses = load_outside(flag, name)(predict, schedule, x0, t, key)
+    if getattr(losses, "shape", None) != t.shape:
+        returned = getattr(losses, "shape", f"a {type(losses).__name__}")
+        raise ConfigError(f"{flag}={name} returns {returned}, not a loss for each image, {t.shape}")
+    return losses.astype(jnp.float32)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from genai_jax.config import field
-from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
+from genai_jax.losses.adversarial import LOSSES, adversarial_loss
 from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
+from genai_jax.outside import outside_name
 from genai_jax.tasks.protocol import LossOutput, Phase, StepInfo
 from genai_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -33,7 +34,9 @@ def _every(what: str):
 class GameConfig:
     """Rules of the game."""
 
-    loss: str = field("non_saturating", "Loss of both players.", choices=LOSSES)
+    loss: str = field(
+        "non_saturating", "Loss of both players.", choices=tuple(LOSSES), outside=outside_name
+    )
     updates: str = field(
         "alternating", "Order of updates: critic first, or both at once.", choices=UPDATES
     )
@@ -108,6 +111,7 @@ class Game:
 
     def __init__(self, config: GameConfig, players: Players):
         self.config, self.players = config, players
+        self.loss = adversarial_loss(config.loss)
 
     def init(self) -> dict:
         """Mutables of the game itself."""
@@ -180,7 +184,7 @@ class Game:
             )
             for i, z in enumerate((x, y))
         )
-        loss, verdicts = critic_loss(self.config.loss, real, fake), jnp.concatenate([real, fake])
+        loss, verdicts = self.loss.critic(real, fake), jnp.concatenate([real, fake])
         metrics = {"real": jnp.mean(real), "fake": jnp.mean(fake)}
         for name in CRITIC_PENALTIES:
             if getattr(self.config, name) and getattr(self.config, f"{name}_every") == 1:
@@ -211,10 +215,9 @@ class Game:
         styles, mutables = self.players.styles(params, mutables, batch, style_rng)
         fakes = self.players.synthesize(params, styles, info.step, noise_rng)
         judge = lambda x: self.players.judge(params, mutables, x, batch, info.step, judge_rng)
-        relativistic = self.config.loss == "relativistic"
-        real = judge(self.players.real(batch, info.step)) if relativistic else None
+        real = judge(self.players.real(batch, info.step)) if self.loss.paired else None
         fake = judge(fakes)
-        loss, metrics = generator_loss(self.config.loss, real, fake), {"fake": jnp.mean(fake)}
+        loss, metrics = self.loss.generator(real, fake), {"fake": jnp.mean(fake)}
         if self.config.path_length and self.config.path_length_every == 1:
             path = info._replace(rng=path_rng)
             metrics["path_penalty"], mutables = self._path(params, mutables, batch, path)

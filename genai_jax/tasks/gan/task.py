@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
-from genai_jax.losses.adversarial import UNDECIDED
+from genai_jax.losses.adversarial import LOSSES
 from genai_jax.metrics.energy_distance import energy_distance
-from genai_jax.networks.adversarial import critic, generator
-from genai_jax.networks.adversarial.critic import Critic, CriticConfig
-from genai_jax.networks.adversarial.generator import Generator, GeneratorConfig
+from genai_jax.networks.adversarial.critic import CriticConfig
+from genai_jax.networks.adversarial.generator import GeneratorConfig
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.layers.convolution import downsample, upsample
 from genai_jax.requests import EvaluateRequest
@@ -21,6 +20,7 @@ from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.gan.augmentation import AugmentationConfig, augment, steered
 from genai_jax.tasks.gan.game import Game, GameConfig, Players
 from genai_jax.tasks.gan.growing import smaller_run
+from genai_jax.tasks.gan.networks import PLAYERS, player, player_rules
 from genai_jax.tasks.gan.sampling import GanRequest, sample_images, sample_request
 from genai_jax.tasks.protocol import Mean, Params, Phase, Rows, Task, Transfer
 
@@ -67,10 +67,6 @@ class Gan(Task):
         "critic": CriticConfig,
         "augmentation": AugmentationConfig,
     }
-    partition_rules: ClassVar = (
-        *((f"^generator/.*{p}", axes) for p, axes in generator.PARTITION_RULES),
-        *((f"^critic/.*{p}", axes) for p, axes in critic.PARTITION_RULES),
-    )
     loss_unit = "the players' own; eval: energy distance"
     curves: ClassVar = {"verdicts": (("/real", "/fake"), "mean verdict of the critic")}
     sample_request = GanRequest
@@ -78,23 +74,21 @@ class Gan(Task):
 
     def __init__(self, config: Config):
         self.config, self.data = config, ArrayData(config)
-        self.dtype = jnp.dtype(config.run.dtype)
-        self._check()
-        self.label_sizes = self.data.conditional_labels(config.gan.condition, "--gan.condition")
-        shared = (self.data.shape, self.label_sizes, bool(config.gan.grow_from), self.dtype)
-        self.generator = Generator(config.generator, *shared)
-        self.critic = Critic(config.critic, *shared)
         players = Players(
             real=self._real, styles=self._styles, synthesize=self._synthesize, judge=self._judge,
             prepare=self._prepare, watch=self._watch,
         )  # fmt: skip
         self.game = Game(config.gan, players)
-        for name in ("generator", "critic"):
-            component = getattr(config, name)
-            try:
-                component.check_shape(self.data.shape, bool(config.gan.grow_from))
-            except ValueError as error:
-                raise ConfigError(name_flags(str(error), name, type(component))) from None
+        self._check()
+        self.label_sizes = self.data.conditional_labels(config.gan.condition, "--gan.condition")
+        self.generator, self.critic = (
+            player(name, config, self.data.shape, self.label_sizes) for name in PLAYERS
+        )
+        self.partition_rules = tuple(
+            (f"^{name}/.*{pattern}", axes)
+            for name in PLAYERS
+            for pattern, axes in player_rules(name, config, getattr(self, name))
+        )
 
     def _check(self):
         config, chosen = self.config, self.config.gan
@@ -111,10 +105,11 @@ class Gan(Task):
                 f"--augmentation.kinds={config.augmentation.kinds} is for images, but "
                 f"{config.data.dataset} has examples of shape {self.data.shape}"
             )
-        if config.augmentation.target is not None and chosen.loss not in UNDECIDED:
+        if config.augmentation.target is not None and self.game.loss.undecided is None:
+            known = [name for name, loss in LOSSES.items() if loss.undecided is not None]
             raise ConfigError(
                 f"--augmentation.target={config.augmentation.target} measures how certain the "
-                f"critic is, which needs --gan.loss={' or '.join(UNDECIDED)}, not {chosen.loss}"
+                f"critic is, which needs --gan.loss={' or '.join(known)}, not {chosen.loss}"
             )
         slice_size = config.data.batch_size // (chosen.critic_updates * config.train.accumulate)
         if config.critic.minibatch_std and slice_size < 2:
@@ -222,8 +217,7 @@ class Gan(Task):
             return mutables
         config = self.config.augmentation
         verdicts = jax.lax.stop_gradient(verdicts)
-        undecided = UNDECIDED[self.config.gan.loss]
-        augmented = steered(config, mutables["augmented"], verdicts, undecided)
+        augmented = steered(config, mutables["augmented"], verdicts, self.game.loss.undecided)
         return {**mutables, "augmented": augmented}
 
     # Metrics and samples.

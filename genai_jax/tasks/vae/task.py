@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +14,18 @@ import numpy as np
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
 from genai_jax.losses.bounds import importance_weighted, kl_with_free_bits, normal_kl
-from genai_jax.losses.likelihoods import LIKELIHOODS, gaussian_log_density
+from genai_jax.losses.likelihoods import LIKELIHOODS, Likelihood, gaussian_log_density
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import dense_vae, ladder_vae
 from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
 from genai_jax.networks.latent.ladder_vae import LadderVae, LadderVaeConfig
 from genai_jax.networks.latent.latent_variables import Latents
+from genai_jax.outside import load_outside, outside_name
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
+from genai_jax.tasks.outside_network import outside_network, partition_rules_of, with_fields
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.tasks.vae.sampling import VaeRequest, posterior, sample_images, sample_request
 from genai_jax.training.distributed import to_host
@@ -40,9 +43,13 @@ class VaeConfig:
         "dense",
         "Network: dense layers, or a ladder (hierarchy) of latents.",
         choices=tuple(NETWORKS),
+        outside=outside_name,
     )
     likelihood: str = field(
-        "categorical", "Likelihood of the values of an image.", choices=tuple(LIKELIHOODS)
+        "categorical",
+        "Likelihood of the values of an image.",
+        choices=tuple(LIKELIHOODS),
+        outside=outside_name,
     )
     condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
     beta: float = field(1.0, "Weight of the KL divergence.", minimum=0)
@@ -95,22 +102,41 @@ class Vae(Task):
     def __init__(self, config: Config):
         self.config, self.data = config, ArrayData(config)
         self.dtype = jnp.dtype(config.run.dtype)
-        chosen, data = config.vae, self.data
-        network, component, _, rules = NETWORKS[chosen.network]
-        self._check(component)
+        self.likelihood = self._likelihood()
+        self.network, rules = self._network()
         self.partition_rules = (
             *((f"^vae/.*{pattern}$", axes) for pattern, axes in rules),
             ("^likelihood/", (...,)),
         )
-        self.likelihood = LIKELIHOODS[chosen.likelihood](data.levels, data.shape[-1])
-        self.network = network(
-            getattr(config, component),
-            data.shape,
-            self.likelihood.outputs_per_value,
-            data.conditional_labels(chosen.condition, "--vae.condition"),
-            dtype=self.dtype,
+        self.dimensions = math.prod(self.data.shape)
+
+    def _likelihood(self) -> Likelihood:
+        flag, name = "--vae.likelihood", self.config.vae.likelihood
+        cls = LIKELIHOODS[name] if name in LIKELIHOODS else load_outside(flag, name)
+        if not (isinstance(cls, type) and issubclass(cls, Likelihood)):
+            raise ConfigError(
+                f"{flag}={name} is not a subclass of genai_jax.losses.likelihoods.Likelihood"
+            )
+        return cls(self.data.levels, self.data.shape[-1])
+
+    def _network(self) -> tuple[nn.Module, Sequence[tuple[str, tuple]]]:
+        """The network, whose methods are those of `DenseVae`, and its partition rules."""
+        config, chosen = self.config, self.config.vae
+        given = dict(
+            shape=self.data.shape,
+            outputs_per_value=self.likelihood.outputs_per_value,
+            label_sizes=self.data.conditional_labels(chosen.condition, "--vae.condition"),
         )
-        self.dimensions = math.prod(data.shape)
+        if chosen.network in NETWORKS:
+            network, component, _, rules = NETWORKS[chosen.network]
+            self._check(component)
+            return network(getattr(config, component), **given, dtype=self.dtype), rules
+        self._check("")
+        needs = {"label_sizes": "--vae.condition=class"} if given["label_sizes"] else {}
+        network = outside_network(
+            "--vae.network", chosen.network, config, given, needs, ("bottom_up", "top_down")
+        )
+        return network, partition_rules_of(network)
 
     def _check(self, component: str):
         config, chosen = self.config, self.config.vae
@@ -284,7 +310,7 @@ class Vae(Task):
     def flops_per_step(self) -> dict:
         x = jax.ShapeDtypeStruct((self.config.data.batch_size, *self.data.shape), jnp.float32)
         labels = jax.ShapeDtypeStruct((x.shape[0], max(1, len(self.data.label_sizes))), jnp.int32)
-        network = self.network.clone(dtype=jnp.float32)
+        network = with_fields(self.network, dtype=jnp.float32)
         variables = jax.eval_shape(network.init, jax.random.key(0), x, labels)
         return {
             "flops_per_step": 3 * count_flops(network.apply, variables, x, labels),

@@ -265,7 +265,11 @@ def test_mixers_from_outside_are_imported_when_they_are_used():
         parameter_name(NAME) == "linear_recurrence" and parameter_name("attention") == "attention"
     )
     assert outside_mixers(f"attention,{NAME}") == (NAME,) and outside_mixers(None) == ()
-    for name in ("no_such_module:Mixer", "tests.networks.cases:Mixer"):
+    for name, said in (
+        ("no_such_module:Mixer", "cannot import no_such_module: ModuleNotFoundError"),
+        ("tests.networks.cases:Mixer", "tests.networks.cases has no Mixer"),
+        ("tests.networks.cases:NETWORKS", "lacks PARTITION_RULES, empty_state, flops"),
+    ):
         TransformerConfig(pattern=name)
-        with pytest.raises(ConfigError, match=f"mixer '{name}' cannot be imported"):
+        with pytest.raises(ConfigError, match=f"--transformer.pattern={name}.* ?{said}"):
             load_mixer(name)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax.losses.adversarial import LOSSES, critic_loss, generator_loss
+from genai_jax.losses.adversarial import LOSSES
 from genai_jax.losses.penalties import one_centered, path_lengths, zero_centered
 from genai_jax.tasks.gan.game import Game, GameConfig, Players
 from genai_jax.training.optimizer import OptimizerConfig
@@ -167,14 +167,14 @@ def test_a_critic_that_says_the_same_of_everything_leaves_nothing_to_learn(updat
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses_pull_verdicts_apart_and_fakes_up(kind):
     real, fake = jnp.array([0.3, -0.2]), jnp.array([0.1, -0.4])
-    by_real, by_fake = jax.grad(lambda r, f: critic_loss(kind, r, f), (0, 1))(real, fake)
+    by_real, by_fake = jax.grad(lambda r, f: LOSSES[kind].critic(r, f), (0, 1))(real, fake)
     assert np.all(by_real < 0) and np.all(by_fake > 0) == (kind != "least_squares")
-    assert np.all(jax.grad(lambda f: generator_loss(kind, real, f))(fake) < 0)
+    assert np.all(jax.grad(lambda f: LOSSES[kind].generator(real, f))(fake) < 0)
 
 
 def test_losses_have_their_closed_forms():
     real, fake = jnp.array([2.0, 0.5]), jnp.array([-3.0, 0.0])
-    value = lambda kind: float(critic_loss(kind, real, fake))
+    value = lambda kind: float(LOSSES[kind].critic(real, fake))
     assert value("hinge") == 0.25 + 0.5
     assert value("least_squares") == ((1 + 0.25) / 2 + 9 / 2) / 2
     assert value("wasserstein") == -1.5 - 1.25

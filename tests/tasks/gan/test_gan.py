@@ -11,7 +11,7 @@ import pytest
 from genai_jax import evaluate, sample
 from genai_jax.components import parse_run, read_config
 from genai_jax.config import ConfigError
-from genai_jax.losses.adversarial import UNDECIDED
+from genai_jax.losses.adversarial import LOSSES
 from genai_jax.metrics.energy_distance import energy_distance
 from genai_jax.tasks.gan.augmentation import KINDS, AugmentationConfig, augment, steered
 from genai_jax.tasks.gan.task import Gan
@@ -95,7 +95,8 @@ def test_the_probability_follows_how_sure_the_critic_is():
     assert float(steered(config, 0.2, unsure)) == pytest.approx(0.1)
     assert float(steered(config, 0.02, unsure)) == 0.0
     halves = jnp.full(10, 0.5)  # what a least-squares critic says that cannot tell
-    assert float(steered(config, 0.2, halves, UNDECIDED["least_squares"])) == pytest.approx(0.1)
+    undecided = LOSSES["least_squares"].undecided
+    assert float(steered(config, 0.2, halves, undecided)) == pytest.approx(0.1)
     fixed = AugmentationConfig(kinds="flip", probability=0.2)
     assert steered(fixed, 0.2, sure) == 0.2
 

@@ -6,9 +6,8 @@ from outside this package.
 """
 
 import importlib
-import re
 
-from genai_jax.config import ConfigError
+from genai_jax.outside import is_outside, load_outside, snake_case
 
 REQUIRED = ("PARTITION_RULES", "empty_state", "flops")  # of `protocol.Mixer`
 MIXERS = {"attention": "genai_jax.networks.sequence.mixers.attention:Attention"}
@@ -23,7 +22,7 @@ def check_pattern(pattern: str | None, num_layers: int):
     """Raises `ValueError` for unknown mixers, or a period that does not divide the layers."""
     names = split_pattern(pattern)
     for name in names:
-        if name not in MIXERS and not re.fullmatch(r"[\w.]+:\w+", name):
+        if name not in MIXERS and not is_outside(name):
             raise ValueError(
                 f"pattern={pattern} has the unknown mixer {name!r}; known: {', '.join(MIXERS)}, or "
                 "module:Class for your own"
@@ -46,21 +45,14 @@ def load_mixer(name: str) -> type:
     Raises:
       ConfigError: a mixer from outside that cannot be imported.
     """
-    module, _, attribute = MIXERS.get(name, name).partition(":")
-    try:
-        mixer = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the code of somebody else may raise anything
-        raise ConfigError(
-            f"mixer {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    missing = [n for n in REQUIRED if not hasattr(mixer, n)]
-    if missing:
-        raise ConfigError(f"mixer {name!r} lacks {', '.join(missing)}, which every mixer has")
-    return mixer
+    if name in MIXERS:
+        module, _, attribute = MIXERS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return load_outside("--transformer.pattern", name, REQUIRED)
 
 
 def parameter_name(name: str) -> str:
     """Name of a mixer in parameter paths: its own, or its class in snake case."""
     if name in MIXERS:
         return name
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.partition(":")[2]).lower()
+    return snake_case(name)

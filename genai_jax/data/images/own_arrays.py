@@ -1,0 +1,128 @@
+"""Images that a function outside this project returns; see `genai_jax.data.own_code`."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from genai_jax.config import ConfigError, refuse_set
+from genai_jax.data.images.decoding import resized
+from genai_jax.data.images.in_memory import MemoryImages
+from genai_jax.data.images.splits import hold_out_pictures
+from genai_jax.data.own_code import read_own
+
+SOURCE = (
+    "name", "shape", "levels", "label_names", "has_captions", "can_flip", "fingerprint",
+    "__len__", "__getitem__",
+)  # fmt: skip
+
+
+class Examples(NamedTuple):
+    """Images, signals, or videos in memory, for a data set of your own.
+
+    Attributes:
+      images: uint8 [examples, *space, channels].
+      labels: class of each, ints [examples]; None without classes.
+      classes: names of the classes; their numbers if None.
+      captions: of each; None without captions.
+      levels: values of the images are 0 .. levels - 1.
+      can_flip: whether labels and captions still hold for a mirror image.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    classes: Sequence[str] | None = None
+    captions: Sequence[str] | None = None
+    levels: int = 256
+    can_flip: bool = True
+
+
+def open_own_arrays(config: Any, split: str) -> Any:
+    """One split of the images that the function returned.
+
+    It returns `Examples`, which are split by the hash of the image, or a mapping with "train" and
+    "validation" to `Examples` or, for data that do not fit into memory, to objects like
+    `genai_jax.data.images.sources.ImageSource`.
+
+    Raises:
+      ConfigError: something else was returned.
+    """
+    returned, flag = read_own(config), f"--data.dataset={config.dataset}"
+    if isinstance(returned, Mapping):
+        why = f"has no effect: {config.dataset} returned the examples of each split"
+        refuse_set("data", config, ["validation_percent"], why)
+        returned = returned[split]
+        if not isinstance(returned, Examples) and all(hasattr(returned, a) for a in SOURCE):
+            return returned
+        examples = _checked(returned, flag)
+    else:
+        examples = _part(_checked(returned, flag), config.validation_percent, split)
+    if not len(examples.images):
+        raise ConfigError(f"{flag} has no examples for {split}")
+    images = _of_size(examples.images, config.image_size, flag)
+    return MemoryImages(
+        f"{config.dataset}[{split}]",
+        images,
+        None if examples.labels is None else examples.labels.astype(np.int32)[:, None],
+        classes=examples.classes if examples.labels is not None else (),
+        captions=examples.captions,
+        levels=examples.levels,
+        can_flip=examples.can_flip,
+    )
+
+
+def _checked(returned: Any, flag: str) -> Examples:
+    """The examples, with labels as an array and names for all of them."""
+    where = "genai_jax.data.images.own_arrays.Examples"
+    if not isinstance(returned, Examples):
+        raise ConfigError(
+            f"{flag} returned a {type(returned).__name__}, not {where}, or a mapping of train and "
+            "validation to them"
+        )
+    images, labels, classes = returned.images, returned.labels, returned.classes
+    if getattr(images, "dtype", None) != np.uint8 or images.ndim < 3:
+        raise ConfigError(f"{flag}: images are not an array of uint8 [examples, *space, channels]")
+    if not 2 <= returned.levels <= 256 or int(images.max(initial=0)) >= returned.levels:
+        raise ConfigError(
+            f"{flag}: images have values outside 0 .. levels - 1, with levels={returned.levels}"
+        )
+    for name, values in (("labels", labels), ("captions", returned.captions)):
+        if values is not None and len(values) != len(images):
+            raise ConfigError(f"{flag} has {len(images)} images, but {len(values)} {name}")
+    if labels is None:
+        return returned
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise ConfigError(f"{flag}: labels are not whole numbers from 0, [examples]")
+    if classes is None:
+        classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
+    if labels.max(initial=0) >= len(classes):
+        raise ConfigError(f"{flag} has the label {labels.max()}, but {len(classes)} classes")
+    return returned._replace(labels=labels, classes=tuple(map(str, classes)))
+
+
+def _part(examples: Examples, percent: int, split: str) -> Examples:
+    """The examples of a split; copies of an image are on the same side."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in examples.images]
+    usable = np.ones(len(digests), bool)
+    held_out = hold_out_pictures(digests, usable, examples.labels, percent)
+    rows = np.flatnonzero(held_out == (split == "validation"))
+    pick = lambda values: None if values is None else [values[i] for i in rows]
+    labels = None if examples.labels is None else examples.labels[rows]
+    return examples._replace(
+        images=examples.images[rows], labels=labels, captions=pick(examples.captions)
+    )
+
+
+def _of_size(images: np.ndarray, size: int | None, flag: str) -> np.ndarray:
+    """Images cropped and resized to a square of this size, if it is not None."""
+    space, channels = images.shape[1:-1], images.shape[-1]
+    if size is None or set(space) == {size}:
+        return images
+    if len(space) != 2 or channels not in (1, 3):
+        raise ConfigError(
+            f"--data.image_size={size}: {flag} has examples of shape {images.shape[1:]}, which are "
+            "not resized"
+        )
+    return np.stack([resized(image, (size, size, channels)) for image in images])
