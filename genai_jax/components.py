@@ -28,6 +28,7 @@ from genai_jax.training.ema import EmaConfig
 from genai_jax.training.optimizer import OptimizerConfig
 from genai_jax.training.options import EvalConfig, ProfileConfig, TrainConfig
 from genai_jax.training.population import PopulationConfig
+from genai_jax.training.portable import with_kept, without_kept
 from genai_jax.training.sharding import MeshConfig
 from genai_jax.training.workdir import flags_path
 
@@ -178,8 +179,8 @@ def _move(config: Config, moved: dict[str, Any]) -> Config:
     """The configuration with other flags of the data."""
     if "dataset" in moved and hasattr(config.data, "of"):
         data = config.data.of(moved["dataset"])
-        config = Config({**config.components, "data": data}, config.defaults)
-    return config.replace("data", **moved) if moved else config
+        config = dataclasses.replace(config, components={**config.components, "data": data})
+    return without_kept(config.replace("data", **moved), moved) if moved else config
 
 
 def request_components(cls: type, kind: str) -> dict[str, type]:
@@ -296,7 +297,7 @@ def read_config(workdir: str, flag: str = "--workdir") -> Config:
     with _errors_of(path):
         config = _parse([*argv, f"--workdir={workdir}", "--attention=auto"], task)
     _check_allowed(config.outside(), workdir, flag)
-    return config
+    return with_kept(config)
 
 
 def _check_allowed(names: Iterable[str], workdir: str, flag: str):

@@ -37,6 +37,7 @@ def field(
     changeable: bool = False,
     within_run: bool = False,
     path: bool = False,
+    run: bool = False,
     outside: Callable[[str | None], tuple[str, ...]] | None = None,
 ) -> Any:
     """Declares one field of a component.
@@ -50,12 +51,13 @@ def field(
       changeable: whether a run may be resumed with a different value (a mesh, a log interval).
       within_run: whether it is a number of steps that a shorter run cuts, which is then said.
       path: whether it names a file or folder, in which ~ stands for the home folder.
+      run: whether that is the workdir of a run whose flags this run needs to be sampled.
       outside: for a flag that may name code outside this project: value -> the names of such code
         in it. Beside `choices`, such a name is allowed.
     """
     metadata = dict(
         help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
-        within_run=within_run, path=path, outside=outside,
+        within_run=within_run, path=path or run, run=run, outside=outside,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -65,11 +67,13 @@ class Config:
     """The resolved flags of a run: ``config.run.seed``, ``config.transformer.num_layers``.
 
     The component ``run`` holds the flags that have no prefix. `defaults` holds components that have
-    no flags in this run: its task does not use them, but shared code may read them.
+    no flags in this run: its task does not use them, but shared code may read them. `kept` has the
+    copies, in the workdir of a run that is only read, of what some of its flags name: flag -> path.
     """
 
     components: Mapping[str, Any]
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
         for components in ("components", "defaults"):
@@ -80,7 +84,7 @@ class Config:
     def replace(self, component: str, **changes: Any) -> "Config":
         """Returns a copy with some fields of one component changed."""
         changed = dataclasses.replace(self.components[component], **changes)
-        return Config({**self.components, component: changed}, self.defaults)
+        return dataclasses.replace(self, components={**self.components, component: changed})
 
     def items(self) -> dict[str, Any]:
         """Flag name -> value, for every field."""
@@ -103,6 +107,14 @@ class Config:
     def changeable(self) -> set[str]:
         """Names of the flags that may differ when a run is resumed."""
         return self._marked("changeable")
+
+    def names_run(self) -> set[str]:
+        """Names of the flags whose values are workdirs of runs that this one builds on."""
+        return self._marked("run")
+
+    def place_of(self, flag: str) -> str:
+        """The path that a flag names, or the copy of it that the run kept."""
+        return self.kept.get(flag) or self.items()[flag]
 
     def within_run(self) -> set[str]:
         """Names of the flags that are numbers of steps within the run."""

@@ -34,10 +34,10 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
     return name.removeprefix("genai_jax."), [*flags, *small]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
     """Where the guide's commands ran, on tiles with captions."""
-    folder = tmp_path_factory.mktemp("guide")
+    folder = tmp_path
     write_tiles(folder / "tiles", 12)
     lines = [f'{name}/{i:03}.png,"{name}, {i}"' for name in COLORS for i in range(12)]
     (folder / "tiles" / "metadata.csv").write_text("\n".join(["file_name,text", *lines]) + "\n")
@@ -58,7 +58,7 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.strip().splitlines()]
 
 
-def test_the_commands_of_the_guide(folder):
+def check_what_the_commands_left(folder):
     assert len(commands()) == 7
     written = (folder / "sample.out").read_text().splitlines()
     assert len(written) == 3 and all(Image.open(folder / path).width > 60 for path in written)
@@ -71,9 +71,9 @@ def test_the_commands_of_the_guide(folder):
     assert "--data.dataset=images:tiles\n" in flags
 
 
-def test_the_note_of_the_guide_is_what_is_said(folder, capsys):
-    write_tiles(folder / "again", 2)
-    with contextlib.chdir(folder):
+def test_the_note_of_the_guide_is_what_is_said(tmp_path, capsys):
+    write_tiles(tmp_path / "again", 2)
+    with contextlib.chdir(tmp_path):
         from tests.data.images.picture_files import loader
 
         loader("images:again", validation_percent=34)
@@ -83,14 +83,20 @@ def test_the_note_of_the_guide_is_what_is_said(folder, capsys):
     assert pattern(said) == pattern(shown).replace("images:tiles", "images:again")
 
 
-def test_pictures_that_moved_and_pictures_that_changed(folder, capsys):
+def test_the_commands_of_the_guide_and_pictures_that_moved_or_changed(folder, capsys):
+    check_what_the_commands_left(folder)
     workdir = f"--workdir={folder / 'runs' / 'tiles'}"
     assert evaluate.main([workdir]) == 0
     before = json.loads(capsys.readouterr().out)
     (folder / "tiles").rename(folder / "elsewhere")
+    assert evaluate.main([workdir]) == 0  # of the copy in the workdir
+    assert json.loads(capsys.readouterr().out) == before
+    kept = folder / "runs" / "tiles" / "data" / "record.json"
+    kept.rename(kept.with_suffix(".away"))
     for command in (sample, evaluate):
         with pytest.raises(ConfigError, match=r"no such folder .*--data\.dataset=ITS_NEW_PLACE"):
             command.main([workdir])
+    kept.with_suffix(".away").rename(kept)
     moved = f"--data.dataset=images:{folder / 'elsewhere'}"
     assert evaluate.main([workdir, moved]) == 0
     out, err = capsys.readouterr()

@@ -33,6 +33,7 @@ def test_a_run_whose_data_and_tokenizer_moved_can_be_used(tmp_path, text_folder,
     assert evaluate.main([workdir]) == 0
     before = capsys.readouterr().out
     data.rename(tmp_path / "new")
+    shutil.rmtree(tmp_path / "run" / "data")  # as if an earlier version had trained it
     assert sample.main([workdir, "--max_tokens=2"]) == 0  # needs no data
     with pytest.raises(ConfigError, match=r"if it moved, add --data\.dataset=ITS_NEW_PLACE"):
         evaluate.main([workdir])

@@ -5,6 +5,7 @@ can do is a protocol of its own: `Samples`, `Reports`, `Collects`, `Fitted`, `Pr
 `CountsFlops`.
 """
 
+import pathlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -129,6 +130,18 @@ class Data(Protocol):
 
     def check(self, trained_on: dict) -> None:
         """Raises `ConfigError` if a model trained on data with this record cannot be used here."""
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """Data of which a run keeps, in its workdir, what sampling and scoring need."""
+
+    def keep(self, folder: pathlib.Path, record: dict):
+        """Writes it, unless it is there; `record` is that of `Data`. Called by one process.
+
+        Data that are read for sampling and scoring find it at ``config.kept["data.dataset"]``, and
+        a tokenizer, which is called ``tokenizer.*``, at ``config.kept["data.tokenizer"]``.
+        """
 
 
 class Task(Protocol):

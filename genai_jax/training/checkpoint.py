@@ -14,7 +14,15 @@ from genai_jax.training.checksum import checksums
 from genai_jax.training.distributed import all_processes, barrier, is_main
 from genai_jax.training.frozen import FrozenStore, partial_restore, shapes_of
 from genai_jax.training.readable import check_readable, not_opened, not_readable
-from genai_jax.training.trees import leaf_paths, merged, nested, overlay, path_name, select
+from genai_jax.training.trees import (
+    dictionaries,
+    leaf_paths,
+    merged,
+    nested,
+    overlay,
+    path_name,
+    select,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +239,8 @@ class Checkpointer:
         args, left_out = self._ocp.args, self._ocp.PLACEHOLDER
         self._check_layout(step)
         self._check_fits(step, shapes)
-        shapes, frozen = self._without_frozen(shapes)
+        whole = shapes
+        shapes, frozen = self._without_frozen(whole)
         target = jax.tree_util.tree_map_with_path(
             lambda path, x: x if _is_part(path_name(path), only) else left_out, shapes
         )
@@ -260,7 +269,9 @@ class Checkpointer:
         state = jax.tree.map(lambda x: None if x is left_out else x, restored["state"])
         if frozen:
             params = overlay(jax.tree.map(lambda _: None, frozen), unchanged)
-            state = state.replace(params=merged(state.params, params))
+            params = merged(state.params, params)
+            # Groups without arrays are nowhere else.
+            state = state.replace(params=merged(dictionaries(whole.params), params))
         data, clock = restored["data"], restored["clock"]
         sums, saved = checksums(state, data=data, clock=clock), restored["checksums"]
         names = sums | saved if only is None else sums

@@ -17,6 +17,7 @@ from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.hardware import peak_of
 from genai_jax.training.metrics_log import MetricsLog
 from genai_jax.training.options import EvalConfig, TrainConfig
+from genai_jax.training.portable import keep
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, init_state
 from genai_jax.training.workdir import run_record, write_record
@@ -46,7 +47,9 @@ def fit(task: Task, config: Config) -> int:
         state = jax.jit(lambda key: init_state(task, key, {}))(jax.random.key(config.run.seed))
         flops = {"flops_per_step": 0, "convention": "none: the task is fitted without gradients"}
         peak = peak_of(jax.devices()[:1])
-        write_record(workdir, run_record(task, mesh, state.params, flops, peak))
+        record = run_record(task, mesh, state.params, flops, peak)
+        write_record(workdir, record)
+        keep(task, config, record["data"])
         log, begin = MetricsLog(workdir, 0), time.perf_counter()
         source = task.data.train()
         try:

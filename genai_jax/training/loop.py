@@ -20,6 +20,7 @@ from genai_jax.training.memory import check_batch_fits, check_state_fits
 from genai_jax.training.metrics_log import MetricsLog
 from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
+from genai_jax.training.portable import keep
 from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
@@ -78,6 +79,7 @@ class Run:
             one = execution.shapes_of_one(params)
             record = run_record(self.task, mesh, one, execution.flops, self.peak)
             write_record(self.workdir, record, data if config.run.resume_with_changes else None)
+            keep(self.task, config, record["data"])
             if config.train.progress:
                 print(
                     beginning(config, record, execution.examples, execution.tokens), file=sys.stderr

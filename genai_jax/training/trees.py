@@ -56,6 +56,11 @@ def merged(a: PyTree, b: PyTree) -> PyTree:
     return {**a, **{name: merged(a[name], x) if name in a else x for name, x in b.items()}}
 
 
+def dictionaries(tree: PyTree) -> dict:
+    """The nested dictionaries of a tree, without its arrays."""
+    return {name: dictionaries(x) for name, x in tree.items() if isinstance(x, dict)}
+
+
 def nested(flat: Mapping[str, Any]) -> dict:
     """{"a/b": x} -> {"a": {"b": x}}."""
     tree: dict = {}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from genai_jax.config import ConfigError, field
 from genai_jax.data.images.sources import OWN, Example, ImageSource, open_images
+from genai_jax.data.kept import Keeper, KeptData
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.tokenization import load_tokenizer
@@ -76,13 +78,14 @@ class ImageLoader:
     Args:
       config: what to read and in which shape.
       seed: determines the order of the examples.
+      kept: what a run kept of its data, which is read instead.
     """
 
-    def __init__(self, config: ImageDataConfig, seed: int):
-        self.config = config
+    def __init__(self, config: ImageDataConfig, seed: int, kept: KeptData | None = None):
+        self.config, self._kept = config, kept
         self._seed = seed % 2**32
         self._sources: dict[str, ImageSource] = {}
-        source = self.open("train")
+        source = kept or self.open("train")
         self.shape, self.levels = source.shape, source.levels
         self.label_names = source.label_names
         self.label_sizes = tuple(len(names) for names in source.label_names)
@@ -97,8 +100,23 @@ class ImageLoader:
 
     def open(self, split: str) -> ImageSource:
         if split not in self._sources:
-            self._sources[split] = open_images(self.config, split)
+            kept = self._kept.images(split) if self._kept else None
+            self._sources[split] = kept or open_images(self.config, split)
         return self._sources[split]
+
+    def keep(self, folder: pathlib.Path, record: dict[str, Any]):
+        """Keeps examples, unless they are too large to be copied; see `KeptData`."""
+        source = self.open("train")
+        about = {
+            "shape": list(source.shape), "levels": source.levels,
+            "label_names": [list(names) for names in source.label_names],
+            "can_flip": source.can_flip,
+        }  # fmt: skip
+        keeper = Keeper(folder, record, about)
+        if not keeper.is_there():
+            for split in SPLITS:
+                keeper.images(split, self.open(split))
+            keeper.finish()
 
     def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
         """Endless shuffled batches, each pass over the examples in a different order.
@@ -212,6 +230,8 @@ class ImageLoader:
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of a run; recorded in ``run.json``."""
+        if self._kept:
+            return self._kept.record
         facts: dict[str, Any] = {
             "dataset": self.config.dataset,
             "shape": list(self.shape),

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from genai_jax.config import ConfigError, field
+from genai_jax.data.kept import MOST_BYTES, Keeper, KeptData
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.packing import Batch, Packer, padding
 from genai_jax.data.text.passages import Passages
 from genai_jax.data.text.sources import (
+    MemorySource,
     Source,
     encode_document,
     open_source,
@@ -103,10 +105,11 @@ class TextLoader:
     Args:
       config: what to read and in which shape.
       seed: determines the order of the documents.
+      kept: what a run kept of its data, which is read instead.
     """
 
-    def __init__(self, config: DataConfig, seed: int):
-        self.config = config
+    def __init__(self, config: DataConfig, seed: int, kept: KeptData | None = None):
+        self.config, self._kept = config, kept
         self.tokenizer = load_tokenizer(config.tokenizer, config.end_token)
         self._seed = seed % 2**32
         self._documents: dict[str, _TokenizedSource] = {}
@@ -208,6 +211,8 @@ class TextLoader:
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data of a run; recorded in ``run.json``."""
+        if self._kept:
+            return self._kept.record
         facts: dict[str, Any] = {
             "dataset": self.config.dataset,
             "tokenizer": self.tokenizer.spec,
@@ -232,9 +237,23 @@ class TextLoader:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return facts | {"sha256": digest.hexdigest()}
 
+    def keep(self, keeper: Keeper):
+        """Keeps the held-out documents, unless they are too large to be copied."""
+        try:
+            source = self._open("validation").source
+        except ConfigError:  # a single document, which a run without evaluation may train on
+            source = None
+        if source and source.size_bytes is not None and source.size_bytes <= MOST_BYTES:
+            keeper.documents("validation", [source[i] for i in range(len(source))])
+        keeper.finish()
+
     def _open(self, split: str) -> "_TokenizedSource":
         if split not in self._documents:
-            source = open_source(self.config, split, self._opened)
+            kept = self._kept.documents(split) if self._kept else None
+            if kept is None:
+                source = open_source(self.config, split, self._opened)
+            else:
+                source = MemorySource(self._kept.record[split], kept)
             passages = self.config.passage_characters if split == "train" else 0
             self._documents[split] = _TokenizedSource(source, self.tokenizer, passages)
         return self._documents[split]

@@ -1,6 +1,8 @@
 """The data of tasks on images, signals, and video."""
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageLoader
+from genai_jax.data.kept import KeptData, keep_tokenizer, moves
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
@@ -32,8 +35,11 @@ class ArrayData:
     def __init__(self, config: Config, reads_captions: bool = False):
         if config.data.captions and not reads_captions:
             raise ConfigError(f"--data.captions: --task={config.run.task} does not use captions")
-        self._config = config.data
-        self.loader = ImageLoader(config.data, config.run.seed)
+        # Of a run that is only read, the copies in its workdir.
+        place, tokenizer = config.kept.get("data.dataset"), config.place_of("data.tokenizer")
+        self._config = dataclasses.replace(config.data, tokenizer=tokenizer)
+        kept = KeptData(place) if place else None
+        self.loader = ImageLoader(self._config, config.run.seed, kept)
         self.shape, self.levels = self.loader.shape, self.loader.levels
         self.label_sizes = self.loader.label_sizes
 
@@ -69,6 +75,12 @@ class ArrayData:
 
     def record(self) -> dict:
         return self.loader.fingerprint()
+
+    def keep(self, folder: pathlib.Path, record: dict) -> None:
+        """Keeps the captions' tokenizer, and examples of data that are not built in."""
+        keep_tokenizer(folder, self._config.tokenizer)
+        if moves(self._config.dataset):
+            self.loader.keep(folder, record)
 
     def check(self, trained_on: dict) -> None:
         """Raises `ConfigError` if shapes, levels, or labels differ from those of a run's data."""

@@ -36,7 +36,7 @@ from genai_jax.training.optimizer import default_optimizer
 @dataclasses.dataclass(frozen=True)
 class CodePriorConfig:
     autoencoder: str = field(
-        "", "Workdir of an autoencoder with vq, rvq, or fsq latents.", path=True
+        "", "Workdir of an autoencoder with vq, rvq, or fsq latents.", run=True
     )
     condition: str = field("none", "What the model is conditioned on.", choices=("none", "class"))
 
@@ -91,7 +91,9 @@ class CodePrior(Task):
             raise ConfigError(
                 "--code_prior.autoencoder is not set: name the workdir of an autoencoder"
             )
-        self.latents = Latents(chosen.autoencoder, self.data, "--code_prior.autoencoder")
+        self.latents = Latents(
+            config.place_of("code_prior.autoencoder"), self.data, "--code_prior.autoencoder"
+        )
         self.codec = self.latents.codec
         if not self.codec.codebooks:
             raise ConfigError(

@@ -58,7 +58,7 @@ class AutoencoderLossConfig:
     perceptual: str = field(
         "",
         "Workdir of an image classifier whose features to compare (perceptual distance).",
-        path=True,
+        run=True,
     )
     perceptual_weight: float = field(1.0, "Weight of the perceptual distance.", minimum=0)
     discriminator_weight: float = field(
@@ -109,7 +109,7 @@ class Autoencoder(Task):
         self._check()
         self.adversarial = self.weights.discriminator_weight > 0
         self.discriminator = PatchDiscriminator(config.discriminator, self.dtype)
-        workdir = self.weights.perceptual
+        workdir = config.place_of("autoencoder_loss.perceptual")
         self.perceptual = Perceptual(workdir, self.data) if workdir else None
         self.own_error = self._own_error()
 

@@ -38,7 +38,7 @@ class FewStepConfig:
     teacher: str = field(
         "",
         "Workdir of the model to distill, whose weights also initialize the student.",
-        path=True,
+        run=True,
     )
     teacher_guidance: float = field(1.0, "Classifier-free guidance weight of the teacher.")
     steps: int = field(8, "Solver steps that a progressive student takes.", minimum=1)
@@ -127,7 +127,7 @@ class FewStep(Task):
         Raises:
           ConfigError: the teacher differs where it must equal the student.
         """
-        workdir, flag = self.config.few_step.teacher, "--few_step.teacher"
+        workdir, flag = self.config.place_of("few_step.teacher"), "--few_step.teacher"
         student = self.method == "progressive" and recorded_task(workdir, flag) == "few_step"
         config = open_fitting(FewStep if student else Diffusion, workdir, flag, self.data)
         mine, theirs = self.config.diffusion, config.diffusion

@@ -77,7 +77,7 @@ class DiffusionConfig:
     autoencoder: str = field(
         "",
         "Workdir of an autoencoder whose latents to model; the images themselves if empty.",
-        path=True,
+        run=True,
     )
 
     def __post_init__(self):
@@ -117,7 +117,9 @@ class DenoisingModel:
                 f"--diffusion.condition={chosen.condition} does not fit --data.captions="
                 f"{str(config.data.captions).lower()}: text, and only text, needs captions"
             )
-        self.latents = Latents(chosen.autoencoder, data) if chosen.autoencoder else None
+        self.latents = (
+            Latents(config.place_of("diffusion.autoencoder"), data) if chosen.autoencoder else None
+        )
         self.sample_shape = self.latents.shape if self.latents else data.shape
         self.network, rules = denoising_network(
             config, data, self.sample_shape, uses_step_size=uses_step_size

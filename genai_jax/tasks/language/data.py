@@ -1,6 +1,8 @@
 """The data of text tasks: packed rows of tokens."""
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.data.kept import Keeper, KeptData, keep_tokenizer, moves
 from genai_jax.data.text.loader import TextLoader
 from genai_jax.data.text.sources import PIXELS
 from genai_jax.data.text.tokenization import Tokenizer, load_tokenizer
@@ -29,7 +32,11 @@ class TextData:
     """
 
     def __init__(self, config: Config, vocab_size: int | None = None, flag: str = ""):
-        self.config, self._seed = config.data, config.run.seed
+        # Of a run that is only read, the copies in its workdir.
+        place, tokenizer = config.kept.get("data.dataset"), config.place_of("data.tokenizer")
+        self._kept = KeptData(place) if place else None
+        self.config = dataclasses.replace(config.data, tokenizer=tokenizer)
+        self._seed = config.run.seed
         self._vocab_size, self._flag = vocab_size, flag
         self.has_questions = self.config.answer_after is not None
         self.is_pixels = self.config.dataset in PIXELS and self.config.answer_after == "="
@@ -54,7 +61,7 @@ class TextData:
                 f"{self._flag}={self.vocab_size} is smaller than the "
                 f"{self.tokenizer.vocab_size} tokens of --data.tokenizer={self.tokenizer.spec}"
             )
-        return TextLoader(self.config, self._seed)
+        return TextLoader(self.config, self._seed, self._kept)
 
     @property
     def batch_spec(self) -> dict[str, ArraySpec]:
@@ -82,6 +89,14 @@ class TextData:
 
     def record(self) -> dict:
         return self.loader.fingerprint()
+
+    def keep(self, folder: pathlib.Path, record: dict) -> None:
+        """Keeps the tokenizer's file, and held-out documents of data that are not built in."""
+        keep_tokenizer(folder, self.config.tokenizer)
+        if moves(self.config.dataset):
+            keeper = Keeper(folder, record, {})
+            if not keeper.is_there():
+                self.loader.keep(keeper)
 
     def check(self, trained_on: dict) -> None:
         """Raises `ConfigError` if the tokenizer differs from the one in a run's record."""
