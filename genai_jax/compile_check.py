@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_names, help_text, parse
-from genai_jax.data.text.tfds import shapes_only
+from genai_jax.data.shapes_only import shapes_only
 from genai_jax.files import writing_to
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared

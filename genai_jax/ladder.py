@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, asks_for_help, flag_names, help_text, parse
-from genai_jax.data.text.tfds import shapes_only
+from genai_jax.data.shapes_only import shapes_only
 from genai_jax.files import expand_home
 from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
 from genai_jax.scaling.study.folder import counts_of, flagfiles

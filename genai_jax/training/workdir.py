@@ -68,9 +68,10 @@ def claim(config: Config) -> list[str]:
                for n, v in recorded_flags(workdir).items()}  # fmt: skip
         own = ("workdir", *placement)
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
-        changes = [f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names]
-        fixed = [c for n, c in zip(names, changes, strict=True) if n not in config.changeable()]
-        asked = [c for c in fixed if _may_change(c, config)]
+        said = {n: f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names}
+        changes, free = list(said.values()), config.changeable()
+        fixed = [line for name, line in said.items() if name not in free]
+        asked = [said[n] for n in names if n not in free and _may_change(n, config)]
         trained = max(_saved_steps(workdir))
         if config.train.steps < trained:
             raise ConfigError(
@@ -91,9 +92,8 @@ def claim(config: Config) -> list[str]:
     return changes
 
 
-def _may_change(change: str, config: Config) -> bool:
-    """Whether a change, as "--name=old -> new", is one that --resume_with_changes allows."""
-    name = change.removeprefix("--").partition("=")[0]
+def _may_change(name: str, config: Config) -> bool:
+    """Whether a flag is one that --resume_with_changes lets differ."""
     return "optimizer" in config.components and (name in ON_REQUEST or name.startswith("data."))
 
 

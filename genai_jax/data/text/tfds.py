@@ -5,16 +5,15 @@ without TensorFlow; prepare the others elsewhere and point ``--data.data_dir`` t
 """
 
 import contextlib
-import contextvars
 import difflib
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from genai_jax.config import ConfigError, MissingFile
+from genai_jax.data.shapes_only import only_shapes_matter
 from genai_jax.data.shuffle import permuted
 
 VALIDATION_NAMES = ("validation", "valid", "test")
@@ -114,19 +113,6 @@ def _open(config, builder: Any, tfds_split: str, part: str | None = None) -> Tfd
     return source
 
 
-_SHAPES_ONLY = contextvars.ContextVar("shapes_only", default=False)
-
-
-@contextlib.contextmanager
-def shapes_only() -> Iterator[None]:
-    """While entered, data that are not prepared stay so: only their shapes will be asked for."""
-    before = _SHAPES_ONLY.set(True)
-    try:
-        yield
-    finally:
-        _SHAPES_ONLY.reset(before)
-
-
 def prepared_builder(config, built_in: list[str]) -> Any:
     """The TFDS builder of ``config.dataset``, with its data prepared unless only shapes matter."""
     import tensorflow_datasets as tfds
@@ -143,7 +129,7 @@ def prepared_builder(config, built_in: list[str]) -> Any:
             problem = "not a TFDS name (name[/config][:version])"
         raise ConfigError(f"cannot open data set {config.dataset!r}: {problem}") from None
     try:
-        if not builder.is_prepared() and not _SHAPES_ONLY.get():
+        if not builder.is_prepared() and not only_shapes_matter():
             print(
                 f"note: preparing {config.dataset} in {where}{_download(builder)}", file=sys.stderr
             )

@@ -13,7 +13,7 @@ from genai_jax.config import ConfigError
 from genai_jax.data.images.loader import ImageDataConfig, ImageLoader
 from genai_jax.data.images.sources import open_images
 from genai_jax.data.images.tfds import resized
-from genai_jax.data.text.tfds import shapes_only
+from genai_jax.data.shapes_only import shapes_only
 
 SIZES = {"train": 20, "test": 6}
 
