@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
+from genai_jax.scaling.edges import edge, sentences
 from genai_jax.scaling.report import file_name
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
@@ -75,7 +76,8 @@ def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
     label = label_of(results[0], config.metric)
     shift = _shift_section(optima, config)
     left_out = [f"Left out: {reason}." for reason in missing]
-    shift = shift._replace(paragraphs=[*left_out, *shift.paragraphs])
+    unknown = _unknown(variants, optima, config)
+    shift = shift._replace(paragraphs=[*left_out, *shift.paragraphs, *unknown])
     return [shift, _losses_section(variants, optima, label, config)]
 
 
@@ -147,6 +149,25 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
         "Transfer", [how, *paragraphs], [Table("optima", columns, rows)],
         {"optima": _optima_figure(optima, config)}, numbers,
     )  # fmt: skip
+
+
+def _unknown(variants, optima, config: TransferConfig) -> list[str]:
+    """Which optima are not known, because the lowest loss has no two neighbors."""
+    edges, beside = [], []
+    for name, curves in variants.items():
+        for width, points in curves.items():
+            if math.isfinite(optima[name][width].rate):
+                continue
+            what = f"{name} at width {width:g}"
+            edges.append((what, edge(points.items())))
+            beside += [] if edges[-1][1] else [what]
+    lines = sentences("learning rate", edges, f"lowest {config.metric}")
+    if beside:
+        lines.append(
+            "The lowest loss is next to a learning rate that diverged, so that its optimum is not "
+            f"known, for {', '.join(beside)}."
+        )
+    return lines
 
 
 def _losses_section(variants, optima, label, config) -> Section:
