@@ -16,6 +16,7 @@ from genai_jax.scaling.report import file_name
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
+    flag_label,
     flag_value,
     grouped,
     label_of,
@@ -253,7 +254,7 @@ def _against_section(lines: Sequence[Line], metrics, config) -> Section:
     if config.against in QUANTITIES:
         label, value = QUANTITIES[config.against]
     else:
-        label = f"{config.against.rpartition('.')[2].replace('_', ' ')} (--{config.against})"
+        label = flag_label(config.against)
         value = lambda r: flag_value("study.against", config.against, r)
     rows, figures = [], {}
     for metric in metrics:
