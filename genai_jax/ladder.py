@@ -15,6 +15,7 @@ from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, asks_for_help, flag_names, help_text, parse
 from genai_jax.data.text.tfds import shapes_only
+from genai_jax.errors import printable
 from genai_jax.files import expand_home
 from genai_jax.scaling.ladder import LadderRequest, ladder, why_not_fitted, write_ladder
 from genai_jax.scaling.study.folder import counts_of, flagfiles
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
     _refuse_what_is_set(request, [f"--flagfile={base}", *more])
     rungs, left_out = ladder(request, count)
-    command = shlex.join(["python", "-m", "genai_jax.ladder", *argv])
+    command = printable(shlex.join(["python", "-m", "genai_jax.ladder", *argv]))
     paths = write_ladder(request, base, more, rungs, command)
     for line in left_out:
         print(line)

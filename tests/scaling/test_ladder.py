@@ -146,6 +146,11 @@ def test_the_folder_is_a_study_of_its_own(tmp_path, capsys, monkeypatch):
     assert (made / "base.flags").read_text() == "--data.batch_size=2\n"
 
 
+def test_names_that_no_text_file_can_hold_are_escaped_in_its_readme(base):
+    assert ladder.main([*flags(base, output=base.parent / "\udcff"), "--train.log_every=3"]) == 0
+    assert "output=" in (base.parent / "\udcff" / "README.md").read_text()
+
+
 def test_too_few_runs_to_fit_are_said(base, capsys):
     ladder.main(flags(base, widths="32,64"))
     out = capsys.readouterr().out
