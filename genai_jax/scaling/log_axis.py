@@ -32,7 +32,7 @@ def log_axes(axes: Axes, *which: str):
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
-        if high / low < 1000:
+        if low > 0 and high / low < 1000:
             axis.set_major_locator(FixedLocator(ticks(low, high)))
             every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
             plain = low >= 1e-4 and high < 1e4

@@ -149,12 +149,15 @@ def _differences_figure(
 def _rates_figure(rows: Sequence[tuple], label: str):
     from matplotlib.figure import Figure
 
+    from genai_jax.scaling.log_axis import log_axes
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == name and math.isfinite(row[2])]
         axes.plot([row[1] for row in own], [row[2] for row in own], marker="o", label=name)
-    axes.set(xlabel="learning rate", ylabel=label, xscale="log")
+    axes.set(xlabel="learning rate", ylabel=label)
+    log_axes(axes, "x")
     axes.grid(alpha=0.3)
     legend(figure, axes, len(axes.lines))
     return figure

@@ -184,15 +184,14 @@ def _figure(named: dict[str, tuple[Line, str]], label: str, title: str, config: 
     one = len(named) == 1
     where = {"step": "step", "tokens": "tokens or examples seen", "flops": "FLOPs"}[config.over]
     axes.set(xlabel=where, ylabel=label, title=title or (next(iter(named)) if one else ""))
-    if config.log_over:
-        axes.set_xscale("log")
-    return _finished(figure, axes, config, len(named))
+    return _finished(figure, axes, config, len(named), log_x=config.log_over)
 
 
-def _finished(figure, axes, config, count: int):
-    """The figure with the scale of the metric, a grid, and a legend if there are several lines."""
-    if config.log_metric:
-        axes.set_yscale("log")
+def _finished(figure, axes, config, count: int, log_x: bool):
+    """The figure with its scales, a grid, and a legend if there are several lines."""
+    from genai_jax.scaling.log_axis import log_axes
+
+    log_axes(axes, *("x" if log_x else ""), *("y" if config.log_metric else ""))
     axes.grid(alpha=0.3)
     if count > 1:  # the title or the text names a single line
         legend(figure, axes, count)
@@ -305,6 +304,5 @@ def _against_figure(groups: dict[str, list], label: str, metric: str, config: Cu
             axes.plot(*zip(*every, strict=True), "o", color=own.get_color(), ms=4, alpha=0.3)
     axes.set(xlabel=label, ylabel=f"final {metric}")
     xs = [x for points in groups.values() for x, _, _ in points]
-    if xs and min(xs) > 0 and max(xs) / min(xs) >= 8:
-        axes.set_xscale("log")
-    return _finished(figure, axes, config, len(groups))
+    log_x = bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 8
+    return _finished(figure, axes, config, len(groups), log_x)
