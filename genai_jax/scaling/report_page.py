@@ -45,7 +45,7 @@ caption { text-align: left; color: var(--soft); font-size: .85rem; padding-botto
 th { text-align: left; vertical-align: bottom; font-weight: 600;
   border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .9rem .3rem 0; }
-thead th { max-width: 11rem; overflow-wrap: normal; }
+thead th { max-width: 14rem; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; max-width: 30rem;
   overflow-wrap: anywhere; }
 tbody th { border-bottom: 1px solid var(--line); font-weight: 400; color: var(--soft);
