@@ -21,8 +21,7 @@ PODS = EXPERIMENTS / "pods"
 PARTS = {PODS / "base.flags", *(PODS / "shapes").glob("*.flags")}
 EMBEDDED = {*text.EMBEDDED, *text.PIXELS, *text.SYNTHETIC, *images.BUILT_IN}
 # Networks that are quick to count.
-COUNTED = ("gan/celeba64", "gan/cifar10", "normalizing_flow/cifar10",
-           "image_diffusion/imagenet256_autoencoder")  # fmt: skip
+COUNTED = ("gan/celeba64", "normalizing_flow/cifar10")
 
 
 def unrun():
