@@ -1,6 +1,9 @@
 """Compiles a run's training step for devices that need not be present: does it fit, how fast is it?
 
 python -m genai_jax.compile_check --flagfile=F --topology=v5p:8x8x8 [--flag=value ...]
+
+Also says what the whole run of --train.steps costs in FLOPs, time, and chip-hours. With
+--compiles=false no compiler is needed: the cost is a lower bound and one at an assumed MFU.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_nam
 from genai_jax.data.shapes_only import shapes_only
 from genai_jax.files import writing_to
 from genai_jax.scaling.chips import EXAMPLES, Topology
-from genai_jax.scaling.compile_report import DoesNotFit, check, facts, prepared
+from genai_jax.scaling.compile_report import DoesNotFit, add_whole_run, check, facts, prepared
 from genai_jax.scaling.compile_text import as_text, side_by_side
 from genai_jax.training.sharding import make_mesh, placements
 
@@ -38,6 +41,10 @@ class CheckRequest:
     compiles: bool = field(
         True, "Whether to compile; if false, only what is known without compiling is reported."
     )
+    assumed_mfu: float = field(
+        0.4, "Model FLOPs utilization assumed for the cost of the whole run; without effect if "
+        "compiling predicts the time of a step.", minimum=0.01, maximum=1,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,8 +83,8 @@ def _split(argv: Sequence[str]) -> tuple[CheckRequest, list[str]]:
         if "=" not in argument and given[argument].removeprefix("no") != "compiles":
             raise ConfigError(f"{argument} needs a value: write {argument}=VALUE")
     request = parse(own, {"run": CheckRequest})[0].run
-    if not request.compiles and (request.output or request.program):
-        raise ConfigError("--output and --program need the compiled step: drop --compiles=false")
+    if not request.compiles and request.program:
+        raise ConfigError("--program needs the compiled step: drop --compiles=false")
     return request, [a for a in argv if a not in own]
 
 
@@ -93,20 +100,21 @@ def _check(
         params, rules = built.compiled.shapes.params, built.task.partition_rules
         shardings = placements(params, rules, built.compiled.mesh)
         _write(request, "dump_shardings", suffix, shardings)
-    if not request.compiles:
-        report = facts(config, topology, built)
-        print(as_text(named, report))
-        return 0, report
+    program = None
     try:
-        report, program = check(config, topology, built)
+        if request.compiles:
+            report, program = check(config, topology, built)
+        else:
+            report = facts(config, topology, built)
     except DoesNotFit as problem:
-        report, program = problem.report, None
+        report = problem.report
+    add_whole_run(report, config, topology, request.assumed_mfu)
     print(as_text(named, report))
     if request.output:
         _write(request, "output", suffix, json.dumps(report, indent=1) + "\n")
     if request.program and program:
         _write(request, "program", suffix, program)
-    return (0 if report["fits"] else 1), report
+    return (0 if report.get("fits", True) else 1), report
 
 
 def _write(request: CheckRequest, name: str, suffix: str, text: str):

@@ -1,20 +1,23 @@
-"""Writes the flagfiles of an isoFLOP ladder.
+"""Writes an isoFLOP ladder as a study: its question, its analysis, and the flagfiles of its runs.
 
 python -m genai_jax.ladder --flagfile=BASE --budgets=1e12,3e12 --widths=64,96,128 --output=DIR
+python -m genai_jax.study --study=DIR --workdir=D
 
 Any other flags of a run (--data.dataset=... --data.batch_size=...) are added to every file. A
 comment at the top of each file gives N, D and C, counted from the shapes of the network.
 """
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import ConfigError, asks_for_help, flag_names, help_text, parse
 from genai_jax.data.shapes_only import shapes_only
+from genai_jax.errors import printable
 from genai_jax.files import expand_home
-from genai_jax.scaling.ladder import LadderRequest, ladder, write_ladder
+from genai_jax.scaling.ladder import LadderRequest, ladder, why_not_fitted, write_ladder
 from genai_jax.scaling.study.folder import counts_of, flagfiles
 
 
@@ -34,10 +37,12 @@ def main(argv: Sequence[str]) -> int:
 
     _refuse_what_is_set(request, [f"--flagfile={base}", *more])
     rungs, left_out = ladder(request, count)
-    paths = write_ladder(request, base, more, rungs)
+    command = printable(shlex.join(["python", "-m", "genai_jax.ladder", *argv]))
+    paths = write_ladder(request, base, more, rungs, command)
     for line in left_out:
         print(line)
-    for path in flagfiles(pathlib.Path(request.output)):
+    every = flagfiles(pathlib.Path(request.output))
+    for path in every:
         if path not in paths:
             print(f"{path} is left from before and does not belong to this ladder")
     for path, rung in zip(paths, rungs, strict=True):
@@ -46,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
             f"C {rung.flops:.3e}, D/N {rung.ratio:.3g}, {rung.layers} layer(s), {rung.steps} steps"
         )
     print(f"FLOPs: {rungs[0].counts.convention}")
+    if set(every) == set(paths) and (why := why_not_fitted(rungs)):
+        print(f"too few runs for a study: {why}; add budgets or widths")
     return 0
 
 

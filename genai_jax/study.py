@@ -29,7 +29,7 @@ from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.expected import read_expected
 from genai_jax.scaling.study.folder import check_folder, read_study
 from genai_jax.scaling.study.launch import commands
-from genai_jax.scaling.study.overview import plan_text, times_text
+from genai_jax.scaling.study.overview import Plan, plan_text, times_text
 from genai_jax.scaling.study.session import check, report, state_of, train_missing
 from genai_jax.scaling.study.settings import chosen
 from genai_jax.training.lock import locked
@@ -130,19 +130,18 @@ def _announce(request: StudyRequest, study, state, only: Sequence[str]):
     if request.launcher != "none":
         print("\n".join(commands(request.launcher, request.launcher_options, runs)))
         return
-    finished = [r for r in state.needed if r.name in state.results]
-    others = [r for r in study.runs if r not in runs and r not in finished]
-    print(plan_text(runs, finished, others), flush=True)
+    plan = Plan.of(study.runs, state, only)
+    print(plan_text(plan), flush=True)
     if not runs:
         return
     if request.flops_per_second:
         speed = times.given(request.flops_per_second)
     else:
-        speed = times.from_finished(finished)
+        speed = times.from_finished(plan.finished)
     if not speed:
         _say("timing a few steps of the cheapest and the most expensive run")
         speed = times.calibrated(runs, request.jobs)
-    print(times_text(runs, others, speed, request.jobs))
+    print(times_text(plan, speed, request.jobs))
 
 
 def _run(request: StudyRequest, settings, study, only: Sequence[str], argv: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """The flagfiles of experiments/pods: they parse, and are what their comments say."""
 
+import json
 import math
 import re
 
@@ -8,6 +9,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from genai_jax.components import make_task, parse_run
+from genai_jax.scaling.chips import Topology
+from genai_jax.scaling.compile_text import as_text
+from genai_jax.scaling.whole_run import hours_text, whole_run
 from genai_jax.training.sharding import MESH_AXES, batch_shards, logical_axes, path_name, spec_of
 from tests.conftest import ROOT
 
@@ -97,6 +101,23 @@ def test_parameters_are_as_many_as_published(name, runs):
     _, _, params = runs[name]
     model = next(model for model in PUBLISHED if name.startswith(model))
     assert size_of(params["model"]) == pytest.approx(PUBLISHED[model], rel=0.01)
+
+
+@pytest.mark.parametrize("name", FLAGFILES)
+def test_the_stored_cost_of_the_whole_run_is_that_of_its_steps(name, runs):
+    config, _, _ = runs[name]
+    report = json.loads((PODS / f"{name}.json").read_text())
+    topology = Topology(report["topology"], report["slices"])
+    run = whole_run(report, config.train.steps, config.run.dtype, topology, 0.4)
+    assert report["run"] == run
+    flagfile = FLAGFILES[name].relative_to(ROOT)
+    assert (PODS / f"{name}.txt").read_text() == as_text(str(flagfile), report) + "\n"
+    (row,) = [x for x in (PODS / "README.md").read_text().splitlines() if f"[{name}]" in x]
+    hours = run["predicted"]["chip_hours"]
+    assert hours_text(hours) == row.split(" | ")[-1].removesuffix(" |")
+    assert hours == pytest.approx(
+        report["predicted"]["step_seconds"] * config.train.steps * run["chips"] / 3600
+    )
 
 
 def test_every_published_shape_has_a_run():

@@ -7,17 +7,22 @@ import sys
 
 import pytest
 
+from genai_jax.scaling.chips import CHIPS
 from genai_jax.scaling.program import executed, parse
 from tests.conftest import ROOT
 from tests.kernels_pallas.target_process import COMPILERS, need
 
 pytestmark = pytest.mark.depends_on("pods")
+SMALL = (
+    "--transformer.num_layers=2", "--transformer.embed_dim=256", "--transformer.num_heads=2",
+    "--data.batch_size=16", "--data.sequence_length=256",
+)  # fmt: skip
 NAMES = ("ladder_512_v5e_16", "ladder_768_v5e_16", "ladder_1024_v5e_16")
 
 
-def check(*flags: str) -> subprocess.CompletedProcess:
+def check(*flags: str, compiler: str = "libtpu") -> subprocess.CompletedProcess:
     """Runs the command where it finds the compilers."""
-    need("libtpu")
+    need(compiler)
     # The compiler takes a third of its time when it is asked for little effort.
     more = {"PYTHONPATH": str(COMPILERS), "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0"}
     command = [sys.executable, "-m", "genai_jax.compile_check", *flags]
@@ -52,6 +57,30 @@ def test_an_axis_spans_the_slices():
     assert "v5p:2x2x2, 2 slices: 16 devices as data 2 x fsdp 8" in done.stdout
     done = check(*shared, "--mesh.data=1", "--mesh.fsdp=16")
     assert done.returncode == 2 and "--mesh.data=1 is not divisible by the 2 slices" in done.stderr
+
+
+@pytest.mark.parametrize("gpu", ["a100_40", "h100"])
+def test_gpus_that_are_described_by_how_they_differ(gpu, tmp_path):
+    output = tmp_path / "report.json"
+    done = check(
+        f"--topology={gpu}:1x1x8", "--mesh.fsdp=8", "--mesh.data=1", *SMALL, f"--output={output}",
+        compiler="jax_cuda13_plugin",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(output.read_text())
+    seconds = report["predicted"]["step_seconds"] * report["run"]["steps"]
+    assert report["run"]["predicted"] == pytest.approx(
+        {"seconds": seconds, "chip_hours": seconds * 8 / 3600}
+    )
+    # In float32 the matrix units are half as fast.
+    assert f"peak {CHIPS[gpu].flops / 2e12:.0f} TFLOP/s in float32" in done.stdout
+
+
+def test_a_chip_that_cannot_run_our_kernels():
+    done = check("--topology=v3:2x2", "--mesh.data=8", "--dtype=bfloat16", *SMALL)
+    assert done.returncode == 2
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "--topology=v3:2x2: the compiler cannot build a kernel of this run for v3" in message
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 """Compiles the experiments in this folder for their slices and writes the table in README.md.
 
     python experiments/pods/check.py [NAME ...]   # these flagfiles, or all if none is named
-    python experiments/pods/check.py --table      # only rewrites the table from existing numbers
+    python experiments/pods/check.py --table      # compiles nothing, uses the stored step times
 
 The output of compile_check is stored next to each flagfile as text (NAME.txt) and JSON (NAME.json).
 """
@@ -19,6 +19,13 @@ GIB = 2**30
 # Model FLOPs utilization that MaxText, the leading public JAX trainer, reports for the same model
 # and chip (docs/reference/models/tiering.md, as of 2026).
 PUBLISHED = {"llama3_8b_v6e_256": 0.455, "llama3_70b_v6e_256": 0.503, "llama2_70b_v5p_512": 0.654}
+sys.path.insert(0, str(ROOT))
+from genai_jax.components import parse_run  # noqa: E402
+from genai_jax.scaling.chips import Topology  # noqa: E402
+from genai_jax.scaling.compile_text import as_text  # noqa: E402
+from genai_jax.scaling.whole_run import hours_text, time_text, whole_run  # noqa: E402
+
+MFU = 0.4  # assumed for a run that does not fit
 COLUMNS = (
     "experiment",
     "slice",
@@ -28,6 +35,9 @@ COLUMNS = (
     "step s",
     "MFU",
     "published",
+    "steps",
+    "whole run",
+    "chip-hours",
 )
 
 
@@ -38,6 +48,9 @@ def main(arguments: list[str]) -> int:
         for flagfile in experiments():
             if not names or flagfile.stem in names:
                 failed += [] if check(flagfile) else [flagfile.stem]
+    for flagfile in experiments():
+        if flagfile.with_suffix(".json").exists():
+            cost(flagfile)
     write_between(HERE / "README.md", "experiments", table())
     if failed:
         print(f"did not compile: {', '.join(failed)}", file=sys.stderr)
@@ -71,6 +84,19 @@ def check(flagfile: pathlib.Path) -> bool:
     return True
 
 
+def cost(flagfile: pathlib.Path):
+    """Stores what the whole run costs, by its flagfile's steps and the stored time of a step."""
+    numbers = flagfile.with_suffix(".json")
+    report = json.loads(numbers.read_text())
+    os.chdir(ROOT)  # paths in flagfiles are relative to it
+    name = str(flagfile.relative_to(ROOT))
+    config = parse_run([f"--flagfile={name}"])
+    topology = Topology(report["topology"], report["slices"])
+    report["run"] = whole_run(report, config.train.steps, config.run.dtype, topology, MFU)
+    numbers.write_text(json.dumps(report, indent=1) + "\n")
+    flagfile.with_suffix(".txt").write_text(as_text(name, report) + "\n")
+
+
 def compile_check(*flags: str) -> subprocess.CompletedProcess:
     """Runs the command with the compilers of `make targets` on its path."""
     compilers = pathlib.Path(sys.prefix) / "targets"
@@ -102,8 +128,12 @@ def row(name: str, report: dict) -> list[str]:
     what = "" if tokens else " images"
     cells = [f"[{name}]({name}.txt)", report["topology"], mesh, f"{per_chip:,.0f}{what}"]
     published = f"{PUBLISHED[name]:.1%}" if name in PUBLISHED else ""
+    run = report["run"]
+    price = run.get("predicted", run.get("assumed"))
+    whole = [f"{run['steps']:,}", time_text(price["seconds"]), hours_text(price["chip_hours"])]
     if not report["fits"]:
-        return [*cells, f"does not fit: {report['largest'][0]}", "", "", published]
+        why = f"does not fit: {report['largest'][0]}"
+        return [*cells, why, "", "", published, whole[0], "", ""]
     memory = f"{report['memory']['total'] / GIB:.1f} of {report['capacity'] / GIB:.1f}"
     predicted = report["predicted"]
     return [
@@ -112,6 +142,7 @@ def row(name: str, report: dict) -> list[str]:
         f"{predicted['step_seconds']:.2f}",
         f"{predicted['mfu']:.1%}",
         published,
+        *whole,
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from genai_jax.scaling.whole_run import as_lines
+
 GIB = 2**30
 
 
@@ -12,6 +14,9 @@ def as_text(name: str, report: dict) -> str:
         parts += [_memory(report), _work(report), _collectives(report)]
     if "predicted" in report:
         parts.append(_predicted(report))
+    if "run" in report:
+        convention = "" if "memory" in report else report["convention"]
+        parts.append("\n".join(as_lines(report["run"], convention)))
     if "fits" in report:
         parts.append(_verdict(report))
     return "\n\n".join(parts)
@@ -112,4 +117,10 @@ def _numbers(report: dict) -> dict[str, float]:
     if "predicted" in report:
         numbers["step s"] = report["predicted"]["step_seconds"]
         numbers["MFU"] = report["predicted"]["mfu"]
+    if "run" in report:
+        run = report["run"]
+        numbers["FLOPs of the run"] = run["flops"]
+        for kind in ("predicted", "assumed"):
+            if kind in run:
+                numbers[f"chip-hours, {kind}"] = run[kind]["chip_hours"]
     return numbers

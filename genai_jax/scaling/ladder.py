@@ -12,15 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from genai_jax.config import LARGEST_INT, ConfigError, field
-from genai_jax.files import writing_to
-from genai_jax.flagfiles import flag_line
+from genai_jax.files import read_text, writing_to
+from genai_jax.flagfiles import expand_flagfiles, flag_line
+from genai_jax.scaling.fits.laws import Parametric
+from genai_jax.scaling.fits.points import check_enough, check_spread, make_points
 from genai_jax.scaling.study.folder import Counts
 from genai_jax.scaling.study.settings import numbers
 
-STUDY_FILES = {
-    "README.md": "# IsoFLOP ladder\n\nWhich model size reaches the lowest loss at each budget?\n",
-    "study.flags": "--study.analysis=scaling_law\n",
-}
+QUESTION = "# IsoFLOP ladder\n\nWhich model size reaches the lowest loss at each budget?\n\n"
+ANALYSIS = "--study.analysis=scaling_law\n"
+BASE_COMMENT = "# Flags that all runs of the ladder share; the ladder command writes this file.\n"
+BEGIN, END = "<!-- ladder -->", "<!-- end of ladder -->"  # around its part of README.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,39 +160,102 @@ def _why_not(request: LadderRequest, rung: Rung) -> str:
     return ""
 
 
-def write_ladder(
-    request: LadderRequest, base: str, more: Sequence[str], rungs: Sequence[Rung]
-) -> list[pathlib.Path]:
-    """Writes one flagfile per run, named by budget and width, which includes the base.
+def why_not_fitted(rungs: Sequence[Rung]) -> str:
+    """Why the scaling-law analysis would refuse these runs alone; empty if it would not."""
+    points = make_points(
+        [rung.counts.non_embedding for rung in rungs],
+        [rung.tokens for rung in rungs],
+        [1.0] * len(rungs),
+        [rung.flops for rung in rungs],
+    )
+    try:
+        check_enough(len(rungs), len(Parametric.coefficients), "the parametric law")
+        check_spread(points)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
-    Unless the folder has them, it adds the two files that make it a study.
+
+def write_ladder(
+    request: LadderRequest, base: str, more: Sequence[str], rungs: Sequence[Rung], command: str
+) -> list[pathlib.Path]:
+    """Writes a study: one flagfile per run, named by budget and width, and what they share.
+
+    The flags of the base go to base.flags, which every run includes, unless the base is that file.
+    README.md has the question, the command, and a table of the runs; of one that exists, only the
+    part between the comments `BEGIN` and `END` is replaced. study.flags is written if missing.
 
     Args:
       request: the flags of the ladder.
       base: path of the base flagfile.
       more: other flags to write into every file.
       rungs: the runs.
+      command: the command line that asks for this ladder.
+
+    Returns:
+      The flagfiles of the runs.
 
     Raises:
-      ConfigError: the folder cannot be written to.
+      ConfigError: the folder cannot be written to, or has another base.flags.
     """
     folder = pathlib.Path(request.output)
+    shared = _shared(folder / "base.flags", base)
     with writing_to(f"--output={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        included = os.path.relpath(pathlib.Path(base).resolve(), folder.resolve())
+        if shared:
+            (folder / "base.flags").write_text(shared, encoding="utf-8")
         paths = [folder / f"{rung.name}.flags" for rung in rungs]
         for path, rung in zip(paths, rungs, strict=True):
-            path.write_text(_flagfile(request, included, more, rung), encoding="utf-8")
-        for name, text in STUDY_FILES.items():
-            if not (folder / name).exists():
-                (folder / name).write_text(text, encoding="utf-8")
+            path.write_text(_flagfile(request, more, rung), encoding="utf-8")
+        if not (folder / "study.flags").exists():
+            (folder / "study.flags").write_text(ANALYSIS, encoding="utf-8")
+        readme = folder / "README.md"
+        before = read_text(readme) if readme.exists() else f"{QUESTION}{BEGIN}\n{END}\n"
+        readme.write_text(_readme(before, rungs, command), encoding="utf-8")
     return paths
 
 
-def _flagfile(request: LadderRequest, included: str, more: Sequence[str], rung: Rung) -> str:
+def _shared(target: pathlib.Path, base: str) -> str:
+    """The contents of base.flags; empty if the base is that file."""
+    if os.path.realpath(target) == os.path.realpath(base):
+        return ""
+    if target.exists() and not read_text(target).startswith(BASE_COMMENT):
+        raise ConfigError(
+            f"{target} is not from this command: choose another --output, or use it as --flagfile"
+        )
+    flags = expand_flagfiles([f"--flagfile={base}"])
+    return BASE_COMMENT + "".join(f"{_line(flag)}\n" for flag in flags)
+
+
+def _readme(before: str, rungs: Sequence[Rung], command: str) -> str:
+    head, begin, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        return before
+    rows = [
+        f"| {r.name} | {r.counts.non_embedding:.4g} | {r.tokens:.4g} | {r.ratio:.3g} | "
+        f"{r.flops:.4g} | {r.layers} | {r.steps:,} |"
+        for r in rungs
+    ]
+    table = [
+        "| run | non-embedding parameters N | tokens or examples D | D / N | FLOPs C | layers | "
+        "steps |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+    text = [f"```\n{command}\n```", "", *table, "", f"FLOPs: {rungs[0].counts.convention}."]
+    return f"{head}{BEGIN}\n" + "\n".join(text) + f"\n{END}{tail}"
+
+
+def _line(flag: str) -> str:
+    """The line of a flagfile for an argument ``--name=value``, or ``--name``."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    return flag_line(name, value) if equals else f"--{name}"
+
+
+def _flagfile(request: LadderRequest, more: Sequence[str], rung: Rung) -> str:
     counts = rung.counts
-    given = [flag_line(*flag.lstrip("-").split("=", 1)) for flag in more]
-    flags = [flag_line("flagfile", included), *given, *_size_flags(request, rung.width)]
+    flags = ["--flagfile=base.flags", *map(_line, more), *_size_flags(request, rung.width)]
     flags.append(f"--train.steps={rung.steps}")
     if request.warmup is not None:
         flags.append(f"--optimizer.warmup_steps={round(request.warmup * rung.steps)}")

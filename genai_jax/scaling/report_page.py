@@ -32,31 +32,40 @@ a { color: var(--accent); }
 .question { font-size: 1.1rem; color: var(--soft); }
 .warning { border-left: 3px solid var(--warn); padding: .1rem 0 .1rem .8rem; color: var(--warn); }
 nav { font-size: .95rem; margin: 1.25rem 0; }
-nav a { margin-right: 1.1rem; text-decoration: none; white-space: nowrap; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+nav a { display: inline-block; margin-right: 1.1rem; text-decoration: none; }
+.wide { overflow-x: auto; margin: 1rem 0; background: linear-gradient(90deg, var(--paper) 1.5rem,
+  transparent) left, linear-gradient(270deg, var(--paper) 1.5rem, transparent) right,
+  linear-gradient(90deg, var(--line), transparent) left,
+  linear-gradient(270deg, var(--line), transparent) right; background-repeat: no-repeat;
+  background-size: 3rem 100%, 3rem 100%, .75rem 100%, .75rem 100%;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; width: max-content; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: .3rem; }
 th { text-align: left; vertical-align: bottom; font-weight: 600;
   border-bottom: 2px solid var(--line); }
 th, td { padding: .3rem .9rem .3rem 0; }
-td { border-bottom: 1px solid var(--line); vertical-align: top; max-width: 30rem; }
+thead th { max-width: 14rem; }
+td { border-bottom: 1px solid var(--line); vertical-align: top; max-width: 30rem;
+  overflow-wrap: anywhere; }
 tbody th { border-bottom: 1px solid var(--line); font-weight: 400; color: var(--soft);
   vertical-align: top; }
 td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 figure { margin: 1.5rem 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 48rem; }
+figure svg { display: block; width: var(--width); height: auto;
+  max-width: max(100%, .8 * var(--width)); }
 figcaption { color: var(--soft); font-size: .85rem; }
 pre { background: var(--shade); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
   font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 details { margin: .3rem 0; }
 summary { cursor: pointer; }
-@media (max-width: 36rem) { body { padding: 1.25rem .9rem 3rem; } h1 { font-size: 1.5rem; } }
+@media (max-width: 36rem) { body { padding: 1.25rem .9rem 3rem; } h1 { font-size: 1.5rem; }
+  td { max-width: 13rem; } }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --shade: #f4f4f4;
   --accent: #000; --warn: #000; } body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
-  figure svg { max-width: 30rem; } nav { display: none; }
+  figure svg { max-width: min(100%, .7 * var(--width)); } nav { display: none; }
   .wide { overflow: visible; } table { width: auto; font-size: 7.5pt; }
   th, td { padding-right: .5rem; }
   pre { white-space: pre-wrap; } }
@@ -93,6 +102,11 @@ def page(title: str, sections: Sequence[Section], record: Record) -> str:
     )
 
 
+def _wide(name: str) -> str:
+    """Begins what scrolls on its own if it is wider than the page, by keys as well."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name)}">'
+
+
 def _section(section: Section) -> str:
     return "".join(
         [
@@ -104,9 +118,8 @@ def _section(section: Section) -> str:
 
 
 def _figure(name: str, figure: Figure) -> str:
-    return (
-        f"<figure>\n{_svg(name, figure)}\n<figcaption>{escape(name)}.png</figcaption>\n</figure>\n"
-    )
+    caption = f"<figcaption>{escape(name)}.png</figcaption>"
+    return f"<figure>\n{_wide(name)}{_svg(name, figure)}</div>\n{caption}\n</figure>\n"
 
 
 def _svg(name: str, figure: Figure) -> str:
@@ -121,7 +134,9 @@ def _svg(name: str, figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # unused, and the same in every figure
     text = text.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
-    start = f'<svg role="img" aria-label="{escape(name)}" fill="currentColor" '
+    width = round(96 * figure.get_figwidth())  # pixels: text has the size that its font asks for
+    start = f'<svg role="img" aria-label="{escape(name)}" style="--width: {width}px" '
+    start += 'fill="currentColor" '
     style = 'stroke-linejoin="round" stroke-linecap="butt" '
     return re.sub(r'(width|height)="[\d.]+pt" ', "", start + style + text.split("<svg ", 1)[1])
 
@@ -137,7 +152,7 @@ def _table(table: Table) -> str:
     )
     rows = "".join(_row(row, classes) for row in table.rows)
     return (
-        f'<div class="wide"><table>\n<caption>{escape(table.name)}.csv</caption>\n'
+        f"{_wide(table.name)}<table>\n<caption>{escape(table.name)}.csv</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
     )
 
@@ -157,7 +172,7 @@ def shown(cell: Cell) -> str:
         return str(cell)
     if isinstance(cell, Integral) or (cell == int(cell) and abs(cell) < 1e6):
         return f"{int(cell):,}" if abs(cell) < 1e12 else f"{cell:.4g}"
-    return f"{cell:.5g}" if not 1e5 <= abs(cell) < 1e6 else f"{cell:,.0f}"
+    return f"{cell:.5g}" if not 1e4 <= abs(cell) < 1e6 else f"{cell:,.0f}"
 
 
 def _environment(environment: Mapping) -> str:
@@ -165,7 +180,8 @@ def _environment(environment: Mapping) -> str:
         f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>\n"
         for name, value in _flat(environment)
     )
-    return f'<div class="wide"><table><tbody>\n{rows}</tbody></table></div>\n' if rows else ""
+    table = f"{_wide('environment')}<table><tbody>\n{rows}</tbody></table></div>\n"
+    return table if rows else ""
 
 
 def _flat(values: Mapping, prefix: str = "") -> Iterable[tuple[str, object]]:

@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 # Dense bfloat16 FLOP/s of one JAX device, by a pattern of `device_kind`; the first match counts.
 # TPU: "TPU versions" and the system architecture pages of the Google Cloud documentation; a v4 or
-# v5p chip is one device, a 7x chip (2307e12) is two. NVIDIA: the SXM column of each data sheet.
+# v5p chip is one device, a v3 (123e12) or 7x chip (2307e12) is two. NVIDIA: the SXM column of each
+# data sheet.
 PEAK_BFLOAT16 = (
+    ("TPU v3", 61.5e12),
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
 from genai_jax.compile_check import CheckRequest, _split
 from genai_jax.config import ConfigError
-from genai_jax.scaling.chips import CHIPS, Topology
+from genai_jax.scaling.chips import CHIPS, EXAMPLES, Topology, gpu_description
 from genai_jax.scaling.compile_text import side_by_side
+from genai_jax.scaling.whole_run import hours_text, time_text, whole_run
+from genai_jax.training.hardware import peak_of
 from tests.commands import environment
 from tests.conftest import ROOT
 
@@ -114,22 +118,114 @@ def test_flags_of_the_command_and_of_the_run_are_separated():
 def test_ignored_flags_and_bad_topologies_are_refused():
     with pytest.raises(ConfigError, match="--topology needs a value: write --topology=VALUE"):
         _split(["--topology", "cpu:2"])
-    with pytest.raises(ConfigError, match="--output and --program need the compiled step"):
-        _split(["--topology=cpu:2", "--nocompiles", "--output=x.json"])
+    with pytest.raises(ConfigError, match="--program needs the compiled step"):
+        _split(["--topology=cpu:2", "--nocompiles", "--program=x.txt"])
     for text in ("cpu:0", "v5e:0x4"):
         with pytest.raises(ConfigError, match=f"{text}: sizes must be at least 1$"):
             Topology(text)
     with pytest.raises(ConfigError, match="cpu:2x4: cpu takes a single size, as cpu:8"):
         Topology("cpu:2x4")
-    with pytest.raises(ConfigError, match="--slices=2 works for TPUs only, not for h200"):
-        Topology("h200:1x1x8", 2)
+    for text in ("h200:1x1x8", "a100_80:1x1x8", "cpu:2"):
+        with pytest.raises(ConfigError, match=f"--slices=2 works for TPUs only, not for {text}"):
+            Topology(text, 2)
 
 
 def test_an_unknown_topology_lists_examples():
     for text in ("v9:2x2", "v5p", "v5p:", "cpu:2x", "h200"):
-        with pytest.raises(ConfigError, match=r"--topology=.* is unknown; examples are v4:"):
+        with pytest.raises(ConfigError, match=r"--topology=.* is unknown; examples are v3:"):
             Topology(text)
-    assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e", "7x", "h200"}
+    tpus = {"v3", "v4", "v5e", "v5p", "v6e", "7x"}
+    assert set(CHIPS) == tpus | {"a100_40", "a100_80", "h100", "h200", "b200"}
+    assert {text.split(":")[0] for text in EXAMPLES.split(", ")} <= {*CHIPS, "cpu"}
+
+
+KINDS = {
+    "v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite",
+    "7x": "TPU7x", "a100_40": "NVIDIA A100-SXM4-40GB", "a100_80": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "b200": "NVIDIA B200",
+}  # fmt: skip
+
+
+def test_the_peak_of_a_chip_is_the_one_that_runs_on_it_measure_their_mfu_by():
+    for name, chip in CHIPS.items():
+        device = types.SimpleNamespace(device_kind=KINDS[name], platform="other")
+        assert peak_of([device]).flops_per_second == pytest.approx(chip.flops, rel=1e-3), name
+        # A float32 run can be no faster, and a memory is read in less than a second.
+        assert chip.peak("float32") <= chip.peak("bfloat16") == chip.flops
+        assert 0.004 < chip.memory / chip.hbm < 0.1 and chip.network < chip.link, name
+
+
+def test_chips_and_devices_are_counted_apart():
+    assert Topology("v3:4x4").num_chips == 16 and Topology("v3:4x4").num_devices == 32
+    assert Topology("7x:2x2x2", 2).num_chips == 16 and Topology("7x:2x2x2", 2).num_devices == 32
+    assert Topology("h100:1x2x8").num_chips == Topology("h100:1x2x8").num_devices == 16
+
+
+def test_gpus_are_described_to_the_compiler():
+    given = {kind: gpu_description(kind) for kind in ("a100_40", "a100_80", "h100", "h200")}
+    assert len(set(given.values())) == 4
+    for kind, text in given.items():
+        assert text.count(f'"{KINDS[kind]}"') == 2, kind  # the device and the whole
+        assert f"memory_bandwidth: {CHIPS[kind].hbm:.0f}\n" in text
+        capability = int(re.search(r"cuda_compute_capability:? \{ major: (\d)", text)[1])
+        assert capability == (8 if kind.startswith("a100") else 9)
+
+
+def test_the_cost_of_the_whole_run_follows_from_its_steps():
+    step = {"batch_size": 4, "tokens_per_step": 40, "flops_per_step": 61.5e12 * 6}
+    run = whole_run(step, 3600, "bfloat16", Topology("v3:1x1"), 0.5)
+    assert run["examples"] == 4 * 3600 and run["tokens"] == 40 * 3600 and run["chips"] == 1
+    assert run["flops"] == 3600 * 61.5e12 * 6 and run["peak"] == 123e12
+    assert run["at_peak"] == pytest.approx({"seconds": 3 * 3600, "chip_hours": 3})
+    assert run["assumed"] == pytest.approx({"mfu": 0.5, "seconds": 6 * 3600, "chip_hours": 6})
+    step |= {"predicted": {"step_seconds": 5.0}, "tokens_per_step": None}
+    run = whole_run(step, 3600, "float32", Topology("a100_80:1x1x8"), 0.5)
+    assert run["predicted"] == {"seconds": 5 * 3600, "chip_hours": 40} and "assumed" not in run
+    assert run["peak"] == 156e12 and run["tokens"] is None
+    on_cpu = whole_run(step, 3600, "float32", Topology("cpu:8"), 0.5)
+    assert set(on_cpu) == {"steps", "examples", "tokens", "flops"}
+
+
+def test_times_and_hours_have_three_digits():
+    assert [time_text(s) for s in (0.12345, 119, 121, 7200, 86400 * 1.5, 86400 * 1234)] == [
+        "0.123 seconds", "119 seconds", "2.02 minutes", "2 hours", "36 hours", "1,234 days",
+    ]  # fmt: skip
+    assert [hours_text(h) for h in (0.01234, 12.34, 123.4, 1234567)] == [
+        "0.0123", "12.3", "123", "1,234,567",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", ["v3:2x2", "b200:1x1x8"])
+def test_without_a_compiler_the_whole_run_has_a_cost(topology, tmp_path):
+    path = tmp_path / "report.json"
+    command = [
+        sys.executable, "-m", "genai_jax.compile_check", f"--topology={topology}", *TINY,
+        "--compiles=false", "--assumed_mfu=0.25", f"--output={path}", "--train.steps=500",
+        "--mesh.data=8", "--dtype=bfloat16",
+    ]  # fmt: skip
+    env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    run = report["run"]
+    assert run["steps"] == 500 and run["tokens"] == 500 * 8 * 32
+    assert run["flops"] == 500 * report["flops_per_step"]
+    seconds = run["flops"] / (CHIPS[topology.split(":")[0]].flops * 8)
+    assert run["at_peak"]["seconds"] == pytest.approx(seconds)
+    assert run["assumed"]["chip_hours"] == pytest.approx(4 * run["at_peak"]["chip_hours"])
+    assert "if the MFU is 25%, which is an assumption" in done.stdout
+    assert f"FLOPs: {report['convention']}" in done.stdout
+
+
+def test_a_chip_without_a_description_is_refused_only_by_the_compiler():
+    done = check("--topology=b200:1x1x8", *TINY)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "the compiler has no description of b200; --compiles=false" in done.stderr
+
+
+def test_a_population_has_no_step_of_one_model():
+    done = check("--topology=cpu:1", *TINY, "--population.size=2", "--compiles=false")
+    assert done.returncode == 2 and "error: --population.size=2: only the step" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,7 @@ def test_parabolas_have_their_minima_at_the_best_sizes():
     both = Points(*(np.concatenate(pair) for pair in zip(points, edge, strict=True)))
     fitted = fit_isoflop(both, resamples=50)
     assert [v.inside for v in fitted.valleys] == [True] * 5 + [False]
+    assert [v.edge for v in fitted.valleys] == [""] * 5 + ["smallest"]
     for valley, budget in zip(fitted.valleys, budgets, strict=False):
         assert valley.budget == pytest.approx(budget)
         assert valley.parameters == pytest.approx(best_size(budget), rel=0.05)
@@ -218,6 +219,8 @@ def test_the_envelope_of_curves_has_the_same_exponent():
     assert fitted.parameters_law.power == pytest.approx(BETA / (ALPHA + BETA), abs=0.02)
     np.testing.assert_allclose(6 * fitted.parameters * fitted.tokens, fitted.budget, rtol=0.02)
     assert fitted.parameters.min() > 5e7 and fitted.parameters.max() < 1e10  # without the ends
+    smallest, largest = fitted.edges
+    assert 0 < smallest < 0.5 and 0 <= largest < 0.5
     with pytest.raises(ConfigError, match="envelope of 2 training curves"):
         fit_envelope(curves[:2])
 

@@ -110,6 +110,57 @@ def test_bad_ladders_are_one_line(base, changes, more, words):
     assert not list(base.parent.glob("study/*"))
 
 
+def test_the_folder_is_a_study_of_its_own(tmp_path, capsys, monkeypatch):
+    (tmp_path / "shared.flags").write_text('--data.answer_after:="\\n"\n--transformer.use_bias\n')
+    base = tmp_path / "mine.flags"
+    base.write_text("\n".join(("--flagfile=shared.flags", *BASE)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert ladder.main(flags(base, output="made")) == 0
+    for path in ("shared.flags", "mine.flags"):
+        (tmp_path / path).unlink()  # the study needs neither
+    made = tmp_path / "made"
+    names = {path.name for path in made.iterdir()} - {p.name for p in flagfiles(made)}
+    assert names == {"README.md", "study.flags", "base.flags"}
+    config = parse_run([f"--flagfile={flagfiles(made)[0]}"])
+    assert config.data.answer_after == "\n" and config.data.batch_size == 8
+    capsys.readouterr()
+    where = ("--study=made", f"--workdir={tmp_path / 'work'}")
+    assert study.main([*where, "--dry_run", "--flops_per_second=1e9"]) == 0
+    out = capsys.readouterr().out
+    assert "6 run(s) to train" in out and "c1e11_w32" in out
+    readme = (made / "README.md").read_text()
+    assert "python -m genai_jax.ladder --flagfile=" in readme and "| c3.5e11_w128 |" in readme
+
+    # Once more, with other widths: only the ladder's part of the README changes.
+    (made / "README.md").write_text(readme + "Mine.\n")
+    (tmp_path / "mine.flags").write_text("--data.batch_size=4\n")
+    ladder.main(flags(base, output="made", widths="32"))
+    readme = (made / "README.md").read_text()
+    assert "| c3.5e11_w128 |" not in readme and readme.endswith("Mine.\n")
+    assert parse_run([f"--flagfile={made}/c1e11_w32.flags"]).data.batch_size == 4
+    # A base that is in the folder stays as it is.
+    (made / "base.flags").write_text("--data.batch_size=2\n")
+    with pytest.raises(ConfigError, match=r"base.flags is not from this command: choose another"):
+        ladder.main(flags(base, output="made"))
+    ladder.main(flags(made / "base.flags", output="made"))
+    assert (made / "base.flags").read_text() == "--data.batch_size=2\n"
+
+
+def test_names_that_no_text_file_can_hold_are_escaped_in_its_readme(base):
+    assert ladder.main([*flags(base, output=base.parent / "\udcff"), "--train.log_every=3"]) == 0
+    assert "output=" in (base.parent / "\udcff" / "README.md").read_text()
+
+
+def test_too_few_runs_to_fit_are_said(base, capsys):
+    ladder.main(flags(base, widths="32,64"))
+    out = capsys.readouterr().out
+    assert "too few runs for a study: the parametric law needs at least as many points" in out
+    ladder.main(flags(base, widths="32,64", budgets="1e11,2e11,3e11", output=base.parent / "b"))
+    assert "study: a law of parameters and tokens needs at least 3" in capsys.readouterr().out
+    ladder.main(flags(base, output=base.parent / "c"))
+    assert "too few" not in capsys.readouterr().out
+
+
 def test_its_folder_is_a_study(base, tmp_path, capsys):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "README.md").write_text("# Mine\n\nA question.\n")

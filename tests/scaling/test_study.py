@@ -1,6 +1,7 @@
 """A study as a user runs it: interrupted and resumed, with a failing run, checked and launched."""
 
 import json
+import re
 import signal
 import time
 
@@ -141,7 +142,7 @@ def test_a_dry_run_prints_sizes_and_times(done, folders, capsys):
 
 def test_a_dry_run_prints_its_plan_before_it_times_anything(folders, tmp_path, capsys, monkeypatch):
     runs = read_study(folders[0], tmp_path, parse_run, make_task).runs
-    state = State(runs[:1], runs[:1], {})  # the other may follow
+    state = State(runs[:1], runs[:1], {}, [[[runs[1]], []]])  # the other may follow
     monkeypatch.setattr(study, "state_of", lambda *_: state)
     printed = []
 
@@ -151,9 +152,36 @@ def test_a_dry_run_prints_its_plan_before_it_times_anything(folders, tmp_path, c
 
     monkeypatch.setattr(study.times, "calibrated", calibrated)
     study.main([f"--study={folders[0]}", f"--workdir={tmp_path}", "--dry_run"])
-    assert "1 run(s) to train" in printed[0] and "1 other run(s) are not selected" in printed[0]
-    expected = "expected 1 min 0 s for 1 run(s); 1 other run(s), if they follow, 1 min 0 s more"
+    total = f"in total at most {2 * runs[0].flops:.3e} FLOPs"
+    assert "1 run(s) to train" in printed[0] and total in printed[0]
+    expected = (
+        "expected 1 min 0 s for 1 run(s), then at most 1 min 0 s for the 1 that their results "
+        "choose: at most 2 min 0 s in total"
+    )
     assert expected in capsys.readouterr().out
+    study.main([f"--study={folders[0]}", f"--workdir={tmp_path}", "--dry_run", "--only=broken"])
+    assert "1 other run(s) are not selected" in printed[1] and "in total" not in printed[1]
+
+
+def test_the_total_of_a_dry_run_counts_the_runs_that_a_comparison_will_choose(tmp_path, capsys):
+    """Two rates and three seeds each: the first seed of both, then two seeds of one of them."""
+    runs = {
+        f"{name}.lr{rate}.s{seed}": (f"--optimizer.learning_rate={rate}", f"--seed={seed}", *more)
+        for name, more in (("a", ()), ("b", ("--transformer.qk_norm=true",)))
+        for rate in ("1e-3", "2e-3")
+        for seed in range(3)
+    }
+    settings = ("--study.analysis=comparison", "--study.baseline=a", "--study.seeds=2")
+    folder = write_study(tmp_path / "study", BASE, runs, *settings)
+    where = [f"--study={folder}", f"--workdir={tmp_path / 'work'}", "--dry_run"]
+    study.main([*where, "--flops_per_second=1e6"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert sum(line.endswith("perhaps later") for line in lines) == 8
+    assert "4 run(s) to train" in out and "then 4 run(s) that their results choose" in out
+    assert "not selected" not in out and "at most" not in out
+    now, later, total = re.findall(r"([\d.e+]+) FLOPs(?:$|;)", out, re.MULTILINE)
+    assert float(total) == pytest.approx(float(now) + float(later), rel=1e-3)
 
 
 def test_commands_for_other_machines(done, folders, capsys):

@@ -77,7 +77,7 @@ def test_differences_are_paired_and_the_choice_is_not_scored(runs):
     assert sections[0].tables[0].rows[0][0] == "better"  # sorted
     rates = sections[2].tables[0].rows
     assert len(rates) == 6 and sum(row[3] == "chosen" for row in rates) == 3
-    assert "At the edge" in sections[2].paragraphs[1]
+    assert sections[2].paragraphs[1].startswith("At the edge of the tried range: the best eval/l")
 
 
 def test_bootstrap_intervals_hold_the_mean(runs):

@@ -31,6 +31,17 @@ def grokked() -> list[Result]:
     return results
 
 
+def test_what_is_best_at_the_first_or_the_last_step_is_said():
+    run = make_run("a")
+    rows = [{"step": s, "eval/loss": 1 / s, "eval/accuracy": 1 / s} for s in (1, 2, 3)]
+    results = [Result(run.name, run.config, run.counts, rows, False)]
+    config = CurvesConfig("curves", metrics="eval/loss,eval/accuracy")
+    assert curves.analyze(results, config)[1].paragraphs[1:] == [
+        "Still best at the last step, so that more steps may improve it: eval/loss of a.",
+        "Best at the first logged step, and worse ever after: eval/accuracy of a.",
+    ]
+
+
 def test_curves_report_when_a_metric_reaches_the_threshold():
     config = CurvesConfig(
         "curves", metrics="train/accuracy,eval/accuracy,eval/loss", reach=0.95,
@@ -44,6 +55,11 @@ def test_curves_report_when_a_metric_reaches_the_threshold():
     assert math.isnan(numbers["grok.0.0/eval/accuracy/reached"])
     assert numbers["grok.1.0/eval/loss/best"] == 0 and numbers["grok.1.0/eval/loss"] == 2
     assert numbers["grok.1.0/eval/loss/reached"] == 30  # at most, for a loss
+    assert len(values.paragraphs) == 1  # nothing is best at the first or the last step
+    assert against.paragraphs[1:] == [
+        "At the edge of the tried range: the best eval/accuracy is at the largest weight decay "
+        "(--optimizer.weight_decay) for grok; a larger one may be better."
+    ]
     assert values.tables[0].columns[-1] == "first step at 0.95"
     assert ("grok.1.0", "eval/accuracy", 1.0, 1.0, 40, 40) in values.tables[0].rows
     assert ("eval/accuracy", "grok", 1.0, 1.0, 1) in against.tables[0].rows

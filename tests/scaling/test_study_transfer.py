@@ -48,6 +48,22 @@ def test_no_optimum_at_the_edge_or_next_to_a_divergence():
     assert transfer.optimum([1, 2, 4, 8], [2.0, 1.0, 2.0, math.inf]).rate == pytest.approx(2)
 
 
+def test_an_optimum_that_is_not_inside_is_said():
+    best = {"mup": {16: 2**-8.0, 32: 2**-12.0, 64: 2**-6.0, 128: 2**-8.0}}
+    results = swept(best)
+    worst = ("mup.w128.-7", "mup.w128.-9")
+    results = [r._replace(diverged=True) if r.name in worst else r for r in results]
+    text = transfer.analyze(results, TransferConfig("transfer"))[0].paragraphs
+    assert text[-3:] == [
+        "At the edge of the tried range: the lowest eval/loss is at the smallest learning rate for "
+        "mup at width 32; a smaller one may be better.",
+        "At the edge of the tried range: the lowest eval/loss is at the largest learning rate for "
+        "mup at width 64; a larger one may be better.",
+        "The lowest loss is next to a learning rate that diverged, so that its optimum is not "
+        "known, for mup at width 128.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [

@@ -178,8 +178,16 @@ class ImageLoader:
         return [source[int(i)] for i in indices]
 
     def examples(self, split: str, count: int) -> dict[str, Any]:
-        """Up to `count` examples spread evenly over a split: image, labels, caption."""
+        """Up to `count` examples spread evenly over a split: image, labels, caption.
+
+        Of data that are not prepared, while only shapes are asked for, a single black image.
+        """
         source = self.open(split)
+        if not len(source):
+            blank = {"image": np.zeros((1, *source.shape), np.uint8)}
+            labels = {"labels": np.zeros((1, len(source.label_names)), np.int32)}
+            captions = {"caption": [""]} if source.has_captions else {}
+            return blank | (labels if source.label_names else {}) | captions
         indices = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
         examples = self._examples(source, indices)
         result = {"image": np.stack([e["image"] for e in examples])}

@@ -27,6 +27,7 @@ class Envelope(NamedTuple):
     loss: np.ndarray  # [budgets] loss of the best run
     parameters_law: PowerLaw
     tokens_law: PowerLaw
+    edges: tuple[float, float]  # shares of all budgets that two runs reach: smallest, largest best
 
 
 def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int = 0) -> Envelope:
@@ -59,7 +60,19 @@ def fit_envelope(curves: list[Curve], *, resamples: int = RESAMPLES, seed: int =
         PowerLaw(*map(float, fit_line(budget[at], y)), samples, span)
         for y, samples in zip(best_runs[:2], lines, strict=True)
     ]
-    return Envelope(budget[at], *best_runs, *laws)
+    return Envelope(budget[at], *best_runs, *laws, _edges(loss, sizes))
+
+
+def _edges(loss: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Shares of the budgets where the smallest, or largest, of several sizes is the best."""
+    there = np.isfinite(loss)
+    best = sizes[np.argmin(np.where(there, loss, np.inf), 0)]
+    smallest = np.min(np.where(there, sizes[:, None], np.inf), 0)
+    largest = np.max(np.where(there, sizes[:, None], -np.inf), 0)
+    several = smallest < largest
+    count = max(int(several.sum()), 1)
+    shares = ((best == end) & several for end in (smallest, largest))
+    return tuple(float(share.sum() / count) for share in shares)
 
 
 def _along(budget: np.ndarray, curve: Curve, values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.scaling.edges import LARGEST, SMALLEST
 from genai_jax.scaling.fits.bootstrap import RESAMPLES, resampled
 from genai_jax.scaling.fits.points import Points
 from genai_jax.scaling.fits.power_law import PowerLaw, fit_line
@@ -23,6 +24,7 @@ class Valley(NamedTuple):
       parabola: [3] (c0, c1, c2).
       parameters, tokens, loss: values at the minimum.
       inside: whether the parabola has a minimum that lies between the sizes of the runs.
+      edge: otherwise the end of these sizes where the parabola is lowest, as `edges.edge` says it.
     """
 
     budget: float
@@ -32,6 +34,7 @@ class Valley(NamedTuple):
     tokens: float
     loss: float
     inside: bool
+    edge: str
 
 
 class IsoFlop(NamedTuple):
@@ -63,13 +66,12 @@ def fit_isoflop(points: Points, *, resamples: int = RESAMPLES, seed: int = 0) ->
     Raises:
       ConfigError: fewer than two budgets with three sizes and a minimum that is inside.
     """
-    groups = [g for g in budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
-    valleys = [_valley(points, group) for group in groups]
+    valleys = valleys_of(points)
     inside = [valley for valley in valleys if valley.inside]
     if len(inside) < 2:
         raise ConfigError(
             "an isoFLOP fit needs 2 budgets with 3 sizes each and a minimum between them, but "
-            f"there are {len(inside)} (of {len(groups)} budgets with 3 sizes)"
+            f"there are {len(inside)} (of {len(valleys)} budgets with 3 sizes)"
         )
     resampled_minima = [
         _resampled_minima(points, valley, resamples, seed + i) for i, valley in enumerate(inside)
@@ -81,6 +83,12 @@ def fit_isoflop(points: Points, *, resamples: int = RESAMPLES, seed: int = 0) ->
     return IsoFlop(valleys, *laws)
 
 
+def valleys_of(points: Points) -> list[Valley]:
+    """A parabola for each budget that has three sizes, in order of increasing budget."""
+    groups = [g for g in budgets(points.flops) if len(np.unique(points.parameters[g])) >= 3]
+    return [_valley(points, group) for group in groups]
+
+
 def _valley(points: Points, runs: np.ndarray) -> Valley:
     here = points.where(runs)
     weights = np.ones((1, len(runs)))
@@ -89,9 +97,11 @@ def _valley(points: Points, runs: np.ndarray) -> Valley:
     x = np.log(here.parameters)
     inside = bool(parabola[0, 2] > 0 and x.min() < np.log(minimum[0]) < x.max())
     c0, c1, c2 = parabola[0]  # in x - center
+    low, high = (np.polyval((c2, c1, c0), end - center) for end in (x.min(), x.max()))
+    end = "" if inside else SMALLEST if low < high else LARGEST
     plain = np.array([c0 - c1 * center + c2 * center**2, c1 - 2 * c2 * center, c2])
     budget = float(np.exp(np.mean(np.log(here.flops))))
-    return Valley(budget, runs, plain, *map(float, minimum), inside)
+    return Valley(budget, runs, plain, *map(float, minimum), inside, end)
 
 
 def _resampled_minima(points: Points, valley: Valley, resamples: int, seed: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, ScalarFormatter
 
 from genai_jax.scaling.fits.envelope import Envelope
 from genai_jax.scaling.fits.fit import Fit
@@ -15,6 +14,7 @@ from genai_jax.scaling.fits.isoflop import IsoFlop
 from genai_jax.scaling.fits.optimum import Cost, Optimum, optimum
 from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.fits.power_law import KaplanLaw
+from genai_jax.scaling.log_axis import log_axes
 
 SIZE, TOKENS, FLOPS = "parameters N", "tokens D", "training FLOPs C"
 COLORS = "viridis"
@@ -27,26 +27,6 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     for each in axes:
         each.grid(alpha=0.25, linewidth=0.6)
     return figure, list(axes)
-
-
-def _log(axes: Axes, *which: str):
-    """Makes axes logarithmic; ranges below three decades get ticks between the powers of ten."""
-    for name in which:
-        getattr(axes, f"set_{name}scale")("log")
-        axis, (low, high) = getattr(axes, f"{name}axis"), getattr(axes, f"get_{name}lim")()
-        if high / low < 1000:
-            axis.set_major_locator(LogLocator(subs=_subs(high / low)))
-            every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(np.inf, np.inf))
-            axis.set_major_formatter(ScalarFormatter() if high < 1e4 else every)
-            axis.set_minor_formatter(NullFormatter())
-
-
-def _subs(ratio: float) -> list[float]:
-    if ratio < 2.5:
-        return np.arange(1, 10, 0.5 if ratio > 1.6 else 0.25).tolist()
-    if ratio < 8:
-        return [1, 2, 3, 5, 7]
-    return [1, 2, 5] if ratio < 30 else [1, 3]
 
 
 def _colors(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> ScalarMappable:
@@ -93,7 +73,7 @@ def _runs_over_compute(figure: Figure, axes: Axes, points: Points, hidden: Point
         axes.scatter(hidden.flops, hidden.loss, s=26, facecolors="none", edgecolors=HIDDEN,
                      label="held out", zorder=3)  # fmt: skip
     axes.set(xlabel=FLOPS, ylabel=f"loss ({unit})", title="runs")
-    _log(axes, "x", "y")
+    log_axes(axes, "x", "y")
 
 
 def _contours(axes: Axes, points: Points, hidden: Points, fit: Fit):
@@ -109,7 +89,7 @@ def _contours(axes: Axes, points: Points, hidden: Points, fit: Fit):
         axes.scatter(hidden.parameters, hidden.tokens, s=26, facecolors="none",
                      edgecolors=HIDDEN, label="held out", zorder=3)  # fmt: skip
     axes.set(xlabel=SIZE, ylabel=TOKENS, title="predicted loss")
-    _log(axes, "x", "y")
+    log_axes(axes, "x", "y")
 
 
 def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
@@ -128,7 +108,7 @@ def residuals(points: Points, hidden: Points, fit: Fit, unit: str) -> Figure:
     for axes, label in zip(panels, (SIZE, TOKENS, f"predicted loss ({unit})"), strict=True):
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(xlabel=label)
-        _log(axes, "x")
+        log_axes(axes, "x")
     panels[0].set(ylabel="residual (% of predicted loss)")
     panels[0].legend(fontsize="small")
     return figure
@@ -150,7 +130,7 @@ def single(points: Points, laws: dict[str, KaplanLaw], unit: str) -> Figure:
         axes.plot(span, law.line(span), color=LINE, label=f"alpha = {law.alpha:.3g}")
         axes.set(xlabel=label)
         axes.legend(fontsize="small")
-        _log(axes, "x", "y")
+        log_axes(axes, "x", "y")
     panels[0].set(ylabel=f"loss ({unit})")
     return figure
 
@@ -167,7 +147,7 @@ def isoflop(points: Points, fit: IsoFlop, unit: str) -> Figure:
         if valley.inside:
             left.scatter(valley.parameters, valley.loss, marker="x", color=LINE, zorder=4)
     left.set(xlabel=SIZE, ylabel=f"loss ({unit})", title="runs by budget")
-    _log(left, "x")
+    log_axes(left, "x")
     inside = [v for v in fit.valleys if v.inside]
     budget = np.array([v.budget for v in inside])
     for name, line, color in (("N", fit.parameters, "#2563a8"), ("D", fit.tokens, "#15803d")):
@@ -177,7 +157,7 @@ def isoflop(points: Points, fit: IsoFlop, unit: str) -> Figure:
         right.plot(budget, line(budget), color=color, label=label, linewidth=1.2)
     right.set(xlabel=FLOPS, ylabel="N and D at the minimum", title="minima")
     right.legend()
-    _log(right, "x", "y")
+    log_axes(right, "x", "y")
     return figure
 
 
@@ -191,7 +171,7 @@ def envelope(curves: list[Curve], fit: Envelope, unit: str) -> Figure:
               label="best run, not the smallest or largest")  # fmt: skip
     left.set(xlabel=FLOPS, ylabel=f"loss ({unit})", title="training curves")
     left.legend(fontsize="small", markerscale=4)
-    _log(left, "x", "y")
+    log_axes(left, "x", "y")
     for name, values, line, color in (
         ("N", fit.parameters, fit.parameters_law, "#2563a8"),
         ("D", fit.tokens, fit.tokens_law, "#15803d"),
@@ -201,7 +181,7 @@ def envelope(curves: list[Curve], fit: Envelope, unit: str) -> Figure:
                    label=f"{name} ~ C^{line.power:.3g}")  # fmt: skip
     right.set(xlabel=FLOPS, ylabel="N and D of the best run")
     right.legend()
-    _log(right, "x", "y")
+    log_axes(right, "x", "y")
     return figure
 
 
@@ -219,7 +199,7 @@ def optima(approaches: dict[str, list[Optimum]]) -> Figure:
     for axes, label in zip(panels, (SIZE, TOKENS), strict=True):
         axes.set(xlabel="budget (FLOPs)", ylabel=f"optimal {label}")
         axes.legend()
-        _log(axes, "x", "y")
+        log_axes(axes, "x", "y")
     return figure
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from genai_jax.scaling.edges import sentences
 from genai_jax.scaling.fits import plots
 from genai_jax.scaling.fits.all_laws import Fits
 from genai_jax.scaling.fits.envelope import Envelope
 from genai_jax.scaling.fits.fit import Fit
-from genai_jax.scaling.fits.isoflop import SAME_BUDGET, IsoFlop
+from genai_jax.scaling.fits.isoflop import SAME_BUDGET, IsoFlop, valleys_of
 from genai_jax.scaling.fits.optimum import Estimate, Optimum
 from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.fits.power_law import KAPLAN, PowerLaw
@@ -127,8 +128,10 @@ def single(fits: Fits, unit: str) -> Section:
 
 def isoflop(fits: Fits, unit: str) -> Section:
     title = "Compute-optimal size from isoFLOP parabolas"
+    ends = [(f"{v.budget:.3g} FLOPs", v.edge) for v in valleys_of(fits.points)]
+    edges = sentences("size N", ends, "minimum of the parabola")
     if isinstance(fits.isoflop, str):
-        return Section(title, [f"Not fitted: {fits.isoflop}."])
+        return Section(title, [f"Not fitted: {fits.isoflop}.", *edges])
     iso = fits.isoflop
     rows = [
         (v.budget, len(v.runs), v.parameters, v.tokens, v.tokens / v.parameters, v.loss)
@@ -142,6 +145,7 @@ def isoflop(fits: Fits, unit: str) -> Section:
             "the losses of its runs, and power laws in the budget are fitted to the minima. A "
             "budget without a size in the table has no minimum between its smallest and largest "
             "run and is not used.",
+            *edges,
         ],
         [
             Table("isoflop_minima", ("budget (FLOPs)", "runs", "best size N", "tokens D", "D / N",
@@ -161,12 +165,16 @@ def envelope(fits: Fits, curves: list[Curve] | None, unit: str) -> Section:
     if isinstance(fits.envelope, str):
         return Section(title, [f"Not fitted: {fits.envelope}."])
     laws = {"N": fits.envelope.parameters_law, "D": fits.envelope.tokens_law}
+    smallest, largest = fits.envelope.edges
     return Section(
         title,
         [
             "Hoffmann et al. 2022, approach 1: power laws fitted to the sizes and tokens of the "
             "best run at each FLOP count during training. Note that a run in the middle of its "
             "learning-rate schedule is worse than one whose schedule ends there.",
+            "Not used, because an even smaller or larger one may be better: the FLOP counts where "
+            f"the smallest of the runs that reach them is the best ({smallest:.0%} of those that "
+            f"several sizes reach) or the largest ({largest:.0%}).",
         ],
         [_power_table("envelope_laws", laws)],
         {"envelope": plots.envelope(curves, fits.envelope, unit)},

@@ -31,18 +31,25 @@ class Analysis(NamedTuple):
       needed: (runs, results so far, flags) -> the runs that it needs. Raises `ConfigError`, before
         anything is trained, for a study that it could not analyze. Called again after these runs
         have finished, until it needs no others.
+      follow_ups: (runs, results so far, flags) -> the choices that the results will make: for each,
+        its alternatives, each with the runs that will be needed then.
     """
 
     config: type
     analyze: Callable[[Sequence[Result], Any], list[Section]]
     needed: Callable[[Sequence[Run], Mapping[str, list[Result]], Any], list[Run]]
+    follow_ups: Callable[
+        [Sequence[Run], Mapping[str, list[Result]], Any], list[list[list[Run]]]
+    ] = lambda *_: []
 
 
 ANALYSES = {
     "scaling_law": Analysis(
         scaling_law.ScalingLawConfig, scaling_law.analyze, _all_if(scaling_law.check)
     ),
-    "comparison": Analysis(ComparisonConfig, comparison.analyze, comparison.needed),
+    "comparison": Analysis(
+        ComparisonConfig, comparison.analyze, comparison.needed, comparison.follow_ups
+    ),
     "curves": Analysis(curves.CurvesConfig, curves.analyze, _all_if(curves.check)),
     "transfer": Analysis(transfer.TransferConfig, transfer.analyze, _all_if(transfer.check)),
 }

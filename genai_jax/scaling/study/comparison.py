@@ -49,6 +49,28 @@ def needed(
     return [run for run in runs if run in wanted]
 
 
+def follow_ups(
+    runs: Sequence[Run], results: Mapping[str, list[Result]], config: ComparisonConfig
+) -> list[list[list[Run]]]:
+    """For each architecture without a chosen learning rate: for each rate, what it would ask for.
+
+    These are the runs with the other seeds, of which `needed` asks for those of one rate.
+    """
+    choices = []
+    for models in grouped(models_of(runs)).values():
+        rates = dict.fromkeys(learning_rate(m) for m in models)
+        selecting = [m for m in models if seed(m) == config.selection_seed]
+        if len(rates) == 1 or all(m.name in results for m in selecting):
+            continue
+        now = {m.name for m in selecting}
+        by_rate: dict[float, dict[str, Run]] = {learning_rate(m): {} for m in selecting}
+        for m in models:
+            if learning_rate(m) in by_rate and m.name not in now:
+                by_rate[learning_rate(m)][m.name] = m.run  # once for all members of a population
+        choices.append([list(runs.values()) for runs in by_rate.values()])
+    return choices
+
+
 def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section]:
     """Scores of the architectures and their paired differences to the baseline.
 

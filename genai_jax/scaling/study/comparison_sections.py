@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from genai_jax.scaling.edges import edge, sentences
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.comparability import ComparisonConfig, matched
 from genai_jax.scaling.study.curves import legend
@@ -108,8 +109,7 @@ def rates_section(architectures, rates, config) -> Section:
         if len({learning_rate(r) for r in tried}) < 2:
             continue
         ordered = sorted(tried, key=learning_rate)
-        if rates[name] in (learning_rate(ordered[0]), learning_rate(ordered[-1])):
-            edges.append(name)
+        edges.append((name, edge((learning_rate(r), r.final(config.metric)) for r in ordered)))
         for r in ordered:
             mark = "chosen" if learning_rate(r) == rates[name] else None
             rows.append((name, learning_rate(r), r.final(config.metric), mark))
@@ -117,13 +117,9 @@ def rates_section(architectures, rates, config) -> Section:
         return Section("Learning rates", ["Every architecture has a single learning rate."])
     paragraphs = [
         "Each architecture uses the learning rate that is best with seed "
-        f"{config.selection_seed} at the same budget; that seed is not part of the scores above."
+        f"{config.selection_seed} at the same budget; that seed is not part of the scores above.",
+        *sentences("learning rate", edges, f"best {config.metric}"),
     ]
-    if edges:
-        paragraphs.append(
-            "At the edge of the tried range, so that the true optimum may lie outside: "
-            f"{', '.join(edges)}."
-        )
     columns = ("architecture", "learning rate", config.metric, "")
     label = label_of(architectures[config.baseline][0], config.metric)
     figures = {"learning_rates": _rates_figure(rows, label)}
@@ -153,12 +149,15 @@ def _differences_figure(
 def _rates_figure(rows: Sequence[tuple], label: str):
     from matplotlib.figure import Figure
 
+    from genai_jax.scaling.log_axis import log_axes
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row[0] for row in rows):
         own = [row for row in rows if row[0] == name and math.isfinite(row[2])]
         axes.plot([row[1] for row in own], [row[2] for row in own], marker="o", label=name)
-    axes.set(xlabel="learning rate", ylabel=label, xscale="log")
+    axes.set(xlabel="learning rate", ylabel=label)
+    log_axes(axes, "x")
     axes.grid(alpha=0.3)
     legend(figure, axes, len(axes.lines))
     return figure

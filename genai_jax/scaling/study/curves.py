@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
+from genai_jax.scaling.edges import edge, sentences, step_sentences
 from genai_jax.scaling.report import file_name
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.groups import (
+    flag_label,
     flag_value,
     grouped,
     label_of,
@@ -182,15 +184,14 @@ def _figure(named: dict[str, tuple[Line, str]], label: str, title: str, config: 
     one = len(named) == 1
     where = {"step": "step", "tokens": "tokens or examples seen", "flops": "FLOPs"}[config.over]
     axes.set(xlabel=where, ylabel=label, title=title or (next(iter(named)) if one else ""))
-    if config.log_over:
-        axes.set_xscale("log")
-    return _finished(figure, axes, config, len(named))
+    return _finished(figure, axes, config, len(named), log_x=config.log_over)
 
 
-def _finished(figure, axes, config, count: int):
-    """The figure with the scale of the metric, a grid, and a legend if there are several lines."""
-    if config.log_metric:
-        axes.set_yscale("log")
+def _finished(figure, axes, config, count: int, log_x: bool):
+    """The figure with its scales, a grid, and a legend if there are several lines."""
+    from genai_jax.scaling.log_axis import log_axes
+
+    log_axes(axes, *("x" if log_x else ""), *("y" if config.log_metric else ""))
     axes.grid(alpha=0.3)
     if count > 1:  # the title or the text names a single line
         legend(figure, axes, count)
@@ -207,7 +208,7 @@ def legend(figure, axes, count: int):
 
 def _values_section(lines: Sequence[Line], metrics, config) -> Section:
     reach = config.reach
-    rows, numbers = [], {}
+    rows, numbers, improving = [], {}, []
     for result, _ in lines:
         for metric in metrics:
             steps, values = result.curve(metric)
@@ -216,6 +217,9 @@ def _values_section(lines: Sequence[Line], metrics, config) -> Section:
             best = int(np.argmin(values) if _falls(metric) else np.argmax(values))
             name, row = f"{result.name}/{metric}", [values[-1], values[best], steps[best]]
             numbers |= {name: values[-1], f"{name}/best": values[best]}
+            sign = 1 if _falls(metric) else -1
+            at = edge((step, sign * v) for step, v in zip(steps, values, strict=True))
+            improving.append((f"{metric} of {result.name}", at))
             if reach is not None:
                 row.append(_reaches(steps, values, metric, reach))
                 numbers[f"{name}/reached"] = math.nan if row[-1] is None else row[-1]
@@ -225,7 +229,8 @@ def _values_section(lines: Sequence[Line], metrics, config) -> Section:
         columns.append(f"first step at {reach:g}")
     text = [
         "The best value is the lowest for losses, perplexities and bits, and the highest for other "
-        "metrics."
+        "metrics.",
+        *step_sentences(improving),
     ]
     return Section("Values", text, [Table("values", tuple(columns), rows)], {}, numbers)
 
@@ -248,7 +253,7 @@ def _against_section(lines: Sequence[Line], metrics, config) -> Section:
     if config.against in QUANTITIES:
         label, value = QUANTITIES[config.against]
     else:
-        label = f"{config.against.rpartition('.')[2].replace('_', ' ')} (--{config.against})"
+        label = flag_label(config.against)
         value = lambda r: flag_value("study.against", config.against, r)
     rows, figures = [], {}
     for metric in metrics:
@@ -266,7 +271,19 @@ def _against_section(lines: Sequence[Line], metrics, config) -> Section:
         )
     columns = ("metric", "runs", label, "last value", "seeds")
     text = [f"The final value of each run against {label}." + _about(lines)]
+    for metric in metrics:
+        text += sentences(label, _edges(rows, metric), f"best {metric}")
     return Section(f"Against {label}", text, [Table("against", columns, rows)], figures)
+
+
+def _edges(rows: Sequence[tuple], metric: str) -> list[tuple[str, str]]:
+    """(group of runs, `edge`) from rows (metric, group, x, final value, seeds)."""
+    sign = 1 if _falls(metric) else -1
+    points: dict[str, list[tuple[float, float]]] = {}
+    for of, group, x, value, _ in rows:
+        if of == metric:
+            points.setdefault(group, []).append((x, sign * value))
+    return [(group, edge(own)) for group, own in points.items()]
 
 
 def _ends(line: Line, metric: str) -> list[float]:
@@ -287,6 +304,5 @@ def _against_figure(groups: dict[str, list], label: str, metric: str, config: Cu
             axes.plot(*zip(*every, strict=True), "o", color=own.get_color(), ms=4, alpha=0.3)
     axes.set(xlabel=label, ylabel=f"final {metric}")
     xs = [x for points in groups.values() for x, _, _ in points]
-    if xs and min(xs) > 0 and max(xs) / min(xs) >= 8:
-        axes.set_xscale("log")
-    return _finished(figure, axes, config, len(groups))
+    log_x = bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 8
+    return _finished(figure, axes, config, len(groups), log_x)

@@ -53,6 +53,11 @@ def label_of(model: Model | Result, metric: str) -> str:
     return metric if unit == metric else f"{metric} ({unit})"
 
 
+def flag_label(name: str) -> str:
+    """A flag in words, for headings and axis labels: "unique tokens (--data.unique_tokens)"."""
+    return f"{name.rpartition('.')[2].replace('_', ' ')} (--{name})"
+
+
 def group_of(model: Model | Result) -> str:
     """The architecture or variant of a model: its run's name up to the first dot."""
     return run_of(model).split(".")[0]

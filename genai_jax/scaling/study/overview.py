@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,19 +16,45 @@ from genai_jax.scaling.study.table import duration
 from genai_jax.scaling.study.times import Speed, makespan
 from genai_jax.training.metrics_log import read_metrics
 
+if TYPE_CHECKING:
+    from genai_jax.scaling.study.session import State
 
-def plan_text(runs: Sequence[Run], finished: Sequence[Run], others: Sequence[Run]) -> str:
-    """The table of a dry run.
 
-    Args:
-      runs: runs that would be trained.
-      finished: runs that have finished.
-      others: runs that are not selected, or that may be needed after `runs` have finished.
-    """
-    states = {run.name: "finished" for run in finished} | {
-        run.name: "perhaps later" for run in others
-    }
-    every = sorted((*runs, *finished, *others), key=lambda run: by_number(run.name))
+class Plan(NamedTuple):
+    """What a study would train."""
+
+    runs: list[Run]  # now
+    finished: list[Run]
+    following: list[Run]  # after `runs`, if their results ask for as much as they can
+    exact: bool  # whether all results that they can have ask for as many FLOPs
+    perhaps: list[Run]  # all that can follow
+    others: list[Run]  # not selected, or needed whatever the results
+
+    @classmethod
+    def of(cls, every: Sequence[Run], state: State, only: Sequence[str]) -> Plan:
+        """The plan of a study in `state` whose runs `only` may be trained."""
+        runs = [r for r in state.missing if r.name in only]
+        finished = [r for r in state.needed if r.name in state.results]
+        known = {r.name for r in (*state.missing, *finished)}
+        free = lambda runs: [r for r in runs if r.name in only and r.name not in known]
+        following, perhaps, exact = [], [], True
+        for choice in state.choices:
+            alternatives = [free(alternative) for alternative in choice]
+            work = [sum(r.flops for r in alternative) for alternative in alternatives]
+            following += alternatives[work.index(max(work))]
+            exact = exact and min(work) > 0.99 * max(work)
+            perhaps += [r for alternative in alternatives for r in alternative]
+        others = [r for r in every if r not in (*runs, *finished, *perhaps)]
+        return cls(runs, finished, following, exact, perhaps, others)
+
+
+def plan_text(plan: Plan) -> str:
+    """The table of a dry run."""
+    states = {run.name: "finished" for run in plan.finished}
+    states |= {run.name: "perhaps later" for run in plan.perhaps}
+    states |= {run.name: "not selected" for run in plan.others}
+    every = (*plan.runs, *plan.finished, *plan.perhaps, *plan.others)
+    every = sorted(every, key=lambda run: by_number(run.name))
     heads = ("run", "parameters", "non-embedding", "tokens", "FLOPs", "")
     rows = [
         (
@@ -41,33 +68,39 @@ def plan_text(runs: Sequence[Run], finished: Sequence[Run], others: Sequence[Run
         for run in every
     ]
     lines = [*_aligned([heads, *rows]), f"FLOPs: {every[0].counts.convention}"]
-    total = sum(run.flops for run in runs)
-    lines.append(f"{len(runs)} run(s) to train, {total:.3e} FLOPs" if runs else "nothing to train")
-    if others:
+    now, later = (sum(run.flops for run in runs) for runs in (plan.runs, plan.following))
+    lines.append(
+        f"{len(plan.runs)} run(s) to train, {now:.3e} FLOPs" if plan.runs else "nothing to train"
+    )
+    if plan.following:
         lines.append(
-            f"{len(others)} other run(s) are not selected, or depend on the results of these"
+            f"then {_at_most(plan)}{len(plan.following)} run(s) that their results choose, "
+            f"{later:.3e} FLOPs; in total {_at_most(plan)}{now + later:.3e} FLOPs"
         )
+    if plan.others:
+        lines.append(f"{len(plan.others)} other run(s) are not selected")
     return "\n".join(lines)
 
 
-def times_text(runs: Sequence[Run], others: Sequence[Run], speed: Speed, jobs: int) -> str:
-    """How long a dry run expects `runs` to take, and `others` if they follow.
+def _at_most(plan: Plan) -> str:
+    return "" if plan.exact else "at most "
 
-    Args:
-      runs: runs that would be trained.
-      others: see `plan_text`.
-      speed: speed of this machine.
-      jobs: number of processes at a time.
-    """
-    together = lambda runs: duration(makespan([speed.seconds(run) for run in runs], jobs))
-    rows = [(run.name, duration(speed.seconds(run)), "") for run in runs]
+
+def times_text(plan: Plan, speed: Speed, jobs: int) -> str:
+    """How long a dry run expects the runs to take, `jobs` at a time, and those that follow."""
+    span = lambda runs: makespan([speed.seconds(run) for run in runs], jobs)
+    rows = [(run.name, duration(speed.seconds(run)), "") for run in plan.runs]
     at_once = f", {jobs} at a time" if jobs > 1 else ""
+    now, later = span(plan.runs), span(plan.following)
     lines = [
         *_aligned([("run", "expected time", ""), *rows]),
-        f"expected {together(runs)} for {len(runs)} run(s){at_once}",
+        f"expected {duration(now)} for {len(plan.runs)} run(s){at_once}",
     ]
-    if others:
-        lines[-1] += f"; {len(others)} other run(s), if they follow, {together(others)} more"
+    if plan.following:
+        lines[-1] += (
+            f", then {_at_most(plan)}{duration(later)} for the {len(plan.following)} that their "
+            f"results choose: {_at_most(plan)}{duration(now + later)} in total"
+        )
     lines.append(
         f"estimated from {speed.source}: {speed.rate:.3g} FLOP/s, plus "
         f"{1e3 * speed.overhead:.1f} ms per step and {speed.startup:.0f} s per run"

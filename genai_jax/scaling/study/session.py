@@ -26,6 +26,7 @@ class State(NamedTuple):
     needed: list[Run]  # runs that the analysis needs, as far as is known so far
     missing: list[Run]  # needed runs that have not finished
     results: dict[str, list[Result]]  # results of the needed runs that have
+    choices: Sequence[list[list[Run]]] = ()  # see `Analysis.follow_ups`
 
 
 def state_of(study: Study, settings: StudyConfig) -> State:
@@ -37,10 +38,12 @@ def state_of(study: Study, settings: StudyConfig) -> State:
     finished = {
         run.name: read_results(run) for run in study.runs if is_finished(run, settings.may_diverge)
     }
-    needed = ANALYSES[settings.analysis].needed(study.runs, finished, settings)
+    analysis = ANALYSES[settings.analysis]
+    needed = analysis.needed(study.runs, finished, settings)
+    choices = analysis.follow_ups(study.runs, finished, settings)
     missing = [run for run in needed if run.name not in finished]
     results = {run.name: finished[run.name] for run in needed if run.name in finished}
-    return State(needed, missing, results)
+    return State(needed, missing, results, choices)
 
 
 def train_missing(

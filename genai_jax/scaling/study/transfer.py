@@ -14,10 +14,18 @@ from typing import NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, field
+from genai_jax.scaling.edges import edge, sentences
 from genai_jax.scaling.report import file_name
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.folder import Run
-from genai_jax.scaling.study.groups import flag_value, grouped, label_of, learning_rate, models_of
+from genai_jax.scaling.study.groups import (
+    flag_label,
+    flag_value,
+    grouped,
+    label_of,
+    learning_rate,
+    models_of,
+)
 from genai_jax.scaling.study.results import Result
 from genai_jax.scaling.study.settings import StudyConfig
 
@@ -75,7 +83,8 @@ def analyze(results: Sequence[Result], config: TransferConfig) -> list[Section]:
     label = label_of(results[0], config.metric)
     shift = _shift_section(optima, config)
     left_out = [f"Left out: {reason}." for reason in missing]
-    shift = shift._replace(paragraphs=[*left_out, *shift.paragraphs])
+    unknown = _unknown(variants, optima, config)
+    shift = shift._replace(paragraphs=[*left_out, *shift.paragraphs, *unknown])
     return [shift, _losses_section(variants, optima, label, config)]
 
 
@@ -117,7 +126,8 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
     for name, widths in optima.items():
         first, last = min(widths), max(widths)
         for width, best in widths.items():
-            rows.append((name, width, best.rate, best.loss))
+            rate = best.rate if math.isfinite(best.rate) else None
+            rows.append((name, width, rate, best.loss))
             numbers[f"{name}/{width:g}/learning_rate"] = best.rate
             numbers[f"{name}/{width:g}/loss"] = best.loss
         known = {w: math.log2(o.rate) for w, o in widths.items() if math.isfinite(o.rate)}
@@ -138,7 +148,8 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
                 f"the narrow network's optimum for the wide one costs {lost:.4f} in {config.metric}"
             )
         paragraphs.append(text + ".")
-    columns = ("variant", f"--{config.width}", "best learning rate", f"{config.metric} there")
+    label = flag_label(config.width)
+    columns = ("variant", label, "best learning rate", f"{config.metric} there")
     how = (
         "The optimum at a width is the minimum of the parabola through the lowest loss and its two "
         "neighbors, in the logarithm of the learning rate. A power of 0 means perfect transfer."
@@ -149,6 +160,25 @@ def _shift_section(optima: Mapping[str, Mapping[float, Optimum]], config) -> Sec
     )  # fmt: skip
 
 
+def _unknown(variants, optima, config: TransferConfig) -> list[str]:
+    """Which optima are not known, because the lowest loss has no two neighbors."""
+    edges, beside = [], []
+    for name, curves in variants.items():
+        for width, points in curves.items():
+            if math.isfinite(optima[name][width].rate):
+                continue
+            what = f"{name} at width {width:g}"
+            edges.append((what, edge(points.items())))
+            beside += [] if edges[-1][1] else [what]
+    lines = sentences("learning rate", edges, f"lowest {config.metric}")
+    if beside:
+        lines.append(
+            "The lowest loss is next to a learning rate that diverged, so that its optimum is not "
+            f"known, for {', '.join(beside)}."
+        )
+    return lines
+
+
 def _losses_section(variants, optima, label, config) -> Section:
     rows = [
         (name, width, rate, loss)
@@ -156,7 +186,7 @@ def _losses_section(variants, optima, label, config) -> Section:
         for width, points in curves.items()
         for rate, loss in points.items()
     ]
-    columns = ("variant", f"--{config.width}", "learning rate", config.metric)
+    columns = ("variant", flag_label(config.width), "learning rate", config.metric)
     figures = {
         f"losses_{file_name(name)}": _losses_figure(name, curves, optima[name], label)
         for name, curves in variants.items()
@@ -189,14 +219,18 @@ def _losses_figure(name, curves, optima, label):
 def _optima_figure(optima, config):
     from matplotlib.figure import Figure
 
+    from genai_jax.scaling.log_axis import log_axes
+
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, widths in optima.items():
         known = [(w, o.rate) for w, o in widths.items() if math.isfinite(o.rate)]
         axes.plot([w for w, _ in known], [rate for _, rate in known], marker="o", label=name)
-    axes.set(xlabel=f"--{config.width}", ylabel="best learning rate")
+    axes.set(xlabel=flag_label(config.width), ylabel="best learning rate")
+    widths = sorted({width for widths in optima.values() for width in widths})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_xticks(widths, [f"{width:g}" for width in widths])
+    log_axes(axes, "y")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
