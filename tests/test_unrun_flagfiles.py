@@ -7,8 +7,8 @@ import pytest
 
 from genai_jax.components import make_task, parse_run
 from genai_jax.data.images import sources as images
+from genai_jax.data.shapes_only import shapes_only
 from genai_jax.data.text import sources as text
-from genai_jax.data.text.tfds import shapes_only
 from genai_jax.scaling.chips import Topology
 from genai_jax.scaling.whole_run import hours_text, whole_run
 from genai_jax.tasks.protocol import batch_rows, step_spec
