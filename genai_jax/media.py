@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.errors import NotFinite
 from genai_jax.files import open_regular, reason_of, unreadable
 
 GRID_PIXELS = 1024  # grids are enlarged up to this height and width
@@ -23,14 +24,11 @@ def checked_levels(examples: np.ndarray) -> np.ndarray:
     """Sampled examples [n, ...] as uint8 levels.
 
     Raises:
-      ConfigError: some have values that were not finite, which are marked by -1.
+      NotFinite: some have values that were not finite, which are marked by -1.
     """
     broken = int(np.sum(np.any(examples.reshape(len(examples), -1) < 0, 1)))
     if broken:
-        raise ConfigError(
-            f"{broken} of {len(examples)} samples have values that are not finite: nothing is "
-            "written; try other sampling flags or another checkpoint"
-        )
+        raise NotFinite(broken, len(examples))
     return examples.astype(np.uint8)
 
 

@@ -68,6 +68,7 @@ class SampleRequest(RunRequest):
         path=True,
     )
     suffixes: ClassVar[tuple[str, ...] | None] = None  # of `output`; None: not known beforehand
+    in_training: ClassVar[int] = 16  # `num_samples` of --sample.every
 
 
 @dataclasses.dataclass(frozen=True)

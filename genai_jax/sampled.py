@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -48,6 +48,10 @@ class Sampled(Protocol):
     @property
     def values(self) -> Any:
         """The samples themselves: a list of texts, or an array whose rows are the samples."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the file that shows them best."""
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes to `output`, or to the default place if it is empty; returns lines to print."""
@@ -121,6 +125,8 @@ class Texts:
     texts: list[str]
     prompts: list[str] | None = None
     origin: Origin | None = None
+
+    suffix: ClassVar = ".txt"
 
     @property
     def values(self) -> list[str]:
@@ -199,6 +205,10 @@ class Arrays:
     def values(self) -> np.ndarray:
         return self.examples
 
+    @property
+    def suffix(self) -> str:
+        return media.kind_of(self.examples)
+
     def label_texts(self) -> list[str] | None:
         """The label of each example as ``--label`` takes it: "3", or "red:circle"."""
         if self.labels is None or not self.labels.size:
@@ -214,10 +224,9 @@ class Arrays:
         """Writes to `output` by its suffix, or a picture into `folder`; returns the paths."""
         check_suffix(output, ARRAY_SUFFIXES)
         end = self.origin.stem if self.origin else ""
-        kind = media.kind_of(self.examples)
-        path = pathlib.Path(output) if output else folder / f"{self.name}{end}{kind}"
+        path = pathlib.Path(output) if output else folder / f"{self.name}{end}{self.suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = suffix_of(output) if output else kind
+        suffix = suffix_of(output) if output else self.suffix
         if suffix == FOLDER:
             return self._write_folder(path)
         if suffix == ".npz":
@@ -286,9 +295,13 @@ class Files:
             f"these samples are files ({', '.join(self.writers)}): write them with genai_jax.sample"
         )
 
+    @property
+    def suffix(self) -> str:
+        return next(iter(self.writers))
+
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes each kind next to `output`, or in `folder` if that is empty; returns the paths."""
-        first, end = next(iter(self.writers)), self.origin.stem if self.origin else ""
+        first, end = self.suffix, self.origin.stem if self.origin else ""
         check_suffix(output, (pathlib.Path(f"x{first}").suffix,))
         path = pathlib.Path(output) if output else folder / f"{self.name}{end}{first}"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from genai_jax.training.metrics_log import MetricsLog
 from genai_jax.training.options import EvalConfig, TrainConfig
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, init_state
+from genai_jax.training.wandb_board import wandb_boards
 from genai_jax.training.workdir import run_record, write_record
 
 
@@ -47,7 +48,7 @@ def fit(task: Task, config: Config) -> int:
         flops = {"flops_per_step": 0, "convention": "none: the task is fitted without gradients"}
         peak = peak_of(jax.devices()[:1])
         write_record(workdir, run_record(task, mesh, state.params, flops, peak))
-        log, begin = MetricsLog(workdir, 0), time.perf_counter()
+        log, begin = MetricsLog(workdir, 0, wandb_boards(config, 0)), time.perf_counter()
         source = task.data.train()
         try:
             params = task.fit(itertools.islice(_batches(source), steps))

@@ -19,6 +19,7 @@ from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig, sampler_of
+from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import Params
 from genai_jax.tasks.registry import task_class
 from genai_jax.training.distributed import to_host
@@ -59,15 +60,16 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         "image": _read_image(model, params, request.init_image, "init_image"),
         "mask": _read_mask(model, request.mask),
     }
-    generator = Sampler(sampled, params, sampler)
+    generator = kept(model, ("sampler", sampler), lambda: Sampler(sampled, params, sampler))
+    generator.params = params
     if request.interpolate_to:
         other = _read_image(model, params, request.interpolate_to, "interpolate_to")
         path = generator.interpolate(known["image"], other, request.num_samples, condition)
         return _shown(sampled, path, request, asked)
     start = request.strength if request.init_image and not request.mask else 1.0
     if start == 0:  # no noise: the image as the model reads it
-        kept = to_host(model.pixels(params, known["image"]))
-        return _shown(sampled, np.repeat(kept, request.num_samples, 0), request, asked)
+        same = to_host(model.pixels(params, known["image"]))
+        return _shown(sampled, np.repeat(same, request.num_samples, 0), request, asked)
     images, strip = generator.sample(
         jax.random.key(request.seed), request.num_samples, condition, start=start,
         strip=request.strip, **known,

@@ -26,6 +26,7 @@ from genai_jax.tasks.arrays.sampling import (
 )
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path
+from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
@@ -175,20 +176,24 @@ class NormalizingFlow(Task):
 
     def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, height, width, channels], and their requested labels."""
-        count, shapes = request.num_samples, self.model.latent_shapes(self.data.shape)
+        count, temperature = request.num_samples, request.temperature
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
-        @functools.partial(jax.jit, static_argnums=3)
-        def sample_batch(params, labels, key, rows):
-            keys = jax.random.split(key, len(shapes))
-            latents = [
-                request.temperature * jax.random.normal(k, (rows, *shape))
-                for k, shape in zip(keys, shapes, strict=True)
-            ]
-            return self.paint(params, latents, labels)
+        def build():
+            @functools.partial(jax.jit, static_argnums=3)
+            def sample_batch(params, labels, key, rows):
+                shapes = self.model.latent_shapes(self.data.shape)
+                keys = jax.random.split(key, len(shapes))
+                latents = [
+                    temperature * jax.random.normal(k, (rows, *shape))
+                    for k, shape in zip(keys, shapes, strict=True)
+                ]
+                return self.paint(params, latents, labels)
 
-        key, program = jax.random.key(request.seed), functools.partial(sample_batch, params)
-        return in_batches(program, key, count, labels), labels
+            return sample_batch
+
+        program = functools.partial(kept(self, ("samples", temperature), build), params)
+        return in_batches(program, jax.random.key(request.seed), count, labels), labels
 
     def _interpolate(self, params, request) -> tuple[np.ndarray, np.ndarray | None]:
         """Walks from one held-out image to another through their latents, one per row.

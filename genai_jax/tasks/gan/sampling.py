@@ -18,6 +18,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PATHS, path, read_latents
+from genai_jax.tasks.programs import kept
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -91,12 +92,15 @@ def sample_images(
     if latents is not None:
         return _render(task, params, mutables, latents, labels, truncation), labels
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def sample_batch(params, mutables, labels, key, rows):
-        z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
-        return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
+    def build():
+        @functools.partial(jax.jit, static_argnums=4)
+        def sample_batch(params, mutables, labels, key, rows):
+            z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
+            return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
 
-    program = functools.partial(sample_batch, params, mutables)
+        return sample_batch
+
+    program = functools.partial(kept(task, ("samples", truncation), build), params, mutables)
     return in_batches(program, key, count, labels), labels
 
 

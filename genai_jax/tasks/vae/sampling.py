@@ -19,6 +19,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PATHS, most_active, path, traversal
+from genai_jax.tasks.programs import kept
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -80,18 +81,22 @@ def sample_images(
     conditional = bool(task.network.label_sizes)
     labels = requested_labels(task.data.loader, label, count) if conditional else None
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def sample_batch(params, labels, key, rows):
-        latents_key, pixels_key = jax.random.split(key)
-        outputs, _ = task.top_down(
-            params, None, labels, latents_key, batch=rows, temperature=temperature
-        )
-        if pixels == "mean":
-            return task.data.to_levels(task.likelihood.mean(outputs))
-        own = params.get("likelihood", {})
-        return task.data.to_levels(task.likelihood.sample(own, outputs, pixels_key))
+    def build():
+        @functools.partial(jax.jit, static_argnums=3)
+        def sample_batch(params, labels, key, rows):
+            latents_key, pixels_key = jax.random.split(key)
+            outputs, _ = task.top_down(
+                params, None, labels, latents_key, batch=rows, temperature=temperature
+            )
+            if pixels == "mean":
+                return task.data.to_levels(task.likelihood.mean(outputs))
+            own = params.get("likelihood", {})
+            return task.data.to_levels(task.likelihood.sample(own, outputs, pixels_key))
 
-    return in_batches(functools.partial(sample_batch, params), key, count, labels), labels
+        return sample_batch
+
+    program = functools.partial(kept(task, ("samples", temperature, pixels), build), params)
+    return in_batches(program, key, count, labels), labels
 
 
 Shown = tuple[np.ndarray, np.ndarray | None]  # images and, with classes, their labels
