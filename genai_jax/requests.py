@@ -75,6 +75,11 @@ class SampleRequest(RunRequest):
 class ArrayRequest(SampleRequest):
     """For tasks that sample images, signals, or videos: `sampled.Arrays`."""
 
+    annotate: bool = field(
+        True,
+        "Arrange the images of a picture by class, with classes, times, and the like written "
+        "around them, and begin rows of edits with the original; false: the samples alone.",
+    )
     suffixes: ClassVar = ARRAY_SUFFIXES
 
 

@@ -30,6 +30,7 @@ from genai_jax.requests import ArrayRequest, ExactEvaluateRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.embedding import embedded
+from genai_jax.tasks.arrays.walks import PAIRS
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
@@ -309,7 +310,7 @@ class Autoencoder(Task):
         originals = held_out["image"]
         reconstructions = to_host(self._reconstruct(params, mutables, originals))
         pairs = np.concatenate([originals, reconstructions], -2)
-        return self.data.sampled("reconstructions", pairs, held_out.get("labels"))
+        return self.data.sampled("reconstructions", pairs, held_out.get("labels"), around=PAIRS)
 
     @functools.cached_property
     def _reconstruct(self):

@@ -11,6 +11,7 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
+from genai_jax.grids import PLAIN
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
@@ -25,7 +26,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.tasks.arrays.walks import PATHS, path
+from genai_jax.tasks.arrays.walks import PATHS, path, walk_labels
 from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
@@ -159,13 +160,14 @@ class NormalizingFlow(Task):
     def sample(self, params, mutables, request) -> Arrays:
         check_label(request.label, bool(self.label_sizes))
         check_show_flags(request, USES)
-        columns = None
+        columns, around = None, PLAIN
         if request.show == "draws":
             images, labels = self._sample_images(params, request, request.label)
         else:
             (images, labels), columns = self._interpolate(params, request), request.columns
+            around = walk_labels(self.data, labels, columns)
         name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-        return self.data.sampled(name, images, labels, columns=columns)
+        return self.data.sampled(name, images, labels, columns=columns, around=around)
 
     def paint(self, params, latents, labels) -> jax.Array:
         """Latents of each scale -> images in levels; see `marked_levels`."""
@@ -205,7 +207,7 @@ class NormalizingFlow(Task):
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None
 
-        walk_labels = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
+        of_rows = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
 
         @jax.jit
         def walk(params, image, labels):
@@ -215,9 +217,9 @@ class NormalizingFlow(Task):
             paths = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
                     for z in latents]  # fmt: skip
             flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in paths]
-            return self.paint(params, flat, walk_labels)
+            return self.paint(params, flat, of_rows)
 
-        return to_host(walk(params, held_out["image"], labels)), walk_labels
+        return to_host(walk(params, held_out["image"], labels)), of_rows
 
     def flops_per_step(self) -> dict:
         rows = self.config.data.batch_size

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import field
+from genai_jax.grids import PLAIN
 from genai_jax.requests import ArrayRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import (
@@ -17,7 +18,7 @@ from genai_jax.tasks.arrays.sampling import (
     in_batches,
     requested_labels,
 )
-from genai_jax.tasks.arrays.walks import PATHS, path, read_latents
+from genai_jax.tasks.arrays.walks import PATHS, path, read_latents, walk_labels
 from genai_jax.tasks.programs import kept
 from genai_jax.training.distributed import to_host
 
@@ -67,7 +68,7 @@ def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest)
     """Samples what a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
     check_show_flags(request, USES)
-    key, columns = jax.random.key(request.seed), request.columns
+    key, columns, around = jax.random.key(request.seed), request.columns, PLAIN
     if request.show == "draws":
         latents, count, columns = None, request.num_samples, None
         if request.latents:
@@ -80,8 +81,10 @@ def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest)
     else:
         walk = interpolation if request.show == "interpolation" else truncation_grid
         images, labels = walk(task, params, mutables, key, request)
+        title = "truncation" if request.show == "truncation" else ""
+        around = walk_labels(task.data, labels, columns, title)
     name = f"{request.show}_seed{request.seed}"
-    return task.data.sampled(name, images, labels, columns=columns)
+    return task.data.sampled(name, images, labels, columns=columns, around=around)
 
 
 def sample_images(
