@@ -1,6 +1,7 @@
 """Flags of the training loop."""
 
 import dataclasses
+import re
 
 from genai_jax.config import field
 
@@ -23,6 +24,10 @@ class TrainConfig:
         "well; none if unset.",
         changeable=True,
     )
+
+    def __post_init__(self):
+        if self.wandb is not None and not re.fullmatch(r"([^/\s]+/)?[^/\s]+", self.wandb):
+            raise ValueError(f"--train.wandb={self.wandb} is neither PROJECT nor ENTITY/PROJECT")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,15 @@ def library(project: str) -> Any:
     """The package; it is imported only if ``--train.wandb`` is set.
 
     Raises:
-      ConfigError: it is not installed.
+      ConfigError: it is not installed, or does not work here.
     """
     try:
         import wandb
     except ImportError:
         wandb = None
+    except Exception as error:  # of its own requirements
+        reason = reason_of(error)
+        raise ConfigError(f"--train.wandb={project}: cannot import wandb: {reason}") from None
     if not hasattr(wandb, "init"):  # a folder ./wandb, such as W&B leaves, is imported as well
         raise ConfigError(f"--train.wandb={project} needs a package: {INSTALL}")
     return wandb

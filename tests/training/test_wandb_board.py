@@ -106,6 +106,12 @@ def test_a_missing_package_is_one_line_that_says_how_to_install_it(monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("project", ["", "us/", "/toys", "a/b/c", "my toys"])
+def test_a_project_has_a_name(wandb, tmp_path, project):
+    with pytest.raises(ConfigError, match="is neither PROJECT nor ENTITY/PROJECT"):
+        train.main([*EVERY, f"--train.wandb={project}", f"--workdir={tmp_path}"])
+
+
 def test_a_failure_in_the_middle_only_warns(wandb, tmp_path, monkeypatch, capsys):
     def log(self, values, step):
         raise BrokenPipeError("the service\nis gone")
