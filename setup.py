@@ -44,6 +44,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "fid": ["torch-fidelity>=0.3"],
+        "wandb": ["wandb>=0.19"],
         "colab": ["nbclient>=0.10", "ipykernel>=6.29"],
     },
 )

@@ -26,7 +26,7 @@ from genai_jax.training.compiler import CompilerConfig
 from genai_jax.training.distributed import DistributedConfig
 from genai_jax.training.ema import EmaConfig
 from genai_jax.training.optimizer import OptimizerConfig
-from genai_jax.training.options import EvalConfig, ProfileConfig, TrainConfig
+from genai_jax.training.options import EvalConfig, ProfileConfig, SampleConfig, TrainConfig
 from genai_jax.training.population import PopulationConfig
 from genai_jax.training.portable import with_kept, without_kept
 from genai_jax.training.sharding import MeshConfig
@@ -74,6 +74,7 @@ SHARED = {
     "run": RunConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
+    "sample": SampleConfig,
     "checkpoint": CheckpointConfig,
     "optimizer": OptimizerConfig,
     "ema": EmaConfig,
@@ -83,7 +84,7 @@ SHARED = {
     "compiler": CompilerConfig,
     "population": PopulationConfig,
 }
-GRADIENT = ("optimizer", "ema", "mesh", "profile", "compiler", "population")
+GRADIENT = ("sample", "optimizer", "ema", "mesh", "profile", "compiler", "population")
 # Flags of the data that a request may override, and those of text that `evaluate` may.
 MOVABLE = ("dataset", "data_dir", "tokenizer")
 OF_OTHER_TEXT = ("text_key", "validation_percent")

@@ -21,6 +21,16 @@ class NothingHeldOut(ConfigError):
     """A data set of a single document, which is all trained on."""
 
 
+class NotFinite(ConfigError):
+    """Samples with values that are not finite; `what` says how many, without any advice."""
+
+    def __init__(self, count: int, total: int):
+        self.what = f"{count} of {total} samples have values that are not finite"
+        super().__init__(
+            f"{self.what}: nothing is written; try other sampling flags or another checkpoint"
+        )
+
+
 def printable(text: str) -> str:
     """`text` on one line, without anything that a terminal would obey."""
     line = " ".join(text.split())

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from genai_jax.config import ConfigError
+from genai_jax.errors import NotFinite
 from genai_jax.files import open_regular, reason_of, unreadable
+from genai_jax.grids import Labels, columns_of, grid
 
-GRID_PIXELS = 1024  # grids are enlarged up to this height and width
-GAP = 1  # pixels between pictures, before scaling
-BACKGROUND = 90
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF"}  # that can be written
 JPEG_QUALITY = 95  # of 100
 # That can be read. Pillow runs Ghostscript for others.
@@ -23,14 +22,11 @@ def checked_levels(examples: np.ndarray) -> np.ndarray:
     """Sampled examples [n, ...] as uint8 levels.
 
     Raises:
-      ConfigError: some have values that were not finite, which are marked by -1.
+      NotFinite: some have values that were not finite, which are marked by -1.
     """
     broken = int(np.sum(np.any(examples.reshape(len(examples), -1) < 0, 1)))
     if broken:
-        raise ConfigError(
-            f"{broken} of {len(examples)} samples have values that are not finite: nothing is "
-            "written; try other sampling flags or another checkpoint"
-        )
+        raise NotFinite(broken, len(examples))
     return examples.astype(np.uint8)
 
 
@@ -41,25 +37,9 @@ def to_bytes(images: np.ndarray, levels: int) -> np.ndarray:
     return np.round(images.astype(np.float32) * (255 / (levels - 1))).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Arranges images [n, height, width, channels], uint8, in a grid [height, width, 3].
-
-    Small grids are enlarged by a whole factor.
-    """
-    count, height, width, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = np.full(
-        (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), BACKGROUND, np.uint8
-    )
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (height + GAP) + GAP, (i % columns) * (width + GAP) + GAP
-        sheet[y : y + height, x : x + width] = image  # one channel fills all three
-    factor = max(1, GRID_PIXELS // max(sheet.shape[:2]))
-    return sheet.repeat(factor, 0).repeat(factor, 1)
-
-
-def picture(examples: np.ndarray, levels: int, columns: int | None = None) -> np.ndarray:
+def picture(
+    examples: np.ndarray, levels: int, columns: int | None = None, labels: Labels | None = None
+) -> np.ndarray:
     """Examples in one picture [height, width, 3], uint8.
 
     Images are in a grid, signals in small panels; of a video each row shows the frames.
@@ -68,24 +48,27 @@ def picture(examples: np.ndarray, levels: int, columns: int | None = None) -> np
       examples: [n, *space, channels] in levels.
       levels: values are 0 .. levels - 1.
       columns: columns of the grid; about square if None.
+      labels: what is written around them.
     """
     if examples.ndim == 3:
-        return _panels(examples, levels, columns)
+        return _panels(examples, levels, columns, labels or Labels())
     images = to_bytes(examples, levels)
     if examples.ndim == 5:
+        labels = labels and labels.in_one_column(len(examples), columns)
         images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
-    return grid(images, columns)
+    return grid(images, columns, labels)
 
 
-def _panels(signals: np.ndarray, levels: int, columns: int | None) -> np.ndarray:
+def _panels(signals: np.ndarray, levels: int, columns: int | None, labels: Labels) -> np.ndarray:
     """Plots signals [n, length, channels] in a grid of small panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count = len(signals)
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = columns or columns_of(count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(2 * columns, 1.2 * rows), dpi=100, layout="constrained")
+    size = 2 * columns, 1.2 * rows + 0.2 * rows * bool(labels)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for panel in panels.flat:
@@ -93,6 +76,10 @@ def _panels(signals: np.ndarray, levels: int, columns: int | None) -> np.ndarray
     for panel, signal in zip(panels.flat, signals, strict=False):
         panel.plot(signal.astype(np.float32) * (2 / (levels - 1)) - 1, linewidth=0.9)
         panel.set_ylim(-1.05, 1.05)
+    for panel, text in zip(panels.flat, labels.of_each(count, columns), strict=False):
+        panel.set_title(text, fontsize=7, parse_math=False)
+    if labels.title:
+        figure.suptitle(labels.title, fontsize=9, parse_math=False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -103,8 +90,9 @@ def kind_of(examples: np.ndarray) -> str:
 
 
 def write_examples(
-    path: pathlib.Path, examples: np.ndarray, levels: int, columns: int | None = None
-) -> None:
+    path: pathlib.Path, examples: np.ndarray, levels: int, columns: int | None = None,
+    labels: Labels | None = None,
+) -> None:  # fmt: skip
     """Writes examples [n, *space, channels] as one picture; videos move in a .gif.
 
     The suffix of `path`, one of `PICTURES`, is the format.
@@ -112,9 +100,10 @@ def write_examples(
     kind = PICTURES[path.suffix.lower()]
     if kind == "GIF" and examples.ndim == 5:
         images = to_bytes(examples, levels)
-        _write_frames(path, [grid(images[:, i], columns) for i in range(images.shape[1])])
+        frames = range(images.shape[1])
+        _write_frames(path, [grid(images[:, i], columns, labels) for i in frames])
     else:
-        _save(path, picture(examples, levels, columns), kind)
+        _save(path, picture(examples, levels, columns, labels), kind)
 
 
 def write_example(path: pathlib.Path, example: np.ndarray, levels: int) -> None:

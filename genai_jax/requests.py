@@ -69,12 +69,18 @@ class SampleRequest(RunRequest):
         path=True,
     )
     suffixes: ClassVar[tuple[str, ...] | None] = None  # of `output`; None: not known beforehand
+    in_training: ClassVar[int] = 16  # `num_samples` of --sample.every
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRequest(SampleRequest):
     """For tasks that sample images, signals, or videos: `sampled.Arrays`."""
 
+    annotate: bool = field(
+        True,
+        "Arrange the images of a picture by class, with classes, times, and the like written "
+        "around them, and begin rows of edits with the original; false: the samples alone.",
+    )
     suffixes: ClassVar = ARRAY_SUFFIXES
 
 

@@ -8,14 +8,15 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from genai_jax import media
 from genai_jax.config import ConfigError
 from genai_jax.files import writing_to
+from genai_jax.grids import PLAIN, Labels, beside, by_name
 
 FOLDER = "/"  # in place of a suffix
 TEXT_SUFFIXES = (".txt", ".jsonl", FOLDER)
@@ -48,6 +49,10 @@ class Sampled(Protocol):
     @property
     def values(self) -> Any:
         """The samples themselves: a list of texts, or an array whose rows are the samples."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the file that shows them best."""
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes to `output`, or to the default place if it is empty; returns lines to print."""
@@ -122,6 +127,8 @@ class Texts:
     prompts: list[str] | None = None
     origin: Origin | None = None
 
+    suffix: ClassVar = ".txt"
+
     @property
     def values(self) -> list[str]:
         return self.texts
@@ -161,6 +168,12 @@ class Texts:
         return [{**row, "sample": i, **common} for i, row in enumerate(prompts)]
 
 
+def label_texts(labels: np.ndarray, names: Sequence[Sequence[str]]) -> list[str]:
+    """Labels [n, attributes] as ``--label`` takes them: "3", or "red:circle"."""
+    named = lambda row: zip(names, row, strict=True)
+    return [":".join(values[value] for values, value in named(row)) for row in labels]
+
+
 @dataclasses.dataclass(frozen=True)
 class Arrays:
     """Sampled images, signals, or videos.
@@ -174,7 +187,10 @@ class Arrays:
       prompts: the caption of each example; None without captions.
       strip: [rows, columns, *space, channels], the sampling trajectory of each of the first
         examples; written to a second file.
-      columns: columns of the grid; about square if None.
+      columns: columns of the grid; if None, about square, with each class in columns of its own.
+      around: labels of the grid; if it has none but a title, the classes or the captions.
+      strip_around: labels of the strip.
+      original: image that the examples are edits of, [*space, channels]; it begins every row.
 
     Raises:
       ConfigError: values that were not finite, see `media.checked_levels`.
@@ -188,6 +204,9 @@ class Arrays:
     prompts: list[str] | None = None
     strip: np.ndarray | None = None
     columns: int | None = None
+    around: Labels = PLAIN
+    strip_around: Labels = PLAIN
+    original: np.ndarray | None = None
     origin: Origin | None = None
 
     def __post_init__(self):
@@ -199,46 +218,64 @@ class Arrays:
     def values(self) -> np.ndarray:
         return self.examples
 
+    @property
+    def suffix(self) -> str:
+        return media.kind_of(self.examples)
+
     def label_texts(self) -> list[str] | None:
         """The label of each example as ``--label`` takes it: "3", or "red:circle"."""
         if self.labels is None or not self.labels.size:
             return None
-        named = lambda row: zip(self.label_names, row, strict=True)
-        return [":".join(names[value] for names, value in named(row)) for row in self.labels]
+        return label_texts(self.labels, self.label_names)
 
     def picture(self) -> np.ndarray:
         """All examples in one picture [height, width, 3], uint8; see `media.picture`."""
-        return media.picture(self.examples, self.levels, self.columns)
+        return media.picture(*self._arranged())
+
+    def _arranged(self) -> tuple[np.ndarray, int, int | None, Labels | None]:
+        """Examples, levels, columns, and labels, as `media.picture` takes them."""
+        texts = self.label_texts() or self.prompts or []
+        examples, columns, around = self.examples, self.columns, self.around
+        if not self._annotated:
+            return examples, self.levels, columns, None
+        if self.original is not None:
+            examples, columns, around = beside(self.original, examples, texts, around.title)
+        elif texts and columns is None and not any(around[1:]):
+            columns, around = by_name(texts, around.title)
+        return examples, self.levels, columns, around
+
+    @property
+    def _annotated(self) -> bool:
+        return not self.origin or self.origin.settings.get("annotate", True)
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes to `output` by its suffix, or a picture into `folder`; returns the paths."""
         check_suffix(output, ARRAY_SUFFIXES)
         end = self.origin.stem if self.origin else ""
-        kind = media.kind_of(self.examples)
-        path = pathlib.Path(output) if output else folder / f"{self.name}{end}{kind}"
+        path = pathlib.Path(output) if output else folder / f"{self.name}{end}{self.suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = suffix_of(output) if output else kind
+        suffix = suffix_of(output) if output else self.suffix
         if suffix == FOLDER:
             return self._write_folder(path)
         if suffix == ".npz":
             with open(path, "wb") as file:
                 np.savez_compressed(file, **self._entries())
             return [str(path)]
-        self._write_one(path, suffix, self.examples, self.columns)
+        self._write_one(path, suffix, self.examples, *self._arranged())
         if self.strip is None:
             return [str(path)]
         second = path.with_name(f"{path.stem}_strip{path.suffix}")
         flat = self.strip.reshape(-1, *self.strip.shape[2:])
-        rows = self.strip if suffix == ".npy" else flat
-        self._write_one(second, suffix, rows, self.strip.shape[1])
+        around = self.strip_around if self._annotated else None
+        self._write_one(second, suffix, self.strip, flat, self.levels, self.strip.shape[1], around)
         return [str(path), str(second)]
 
-    def _write_one(self, path: pathlib.Path, suffix: str, examples: np.ndarray, columns):
+    def _write_one(self, path: pathlib.Path, suffix: str, array: np.ndarray, *arranged: Any):
         if suffix == ".npy":
             with open(path, "wb") as file:
-                np.save(file, examples)
+                np.save(file, array)
         else:
-            media.write_examples(path, examples, self.levels, columns)
+            media.write_examples(path, *arranged)
 
     def _entries(self) -> dict[str, np.ndarray]:
         """The arrays of an .npz file; texts are arrays of text, which need no pickle."""
@@ -286,9 +323,13 @@ class Files:
             f"these samples are files ({', '.join(self.writers)}): write them with genai_jax.sample"
         )
 
+    @property
+    def suffix(self) -> str:
+        return next(iter(self.writers))
+
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
         """Writes each kind next to `output`, or in `folder` if that is empty; returns the paths."""
-        first, end = next(iter(self.writers)), self.origin.stem if self.origin else ""
+        first, end = self.suffix, self.origin.stem if self.origin else ""
         check_suffix(output, (pathlib.Path(f"x{first}").suffix,))
         path = pathlib.Path(output) if output else folder / f"{self.name}{end}{first}"
         path.parent.mkdir(parents=True, exist_ok=True)

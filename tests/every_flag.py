@@ -83,6 +83,7 @@ BASES = {
     "few_step shortcut": (
         *FEW_STEP, "--few_step.method=shortcut", "--diffusion.schedule=flow",
         "--diffusion.parameterization=velocity", "--few_step.bootstrap=0.5",
+        "--sampler.solver=euler", "--sampler.steps=4",
     ),
     "autoencoder": CODEC,
     "autoencoder codes": (
@@ -139,6 +140,7 @@ WITH = {  # what a flag needs
     "moe.group_size": "moe.capacity_factor=1.5",
     "moe.renormalize": "moe.experts_per_token=1",
     "ema.snapshot_every": "ema.relative_width=0.1",
+    "sample.count": "sample.every=2",
     "gan.fade_steps": "gan.grow_from=x",
     "gan.path_length_every": "gan.path_length=0.5",
     "gan.r1_every": "gan.r1=0.5",

@@ -8,7 +8,7 @@ import pytest
 import genai_jax
 from genai_jax.components import request_class
 from genai_jax.config import ConfigError, plain_type
-from genai_jax.requests import SampleRequest
+from genai_jax.requests import ArrayRequest
 from genai_jax.tasks.registry import task_class
 from tests.every_flag import trained
 
@@ -16,8 +16,9 @@ BASES = (
     "language_model", "diffusion", "diffusion text", "few_step shortcut", "autoencoder codes",
     "code_prior", "vae", "vae ladder", "gan style", "normalizing_flow", "rbm",
 )  # fmt: skip
-# Beside those that choose a model: where samples go, and how many are computed at a time.
-ELSEWHERE = {f.name for f in dataclasses.fields(SampleRequest)} - {"seed"} | {"batch_size"}
+# Beside those that choose a model: where samples go, how they are shown, and how many are computed
+# at a time.
+ELSEWHERE = {f.name for f in dataclasses.fields(ArrayRequest)} - {"seed"} | {"batch_size"}
 NUMBERS = {"top_p": 0.1, "temperature": 0.1, "top_k": 2, "steps": 3, "eta": 0.5, "guidance": 3.0}
 SMALL = {"num_samples": 2, "max_tokens": 8}
 # So much that a network's inputs matter: some layers begin as zeros.

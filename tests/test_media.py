@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genai_jax import media
+from genai_jax import grids, media
 from genai_jax.config import ConfigError
 
 IMAGES = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
@@ -18,7 +18,7 @@ def test_a_grid_has_its_images_in_reading_order_and_is_enlarged_by_a_whole_facto
     for i in range(6):
         y, x = (i // 3) * 5 + 1, (i % 3) * 5 + 1
         assert np.all(small[y : y + 4, x : x + 4] == i * 51)
-    assert np.all(small[0] == media.BACKGROUND)
+    assert np.all(small[0] == grids.BACKGROUND)
 
 
 def test_every_kind_of_example_can_be_every_kind_of_picture(tmp_path):

@@ -100,7 +100,8 @@ def test_images_are_those_of_the_command(images, tmp_path, capsys):
     np.testing.assert_array_equal(np.load(tmp_path / "mine.npy"), shown)
     assert shown.dtype == np.uint8 and shown.shape == (5, 8, 8, 1)
     picture = images.picture(shown)
-    np.testing.assert_array_equal(picture, sampled.picture())
+    np.testing.assert_array_equal(picture, images.sampled(**options, annotate=False).picture())
+    assert sampled.picture().shape != picture.shape  # with "3" and "8" above their columns
     assert picture.dtype == np.uint8 and picture.ndim == 3
     with pytest.raises(ConfigError, match=r"--output=x\.txt must end in \.png"):
         said(sample, images, "--output=x.txt", capsys=capsys)

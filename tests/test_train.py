@@ -49,7 +49,9 @@ def whole(text_folder, tmp_path_factory):
 def test_a_run_leaves_the_files_of_the_contract(whole):
     written = rows(whole)
     assert [row["step"] for row in written] == [2, 4, 6, 8, 10, 12]
-    assert {"train/loss", "train/grad_norm", "eval/loss", "eval/bits_per_byte"} <= set(written[-1])
+    for row in written:
+        assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(row)
+    assert {"eval/loss", "eval/bits_per_byte"} <= set(written[-1])
     last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("step_time_s", "tokens_per_second", "examples_per_second", "mfu"):
         assert last[f"perf/{name}"] > 0

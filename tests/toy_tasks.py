@@ -1,6 +1,7 @@
 """Tiny tasks that use one seam of the training loop each: named as tests.toy_tasks:CLASS."""
 
 import dataclasses
+import functools
 import json
 from typing import ClassVar
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from genai_jax.config import Config, field
 from genai_jax.data.prefetch import BatchIterator
-from genai_jax.requests import EvaluateRequest, SampleRequest, Texts
+from genai_jax.requests import ArrayRequest, EvaluateRequest, SampleRequest, Texts
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.protocol import (
     ArraySpec,
     Collected,
@@ -21,6 +23,7 @@ from genai_jax.tasks.protocol import (
     Task,
     Transfer,
 )
+from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
 
 SLOPE = np.array([1.0, -2.0, 3.0, 0.5], np.float32)  # what is to be learned
@@ -177,3 +180,31 @@ class Averages(Task):
     def example_metrics(self, params, mutables, batch, key):
         errors = jnp.square(batch["y"] - params["mean"])
         return {"loss": Mean(errors, jnp.ones_like(errors))}
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRequest(ArrayRequest):
+    num_samples: int = field(4, "Pictures.", minimum=1)
+
+
+class Drawing(Linear):
+    """Samples are pictures of one row of four pixels, the kernel plus noise."""
+
+    sample_request = PictureRequest
+    compiled = 0  # how often a program was traced
+
+    @functools.cached_property
+    def _program(self):
+        @functools.partial(jax.jit, static_argnums=2)
+        def pictures(params, key, count):
+            type(self).compiled += 1
+            x = params["model"]["layer"]["kernel"] * 20 + jax.random.normal(key, (count, 1, 4))
+            levels = jnp.round(jnp.clip(x + 100, 0, 255)).astype(jnp.int16)
+            return jnp.where(jnp.isfinite(x), levels, -1)[..., None]
+
+        return jax.jit(pictures, static_argnums=2)
+
+    def sample(self, params, mutables, request):
+        key = jax.random.key(request.seed)
+        levels = to_host(self._program(params, key, request.num_samples))
+        return Arrays("drawing", levels, 256)

@@ -231,7 +231,12 @@ def step_spec(task: Task) -> Mapping[str, ArraySpec]:
 
 @runtime_checkable
 class Samples(Protocol):
-    """A task that the sample command can sample from; `params` have adapters merged in."""
+    """A task that the sample command can sample from; `params` have adapters merged in.
+
+    ``--sample.every`` asks for `sample_request()`, or for what a method `request_in_training()`
+    returns if the task has one. Programs are kept with the task (`kept`), so that the samples of
+    the next step compile nothing.
+    """
 
     sample_request: ClassVar[type]  # flags of the command, a subclass of `requests.SampleRequest`
 

@@ -33,10 +33,10 @@ def beginning(config: Config, record: Mapping[str, Any], examples: int, tokens: 
         work += (
             f": at least {_duration(seconds)} at {peak['flops_per_second']:.3g} FLOP/s, the peak"
         )
+    name = printable(str(data.get("train") or data.get("dataset") or ""))
     return (
         f"{config.run.task}: {members}{counts['total']:,} parameters{active}; "
-        f"{printable(str(data.get('train', data['dataset'])))}; "
-        f"{config.train.steps:,} steps of {batch}\n"
+        f"{name}{'; ' if name else ''}{config.train.steps:,} steps of {batch}\n"
         f"{devices}{', mesh ' if mesh else ''}{mesh}; {work}"
     )
 

@@ -12,6 +12,7 @@ from genai_jax.config import Config, ConfigError
 from genai_jax.tasks.protocol import (
     ArraySpec,
     Collects,
+    Params,
     Phase,
     PyTree,
     Task,
@@ -84,6 +85,12 @@ class Execution(Protocol):
         """Held-out metrics; `batches()` yields the held-out batches each time.
 
         With ``--ema.use``, also those of that average, as ``ema/...``.
+        """
+
+    def in_use(self, state: TrainState) -> tuple[Params, PyTree]:
+        """Parameters and mutables of one model as sampling uses them: the average ``--ema.use``.
+
+        Adapters are merged in. Of a population it is the first member.
         """
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -231,6 +238,9 @@ class SingleRun:
             state.params, state.mutables, state.ema.get(self._config.ema.use),
         )  # fmt: skip
 
+    def in_use(self, state: TrainState) -> tuple[Params, PyTree]:
+        return in_use(self.task, state.params, state.mutables, state.ema.get(self._config.ema.use))
+
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {name: float(value) for name, value in metrics.items()}
 
@@ -248,6 +258,13 @@ def with_average(
         return metrics
     averaged = evaluate(overlay(params, average), mutables)
     return metrics | {f"ema/{name}": value for name, value in averaged.items()}
+
+
+def in_use(
+    task: Task, params: Params, mutables: PyTree, average: Params | None
+) -> tuple[Params, PyTree]:
+    """See `Execution.in_use`; `average` is None where the parameters themselves are used."""
+    return task.materialize(params if average is None else overlay(params, average)), mutables
 
 
 def evaluation_seed(task: Task, config: Config) -> int:

@@ -20,6 +20,7 @@ from genai_jax.training.options import EvalConfig, TrainConfig
 from genai_jax.training.portable import keep
 from genai_jax.training.sharding import MeshConfig, batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, init_state
+from genai_jax.training.wandb_board import wandb_boards
 from genai_jax.training.workdir import run_record, write_record
 
 
@@ -50,7 +51,7 @@ def fit(task: Task, config: Config) -> int:
         record = run_record(task, mesh, state.params, flops, peak)
         write_record(workdir, record)
         keep(task, config, record["data"])
-        log, begin = MetricsLog(workdir, 0), time.perf_counter()
+        log, begin = MetricsLog(workdir, 0, wandb_boards(config, 0)), time.perf_counter()
         source = task.data.train()
         try:
             params = task.fit(itertools.islice(_batches(source), steps))

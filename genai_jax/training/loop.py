@@ -24,21 +24,26 @@ from genai_jax.training.portable import keep
 from genai_jax.training.profile import Profiler
 from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
+from genai_jax.training.samples import Sampler, SampleWriter
 from genai_jax.training.saving import Saver
 from genai_jax.training.schedule_notes import changed_schedules
 from genai_jax.training.sharding import batch_shardings, make_mesh, mesh_context
 from genai_jax.training.step import TrainState, frozen_paths
 from genai_jax.training.stop_signal import FAILED, Stopped, StopSignal
+from genai_jax.training.wandb_board import wandb_boards
 from genai_jax.training.workdir import data_flags, run_record, write_record
 
 
-def train(task: Task, config: Config, stop: StopSignal | None = None) -> int:
+def train(
+    task: Task, config: Config, stop: StopSignal | None = None, sampler: Sampler | None = None
+) -> int:
     """Trains to the end, or until a signal; resumes what the workdir holds.
 
     Args:
       task: what to learn.
       config: of the run.
       stop: what ends it early; the signals of this process if None.
+      sampler: what is sampled every ``--sample.every`` steps; None for nothing.
 
     Returns:
       0, or 128 + the number of the signal that ended it.
@@ -55,14 +60,16 @@ def train(task: Task, config: Config, stop: StopSignal | None = None) -> int:
     with stop or StopSignal() as stop:
         execution = kind(task, config, mesh)
         check_state_fits(execution.compiled.shapes, mesh)
-        return Run(execution, config, stop).run()
+        return Run(execution, config, stop, sampler).run()
 
 
 class Run:
     """One process's life of a run."""
 
-    def __init__(self, execution: Execution, config: Config, stop: StopSignal):
-        self.execution, self.config, self.stop = execution, config, stop
+    def __init__(
+        self, execution: Execution, config: Config, stop: StopSignal, sampler: Sampler | None
+    ):
+        self.execution, self.config, self.stop, self.sampler = execution, config, stop, sampler
         self.task, self.compiled = execution.task, execution.compiled
         self.workdir, self.main = pathlib.Path(config.run.workdir), is_main()
         mesh, data = self.compiled.mesh, self.task.data
@@ -97,6 +104,7 @@ class Run:
         self.scores: dict[str, float] = {}  # of the last evaluation
         self.unfinished_row: dict | None = None  # of a step whose evaluation a signal cut short
         self.unwritten: list[dict] = []  # rows that an earlier process could not write
+        self.unsampled = False  # whether a signal came before the samples of the last step
 
     def run(self) -> int:
         with mesh_context(self.compiled.mesh):
@@ -104,8 +112,14 @@ class Run:
             # metrics.jsonl may already hold rows after the restored step.
             missing = [*self.unwritten, *filter(None, [self.unfinished_row])]
             logged = missing[0]["step"] - 1 if missing else start
-            self.log = MetricsLog(self.workdir, logged) if self.main else None
+            self.log = None
+            if self.main:
+                boards = wandb_boards(self.config, start)
+                self.log = MetricsLog(self.workdir, logged, boards)
             self._write(*self.unwritten)
+            self.samples = None
+            if self.sampler:
+                self.samples = SampleWriter(self.sampler, self.execution, self.workdir, self.log)
             self.batches = DeviceBatches(self.source, self.placement)
             self.progress = Progress(
                 start, self.config.train.steps, self.execution.examples, self.execution.tokens,
@@ -144,6 +158,7 @@ class Run:
             self._say("the data have changed, and start from their beginning")
         self.seconds, self.unfinished_row = clock["seconds"], clock["unfinished_row"]
         self.unwritten = clock.get("unwritten", [])
+        self.unsampled = clock.get("unsampled", False)
         self.reader.rare = clock["rare"]
         self._say(f"resuming {self.workdir} at step {step}")
         for note in changed_schedules(self.task, self.config, step, clock.get("steps")):
@@ -159,6 +174,12 @@ class Run:
             self._evaluate_and_log(start, state, self.unfinished_row)
             if self.unfinished_row is not None:  # stopped again; the checkpoint still says so
                 return
+        if self.samples and start < config.train.steps:
+            self.samples.check(state)
+        if self.unsampled:
+            self._sample(start, state)
+            if self.unsampled:  # stopped again
+                return
         waiting = None  # (step, report, metrics of collecting), not read yet
         for step in range(start + 1, config.train.steps + 1):
             self.profiler.before(step, state)
@@ -171,15 +192,18 @@ class Run:
             last = step == config.train.steps
             evaluates = config.eval.batches != 0 and (last or _due(step, config.eval.every))
             saves = last or _due(step, config.checkpoint.every)
+            samples = self.samples and (last or _due(step, config.sample.every))
             due = _due(step, config.ema.snapshot_every)
             if due and not self.saver.snapshot(step, state.ema):
                 self.stop.fail()  # once the state is saved
             stopping = self.stop.ask()
-            if not (evaluates or saves or stopping):
+            if not (evaluates or saves or samples or stopping):
                 continue
             row = self._log_step(*waiting, write=not evaluates)
             waiting, paused = None, time.perf_counter()
             loss = self._evaluate_and_log(step, state, row) if evaluates else None
+            if samples:
+                self._sample(step, state)
             stopping = self.stop.agreed
             if saves or stopping:
                 self._save(step, state, loss)
@@ -240,10 +264,18 @@ class Run:
         self._write(row)
         return used
 
+    def _sample(self, step: int, state: TrainState):
+        """Writes samples; if the run has to stop, they are left to the one that goes on."""
+        self.unsampled = bool(self.stop.agreed)
+        if self.samples and not self.unsampled:
+            self.samples.write(step, state)
+
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
         clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
         clock |= {"unfinished_row": self.unfinished_row, "data": self.data_flags}
+        if self.unsampled:
+            clock["unsampled"] = True
         if self.log and self.log.unwritten:
             clock["unwritten"] = self.log.unwritten
         self.saver.save(step, state, self.batches.get_state(), clock, loss)

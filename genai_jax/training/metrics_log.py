@@ -7,17 +7,18 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from genai_jax.config import ConfigError
-from genai_jax.training.tensorboard import Scalars
+from genai_jax.training.tensorboard import TensorBoard
 
 BLOCK = 1 << 16  # bytes read at a time from the end of a file
 LONGEST = 1 << 20  # bytes of a line; a longer one is no row
 
 
 class MetricsLog:
-    """Appends one JSON object per logged step, and mirrors it to TensorBoard.
+    """Appends one JSON object per logged step, and mirrors it to TensorBoard and other boards.
 
     Rows after `start_step` were written between the last checkpoint and a crash. They are dropped,
     since the resumed run writes them again.
@@ -30,7 +31,7 @@ class MetricsLog:
       ConfigError: the file is not a metrics file.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
+    def __init__(self, workdir: pathlib.Path, start_step: int, more_boards: Sequence[Any] = ()):
         self.path = workdir / "metrics.jsonl"
         self.unwritten: list[dict] = []
         self._error: OSError | None = None
@@ -41,7 +42,7 @@ class MetricsLog:
                 file=sys.stderr,
             )
         self._file, self._size = _open_after(self.path, start_step)
-        self._board = Scalars(workdir / "tensorboard", start_step + 1)
+        self._boards = TensorBoard(workdir / "tensorboard", start_step + 1), *more_boards
 
     def write(self, *rows: dict) -> bool:
         """Writes {"step": ..., name: number, ...}, each; returns whether they are in the file."""
@@ -52,10 +53,16 @@ class MetricsLog:
                 except OSError as error:
                     self._error = error
             if self._error is None:
-                self._board.write(row)
+                for board in self._boards:
+                    board.write(row)
             else:
                 self.unwritten.append(row)
         return self._error is None
+
+    def show(self, step: int, files: Mapping[str, pathlib.Path]):
+        """Shows pictures and texts on the boards, each under its name."""
+        for board in self._boards:
+            board.show(step, files)
 
     def check(self, kept: str = "nothing is saved"):
         """Raises `ConfigError`, which says what is `kept`, if a row could not be written."""
@@ -65,7 +72,9 @@ class MetricsLog:
 
     def close(self):
         self._file.close()
-        self._board.close()
+        failed = sys.exc_info()[0] is not None
+        for board in self._boards:
+            board.close(failed)
 
     def _finite(self, row: dict) -> dict:
         """The row without numbers that are not finite, which JSON does not have."""

@@ -17,7 +17,8 @@ def plot_metrics(workdir: pathlib.Path, task: Task):
 
     A plot that fails is a warning, since a run does not need it.
     """
-    curves = {"loss": (("loss",), f"loss ({task.loss_unit})"), **task.curves}
+    unit = f" ({task.loss_unit})" * (task.loss_unit not in ("", "loss"))
+    curves = {"loss": (("loss",), f"loss{unit}"), **task.curves}
     try:
         path = workdir / "metrics.jsonl"
         rows = list(parse_rows(thinned(read_lines(path), POINTS), path))
@@ -27,7 +28,22 @@ def plot_metrics(workdir: pathlib.Path, task: Task):
         print(f"warning: no plot in {workdir}: {reason_of(error)}", file=sys.stderr)
 
 
-def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[str, ...], label):
+def curve_name(metric: str, suffixes: tuple[str, ...]) -> str:
+    """What the legend calls a metric: "training", "held out, average", "training, critic".
+
+    What all curves of the plot are, its only suffix, is left out: the axis says it.
+    """
+    split, _, rest = metric.partition("/")
+    parts = [{"train": "training", "eval": "held out"}.get(split, split)]
+    if rest.startswith("ema/"):
+        parts, rest = [*parts, "average"], rest.removeprefix("ema/")
+    if len(suffixes) == 1:
+        common = suffixes[0].strip("/")
+        rest = "" if rest == common else rest.removesuffix(f"/{common}")
+    return ", ".join([*parts, *filter(None, [rest.replace("/", " ").replace("_", " ")])])
+
+
+def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[str, ...], unit):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # pyplot would change the figures of a notebook
 
@@ -41,8 +57,9 @@ def _plot(workdir: pathlib.Path, plot: str, rows: list[dict], suffixes: tuple[st
         points = [(row["step"], row[name]) for row in rows if name in row]
         marker = "o" if name.startswith("eval/") else None
         width = 1.0 if name.startswith("train/") else 1.8
-        axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=4, lw=width)
-    axes.set(xlabel="step", ylabel=label)
+        label = curve_name(name, suffixes)
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, lw=width)
+    axes.set(xlabel="step", ylabel=unit)
     title = os.fsencode(workdir.name).decode(errors="backslashreplace")
     axes.set_title(title, parse_math=False)  # "$" is a character of it, not TeX
     values = [row[name] for row in rows for name in names if name in row]

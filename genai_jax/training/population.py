@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from genai_jax.config import Config, ConfigError, field
-from genai_jax.tasks.protocol import ArraySpec, PyTree, Task, batch_rows
+from genai_jax.tasks.protocol import ArraySpec, Params, PyTree, Task, batch_rows
 from genai_jax.training.ema import Average
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.execution import (
@@ -26,6 +26,7 @@ from genai_jax.training.execution import (
     check_rows,
     evaluation_seed,
     host_rate,
+    in_use,
     jitted,
     with_average,
     with_part,
@@ -254,6 +255,10 @@ class Population:
             evaluate = lambda *model, seed=seed: self._evaluator(*model, batches(), seed)
             metrics.append(with_average(evaluate, *take_member(trained, k, self._mesh)))
         return self.numbers({n: np.array([m[n] for m in metrics]) for n in metrics[0]})
+
+    def in_use(self, state: TrainState) -> tuple[Params, PyTree]:
+        trained = state.params, state.mutables, state.ema.get(self.configs[0].ema.use)
+        return in_use(self.task, *take_member(trained, 0, self._mesh))
 
     def numbers(self, metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         """The mean of each metric over the members, and ``metric/k`` for member k.

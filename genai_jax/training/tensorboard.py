@@ -1,4 +1,4 @@
-"""Scalars for TensorBoard, which never stop or hold a run."""
+"""Scalars, pictures, and texts for TensorBoard, which never stop or hold a run."""
 
 import os
 import pathlib
@@ -6,9 +6,13 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
+
+PICTURES = (".png", ".jpg", ".gif")
 
 
-class Scalars:
+class TensorBoard:
     """Writes an event file; after an error it says so once and writes nothing more.
 
     `tensorboardX.SummaryWriter` writes in a thread that ends at the first error (a full disk), and
@@ -35,21 +39,30 @@ class Scalars:
 
     def write(self, row: dict):
         """Writes {"step": ..., name: number, ...}."""
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         if not self._file:
             return
-        event = Event(step=row["step"])
-        for name, value in row.items():
-            if name != "step":
-                event.summary.value.extend(scalar(name, value).value)
+        values = [scalar(n, x).value for n, x in row.items() if n != "step"]
         try:
-            self._write(event)
+            self._write(_event(row["step"], *values))
         except OSError as error:
             self._give_up(error)
 
-    def close(self):
+    def show(self, step: int, files: Mapping[str, pathlib.Path]):
+        """Writes the pictures and texts among files, each under its name."""
+        if not self._file:
+            return
+        try:
+            for name, path in files.items():
+                if path.suffix in PICTURES:
+                    self._write(_event(step, _picture(name, path)))
+                elif path.suffix == ".txt":
+                    self._write(_event(step, _text(name, path)))
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self, failed: bool = False):
         if self._file:
             self._file.close()
 
@@ -71,3 +84,32 @@ class Scalars:
         )
         self.close()
         self._file = None
+
+
+def _event(step: int, *values: Any) -> Any:
+    """An event with the values of summaries."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    event = Event(step=step)
+    for several in values:
+        event.summary.value.extend(several)
+    return event
+
+
+def _picture(name: str, path: pathlib.Path) -> Any:
+    from PIL import Image
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    with Image.open(path) as picture:
+        width, height = picture.size
+    image = Summary.Image(
+        width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes()
+    )
+    return [Summary.Value(tag=name, image=image)]
+
+
+def _text(name: str, path: pathlib.Path) -> Any:
+    from tensorboardX.summary import text
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return text(name, "\n".join(f"    {line}" for line in lines)).value  # as code, not Markdown

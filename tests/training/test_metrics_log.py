@@ -321,3 +321,29 @@ def test_any_name_of_a_workdir_is_a_title(tmp_path, capsys):
     task = type("Task", (), {"loss_unit": "", "curves": {}})
     plots.plot_metrics(workdir, task)
     assert (workdir / "plots" / "loss.png").exists() and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("metric", "suffixes", "name"),
+    [
+        ("train/loss", ("loss",), "training"),
+        ("eval/loss", ("loss",), "held out"),
+        ("eval/ema/loss", ("loss",), "held out, average"),
+        ("train/generator/loss", ("loss",), "training, generator"),
+        ("train/moe/router_z_loss", ("loss",), "training, moe router z loss"),
+        ("train/critic/real", ("/real", "/fake"), "training, critic real"),
+        ("eval/real", ("/real", "/fake"), "held out, real"),
+        ("eval/ema/fake", ("/real", "/fake"), "held out, average, fake"),
+    ],
+)
+def test_curves_are_named_in_words(metric, suffixes, name):
+    assert plots.curve_name(metric, suffixes) == name
+
+
+@pytest.mark.parametrize(("unit", "label"), [("nats", "loss (nats)"), ("loss", "loss")])
+def test_the_axis_of_a_plot_has_its_unit(tmp_path, monkeypatch, unit, label):
+    (tmp_path / "metrics.jsonl").write_text(lines(1, 2))
+    labels = []
+    monkeypatch.setattr(plots, "_plot", lambda *arguments: labels.append(arguments[-1]))
+    plots.plot_metrics(tmp_path, type("Task", (), {"loss_unit": unit, "curves": {}}))
+    assert labels == [label]

@@ -36,6 +36,7 @@ FLAGS = (
     "--train.log_every=1",
     "--eval.batches=2",
     "--checkpoint.keep=100",
+    "--sample.every=3",
 )
 
 
@@ -174,6 +175,9 @@ def test_one_two_and_four_processes_make_the_same_run_bit_for_bit(whole, story):
     workdir, told = story
     assert told["finished"][0] == [0, 0], told["finished"][1]
     assert rows(workdir) == rows(whole[0]) and len(rows(workdir)) == STEPS
+    written = lambda folder: {p.name: p.read_text() for p in (folder / "samples").iterdir()}
+    assert written(workdir) == written(whole[0])
+    assert sorted(written(workdir)) == [f"step_{step:08}.txt" for step in (3, 6, 8)]
 
     def saved(folder, what):
         return json.loads((folder / "checkpoints" / str(STEPS) / what / "metadata").read_text())

@@ -107,6 +107,16 @@ def test_a_lazy_phase_runs_on_its_steps_exactly():
     assert int(state.mutables) == 7 + 3
 
 
+def test_every_phase_reports_the_norm_of_its_gradient_before_it_is_clipped():
+    clipped = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(RATE))
+    phases = (quadratic("a", "one"), quadratic("b", "two", optimizer=clipped))
+    state = begin(phases, {"one": 1.0, "two": jnp.array([2.0, 5.5])[:, None]}, 0)
+    _, report = jax.jit(make_step(phases))(state, BATCH)
+    assert float(report.metrics["a/grad_norm"]) == pytest.approx(3.5 - 1)
+    # Each of the two entries has half of the mean: (1.5^2 + 2^2)^(1/2) / 2.
+    assert float(report.metrics["b/grad_norm"]) == pytest.approx(2.5 / 2)
+
+
 def test_repeats_see_different_slices_of_the_batch():
     phases = (quadratic("a", "one", repeats=4),)
     state, report = jax.jit(make_step(phases))(begin(phases, {"one": 0.0}, 0), BATCH)

@@ -13,7 +13,7 @@ import numpy as np
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageLoader
 from genai_jax.data.kept import KeptData, keep_tokenizer, moves
-from genai_jax.sampled import Arrays
+from genai_jax.sampled import Arrays, label_texts
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
 
@@ -66,6 +66,12 @@ class ArrayData:
         """
         names = self.loader.label_names
         return Arrays(name, examples, self.levels, labels, names, **more)
+
+    def label_texts(self, labels: np.ndarray | None) -> tuple[str, ...]:
+        """Labels [n, attributes] as ``--label`` takes them; () if there are none."""
+        if labels is None or not labels.size:
+            return ()
+        return tuple(label_texts(labels, self.loader.label_names))
 
     def train(self, rows: Sequence[int] | None = None):
         return self.loader.batches("train", rows)

@@ -9,8 +9,11 @@ import numpy as np
 from genai_jax.config import ConfigError
 from genai_jax.diffusion.editing import slerp
 from genai_jax.files import MIB, read_bytes, unreadable
+from genai_jax.grids import Labels, scale
+from genai_jax.tasks.arrays.data import ArrayData
 
 PATHS = ("linear", "spherical")
+PAIRS = Labels("left: held-out image, right: reconstruction")
 
 
 def path(first: jax.Array, second: jax.Array, steps: int, kind: str) -> jax.Array:
@@ -25,6 +28,21 @@ def path(first: jax.Array, second: jax.Array, steps: int, kind: str) -> jax.Arra
     if kind == "linear":
         return jax.vmap(lambda w: (1 - w) * first + w * second)(weights)
     return jax.vmap(lambda w: slerp(first, second, w))(weights)
+
+
+def walk_labels(
+    data: ArrayData, labels: np.ndarray | None, columns: int, title: str = ""
+) -> Labels:
+    """What is written around walks from 0 to 1, one per row.
+
+    Args:
+      data: with the names of the classes.
+      labels: of all images, [rows * columns, attributes]; None without classes.
+      columns: images per walk.
+      title: of the whole.
+    """
+    rows = None if labels is None else labels[::columns]
+    return Labels(title, scale(0, 1, columns), data.label_texts(rows))
 
 
 def traversal(center: np.ndarray, dimensions: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ order, all codes of a position in sequence, with separate tokens for each codebo
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -233,21 +234,27 @@ class CodePrior(Task):
         """Images, uint8 levels [n, *space, channels], and their requested labels."""
         count = request.num_samples
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
-        sampler = TokenSampler(self.decoder())
         settings = Settings(self.num_codes, request.temperature, request.top_k, request.top_p)
 
-        @jax.jit
+        def some(labels, key, rows):
+            prompts = list(np.asarray(self.front(labels, rows)))
+            tokens = self._sampler(params, prompts, key, settings).tokens[:, self.prefix :]
+            return self._images(params["autoencoder"], tokens)
+
+        key = jax.random.key(request.seed)
+        return in_batches(some, key, count, labels), labels
+
+    @functools.cached_property
+    def _sampler(self) -> TokenSampler:
+        return TokenSampler(self.decoder())
+
+    @functools.cached_property
+    def _images(self):
         def images(group, tokens):
             x = self.codec.decode_codes(**group, codes=self.codes_of(tokens))
             return self.data.to_levels(x)
 
-        def some(labels, key, rows):
-            prompts = list(np.asarray(self.front(labels, rows)))
-            tokens = sampler(params, prompts, key, settings).tokens[:, self.prefix :]
-            return images(params["autoencoder"], tokens)
-
-        key = jax.random.key(request.seed)
-        return in_batches(some, key, count, labels), labels
+        return jax.jit(images)
 
     def decoder(self) -> Decoder:
         """How the model generates the tokens of codes."""

@@ -32,6 +32,7 @@ from genai_jax.requests import ArrayRequest, ExactEvaluateRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.embedding import embedded
+from genai_jax.tasks.arrays.walks import PAIRS
 from genai_jax.tasks.autoencoder.codec import Bottleneck, Codec
 from genai_jax.tasks.autoencoder.perceptual import Perceptual
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task, Transfer
@@ -329,15 +330,17 @@ class Autoencoder(Task):
         """Held-out images, each with its reconstruction to its right."""
         held_out = self.data.loader.examples("validation", request.num_samples)
         originals = held_out["image"]
+        reconstructions = to_host(self._reconstruct(params, mutables, originals))
+        pairs = np.concatenate([originals, reconstructions], -2)
+        return self.data.sampled("reconstructions", pairs, held_out.get("labels"), around=PAIRS)
 
-        @jax.jit
+    @functools.cached_property
+    def _reconstruct(self):
         def reconstruct(params, mutables, image):
             z = self.encode(params, mutables, self.data.scaled(image))
             return self.data.to_levels(self.decode(params, mutables, z))
 
-        reconstructions = to_host(reconstruct(params, mutables, originals))
-        pairs = np.concatenate([originals, reconstructions], -2)
-        return self.data.sampled("reconstructions", pairs, held_out.get("labels"))
+        return jax.jit(reconstruct)
 
     def flops_per_step(self) -> dict:
         shape = (self.config.data.batch_size, *self.data.shape)

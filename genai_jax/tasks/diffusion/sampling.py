@@ -14,12 +14,14 @@ from genai_jax.config import Config, ConfigError
 from genai_jax.diffusion import editing, guidance
 from genai_jax.diffusion.solvers import solve
 from genai_jax.diffusion.times import inverse_grid, time_grid
+from genai_jax.grids import Labels, scale
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.outside import snake_case
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig, sampler_of
+from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import Params
 from genai_jax.tasks.registry import task_class
 from genai_jax.training.distributed import to_host
@@ -56,31 +58,40 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         )
     asked = requested_condition(model, request)
     condition = asked.condition
+    original = _read_levels(model, request.init_image, "init_image")
     known = {
-        "image": _read_image(model, params, request.init_image, "init_image"),
+        "image": _encoded(model, params, original),
         "mask": _read_mask(model, request.mask),
     }
-    generator = Sampler(sampled, params, sampler)
+    generator = kept(model, ("sampler", sampler), lambda: Sampler(sampled, params, sampler))
+    generator.params = params
     if request.interpolate_to:
-        other = _read_image(model, params, request.interpolate_to, "interpolate_to")
+        levels = _read_levels(model, request.interpolate_to, "interpolate_to")
+        other = _encoded(model, params, levels)
         path = generator.interpolate(known["image"], other, request.num_samples, condition)
-        return _shown(sampled, path, request, asked)
+        around = Labels(columns=scale(0, 1, len(path)))
+        return _shown(sampled, path, request, asked, columns=len(path), around=around)
     start = request.strength if request.init_image and not request.mask else 1.0
+    kind = "inpainted" if request.mask else f"strength {request.strength:g}"
+    guided = f"guidance {sampler.guidance:g}" * (sampler.guidance != 1)
+    title = ", ".join(filter(None, [kind * (original is not None), guided]))
+    look = {"original": original, "around": Labels(title)}
     if start == 0:  # no noise: the image as the model reads it
-        kept = to_host(model.pixels(params, known["image"]))
-        return _shown(sampled, np.repeat(kept, request.num_samples, 0), request, asked)
+        same = to_host(model.pixels(params, known["image"]))
+        return _shown(sampled, np.repeat(same, request.num_samples, 0), request, asked, **look)
     images, strip = generator.sample(
         jax.random.key(request.seed), request.num_samples, condition, start=start,
         strip=request.strip, **known,
     )  # fmt: skip
-    return _shown(sampled, images, request, asked, strip)
+    if strip is not None:
+        times = tuple(f"t={t:.2f}" for t in generator.strip_times(start))
+        look["strip_around"] = Labels(columns=times, rows=asked.names(model)[: len(strip)])
+    return _shown(sampled, images, request, asked, strip=strip, **look)
 
 
-def _shown(sampled: SampledModel, images: np.ndarray, request, asked, strip=None) -> Arrays:
+def _shown(sampled: SampledModel, images: np.ndarray, request, asked, **more) -> Arrays:
     name = f"{snake_case(sampled.config.diffusion.network)}_seed{request.seed}"
-    return sampled.model.data.sampled(
-        name, images, asked.labels, prompts=asked.prompts, strip=strip
-    )
+    return sampled.model.data.sampled(name, images, asked.labels, prompts=asked.prompts, **more)
 
 
 class Requested(NamedTuple):
@@ -89,6 +100,12 @@ class Requested(NamedTuple):
     condition: Condition
     labels: np.ndarray | None = None  # [images, attributes]
     prompts: list[str] | None = None  # one per image
+
+    def names(self, model: DenoisingModel) -> tuple[str, ...]:
+        """What each image is to show; () without a condition."""
+        if self.prompts is not None:
+            return tuple(self.prompts)
+        return model.data.label_texts(self.labels)
 
 
 def requested_condition(model: DenoisingModel, request) -> Requested:
@@ -123,13 +140,17 @@ def requested_condition(model: DenoisingModel, request) -> Requested:
     return Requested(Condition())
 
 
-def _read_image(model: DenoisingModel, params: Params, path: str, flag: str):
-    """Reads an image file as an input of the model, [1, *sample_shape]; None without a path."""
-    if not path:
-        return None
+def _read_levels(model: DenoisingModel, path: str, flag: str) -> np.ndarray | None:
+    """Reads an image file as levels [*space, channels]; None without a path."""
     data = model.data
-    levels = media.read_image(path, data.shape, flag=flag, levels=data.levels)
-    return model.encode(params, data.scaled(jnp.asarray(levels)[None]))
+    return media.read_image(path, data.shape, flag=flag, levels=data.levels) if path else None
+
+
+def _encoded(model: DenoisingModel, params: Params, levels: np.ndarray | None):
+    """An image as an input of the model, [1, *sample_shape]; None for None."""
+    if levels is None:
+        return None
+    return model.encode(params, model.data.scaled(jnp.asarray(levels)[None]))
 
 
 def _read_mask(model: DenoisingModel, path: str):
@@ -214,8 +235,8 @@ class Sampler:
             if mask is not None:
                 denoise = editing.inpaint(denoise, image, mask)
             x, path = self._solve(denoise, schedule, x, times, solver_key)
-            columns = np.linspace(0, len(path) - 1, STRIP_COLUMNS).round().astype(int)
-            shown = jax.vmap(lambda x: model.pixels(params, x))(path[columns]) if strip else None
+            columns = path[_strip_columns(len(path))]
+            shown = jax.vmap(lambda x: model.pixels(params, x))(columns) if strip else None
             return model.pixels(params, x), jnp.moveaxis(shown, 0, 1) if strip else None
 
         return jax.jit(program)
@@ -250,6 +271,11 @@ class Sampler:
         except ValueError as error:
             raise ConfigError(f"--steps={settings.steps} --strength={start}: {error}") from None
 
+    def strip_times(self, start: float) -> np.ndarray:
+        """The times of the columns of a strip."""
+        times = np.asarray(self._times(start))
+        return times[_strip_columns(len(times))]
+
     def _solve(self, denoise, schedule, x, times, key):
         settings = self.settings
         options = {
@@ -280,6 +306,11 @@ class Sampler:
             return model.pixels(params, x)
 
         return to_host(program(self.params, self.weak, condition, first, second))
+
+
+def _strip_columns(count: int) -> np.ndarray:
+    """Which of the states of a trajectory a strip shows."""
+    return np.linspace(0, count - 1, STRIP_COLUMNS).round().astype(int)
 
 
 def _open_weak(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:

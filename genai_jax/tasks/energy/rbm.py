@@ -18,6 +18,7 @@ from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
+from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
@@ -173,15 +174,18 @@ class Rbm(Task):
 
     def _sample_images(self, params, mutables, request) -> np.ndarray:
         """Probabilities of white after long chains, as levels, uint8 [n, *space, channels]."""
-        count = request.num_samples
+        count, sweeps = request.num_samples, request.sweeps
 
-        @jax.jit
-        def images(machine, chains, key):
-            start = jnp.resize(chains, (count, self.num_visible))
-            white = rbm.gibbs(machine, start, key, request.sweeps)[1]
-            return self.data.to_levels(2 * white - 1)
+        def build():
+            @jax.jit
+            def images(machine, chains, key):
+                start = jnp.resize(chains, (count, self.num_visible))
+                white = rbm.gibbs(machine, start, key, sweeps)[1]
+                return self.data.to_levels(2 * white - 1)
 
-        key = jax.random.key(request.seed)
+            return images
+
+        images, key = kept(self, ("samples", count, sweeps), build), jax.random.key(request.seed)
         levels = to_host(images(params["machine"], mutables["chains"], key))
         return levels.reshape(count, *self.data.shape)
 

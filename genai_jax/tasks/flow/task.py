@@ -11,6 +11,7 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError, field, name_flags
 from genai_jax.data.images.loader import ImageDataConfig
+from genai_jax.grids import PLAIN
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.invertible import glow
 from genai_jax.networks.invertible.glow import Glow, GlowConfig
@@ -25,7 +26,8 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.tasks.arrays.walks import PATHS, path
+from genai_jax.tasks.arrays.walks import PATHS, path, walk_labels
+from genai_jax.tasks.programs import kept
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
@@ -158,13 +160,14 @@ class NormalizingFlow(Task):
     def sample(self, params, mutables, request) -> Arrays:
         check_label(request.label, bool(self.label_sizes))
         check_show_flags(request, USES)
-        columns = None
+        columns, around = None, PLAIN
         if request.show == "draws":
             images, labels = self._sample_images(params, request, request.label)
         else:
             (images, labels), columns = self._interpolate(params, request), request.columns
+            around = walk_labels(self.data, labels, columns)
         name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-        return self.data.sampled(name, images, labels, columns=columns)
+        return self.data.sampled(name, images, labels, columns=columns, around=around)
 
     def paint(self, params, latents, labels) -> jax.Array:
         """Latents of each scale -> images in levels; see `marked_levels`."""
@@ -175,20 +178,24 @@ class NormalizingFlow(Task):
 
     def _sample_images(self, params, request, label: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Images, uint8 levels [n, height, width, channels], and their requested labels."""
-        count, shapes = request.num_samples, self.model.latent_shapes(self.data.shape)
+        count, temperature = request.num_samples, request.temperature
         labels = requested_labels(self.data.loader, label, count) if self.label_sizes else None
 
-        @functools.partial(jax.jit, static_argnums=3)
-        def sample_batch(params, labels, key, rows):
-            keys = jax.random.split(key, len(shapes))
-            latents = [
-                request.temperature * jax.random.normal(k, (rows, *shape))
-                for k, shape in zip(keys, shapes, strict=True)
-            ]
-            return self.paint(params, latents, labels)
+        def build():
+            @functools.partial(jax.jit, static_argnums=3)
+            def sample_batch(params, labels, key, rows):
+                shapes = self.model.latent_shapes(self.data.shape)
+                keys = jax.random.split(key, len(shapes))
+                latents = [
+                    temperature * jax.random.normal(k, (rows, *shape))
+                    for k, shape in zip(keys, shapes, strict=True)
+                ]
+                return self.paint(params, latents, labels)
 
-        key, program = jax.random.key(request.seed), functools.partial(sample_batch, params)
-        return in_batches(program, key, count, labels), labels
+            return sample_batch
+
+        program = functools.partial(kept(self, ("samples", temperature), build), params)
+        return in_batches(program, jax.random.key(request.seed), count, labels), labels
 
     def _interpolate(self, params, request) -> tuple[np.ndarray, np.ndarray | None]:
         """Walks from one held-out image to another through their latents, one per row.
@@ -200,7 +207,7 @@ class NormalizingFlow(Task):
         rows = len(held_out["image"]) // 2
         labels = held_out["labels"] if self.label_sizes else None
 
-        walk_labels = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
+        of_rows = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
 
         @jax.jit
         def walk(params, image, labels):
@@ -210,9 +217,9 @@ class NormalizingFlow(Task):
             paths = [path(z[:rows], z[rows : 2 * rows], request.columns, request.path)
                     for z in latents]  # fmt: skip
             flat = [jnp.moveaxis(w, 0, 1).reshape(-1, *w.shape[2:]) for w in paths]
-            return self.paint(params, flat, walk_labels)
+            return self.paint(params, flat, of_rows)
 
-        return to_host(walk(params, held_out["image"], labels)), walk_labels
+        return to_host(walk(params, held_out["image"], labels)), of_rows
 
     def flops_per_step(self) -> dict:
         rows = self.config.data.batch_size

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import field
+from genai_jax.grids import PLAIN
 from genai_jax.requests import ArrayRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import (
@@ -17,7 +18,8 @@ from genai_jax.tasks.arrays.sampling import (
     in_batches,
     requested_labels,
 )
-from genai_jax.tasks.arrays.walks import PATHS, path, read_latents
+from genai_jax.tasks.arrays.walks import PATHS, path, read_latents, walk_labels
+from genai_jax.tasks.programs import kept
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -66,7 +68,7 @@ def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest)
     """Samples what a request of the sample command asks for."""
     check_label(request.label, bool(task.label_sizes))
     check_show_flags(request, USES)
-    key, columns = jax.random.key(request.seed), request.columns
+    key, columns, around = jax.random.key(request.seed), request.columns, PLAIN
     if request.show == "draws":
         latents, count, columns = None, request.num_samples, None
         if request.latents:
@@ -79,8 +81,10 @@ def sample_request(task: Any, params: dict, mutables: dict, request: GanRequest)
     else:
         walk = interpolation if request.show == "interpolation" else truncation_grid
         images, labels = walk(task, params, mutables, key, request)
+        title = "truncation" if request.show == "truncation" else ""
+        around = walk_labels(task.data, labels, columns, title)
     name = f"{request.show}_seed{request.seed}"
-    return task.data.sampled(name, images, labels, columns=columns)
+    return task.data.sampled(name, images, labels, columns=columns, around=around)
 
 
 def sample_images(
@@ -91,12 +95,15 @@ def sample_images(
     if latents is not None:
         return _render(task, params, mutables, latents, labels, truncation), labels
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def sample_batch(params, mutables, labels, key, rows):
-        z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
-        return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
+    def build():
+        @functools.partial(jax.jit, static_argnums=4)
+        def sample_batch(params, mutables, labels, key, rows):
+            z = jax.random.normal(key, (rows, task.config.generator.latent_dim))
+            return task.data.to_levels(task.paint(params, mutables, z, labels, key, truncation))
 
-    program = functools.partial(sample_batch, params, mutables)
+        return sample_batch
+
+    program = functools.partial(kept(task, ("samples", truncation), build), params, mutables)
     return in_batches(program, key, count, labels), labels
 
 

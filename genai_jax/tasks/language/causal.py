@@ -186,15 +186,23 @@ class LanguageModel(Task):
         limit = shape.max_length if shape.positions == "learned" else None
         return Decoder(step_of, empty, limit)
 
+    def request_in_training(self) -> TextRequest:
+        """A request without flags, cut to the positions that the model has."""
+        request, limit = TextRequest(), self.decoder().max_length
+        if limit is None:
+            return request
+        return dataclasses.replace(request, max_tokens=min(request.max_tokens, limit - 1))
+
     def sample(self, params, mutables, request: TextRequest) -> Texts:
         """Continues each prompt `num_samples` times; the texts include their prompts."""
         prompts = [p for p in request.prompts() for _ in range(request.num_samples)]
-        sampler, key = (
-            TextSampler(self.decoder(), self.data.tokenizer),
-            jax.random.key(request.seed),
-        )
-        texts = sampler(params, prompts, key, settings_of(request), request.stop)
+        key, settings = jax.random.key(request.seed), settings_of(request)
+        texts = self._sampler(params, prompts, key, settings, request.stop)
         return Texts(texts, prompts)
+
+    @functools.cached_property
+    def _sampler(self) -> TextSampler:
+        return TextSampler(self.decoder(), self.data.tokenizer)
 
     def embed(self, params, mutables, inputs) -> np.ndarray:
         """Hidden states [texts, length, embed_dim] of texts, each after the boundary token."""

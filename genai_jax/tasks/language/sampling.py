@@ -35,6 +35,7 @@ class TextRequest(SampleRequest):
     )
     stop: str = field("", "Text that ends a sample and is left out of it.")
     suffixes: ClassVar = TEXT_SUFFIXES
+    in_training: ClassVar = 2
 
     def __post_init__(self):
         if 0 < self.temperature < 1e-6:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import field
+from genai_jax.grids import PLAIN, Labels, scale
 from genai_jax.networks.latent.latent_variables import Latents
 from genai_jax.requests import ArrayRequest
 from genai_jax.sampled import Arrays
@@ -18,7 +19,8 @@ from genai_jax.tasks.arrays.sampling import (
     in_batches,
     requested_labels,
 )
-from genai_jax.tasks.arrays.walks import PATHS, most_active, path, traversal
+from genai_jax.tasks.arrays.walks import PAIRS, PATHS, most_active, path, traversal, walk_labels
+from genai_jax.tasks.programs import kept
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -58,7 +60,7 @@ def sample_request(task: Any, params: dict, request: VaeRequest) -> Arrays:
     """Samples what a request of the sample command asks for."""
     check_label(request.label, bool(task.network.label_sizes))
     check_show_flags(request, USES)
-    columns = None
+    columns, around = None, PLAIN
     if request.show == "prior":
         images, labels = sample_images(
             task, params, jax.random.key(request.seed), request.num_samples, label=request.label,
@@ -66,11 +68,20 @@ def sample_request(task: Any, params: dict, request: VaeRequest) -> Arrays:
         )  # fmt: skip
     elif request.show == "reconstructions":
         images, labels = reconstructions(task, params, request.num_samples)
+        around = PAIRS
+    elif request.show == "interpolation":
+        (images, labels), columns = interpolation(task, params, request), request.columns
+        around = walk_labels(task.data, labels, columns)
     else:
-        walk = interpolation if request.show == "interpolation" else latent_traversal
-        (images, labels), columns = walk(task, params, request), request.columns
+        images, labels, dimensions = latent_traversal(task, params, request)
+        columns = request.columns
+        around = Labels(
+            "one latent per row, in standard deviations of its prior",
+            scale(-SPREAD, SPREAD, columns, "+"),
+            tuple(f"latent {dimension}" for dimension in dimensions),
+        )
     name = request.show + f"_seed{request.seed}" * ("seed" in USES[request.show])
-    return task.data.sampled(name, images, labels, columns=columns)
+    return task.data.sampled(name, images, labels, columns=columns, around=around)
 
 
 def sample_images(
@@ -80,18 +91,22 @@ def sample_images(
     conditional = bool(task.network.label_sizes)
     labels = requested_labels(task.data.loader, label, count) if conditional else None
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def sample_batch(params, labels, key, rows):
-        latents_key, pixels_key = jax.random.split(key)
-        outputs, _ = task.top_down(
-            params, None, labels, latents_key, batch=rows, temperature=temperature
-        )
-        if pixels == "mean":
-            return task.data.to_levels(task.likelihood.mean(outputs))
-        own = params.get("likelihood", {})
-        return task.data.to_levels(task.likelihood.sample(own, outputs, pixels_key))
+    def build():
+        @functools.partial(jax.jit, static_argnums=3)
+        def sample_batch(params, labels, key, rows):
+            latents_key, pixels_key = jax.random.split(key)
+            outputs, _ = task.top_down(
+                params, None, labels, latents_key, batch=rows, temperature=temperature
+            )
+            if pixels == "mean":
+                return task.data.to_levels(task.likelihood.mean(outputs))
+            own = params.get("likelihood", {})
+            return task.data.to_levels(task.likelihood.sample(own, outputs, pixels_key))
 
-    return in_batches(functools.partial(sample_batch, params), key, count, labels), labels
+        return sample_batch
+
+    program = functools.partial(kept(task, ("samples", temperature, pixels), build), params)
+    return in_batches(program, key, count, labels), labels
 
 
 Shown = tuple[np.ndarray, np.ndarray | None]  # images and, with classes, their labels
@@ -116,14 +131,17 @@ def interpolation(task, params, request: VaeRequest) -> Shown:
         for s in latents
     ]
     flat = [x.reshape(-1, *x.shape[2:]) for x in points]
-    walk_labels = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
-    return decode(task, params, flat, walk_labels), walk_labels
+    of_rows = None if labels is None else np.repeat(labels[:rows], request.columns, 0)
+    return decode(task, params, flat, of_rows), of_rows
 
 
-def latent_traversal(task, params, request: VaeRequest) -> Shown:
+def latent_traversal(
+    task, params, request: VaeRequest
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Held-out image number `seed`, with one latent per row varied over the range of its prior.
 
-    Rows start with the latents whose means vary most, in standard deviations of their prior.
+    Rows start with the latents whose means vary most, in standard deviations of their prior; which
+    ones these are is returned as well.
     """
     held_out = task.data.loader.examples("validation", MEASURED_IMAGES)
     latents, labels = posterior_means(task, params, held_out)
@@ -142,8 +160,8 @@ def latent_traversal(task, params, request: VaeRequest) -> Shown:
         part.reshape(-1, *stage.z.shape[1:])
         for part, stage in zip(np.split(points, ends, 1), latents, strict=True)
     ]
-    walk_labels = None if labels is None else np.repeat(labels[chosen : chosen + 1], len(points), 0)
-    return decode(task, params, z, walk_labels), walk_labels
+    same = None if labels is None else np.repeat(labels[chosen : chosen + 1], len(points), 0)
+    return decode(task, params, z, same), same, dimensions
 
 
 def posterior_means(task, params, examples: dict) -> tuple[list[Latents], np.ndarray | None]:

@@ -16,6 +16,7 @@ from genai_jax.diffusion import schedule as schedules
 from genai_jax.diffusion.parameterization import PARAMETERIZATIONS, convert
 from genai_jax.diffusion.steps import eps_of, intervals
 from genai_jax.diffusion.times import inverse_grid, time_grid
+from genai_jax.sampled import Arrays
 from genai_jax.tasks.diffusion.model import BOUNDED, DiffusionConfig, fixed_schedule
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest
 from genai_jax.tasks.diffusion.sampling import Sampler, requested_condition, sample_request
@@ -152,8 +153,12 @@ def write_png(path, values):
 
 def samples_of(task, params, **request) -> np.ndarray:
     """The images that a request of the sample command writes."""
+    return sampled_of(task, params, **request).values
+
+
+def sampled_of(task, params, **request) -> Arrays:
     request = DiffusionRequest(workdir="x", **request)
-    return sample_request(task.sampled_model(), params, request).values
+    return sample_request(task.sampled_model(), params, request)
 
 
 def test_a_masked_sample_keeps_what_is_not_masked(conditional, params, tmp_path):
@@ -179,6 +184,23 @@ def test_a_start_near_the_data_stays_near_the_image(conditional, params, tmp_pat
 
     assert distance(0) == 0
     assert distance(0.02) < 0.5 < distance(0.9)
+
+
+def test_pictures_say_what_they_show(conditional, params, tmp_path):
+    image = batch_of(conditional)["image"][0]
+    known = write_png(tmp_path / "image.png", np.round(image[..., 0] * (255 / 16)))
+    edits = sampled_of(conditional, params, num_samples=2, init_image=known, steps=8, strip=True)
+    np.testing.assert_array_equal(edits.original, image)
+    assert edits.around.title == "strength 0.6" and edits.strip_around.rows == ()
+    assert edits.strip_around.columns[0] == "t=0.60" and edits.strip_around.columns[-1] == "t=0.00"
+    request = dict(num_samples=3, label="4,2", guidance=1.5, steps=2, strip=True)
+    samples = sampled_of(conditional, params, **request)
+    assert samples.original is None and samples.around.title == "guidance 1.5"
+    assert samples.strip_around.rows == ("4", "2", "4") and len(samples.strip_around.columns) == 9
+    walk = sampled_of(conditional, params, num_samples=5, init_image=known, interpolate_to=known)
+    assert walk.columns == 5 and walk.around.columns == ("0", "0.25", "0.5", "0.75", "1")
+    for kind in (edits, samples, walk):
+        assert len(kind.write(str(tmp_path / "x.png"), tmp_path)) == 1 + (kind.strip is not None)
 
 
 def test_an_edit_of_an_image_asks_for_no_class_unless_one_is_given(conditional):

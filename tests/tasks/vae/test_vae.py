@@ -211,12 +211,15 @@ def test_latents_decode_the_same_again_and_labels_count(conditional):
 
 def test_a_traversal_starts_at_the_image_of_its_seed():
     task, params, _ = filled(make(*DENSE))
-    walk = lambda seed: latent_traversal(
-        task, params, VaeRequest(show="traversal", num_samples=2, columns=3, seed=seed)
-    )[0]
+    request = lambda **more: VaeRequest(show="traversal", num_samples=2, columns=3, **more)
+    walk = lambda seed: latent_traversal(task, params, request(seed=seed))[0]
     first = walk(0)
     assert first.shape == (6, 8, 8, 1) and np.any(first[0] != first[2])
     assert np.any(first != walk(1))
+    shown = task.sample(params, {}, request())
+    assert shown.columns == 3 and shown.around.columns == ("-3", "+0", "+3")
+    dimensions = latent_traversal(task, params, request())[2]
+    assert shown.around.rows == tuple(f"latent {dimension}" for dimension in dimensions)
 
 
 def test_the_weight_of_the_divergence_rises_and_the_bound_is_what_it_is_made_of():
