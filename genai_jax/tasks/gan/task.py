@@ -71,7 +71,7 @@ class Gan(Task):
         *((f"^generator/.*{p}", axes) for p, axes in generator.PARTITION_RULES),
         *((f"^critic/.*{p}", axes) for p, axes in critic.PARTITION_RULES),
     )
-    loss_unit = "the players' own; eval: energy distance"
+    loss_unit = "the players' own; held out: energy distance"
     curves: ClassVar = {"verdicts": (("/real", "/fake"), "mean verdict of the critic")}
     sample_request = GanRequest
     evaluate_request = GanScoreRequest
