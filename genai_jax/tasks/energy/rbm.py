@@ -62,7 +62,7 @@ class Rbm(Task):
 
     components: ClassVar = {"data": ImageDataConfig, "rbm": RbmConfig}
     partition_rules: ClassVar = tuple((f"^machine/{p}$", axes) for p, axes in rbm.PARTITION_RULES)
-    loss_unit = "nats: free energy of data less that of the chains; eval: nats per image"
+    loss_unit = "nats: free energy of data less that of the chains; held out: per image"
     sample_request = RbmRequest
     evaluate_request = RbmScoreRequest
 

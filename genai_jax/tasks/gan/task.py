@@ -67,7 +67,7 @@ class Gan(Task):
         "critic": CriticConfig,
         "augmentation": AugmentationConfig,
     }
-    loss_unit = "the players' own; eval: energy distance"
+    loss_unit = "the players' own; held out: energy distance"
     curves: ClassVar = {"verdicts": (("/real", "/fake"), "mean verdict of the critic")}
     sample_request = GanRequest
     evaluate_request = GanScoreRequest
