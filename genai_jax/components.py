@@ -30,7 +30,7 @@ from genai_jax.training.options import EvalConfig, ProfileConfig, SampleConfig, 
 from genai_jax.training.population import PopulationConfig
 from genai_jax.training.portable import with_kept, without_kept
 from genai_jax.training.sharding import MeshConfig
-from genai_jax.training.workdir import flags_path
+from genai_jax.training.workdir import flags_path, recorded_flags
 
 DTYPES = ("float32", "bfloat16")  # the gradients of float16 would need loss scaling
 ATTENTION = ("auto", "xla", "xla_chunked", "tpu", "gpu", "cudnn")
@@ -56,6 +56,12 @@ class RunConfig:
         changeable=True,
     )  # fmt: skip
     attention: str = field("auto", "Attention backend.", choices=ATTENTION, changeable=True)
+    code: str | None = field(
+        None,
+        "Comma-separated names, as my_package.my_module:Name, of the code outside genai_jax that "
+        "runs on which this one builds may use.",
+        changeable=True,
+    )
     init_from: str | None = field(
         None,
         "Workdir of a run whose parameters initialize this one, from its newest checkpoint or, as "
@@ -113,9 +119,14 @@ def parse_run(argv: Sequence[str]) -> Config:
     """
     argv = expand_flagfiles(argv)
     task = last_value(argv, "task") or DEFAULT_TASK
-    allow([task])
+    allow([task, *_code(argv)])
     allow(named_code(argv, components_of(task_class(task))))
     return _parse(argv, task)
+
+
+def _code(argv: Sequence[str]) -> list[str]:
+    """The names in ``--code``."""
+    return [name.strip() for name in (last_value(argv, "code") or "").split(",") if name.strip()]
 
 
 def _parse(argv: Sequence[str], task: str) -> Config:
@@ -160,16 +171,20 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
 
     Returns:
       The request (components `run` and `distributed`), and the configuration of the run.
+
+    Raises:
+      ConfigError: there is no run, or a mistake in the command line.
     """
     argv = expand_flagfiles(argv)
     workdir = last_value(argv, "workdir")
     if not workdir:
         raise ConfigError("--workdir is not set: name the folder of a run")
-    code = [name for name in (last_value(argv, "code") or "").split(",") if name]
-    allow([last_value(argv, "task"), last_value(argv, "data.dataset"), *code])
+    named = last_value(argv, "task")
+    allow([named, last_value(argv, "data.dataset"), *_code(argv)])
     config = read_config(workdir)
     task = config.run.task
-    _check_named(config, last_value(argv, "task"), code, workdir)
+    if named and named != task:
+        raise ConfigError(f"--task={named}: --workdir={workdir} is a run of --task={task}")
     components = request_components(task_class(task), kind)
     request = parse(argv, components, user=f"a run of --task={task}")[0]
     moved = vars(request.data) if "data" in components else {}
@@ -227,16 +242,6 @@ def tells_how_to_move(config: Config) -> Iterator[None]:
         ) from None
 
 
-def _check_named(config: Config, task: str | None, code: Sequence[str], workdir: str):
-    """Raises `ConfigError` for a task or code on the command line that is not the run's."""
-    if task and task != config.run.task:
-        raise ConfigError(
-            f"--task={task}: --workdir={workdir} is a run of --task={config.run.task}"
-        )
-    for name in set(code) - set(config.outside()):
-        raise ConfigError(f"--code={name}: the run in --workdir={workdir} does not use it")
-
-
 def request_help(argv: Sequence[str], kind: str, usage: str) -> str:
     """Help text of such a command, for the task or the run that the command line names."""
     argv = expand_flagfiles([a for a in argv if a not in HELP])
@@ -265,8 +270,20 @@ def request_class(cls: type, kind: str) -> type:
 
 def recorded_task(workdir: str, flag: str = "--workdir") -> str:
     """Reads the name of the task from the flags of the run in `workdir`; imports nothing."""
-    argv = expand_flagfiles([f"--flagfile={flags_path(workdir, flag)}"])
-    return last_value(argv, "task") or DEFAULT_TASK
+    return _recorded(workdir, flag).get("task", DEFAULT_TASK)
+
+
+def _recorded(workdir: str, flag: str) -> dict[str, str]:
+    """Flag name -> value as text, of the run in `workdir`.
+
+    Every line sets one flag and says so in itself, so that what is checked here is what is parsed.
+    """
+    path = flags_path(workdir, flag)
+    values = recorded_flags(workdir)
+    for name in ("flagfile", "undefok"):
+        if name in values:
+            raise ConfigError(f"cannot read {path}: no run writes --{name}")
+    return values
 
 
 def read_config(workdir: str, flag: str = "--workdir") -> Config:
@@ -283,10 +300,9 @@ def read_config(workdir: str, flag: str = "--workdir") -> Config:
       ConfigError: there is no run, or it needs code outside this project that this process was not
         asked to use: a workdir never decides what is executed.
     """
-    # Read once: what is checked here is what is used.
-    path = flags_path(workdir, flag)
-    argv = expand_flagfiles([f"--flagfile={path}"])
-    task = last_value(argv, "task") or DEFAULT_TASK
+    path, values = flags_path(workdir, flag), _recorded(workdir, flag)  # read once
+    argv = [f"--{name}={value}" for name, value in values.items()]
+    task = values.get("task", DEFAULT_TASK)
     if is_outside(task) and not is_allowed(task):
         raise ConfigError(
             f"{flag}={workdir} is a run of --task={task}, which is code outside genai_jax: to "
@@ -297,6 +313,8 @@ def read_config(workdir: str, flag: str = "--workdir") -> Config:
     _check_allowed(named, workdir, flag)
     with _errors_of(path):
         config = _parse([*argv, f"--workdir={workdir}", "--attention=auto"], task)
+    if config.run.task != task:
+        raise ConfigError(f"cannot read {path}: it names two tasks")
     _check_allowed(config.outside(), workdir, flag)
     return with_kept(config)
 

@@ -144,10 +144,19 @@ def write_text(path: pathlib.Path, text: str):
     Raises:
       OSError: it cannot be written.
     """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: pathlib.Path, data: bytes):
+    """Writes a file completely or not at all, whatever lies there.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # a pipe would make us wait, a link lead elsewhere
-    with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    with open(temporary, "xb") as file:
+        file.write(data)
     os.replace(temporary, path)
 
 

@@ -1,10 +1,12 @@
 """Networks, objectives, and data sets from outside: the guide, its table, and what is refused."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import re
 import shlex
+import sys
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -13,10 +15,13 @@ import optax
 import pytest
 
 import genai_jax
-from genai_jax import outside, sample, train
+from genai_jax import compare, outside, sample, train
 from genai_jax.components import DEFAULT_TASK, components_of, make_task, parse_run
 from genai_jax.config import ConfigError, field
 from genai_jax.data.images.own_arrays import Examples
+from genai_jax.data.images.sources import OWN
+from genai_jax.data.own_code import FILES, KINDS
+from genai_jax.data.text.sources import SYNTHETIC
 from genai_jax.losses.adversarial import LOSSES
 from genai_jax.losses.likelihoods import Bernoulli
 from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
@@ -76,11 +81,71 @@ def test_a_workdir_does_not_decide_which_code_runs(inside, monkeypatch, tmp_path
     names = "my_parts.data:stripes,my_parts.network:Dilated,my_parts.objective:huber"
     with pytest.raises(ConfigError, match=f"add --code={names} to the command line"):
         sample.main([f"--workdir={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"--code=os:system: .* does not use it"):
-        sample.main([f"--workdir={tmp_path}", f"--code={names},os:system"])
     run = genai_jax.load(tmp_path, code=names.split(","))
     assert run.sample(num_samples=2, steps=2, label=["upright"]).shape == (2, 8, 8, 1)
     assert np.isfinite(run.evaluate()["loss"])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "--task=evil_mod:Evil\n",
+        "--task=evil_mod:Evil\n--workdir\n--task=language_model\n",
+        "--task=evil_mod:Evil\n--undefok\n--task=language_model\n",
+        "--task=language_model\n--init_from\n--task=evil_mod:Evil\n",
+        "--task\nevil_mod:Evil\n",
+        "-task=evil_mod:Evil\n",
+        '--task:="evil_mod:Evil"\n',
+        "--flagfile=more.flags\n",
+        "--data.dataset=evil_mod:evil\n--workdir\n--data.dataset=digits\n",
+        "--data.dataset\nevil_mod:evil\n",
+        "--optimizer.name=evil_mod:evil\n--code=evil_mod:evil\n",
+        "--transformer.pattern=attention,evil_mod:Evil\n",
+        "--transformer.pattern=evil_mod\n",
+        "--task=diffusion\n--diffusion.network=evil_mod:Evil\n",
+        "--task=diffusion\n--evil.width=3\n--diffusion.network=evil_mod:Evil\n",
+        '--task=gan\n--gan.loss:="evil_mod:EVIL"\n--gan.loss=hinge\n--gan.loss=evil_mod:E\n',
+    ],
+)
+def test_no_spelling_in_a_workdir_runs_code(tmp_path, monkeypatch, lines):
+    (tmp_path / "evil_mod.py").write_text("raise SystemExit('this code has run')")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "flags.txt").write_text(lines)
+    (run / "more.flags").write_text("--task=evil_mod:Evil\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(outside, "_allowed", set())
+    for act in (
+        lambda: sample.main([f"--workdir={run}"]), lambda: genai_jax.load(run),
+        lambda: sample.main([f"--workdir={run}", "--help"]),
+        lambda: compare.main([str(run), str(run)]),
+        lambda: parse_and_make(f"--diffusion.autoencoder={run}"),
+    ):  # fmt: skip
+        with contextlib.suppress(ConfigError):
+            act()
+    assert "evil_mod" not in sys.modules
+
+
+def parse_and_make(flag: str):
+    make_task(parse_run(["--task=diffusion", flag]))
+
+
+def test_code_of_a_run_that_one_builds_on_is_named_too(tmp_path, monkeypatch):
+    small = ["--task=autoencoder", "--autoencoder.channels=4"]
+    mine = f"--autoencoder_loss.reconstruction={HERE}my_error"
+    config = parse_run([*small, mine, f"--workdir={tmp_path}"])
+    (tmp_path / "flags.txt").write_text(config.to_flags(leave_out=["workdir", "code"]))
+    monkeypatch.setattr(outside, "_allowed", set())
+    flags = ["--task=diffusion", f"--diffusion.autoencoder={tmp_path}"]
+    with pytest.raises(ConfigError, match=f"add --code={HERE}my_error"):
+        make_task(parse_run(flags))
+    task = make_task(parse_run([*flags, f"--code={HERE}my_error"]))
+    assert task.model.latents.config.autoencoder_loss.reconstruction == f"{HERE}my_error"
+
+
+def test_names_of_kinds_are_those_of_the_data_sets():
+    assert set(FILES) == {"text", *OWN}
+    assert set(KINDS) == {*FILES, *SYNTHETIC}
 
 
 def test_every_flag_that_takes_code_is_in_the_table_and_the_table_has_no_other():

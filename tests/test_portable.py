@@ -1,14 +1,19 @@
 """A run that was moved, without its data, is sampled and scored as before."""
 
+import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import genai_jax
 from genai_jax import evaluate, train, train_tokenizer
+from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
+from genai_jax.data.kept import KeptData
+from genai_jax.training.portable import keep
 from tests.commands import TINY
 
 SHORT = (
@@ -70,9 +75,9 @@ def test_a_damaged_copy_is_named(text_run, tmp_path):
     moved, _ = text_run
     copy = tmp_path / "run"
     shutil.copytree(moved, copy)
-    path = copy / "data" / "validation.json"
+    path = copy / "data" / "validation.bin"
     path.write_bytes(path.read_bytes().replace(b"weather", b"whether", 1))
-    with pytest.raises(ConfigError, match=r"validation\.json: it is damaged; without .*record"):
+    with pytest.raises(ConfigError, match=r"validation\.bin: it is damaged; without .*record"):
         genai_jax.load(copy).evaluate()
     (copy / "data" / "record.json").write_text('{"record": 1}')
     with pytest.raises(ConfigError, match=r"record\.json: it is not what a run keeps"):
@@ -99,3 +104,60 @@ def test_a_run_that_builds_on_another_one(tmp_path, monkeypatch):
     (tmp_path / "codes").rename(tmp_path / "away")
     np.testing.assert_array_equal(genai_jax.load("prior").sample(num_samples=1), before)
     assert not (tmp_path / "prior" / "data" / "record.json").exists()  # digits are built in
+
+
+ABOUT = {"shape": [2, 2, 1], "levels": 4, "label_names": [["a", "b"]], "can_flip": True}
+
+
+def kept_images(folder, about=None, record=None, **files: bytes):
+    """A folder that a run might have written, or somebody else."""
+    about = ABOUT if about is None else about
+    record = {"shape": about.get("shape"), "levels": about.get("levels"), **(record or {})}
+    for name, data in files.items():
+        (folder / f"{name}.bin").write_bytes(data)
+    sums = {f"{name}.bin": hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    content = {"record": record, "about": about, "files": sums}
+    (folder / "record.json").write_text(json.dumps(content))
+    return KeptData(folder)
+
+
+GOOD = {"train_images": bytes(8), "train_labels": np.array([0, 1], "<i4").tobytes()}
+
+
+def test_kept_images_are_checked(tmp_path):
+    source = kept_images(tmp_path, **GOOD).images("train")
+    assert source.images.shape == (2, 2, 2, 1) and source.labels.tolist() == [[0], [1]]
+    for about in (
+        {"levels": None}, {"levels": 1}, {"levels": 400}, {"shape": [2]}, {"shape": [2, -2, 1]},
+        {"shape": [1 << 20, 1 << 20, 3]}, {"shape": "2"}, {"label_names": 3}, {"label_names": [[]]},
+        {"label_names": [[1]]}, {"can_flip": None},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="not what a run keeps"):
+            kept_images(tmp_path, ABOUT | about)
+    with pytest.raises(ConfigError, match="not what a run keeps"):
+        kept_images(tmp_path, record={"levels": 5})
+    for files in (
+        {"train_images": bytes(7)}, {"train_images": bytes([0, 0, 0, 9] * 2)},
+        {"train_images": b""},
+        {"train_labels": np.array([0, 2], "<i4").tobytes()},
+        {"train_labels": np.array([0, -1], "<i4").tobytes()}, {"train_labels": bytes(4)},
+        {"train_captions": b"ab", "train_captions_ends": np.array([1, 3], "<i8").tobytes()},
+        {"train_captions": b"ab", "train_captions_ends": np.array([2, 1, 2], "<i8").tobytes()},
+        {"train_captions": b"\xff", "train_captions_ends": np.array([0, 1], "<i8").tobytes()},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="cannot read"):
+            kept_images(tmp_path, **{**GOOD, **files}).images("train")
+
+
+def test_links_in_another_run_are_not_followed(tmp_path):
+    other, run = tmp_path / "other", tmp_path / "run"
+    (other / "data" / "runs").mkdir(parents=True)
+    (other / "flags.txt").write_text("--task=autoencoder\n")
+    (other / "run.json").symlink_to("/dev/zero")
+    (other / "data" / "tokenizer.json").symlink_to("/etc/hostname")
+    for name in "abc":
+        (other / "data" / "runs" / name).symlink_to(other)
+    config = parse_run(["--task=diffusion", f"--diffusion.autoencoder={other}", f"--workdir={run}"])
+    keep(SimpleNamespace(data=None), config, {})
+    copied = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+    assert copied == ["data/runs/diffusion.autoencoder/flags.txt"]

@@ -4,17 +4,14 @@ The function gets the flags of the data, as `config`, and returns all examples o
 "train" and "validation", those of each split.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from genai_jax.config import ConfigError
 from genai_jax.outside import is_outside, load_outside
 
-# What is read by kind, as in text:PATH or addition:3; no function.
-KINDS = (
-    "text", "images", "hf", "webdataset", "addition", "modular_addition", "modular_division",
-)  # fmt: skip
+FILES = ("text", "images", "hf", "webdataset")  # read from a path, as in text:PATH
+KINDS = (*FILES, "addition", "modular_addition", "modular_division")  # no functions
 SPLITS = ("train", "validation")
 
 
@@ -25,18 +22,18 @@ def own_data(dataset: str | None) -> tuple[str, ...]:
     return (dataset,)
 
 
+def is_users_own(dataset: str) -> bool:
+    """Whether a data set is somebody's files or code, which another machine may lack."""
+    return dataset.partition(":")[0] in FILES or bool(own_data(dataset))
+
+
 def read_own(config: Any) -> Any:
-    """What the function returns for the flags of the data; called once for both splits.
+    """What the function returns for the flags of the data.
 
     Raises:
       ConfigError: it cannot be imported, is not a function, or returns splits of other names.
     """
-    return _returned(load_outside("--data.dataset", config.dataset, ["__call__"]), config)
-
-
-@functools.lru_cache(maxsize=1)
-def _returned(function: Callable, config: Any) -> Any:
-    returned = function(config)
+    returned = load_outside("--data.dataset", config.dataset, ["__call__"])(config)
     if isinstance(returned, Mapping) and set(returned) != set(SPLITS):
         names = ", ".join(map(str, returned)) or "nothing"
         raise ConfigError(

@@ -1,13 +1,13 @@
 """What a run says at its beginning and at its end."""
 
 import datetime
-import pathlib
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from genai_jax.config import Config
 from genai_jax.errors import printable
+from genai_jax.outside import is_outside
 
 MOST = 5  # scores in a line
 
@@ -41,11 +41,11 @@ def beginning(config: Config, record: Mapping[str, Any], examples: int, tokens: 
     )
 
 
-def ending(workdir: pathlib.Path, step: int, scores: Mapping[str, float], samples: bool) -> str:
-    """What came out, and where it is.
+def ending(config: Config, step: int, scores: Mapping[str, float], samples: bool) -> str:
+    """What came out, where it is, and the command that samples from it.
 
     Args:
-      workdir: folder of the run.
+      config: of the run.
       step: the last one.
       scores: held-out metrics; empty if there were none.
       samples: whether one can sample from the run.
@@ -53,9 +53,14 @@ def ending(workdir: pathlib.Path, step: int, scores: Mapping[str, float], sample
     kept = {n: v for n, v in scores.items() if isinstance(v, float) and "/" not in n}
     named = [f"{n} {kept[n]:.4g}" for n in sorted(kept, key=lambda n: n != "loss")]
     held_out = f"; held-out {', '.join(named[:MOST])}" if named else ""
-    shown = printable(str(workdir))
+    shown = printable(config.run.workdir)
     line = f"{shown}: step {step}{held_out}; curves in {shown}/plots"
-    return f"{line}\npython -m genai_jax.sample --workdir={shlex.quote(shown)}" if samples else line
+    if not samples:
+        return line
+    flags = [f"--workdir={shlex.quote(shown)}"]
+    flags += [f"--task={config.run.task}"] if is_outside(config.run.task) else []
+    flags += [f"--code={','.join(config.outside())}"] if config.outside() else []
+    return f"{line}\npython -m genai_jax.sample {' '.join(flags)}"
 
 
 def _duration(seconds: float) -> str:

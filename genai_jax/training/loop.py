@@ -143,7 +143,7 @@ class Run:
             stopped_by = self.stop.ask()  # the answer to the question before
             steps = self.config.train.steps
             if self.config.train.progress and not stopped_by and start < steps:
-                self._say(ending(self.workdir, steps, self.scores, hasattr(self.task, "sample")))
+                self._say(ending(self.config, steps, self.scores, hasattr(self.task, "sample")))
         return 128 + stopped_by if stopped_by else 0
 
     def _restore_or_begin(self) -> tuple[int, TrainState]:

@@ -190,7 +190,7 @@ def _own_optimizer(config, schedule, growth) -> optax.GradientTransformation:
             f"{named}: only {', '.join(OPTIMIZERS)} scale learning rates by width, as "
             "maximal-update parametrization does"
         )
-    core = load_outside("--optimizer.name", config.name)(schedule, config)
+    core = load_outside("--optimizer.name", config.name, ["__call__"])(schedule, config)
     if not isinstance(core, optax.GradientTransformation):
         raise ConfigError(f"{named} returns a {type(core).__name__}, not an optax transformation")
     return core

@@ -5,18 +5,21 @@ their own command line names another place.
 """
 
 import dataclasses
+import os
 import pathlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from genai_jax.config import Config
-from genai_jax.data.kept import RECORD
-from genai_jax.files import writing_to
+from genai_jax.data.kept import RECORD, SUFFIXES
+from genai_jax.files import MIB, read_bytes, write_bytes, writing_to
 from genai_jax.tasks.protocol import Keeps, Task
+from genai_jax.training.workdir import has_checkpoints
 
 FOLDER = "data"
 RUNS = "runs"  # flag -> the files that describe the run it names
-DESCRIBING = ("flags.txt", "run.json")
+DESCRIBING = ("flags.txt", "run.json", f"{FOLDER}/{RECORD}")
+MOST_DEEP = 4  # runs that build on runs that build on runs
+LARGEST = 64 * MIB  # of a file that describes a run
 
 
 def keep(task: Task, config: Config, record: dict):
@@ -30,42 +33,53 @@ def keep(task: Task, config: Config, record: dict):
     Raises:
       ConfigError: it cannot be written.
     """
-    folder = pathlib.Path(config.run.workdir) / FOLDER
+    workdir = pathlib.Path(config.run.workdir)
+    folder = workdir / FOLDER
     with writing_to(folder):
-        for flag in sorted(config.names_run()):
-            if workdir := config.items()[flag]:
-                _keep_run(pathlib.Path(workdir), folder / RUNS / flag)
+        # Later, the parameters of the other runs are those of the checkpoints.
+        if not has_checkpoints(workdir):
+            _keep_runs(config, folder)
         if isinstance(task.data, Keeps):
             task.data.keep(folder, record)
 
 
-def _keep_run(workdir: pathlib.Path, target: pathlib.Path):
-    """Copies what describes a run that another one builds on, and the runs that it builds on.
+def _keep_runs(config: Config, folder: pathlib.Path):
+    """Copies what describes the runs that this one builds on, and those that they build on."""
+    for flag in sorted(config.names_run()):
+        if other := config.items()[flag]:
+            for path in _describing(pathlib.Path(other), MOST_DEEP):
+                target = folder / RUNS / flag / path.relative_to(other)
+                data = read_bytes(path, limit=LARGEST)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(target, data)
 
-    The parameters are part of the checkpoints. A run that is gone was copied before.
-    """
-    if not (workdir / DESCRIBING[0]).exists() or workdir.resolve() == target.resolve():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    for name in DESCRIBING:
-        if (workdir / name).exists():
-            shutil.copyfile(workdir / name, target / name)
-    tokenizers = workdir.glob(f"{FOLDER}/tokenizer.*")
-    for path in (workdir / FOLDER / RECORD, *tokenizers):
-        if path.exists():
-            (target / FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(path, target / FOLDER / path.name)
-    if (workdir / FOLDER / RUNS).is_dir():
-        shutil.copytree(workdir / FOLDER / RUNS, target / FOLDER / RUNS, dirs_exist_ok=True)
+
+def _describing(workdir: pathlib.Path, depth: int) -> Iterator[pathlib.Path]:
+    """The files, not links, that describe a run and what it kept of others."""
+    names = (*DESCRIBING, *(f"{FOLDER}/tokenizer{suffix}" for suffix in SUFFIXES))
+    yield from (path for name in names if _is_file(path := workdir / name))
+    runs = workdir / FOLDER / RUNS
+    if depth and runs.is_dir() and not runs.is_symlink():
+        for entry in sorted(os.scandir(runs), key=lambda entry: entry.name)[:MOST_DEEP]:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _describing(pathlib.Path(entry.path), depth - 1)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def with_kept(config: Config) -> Config:
     """The configuration of a run that is read, with the places of what it kept."""
-    folder = pathlib.Path(config.run.workdir) / FOLDER
-    kept = {path.name: str(path) for path in (folder / RUNS).glob("*")}
-    for path in sorted(folder.glob("tokenizer.*")):
-        kept["data.tokenizer"] = str(path)
-    if (folder / RECORD).exists():
+    folder, kept = pathlib.Path(config.run.workdir) / FOLDER, {}
+    values = config.items()
+    for flag in config.names_run():
+        if values[flag] and _is_file(folder / RUNS / flag / DESCRIBING[0]):
+            kept[flag] = str(folder / RUNS / flag)
+    tokenizer = folder / f"tokenizer{os.path.splitext(values.get('data.tokenizer') or '')[1]}"
+    if tokenizer.suffix in SUFFIXES and _is_file(tokenizer):
+        kept["data.tokenizer"] = str(tokenizer)
+    if _is_file(folder / RECORD):
         kept["data.dataset"] = str(folder)
     return dataclasses.replace(config, kept=kept)
 

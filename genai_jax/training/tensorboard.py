@@ -9,7 +9,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from genai_jax.files import MIB, read_bytes, read_text
+
 PICTURES = (".png", ".jpg", ".gif")
+LARGEST = 256 * MIB  # of a file of samples
 
 
 class TensorBoard:
@@ -103,7 +106,10 @@ def _picture(name: str, path: pathlib.Path) -> Any:
     with Image.open(path) as picture:
         width, height = picture.size
     image = Summary.Image(
-        width=width, height=height, colorspace=3, encoded_image_string=path.read_bytes()
+        width=width,
+        height=height,
+        colorspace=3,
+        encoded_image_string=read_bytes(path, limit=LARGEST),
     )
     return [Summary.Value(tag=name, image=image)]
 
@@ -111,5 +117,5 @@ def _picture(name: str, path: pathlib.Path) -> Any:
 def _text(name: str, path: pathlib.Path) -> Any:
     from tensorboardX.summary import text
 
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, limit=LARGEST).splitlines()
     return text(name, "\n".join(f"    {line}" for line in lines)).value  # as code, not Markdown

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.files import read_object, reason_of, write_text, writing_to
-from genai_jax.training.tensorboard import PICTURES
+from genai_jax.files import read_object, read_text, reason_of, write_text, writing_to
+from genai_jax.training.tensorboard import LARGEST, PICTURES
 
 FILE = "wandb.json"  # in the workdir: which run of W&B a resumed run continues
 FINISH_S = 60  # that the end of a run waits for what is not uploaded yet
@@ -118,7 +118,7 @@ class WandbBoard:
             return self._wandb.Video(str(path), format="gif")
         if path.suffix in PICTURES:
             return self._wandb.Image(str(path))
-        text = html.escape(path.read_text(encoding="utf-8"))
+        text = html.escape(read_text(path, limit=LARGEST))
         return self._wandb.Html(f"<pre>{text}</pre>", inject=False)
 
     def _give_up(self, error: Exception):

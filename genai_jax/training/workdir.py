@@ -59,6 +59,7 @@ def claim(config: Config) -> list[str]:
         probe.unlink()
     # The number of processes and the index of this one are not part of the run.
     placement = [name for name in config.items() if name.startswith("distributed.")]
+    placement.append("code")  # only a command line allows code
     changes = []
     saved = has_checkpoints(workdir)
     if saved and os.path.lexists(path):

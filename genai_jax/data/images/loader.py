@@ -85,6 +85,8 @@ class ImageLoader:
         self.config, self._kept = config, kept
         self._seed = seed % 2**32
         self._sources: dict[str, ImageSource] = {}
+        if kept and kept.shape is None:
+            raise ConfigError(f"--data.dataset={config.dataset}: the run kept texts, not images")
         source = kept or self.open("train")
         self.shape, self.levels = source.shape, source.levels
         self.label_names = source.label_names

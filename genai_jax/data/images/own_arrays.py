@@ -1,5 +1,6 @@
 """Images that a function outside this project returns; see `genai_jax.data.own_code`."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.images.decoding import resized
 from genai_jax.data.images.in_memory import MemoryImages
 from genai_jax.data.images.splits import hold_out_pictures
-from genai_jax.data.own_code import read_own
+from genai_jax.data.own_code import SPLITS, read_own
+from genai_jax.outside import load_outside
 
 SOURCE = (
     "name", "shape", "levels", "label_names", "has_captions", "can_flip", "fingerprint",
@@ -48,28 +50,41 @@ def open_own_arrays(config: Any, split: str) -> Any:
     Raises:
       ConfigError: something else was returned.
     """
-    returned, flag = read_own(config), f"--data.dataset={config.dataset}"
-    if isinstance(returned, Mapping):
-        why = f"has no effect: {config.dataset} returned the examples of each split"
-        refuse_set("data", config, ["validation_percent"], why)
-        returned = returned[split]
-        if not isinstance(returned, Examples) and all(hasattr(returned, a) for a in SOURCE):
-            return returned
-        examples = _checked(returned, flag)
-    else:
-        examples = _part(_checked(returned, flag), config.validation_percent, split)
-    if not len(examples.images):
-        raise ConfigError(f"{flag} has no examples for {split}")
-    images = _of_size(examples.images, config.image_size, flag)
+    function = load_outside("--data.dataset", config.dataset)  # a reloaded one is another
+    examples = _splits(config, function)[split]
+    if not isinstance(examples, Examples):
+        return examples
     return MemoryImages(
         f"{config.dataset}[{split}]",
-        images,
+        examples.images,
         None if examples.labels is None else examples.labels.astype(np.int32)[:, None],
         classes=examples.classes if examples.labels is not None else (),
         captions=examples.captions,
         levels=examples.levels,
         can_flip=examples.can_flip,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _splits(config: Any, function: Any) -> dict[str, Any]:
+    """Split -> its examples, or an object that reads them; the last data set is remembered."""
+    del function  # which `read_own` calls
+    returned, flag = read_own(config), f"--data.dataset={config.dataset}"
+    if isinstance(returned, Mapping):
+        why = f"has no effect: {config.dataset} returned the examples of each split"
+        refuse_set("data", config, ["validation_percent"], why)
+        splits = dict(returned)
+    else:
+        splits = _parts(_checked(returned, flag), config.validation_percent)
+    for split, examples in splits.items():
+        if not isinstance(examples, Examples) and all(hasattr(examples, a) for a in SOURCE):
+            continue
+        examples = _checked(examples, flag)
+        if not len(examples.images):
+            raise ConfigError(f"{flag} has no examples for {split}")
+        images = _of_size(examples.images, config.image_size, examples.levels, flag)
+        splits[split] = examples._replace(images=images)
+    return splits
 
 
 def _checked(returned: Any, flag: str) -> Examples:
@@ -83,6 +98,8 @@ def _checked(returned: Any, flag: str) -> Examples:
     images, labels, classes = returned.images, returned.labels, returned.classes
     if getattr(images, "dtype", None) != np.uint8 or images.ndim < 3:
         raise ConfigError(f"{flag}: images are not an array of uint8 [examples, *space, channels]")
+    if images.ndim > 3 and images.shape[-1] not in (1, 3):
+        raise ConfigError(f"{flag}: images have {images.shape[-1]} channels; 1 and 3 are supported")
     if not 2 <= returned.levels <= 256 or int(images.max(initial=0)) >= returned.levels:
         raise ConfigError(
             f"{flag}: images have values outside 0 .. levels - 1, with levels={returned.levels}"
@@ -102,20 +119,24 @@ def _checked(returned: Any, flag: str) -> Examples:
     return returned._replace(labels=labels, classes=tuple(map(str, classes)))
 
 
-def _part(examples: Examples, percent: int, split: str) -> Examples:
-    """The examples of a split; copies of an image are on the same side."""
+def _parts(examples: Examples, percent: int) -> dict[str, Examples]:
+    """The examples of each split; copies of an image are on the same side."""
     digests = [hashlib.sha256(image.tobytes()).digest() for image in examples.images]
     usable = np.ones(len(digests), bool)
     held_out = hold_out_pictures(digests, usable, examples.labels, percent)
-    rows = np.flatnonzero(held_out == (split == "validation"))
-    pick = lambda values: None if values is None else [values[i] for i in rows]
-    labels = None if examples.labels is None else examples.labels[rows]
-    return examples._replace(
-        images=examples.images[rows], labels=labels, captions=pick(examples.captions)
-    )
+
+    def part(rows: np.ndarray) -> Examples:
+        labels, captions = examples.labels, examples.captions
+        return examples._replace(
+            images=examples.images[rows],
+            labels=None if labels is None else labels[rows],
+            captions=None if captions is None else [captions[i] for i in rows],
+        )
+
+    return {s: part(np.flatnonzero(held_out == (s == "validation"))) for s in SPLITS}
 
 
-def _of_size(images: np.ndarray, size: int | None, flag: str) -> np.ndarray:
+def _of_size(images: np.ndarray, size: int | None, levels: int, flag: str) -> np.ndarray:
     """Images cropped and resized to a square of this size, if it is not None."""
     space, channels = images.shape[1:-1], images.shape[-1]
     if size is None or set(space) == {size}:
@@ -125,4 +146,5 @@ def _of_size(images: np.ndarray, size: int | None, flag: str) -> np.ndarray:
             f"--data.image_size={size}: {flag} has examples of shape {images.shape[1:]}, which are "
             "not resized"
         )
-    return np.stack([resized(image, (size, size, channels)) for image in images])
+    shape = (size, size, channels)
+    return np.stack([np.minimum(resized(image, shape), levels - 1) for image in images])

@@ -245,6 +245,8 @@ class TextLoader:
             source = None
         if source and source.size_bytes is not None and source.size_bytes <= MOST_BYTES:
             keeper.documents("validation", [source[i] for i in range(len(source))])
+        elif source and source.size_bytes is not None:
+            keeper.leave_out("validation", source.size_bytes)
         keeper.finish()
 
     def _open(self, split: str) -> "_TokenizedSource":

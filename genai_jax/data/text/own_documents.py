@@ -31,11 +31,10 @@ def own_documents(config: Any) -> Sequence[str] | dict[str, Any]:
 def _check(config: Any, documents: Any, *, random_access: bool):
     if isinstance(documents, list | tuple):
         for i, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise ConfigError(
-                    f"--data.dataset={config.dataset}: document {i} is a "
-                    f"{type(document).__name__}, not a string"
-                )
+            if problem := _problem(document):
+                raise ConfigError(f"--data.dataset={config.dataset}: document {i} {problem}")
+        if not documents:
+            raise ConfigError(f"--data.dataset={config.dataset} returned no documents")
         return
     if random_access and all(
         hasattr(documents, name) for name in ("__len__", "__getitem__", "fingerprint")
@@ -47,3 +46,14 @@ def _check(config: Any, documents: Any, *, random_access: bool):
     raise ConfigError(
         f"--data.dataset={config.dataset} returned a {type(documents).__name__}, not {expected}"
     )
+
+
+def _problem(document: Any) -> str:
+    """Why something is not a document; empty if it is one."""
+    if not isinstance(document, str):
+        return f"is a {type(document).__name__}, not a string"
+    try:
+        document.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        return f"has the surrogate {document[error.start]!a}, which is no character"
+    return ""

@@ -12,7 +12,8 @@ import numpy as np
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.images.loader import ImageLoader
-from genai_jax.data.kept import KeptData, keep_tokenizer, moves
+from genai_jax.data.kept import KeptData, keep_tokenizer
+from genai_jax.data.own_code import is_users_own
 from genai_jax.sampled import Arrays, label_texts
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
@@ -85,7 +86,7 @@ class ArrayData:
     def keep(self, folder: pathlib.Path, record: dict) -> None:
         """Keeps the captions' tokenizer, and examples of data that are not built in."""
         keep_tokenizer(folder, self._config.tokenizer)
-        if moves(self._config.dataset):
+        if is_users_own(self._config.dataset):
             self.loader.keep(folder, record)
 
     def check(self, trained_on: dict) -> None:

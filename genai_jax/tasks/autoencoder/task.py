@@ -119,7 +119,7 @@ class Autoencoder(Task):
         flag, name = "--autoencoder_loss.reconstruction", self.weights.reconstruction
         if name in RECONSTRUCTION:
             return None
-        error = load_outside(flag, name)
+        error = load_outside(flag, name, ["__call__"])
         images = jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32)
         shape = getattr(jax.eval_shape(error, images, images), "shape", None)
         if shape != (1,):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.data.kept import Keeper, KeptData, keep_tokenizer, moves
+from genai_jax.data.kept import Keeper, KeptData, keep_tokenizer
+from genai_jax.data.own_code import is_users_own
 from genai_jax.data.text.loader import TextLoader
 from genai_jax.data.text.sources import PIXELS
 from genai_jax.data.text.tokenization import Tokenizer, load_tokenizer
@@ -93,7 +94,7 @@ class TextData:
     def keep(self, folder: pathlib.Path, record: dict) -> None:
         """Keeps the tokenizer's file, and held-out documents of data that are not built in."""
         keep_tokenizer(folder, self.config.tokenizer)
-        if moves(self.config.dataset):
+        if is_users_own(self.config.dataset):
             keeper = Keeper(folder, record, {})
             if not keeper.is_there():
                 self.loader.keep(keeper)

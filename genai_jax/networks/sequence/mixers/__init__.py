@@ -36,7 +36,7 @@ def check_pattern(pattern: str | None, num_layers: int):
 
 def outside_mixers(pattern: str | None) -> tuple[str, ...]:
     """The mixers of a pattern that are not part of this package: using them runs their code."""
-    return tuple(name for name in split_pattern(pattern) if name not in MIXERS)
+    return tuple(name for name in split_pattern(pattern) if is_outside(name))
 
 
 def load_mixer(name: str) -> type:
