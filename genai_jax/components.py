@@ -322,8 +322,8 @@ def read_config(workdir: str, flag: str = "--workdir") -> Config:
 def _check_allowed(names: Iterable[str], workdir: str, flag: str):
     if unnamed := [name for name in names if not is_allowed(name)]:
         raise ConfigError(
-            f"{flag}={workdir} uses {' and '.join(unnamed)}, which is code outside genai_jax: to "
-            f"allow it, add --code={','.join(names)} to the command line"
+            f"{flag}={workdir} uses code outside genai_jax, {', '.join(unnamed)}: to allow it, add "
+            f"--code={','.join(names)} to the command line"
         )
 
 

@@ -5,8 +5,9 @@ decides what is executed.
 """
 
 import importlib
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from genai_jax.errors import ConfigError
@@ -59,6 +60,24 @@ def load_outside(flag: str, name: str, requires: Sequence[str] = ()) -> Any:
     if missing := [a for a in requires if not hasattr(loaded, a)]:
         raise ConfigError(f"{named} lacks {', '.join(missing)}")
     return loaded
+
+
+def check_call(flag: str, name: str, function: Callable, count: int, takes: str):
+    """Raises `ConfigError` if `function` cannot be called with so many arguments.
+
+    Args:
+      flag: what named it.
+      name: "module:Name".
+      function: what is called.
+      count: of positional arguments.
+      takes: their names, for the error.
+    """
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError as error:
+        raise ConfigError(f"{flag}={name} cannot be called with ({takes}): {error}") from None
+    except ValueError:  # what is not written in Python has no signature
+        pass
 
 
 def snake_case(name: str) -> str:

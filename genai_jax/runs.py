@@ -141,12 +141,21 @@ class Run:
     def answer(self, request: Any) -> Sampled:
         """The samples for a request of the sample command."""
         model = self.model
-        with mesh_context(model.mesh), tells_how_to_move(self.config):
+        quiet = without_orbax_messages()
+        with mesh_context(model.mesh), tells_how_to_move(self.config), quiet:
             sampled = self.task.sample(self._materialized, model.mutables, request)
         return with_origin(sampled, origin_of(request, model.step))
 
     def write(self, sampled: Sampled, output: str = "") -> list[str]:
-        """Writes samples, by default to the workdir; returns what the command prints."""
+        """Writes what `sampled` returned, by default to the workdir; returns the command's lines.
+
+        Raises:
+          ConfigError: something else is to be written, or it cannot be.
+        """
+        if not hasattr(sampled, "write"):
+            raise ConfigError(
+                "write takes what run.sampled(...) returns, or give output= to sample"
+            )
         folder = self.workdir / "samples"
         if not is_main():
             return []
@@ -167,7 +176,8 @@ class Run:
             raise ConfigError("--batches=0 leaves nothing to evaluate on; -1 takes all batches")
         model, seed = self.model, getattr(request, "seed", 0)
         trained = model.params, model.mutables
-        with mesh_context(model.mesh), tells_how_to_move(self.config), self._may_score_all():
+        quiet = without_orbax_messages()
+        with mesh_context(model.mesh), tells_how_to_move(self.config), self._may_score_all(), quiet:
             if self.task.tokens_per_step():  # compiles, so that only scoring is timed
                 self._evaluator(*trained, self._batches(1), seed)
             start = time.perf_counter()

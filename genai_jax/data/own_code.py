@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from genai_jax.config import ConfigError
-from genai_jax.outside import is_outside, load_outside
+from genai_jax.outside import check_call, is_outside, load_outside
 
 FILES = ("text", "images", "hf", "webdataset")  # read from a path, as in text:PATH
 KINDS = (*FILES, "addition", "modular_addition", "modular_division")  # no functions
@@ -33,7 +33,10 @@ def read_own(config: Any) -> Any:
     Raises:
       ConfigError: it cannot be imported, is not a function, or returns splits of other names.
     """
-    returned = load_outside("--data.dataset", config.dataset, ["__call__"])(config)
+    flag, name = "--data.dataset", config.dataset
+    function = load_outside(flag, name, ["__call__"])
+    check_call(flag, name, function, 1, "config")
+    returned = function(config)
     if isinstance(returned, Mapping) and set(returned) != set(SPLITS):
         names = ", ".join(map(str, returned)) or "nothing"
         raise ConfigError(

@@ -50,9 +50,16 @@ def ending(config: Config, step: int, scores: Mapping[str, float], samples: bool
       scores: held-out metrics; empty if there were none.
       samples: whether one can sample from the run.
     """
-    kept = {n: v for n, v in scores.items() if isinstance(v, float) and "/" not in n}
-    named = [f"{n} {kept[n]:.4g}" for n in sorted(kept, key=lambda n: n != "loss")]
+    average, raw = f"the average {config.ema.use}", scores.get("loss")
+    part = "ema/" if "ema/loss" in scores else ""  # what is sampled
+    own = {n.removeprefix(part): v for n, v in scores.items() if n.startswith(part)}
+    own = {n: v for n, v in own.items() if isinstance(v, float) and "/" not in n}
+    named = [f"{n} {own[n]:.4g}" for n in sorted(own, key=lambda n: n != "loss")]
     held_out = f"; held-out {', '.join(named[:MOST])}" if named else ""
+    if part:
+        held_out += f" of {average}"
+        if raw < own["loss"]:
+            held_out += f", which is behind: {raw:.4g} with --ema=none"
     shown = printable(config.run.workdir)
     line = f"{shown}: step {step}{held_out}; curves in {shown}/plots"
     if not samples:

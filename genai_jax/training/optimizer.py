@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from genai_jax.config import Config, ConfigError, field
-from genai_jax.outside import load_outside, outside_name
+from genai_jax.outside import check_call, load_outside, outside_name
 from genai_jax.training.parametrization import learning_rate_factor
 from genai_jax.training.sharding import logical_axes
 
@@ -190,7 +190,9 @@ def _own_optimizer(config, schedule, growth) -> optax.GradientTransformation:
             f"{named}: only {', '.join(OPTIMIZERS)} scale learning rates by width, as "
             "maximal-update parametrization does"
         )
-    core = load_outside("--optimizer.name", config.name, ["__call__"])(schedule, config)
+    function = load_outside("--optimizer.name", config.name, ["__call__"])
+    check_call("--optimizer.name", config.name, function, 2, "schedule, config")
+    core = function(schedule, config)
     if not isinstance(core, optax.GradientTransformation):
         raise ConfigError(f"{named} returns a {type(core).__name__}, not an optax transformation")
     return core

@@ -67,7 +67,7 @@ def claim(config: Config) -> list[str]:
         # Flags written before paths were expanded may begin with ~.
         old = {n: new.get(n) if expand_home(v) == new.get(n) else v
                for n, v in recorded_flags(workdir).items()}  # fmt: skip
-        own = ("workdir", *placement)
+        own = ("workdir", "resume_with_changes", *placement)
         names = [n for n in old | new if n not in own and old.get(n) != new.get(n)]
         said = {n: f"--{n}={old.get(n, '(unset)')} -> {new.get(n, '(unset)')}" for n in names}
         changes, free = list(said.values()), config.changeable()
@@ -192,15 +192,23 @@ def write_record(workdir: pathlib.Path, record: dict, changed: Data | None = Non
         run.json cannot be read.
     """
     old = _record(workdir) if has_checkpoints(workdir) else {}
-    for name, value in record["data"].items():
-        before = old.get("data", {}).get(name, value)
-        if before != value and changed:
-            changed.check(old["data"])
-        elif before != value:
-            raise ConfigError(
-                f"the data changed since the run in --workdir={workdir} began: "
-                f"{name} was {before} and is now {value}"
-            )
+    other = {
+        name: (before, value)
+        for name, value in record["data"].items()
+        if (before := old.get("data", {}).get(name, value)) != value
+    }
+    if other and not changed:
+        name, (before, value) = next(iter(other.items()))
+        raise ConfigError(
+            f"the data changed since the run in --workdir={workdir} began: {name} was {before} and "
+            f"is now {value}; --resume_with_changes goes on with other data"
+        )
+    if other:
+        changed.check(old["data"])
+        lines = [f"{name}: {before} -> {value}" for name, (before, value) in other.items()]
+        print(f"changed since the run began: {'; '.join(lines)}", file=sys.stderr)
+        change = {"step": max(_saved_steps(workdir)), "data": lines}
+        old["changes"] = [*old.get("changes", []), change]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
     if "changes" in old:

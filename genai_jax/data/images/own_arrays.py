@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from genai_jax.config import ConfigError, refuse_set
+from genai_jax.data.folders import say
 from genai_jax.data.images.decoding import resized
 from genai_jax.data.images.in_memory import MemoryImages
 from genai_jax.data.images.splits import hold_out_pictures
@@ -84,7 +85,29 @@ def _splits(config: Any, function: Any) -> dict[str, Any]:
             raise ConfigError(f"{flag} has no examples for {split}")
         images = _of_size(examples.images, config.image_size, examples.levels, flag)
         splits[split] = examples._replace(images=images)
+    _check_alike(splits, flag)
     return splits
+
+
+def _check_alike(splits: dict[str, Any], flag: str):
+    """Raises `ConfigError` for splits of different kinds; says what the examples are."""
+    kinds = []
+    for examples in splits.values():
+        source = not isinstance(examples, Examples)
+        shape = tuple(examples.shape if source else examples.images.shape[1:])
+        names = examples.label_names if source else (tuple(examples.classes or ()),)
+        kinds.append((shape, examples.levels, tuple(map(tuple, names))))
+    for what, train, held_out in zip(("shape", "levels", "classes"), *kinds, strict=True):
+        if train != held_out:
+            raise ConfigError(f"{flag}: {what} of train and validation differ: {train}, {held_out}")
+    (*space, channels), _, names = kinds[0]
+    kind = ("signals of length", "images of", "videos of")[min(len(space), 3) - 1]
+    classes = ", ".join(names[0][:12]) if names and names[0] else "none"
+    counts = [len(x.images if isinstance(x, Examples) else x) for x in splits.values()]
+    say(
+        f"note: {flag.partition('=')[2]}: {counts[0]:,} train and {counts[1]:,} validation "
+        f"{kind} {'x'.join(map(str, space))} with {channels} channel(s); classes: {classes}"
+    )
 
 
 def _checked(returned: Any, flag: str) -> Examples:

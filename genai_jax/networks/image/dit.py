@@ -328,7 +328,7 @@ def patches(x: jax.Array, size: int) -> tuple[jax.Array, tuple[int, ...], int]:
     frames, inner = (space[0], space[1:]) if len(space) == 3 else (1, space)
     if any(n % size for n in inner):
         shape = "x".join(map(str, inner))
-        raise ValueError(f"patches of size {size} do not divide the size {shape}")
+        raise ValueError(f"patch_size={size} does not divide the size {shape}")
     grid = tuple(n // size for n in inner)
     split = [part for n in grid for part in (n, size)]
     x = x.reshape(x.shape[0], frames, *split, x.shape[-1])

@@ -27,7 +27,7 @@ from genai_jax.networks.flops import count_flops
 from genai_jax.networks.latent import autoencoder
 from genai_jax.networks.latent.autoencoder import AutoencoderConfig
 from genai_jax.networks.latent.quantization import QuantizerConfig, code_counts, usage
-from genai_jax.outside import load_outside, outside_name
+from genai_jax.outside import check_call, load_outside, outside_name
 from genai_jax.requests import ArrayRequest, ExactEvaluateRequest
 from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
@@ -120,6 +120,7 @@ class Autoencoder(Task):
         if name in RECONSTRUCTION:
             return None
         error = load_outside(flag, name, ["__call__"])
+        check_call(flag, name, error, 2, "images, reconstructions")
         images = jax.ShapeDtypeStruct((1, *self.data.shape), jnp.float32)
         shape = getattr(jax.eval_shape(error, images, images), "shape", None)
         if shape != (1,):

@@ -19,7 +19,7 @@ from genai_jax.diffusion.parameterization import (
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.image.conditioning import Condition
 from genai_jax.networks.parallel.axes import SEQUENCE
-from genai_jax.outside import load_outside, outside_name
+from genai_jax.outside import check_call, load_outside, outside_name
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.autoencoder.latents import Latents
 from genai_jax.tasks.diffusion.network import NETWORKS, check_network, denoising_network
@@ -130,7 +130,7 @@ class DenoisingModel:
             ("^(schedule|autoencoder|latents)/", (...,)),
         )
         self.activation_axes = (SEQUENCE,) if chosen.network == "dit" else ()
-        check_network(self.network, config, self._one_input())
+        check_network(self.network, config, self._inputs(2))
 
     # Parameters.
 
@@ -148,9 +148,12 @@ class DenoisingModel:
         return self.network.init(key, *self._one_input())["params"]
 
     def _one_input(self) -> tuple:
-        x, noise = jnp.zeros((1, *self.sample_shape)), jnp.zeros(1)
-        step_size = jnp.zeros(1) if self.uses_step_size else None
-        return x, noise, self.null_condition(1), step_size
+        return self._inputs(1)
+
+    def _inputs(self, rows: int) -> tuple:
+        x, noise = jnp.zeros((rows, *self.sample_shape)), jnp.zeros(rows)
+        step_size = jnp.zeros(rows) if self.uses_step_size else None
+        return x, noise, self.null_condition(rows), step_size
 
     def init_from(self) -> tuple[Transfer, ...]:
         return self.latents.init_from() if self.latents else ()
@@ -319,7 +322,9 @@ def check_flags(config: Config):
     if chosen.objective not in OBJECTIVES:
         why = f"has no effect with --diffusion.objective={chosen.objective}"
         refuse_set("diffusion", chosen, ["weighting"], why)
-        load_outside("--diffusion.objective", chosen.objective, ["__call__"])
+        flag = "--diffusion.objective"
+        objective = load_outside(flag, chosen.objective, ["__call__"])
+        check_call(flag, chosen.objective, objective, 5, "predict, schedule, x0, t, key")
     if chosen.schedule == "learned" and chosen.objective != "bound":
         raise ConfigError(
             "--diffusion.schedule=learned needs --diffusion.objective=bound: no other loss "

@@ -11,6 +11,7 @@ from genai_jax.config import Config, ConfigError, name_flags
 from genai_jax.networks.image import dit, unet
 from genai_jax.networks.image.dit import Dit, DitConfig
 from genai_jax.networks.image.unet import Unet, UnetConfig
+from genai_jax.outside import check_call
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.outside_network import outside_network, partition_rules_of
 
@@ -60,6 +61,8 @@ def denoising_network(
 def check_network(network: nn.Module, config: Config, inputs: tuple):
     """Raises `ConfigError` if the network does not support such inputs, or changes their shape."""
     name, (x, *_) = config.diffusion.network, inputs
+    if name not in NETWORKS:
+        check_call(FLAG, name, network, 4, "x, noise, condition, step_size")
     try:
         variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
     except ValueError as error:  # sizes that the network does not support
@@ -74,6 +77,8 @@ def check_network(network: nn.Module, config: Config, inputs: tuple):
             f"{FLAG}={name} has the collections {', '.join(others)}; denoising networks have "
             "parameters only"
         )
+    if not variables:
+        raise ConfigError(f"{FLAG}={name} has no parameters to train")
     output: Any = jax.eval_shape(network.apply, variables, *inputs)
     if getattr(output, "shape", None) != x.shape:
         returned = getattr(output, "shape", f"a {type(output).__name__}")

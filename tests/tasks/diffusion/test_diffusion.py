@@ -281,7 +281,7 @@ def test_likelihood_is_finite_and_the_estimate_agrees_with_it(conditional, param
         (("--data.captions",), "only text, needs captions"),
         (("--diffusion.objective=flow_matching",), "is for --diffusion.schedule=flow"),
         (("--diffusion.schedule=learned",), "needs --diffusion.objective=bound"),
-        (("--dit.patch_size=3",), "patches of size 3 do not divide the size 8x8"),
+        (("--dit.patch_size=3",), "--dit.patch_size=3 does not divide the size 8x8"),
         (("--diffusion.objective=bound", "--diffusion.schedule=edm"), "one of cosine, sigmoid"),
         (("--diffusion.zero_terminal_snr", "--diffusion.schedule=flow"), "does not apply to"),
         (
