@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from genai_jax.errors import printable
+from genai_jax.errors import ConfigError, printable
 
 PIXELS = 1024  # grids are enlarged up to this height and width
 WIDE = 2 * PIXELS  # for tiny images, or for their labels
@@ -111,6 +111,16 @@ def beside(
     return np.concatenate(parts), columns + 1, labels
 
 
+def check_channels(images: np.ndarray):
+    """Raises `ConfigError` unless images [..., channels] are gray or RGB, as pictures are."""
+    channels = images.shape[-1]
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"images with {channels} channels cannot be shown as pictures, which have 1 or 3; "
+            "write them to an .npy or .npz file"
+        )
+
+
 def grid(
     images: np.ndarray, columns: int | None = None, labels: Labels | None = None
 ) -> np.ndarray:
@@ -122,7 +132,11 @@ def grid(
       images: in reading order.
       columns: of the grid; about square if None.
       labels: what is written around them.
+
+    Raises:
+      ConfigError: a number of channels that no picture has.
     """
+    check_channels(images)
     count, height, width, _ = images.shape
     columns = columns or columns_of(count)
     rows = math.ceil(count / columns)

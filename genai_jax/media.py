@@ -10,7 +10,7 @@ import numpy as np
 from genai_jax.config import ConfigError
 from genai_jax.errors import NotFinite
 from genai_jax.files import open_regular, reason_of, unreadable
-from genai_jax.grids import Labels, columns_of, grid
+from genai_jax.grids import Labels, check_channels, columns_of, grid
 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF"}  # that can be written
 JPEG_QUALITY = 95  # of 100
@@ -49,6 +49,9 @@ def picture(
       levels: values are 0 .. levels - 1.
       columns: columns of the grid; about square if None.
       labels: what is written around them.
+
+    Raises:
+      ConfigError: images of a number of channels that no picture has; signals may have any.
     """
     if examples.ndim == 3:
         return _panels(examples, levels, columns, labels or Labels())
@@ -96,6 +99,9 @@ def write_examples(
     """Writes examples [n, *space, channels] as one picture; videos move in a .gif.
 
     The suffix of `path`, one of `PICTURES`, is the format.
+
+    Raises:
+      ConfigError: see `picture`; nothing is written.
     """
     kind = PICTURES[path.suffix.lower()]
     if kind == "GIF" and examples.ndim == 5:
@@ -110,11 +116,15 @@ def write_example(path: pathlib.Path, example: np.ndarray, levels: int) -> None:
     """Writes one example [*space, channels]: an image, or a video in a .gif, pixel by pixel.
 
     The suffix of `path`, one of `PICTURES`, is the format.
+
+    Raises:
+      ConfigError: see `picture`; nothing is written.
     """
     kind = PICTURES[path.suffix.lower()]
     if example.ndim == 2 or (example.ndim == 4 and kind != "GIF"):
         _save(path, picture(example[None], levels), kind)
         return
+    check_channels(example)
     pixels = to_bytes(example, levels)
     pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     if example.ndim == 4:

@@ -54,6 +54,24 @@ def test_arrays_are_read_back_with_what_is_known_about_them(tmp_path):
     assert json.loads(str(read["settings"])) == {"seed": 5, "ema": "0.9", "member": 0}
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5])
+@pytest.mark.parametrize("space", [(4, 5), (2, 4, 5)])
+def test_images_of_other_channels_go_to_arrays_alone(tmp_path, space, channels):
+    sampled = arrays(*space, channels=channels)
+    for name in ("", "x.png", "x.jpg", "x.gif", "folder/"):
+        output = name and str(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"with {channels} channels .* .npy or .npz") as error:
+            sampled.write(output + "/" * name.endswith("/"), tmp_path)
+        assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for name in ("x.npy", "x.npz"):
+        (path,) = sampled.write(str(tmp_path / name), tmp_path)
+        read = np.load(path)
+        np.testing.assert_array_equal(read if name == "x.npy" else read["images"], sampled.values)
+    signals = arrays(16, channels=channels)  # each channel is a line
+    assert signals.write(str(tmp_path / "signals.png"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("space", "suffix"), [((16,), ".png"), ((4, 5), ".png"), ((3, 4, 5), ".gif")]
 )

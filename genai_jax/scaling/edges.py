@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 SMALLEST, LARGEST = "smallest", "largest"
 BEYOND = {SMALLEST: "smaller", LARGEST: "larger"}
+NAMED = 4  # runs of a metric, and metrics, in a sentence
 
 
 def edge(points: Iterable[tuple[float, float]]) -> str:
@@ -44,15 +45,36 @@ def sentences(quantity: str, edges: Sequence[tuple[str, str]], what: str) -> lis
     ]
 
 
-def step_sentences(edges: Sequence[tuple[str, str]]) -> list[str]:
-    """The same about the step at which a metric was best."""
+def step_sentences(edges: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The same about the step at which a metric was best, one sentence for each end.
+
+    Args:
+      edges: (metric, run, the result of `edge`).
+    """
     lines = {
         LARGEST: "Still best at the last step, so that more steps may improve it",
         SMALLEST: "Best at the first logged step, and worse ever after",
     }
     return [
-        f"{line}: {', '.join(names)}." for end, line in lines.items() if (names := _at(end, edges))
+        f"{line}: {groups}." for end, line in lines.items() if (groups := _by_metric(end, edges))
     ]
+
+
+def _by_metric(end: str, edges: Sequence[tuple[str, str, str]]) -> str:
+    """Each metric with a few of the runs that are best there: "loss of a, b; bits of a"."""
+    runs: dict[str, list[str]] = {}
+    for metric, run, where in edges:
+        if where == end:
+            runs.setdefault(metric, []).append(run)
+    groups = [f"{metric} of {_few(names, 'runs')}" for metric, names in runs.items()]
+    return _few(groups, "metrics", "; ")
+
+
+def _few(names: Sequence[str], of: str, separator: str = ", ") -> str:
+    """At most `NAMED` of the names, and the number of the others, which are at least two."""
+    if len(names) <= NAMED + 1:
+        return separator.join(names)
+    return separator.join([*names[:NAMED], f"and {len(names) - NAMED} more {of}"])
 
 
 def _at(end: str, edges: Sequence[tuple[str, str]]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 
-def kept(owner: Any, key: Hashable, build: Callable[[], Any]) -> Any:
+def cached_program(owner: Any, key: Hashable, build: Callable[[], Any]) -> Any:
     """What `build` returned for this key the first time; it lives as long as its owner.
 
     A function that is jitted again is compiled again, so whoever samples repeatedly keeps it.

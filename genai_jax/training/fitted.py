@@ -62,9 +62,12 @@ def fit(task: Task, config: Config) -> int:
             log.check()
             clock = {"seconds": row["perf/fit_time_s"], "unfinished_row": None, "rare": {}}
             checkpointer.save(steps, state, source.get_state(), clock, metrics.get("loss"))
-        finally:
+        except BaseException:
             source.close()
-            log.close()
+            log.close(failed=True)
+            raise
+        source.close()
+        log.close()
     checkpointer.close()
     return 0
 

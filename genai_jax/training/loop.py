@@ -130,7 +130,7 @@ class Run:
                 self._steps(start, state)
                 self.saver.wait()
             except BaseException:
-                self._close_files()
+                self._close_files(failed=True)
                 if jax.process_count() == 1:  # else the others may not be there to close with
                     self.saver.close()
                 raise
@@ -177,9 +177,11 @@ class Run:
         if self.samples and start < config.train.steps:
             self.samples.check(state)
         if self.unsampled:
-            self._sample(start, state)
-            if self.unsampled:  # stopped again
+            if self.stop.agreed:  # stopped again; the checkpoint still says so
                 return
+            if self.samples:
+                self.samples.write(start, state)
+            self.unsampled = False
         waiting = None  # (step, report, metrics of collecting), not read yet
         for step in range(start + 1, config.train.steps + 1):
             self.profiler.before(step, state)
@@ -202,11 +204,12 @@ class Run:
             row = self._log_step(*waiting, write=not evaluates)
             waiting, paused = None, time.perf_counter()
             loss = self._evaluate_and_log(step, state, row) if evaluates else None
-            if samples:
-                self._sample(step, state)
             stopping = self.stop.agreed
-            if saves or stopping:
+            self.unsampled = bool(samples and stopping)
+            if saves or stopping:  # before the samples, which the state is worth more than
                 self._save(step, state, loss)
+            if samples and not stopping:
+                self.samples.write(step, state)
             self.progress.leave_out(time.perf_counter() - paused)
             if stopping:
                 self.progress.close()
@@ -264,12 +267,6 @@ class Run:
         self._write(row)
         return used
 
-    def _sample(self, step: int, state: TrainState):
-        """Writes samples; if the run has to stop, they are left to the one that goes on."""
-        self.unsampled = bool(self.stop.agreed)
-        if self.samples and not self.unsampled:
-            self.samples.write(step, state)
-
     def _save(self, step: int, state: TrainState, loss: float | None):
         elapsed = self.seconds + time.perf_counter() - self.began
         clock = {"seconds": elapsed, "steps": self.config.train.steps, "rare": self.reader.rare}
@@ -280,13 +277,13 @@ class Run:
             clock["unwritten"] = self.log.unwritten
         self.saver.save(step, state, self.batches.get_state(), clock, loss)
 
-    def _close_files(self):
+    def _close_files(self, failed: bool = False):
         """Leaves all files in order; what ended the run is not hidden by an error in here."""
         self.profiler.close()
         self.progress.close()
         self.source.close()
         if self.log:
-            self.log.close()
+            self.log.close(failed)
         if self.log and not self.log.unwritten:
             plot_metrics(self.workdir, self.task)
 

@@ -70,11 +70,14 @@ class MetricsLog:
             problem = self._error.strerror or self._error
             raise ConfigError(f"cannot write to {self.path}: {problem}; {kept}")
 
-    def close(self):
+    def close(self, failed: bool = False):
+        """Closes the file and the boards, which show whether the run `failed`.
+
+        It did also if a row could not be written.
+        """
         self._file.close()
-        failed = sys.exc_info()[0] is not None
         for board in self._boards:
-            board.close(failed)
+            board.close(failed or self._error is not None)
 
     def _finite(self, row: dict) -> dict:
         """The row without numbers that are not finite, which JSON does not have."""

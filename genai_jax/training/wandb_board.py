@@ -6,7 +6,7 @@ import pathlib
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from genai_jax.config import Config, ConfigError
@@ -15,6 +15,7 @@ from genai_jax.training.tensorboard import LARGEST, PICTURES
 
 FILE = "wandb.json"  # in the workdir: which run of W&B a resumed run continues
 FINISH_S = 60  # that the end of a run waits for what is not uploaded yet
+SAMPLE_STEP = "sample_step"  # metric of W&B: the step that samples are of
 INSTALL = 'pip install -e ".[wandb]"'
 
 
@@ -44,8 +45,8 @@ def wandb_boards(config: Config, step: int) -> "tuple[WandbBoard, ...]":
       step: that the run goes on from.
 
     Raises:
-      ConfigError: W&B refuses a run that has not begun. One that goes on does so without it, after
-        a warning.
+      ConfigError: W&B refuses a run that has not begun, or the file with its name is damaged. A run
+        that goes on does so without it, after a warning.
     """
     project = config.train.wandb
     if not project:
@@ -53,10 +54,10 @@ def wandb_boards(config: Config, step: int) -> "tuple[WandbBoard, ...]":
     try:
         return (WandbBoard(library(project), config),)
     except Exception as error:  # of the network, of the login, of the package
-        if isinstance(error, ConfigError):
-            raise
         line = f"W&B cannot begin: {reason_of(error)}"
         if not step:
+            if isinstance(error, ConfigError):
+                raise
             advice = "log in with `wandb login`, or set WANDB_MODE=offline"
             raise ConfigError(f"--train.wandb={project}: {line}; {advice}") from None
         print(f"warning: {line}; the run goes on without it", file=sys.stderr)
@@ -68,6 +69,10 @@ class WandbBoard:
 
     The name of the W&B run stays in the workdir, so that a resumed run continues it. W&B reads its
     API key itself. After an error a warning says so once, and nothing more is sent.
+
+    W&B takes no step again after a later one. What a resumed run repeats is there already, with the
+    same values unless its flags have changed, and is not sent again. Samples that a signal left to
+    the resumed run are shown at the next step of W&B; `SAMPLE_STEP` is the one they are of.
     """
 
     def __init__(self, wandb: Any, config: Config):
@@ -84,15 +89,32 @@ class WandbBoard:
             resume="allow",
             settings=wandb.Settings(**_settings(wandb)),
         )
+        self._run.define_metric(SAMPLE_STEP, hidden=True)
+        self._run.define_metric("samples*", step_metric=SAMPLE_STEP)
+        self._first = self._run.step  # that is not there yet
+        self._repeats = config.run.resume_with_changes  # rows that may differ from those there
 
     def write(self, row: dict):
-        """Sends {"step": ..., name: number, ...}."""
-        self._send(row["step"], lambda: {n: x for n, x in row.items() if n != "step"})
+        """Sends {"step": ..., name: number, ...}, unless W&B has a row of the step already."""
+        if self._run is None:
+            return
+        step = row["step"]
+        if step >= self._first:
+            self._send(lambda: step, lambda: {n: x for n, x in row.items() if n != "step"})
+        elif self._repeats:
+            print(
+                f"warning: W&B keeps the rows of steps {step} to {self._first - 1} as they were "
+                "before the changes",
+                file=sys.stderr,
+            )
+            self._repeats = False
 
     def show(self, step: int, files: Mapping[str, pathlib.Path]):
         """Sends the pictures and texts among files, each under its name."""
         shown = {n: p for n, p in files.items() if p.suffix in (*PICTURES, ".txt")}
-        self._send(step, lambda: {n: self._media(p) for n, p in shown.items()})
+        if shown:
+            media = lambda: {n: self._media(p) for n, p in shown.items()}
+            self._send(lambda: max(step, self._run.step), lambda: media() | {SAMPLE_STEP: step})
 
     def close(self, failed: bool = False):
         if self._run is None:
@@ -103,13 +125,11 @@ class WandbBoard:
             self._give_up(error)
         self._run = None
 
-    def _send(self, step: int, values: Any):
+    def _send(self, step: Callable[[], int], values: Callable[[], dict]):
         if self._run is None:
             return
         try:
-            # W&B takes no step again: what a resumed run repeats is there, with the same values.
-            if step >= self._run.step:
-                self._run.log(values(), step=step)
+            self._run.log(values(), step=step())
         except Exception as error:  # whatever the package raises
             self._give_up(error)
 

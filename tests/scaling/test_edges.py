@@ -37,8 +37,21 @@ def test_each_edge_has_one_sentence():
         "the lowest loss is at the smallest width for a; a smaller one may be better."
     )
     assert "largest width for c, d; a larger one" in large
-    assert step_sentences(edges)[0].endswith("improve it: c, d.")
     assert sentences("width", [("a", "")], "x") == step_sentences([]) == []
+
+
+def test_the_metrics_of_a_large_study_are_grouped_and_few_runs_are_named():
+    edges = [("loss", "a", "largest"), ("bits", "a", ""), ("loss", "b", "largest")]
+    edges += [("bits", f"run{i}", "largest") for i in range(9)] + [("bits", "c", "smallest")]
+    last, first = step_sentences(edges)
+    assert last.endswith(
+        "improve it: loss of a, b; bits of run0, run1, run2, run3, and 5 more runs."
+    )
+    assert first.endswith("ever after: bits of c.")
+    five = [("loss", f"run{i}", "largest") for i in range(5)]
+    assert step_sentences(five)[0].endswith("run3, run4.")  # the name is as short as "1 more"
+    (many,) = step_sentences([(f"m{i}", "a", "largest") for i in range(50)])
+    assert many.endswith("m3 of a; and 46 more metrics.")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Programs that sample are compiled once, whatever the parameters."""
 
 import contextlib
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from genai_jax.components import make_task, parse_run, request_class
 from genai_jax.errors import NotFinite
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from tests.commands import TINY
 from tests.every_flag import CODEC
 from tests.tasks.eight_devices import TASK_FLAGS
@@ -28,15 +30,16 @@ def listener():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_second_request_traces_nothing(name):
+def test_a_second_request_traces_nothing_and_keeps_no_parameters(name):
     task = make_task(parse_run(FAMILIES[name]))
     cls = request_class(type(task), "sample_request")
     few = {"max_tokens": 4} if name == "text" else {"sweeps": 2} if name == "rbm" else {}
     request = cls(num_samples=2, **few)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    shapes, alive = jax.eval_shape(task.init, jax.random.key(0)), []
 
     def sample(value: float):
         model = jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
+        alive.extend(map(weakref.ref, jax.tree.leaves(model)))
         compiled.clear()
         with contextlib.suppress(NotFinite):  # of parameters that no training leads to
             task.sample(*model, request)
@@ -44,6 +47,8 @@ def test_a_second_request_traces_nothing(name):
 
     assert sample(0) > 0
     assert sample(1) == 0
+    gc.collect()
+    assert not [x for x in alive if x() is not None]  # no parameters stay with the programs
 
 
 def test_a_program_belongs_to_its_owner_and_its_key():
@@ -51,5 +56,5 @@ def test_a_program_belongs_to_its_owner_and_its_key():
         pass
 
     first, second = Owner(), Owner()
-    builds = [kept(o, k, object) for o in (first, second) for k in ("a", "b", "a")]
+    builds = [cached_program(o, k, object) for o in (first, second) for k in ("a", "b", "a")]
     assert builds[0] is builds[2] and len(set(map(id, builds))) == 4

@@ -1,17 +1,20 @@
 """--sample.every: what a run shows of its model, which changes nothing else about the run."""
 
+import errno
 import io
 import json
 import pathlib
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from genai_jax import sample, train
 from genai_jax.config import ConfigError
+from genai_jax.sampled import Arrays, Files
 from tests.commands import TINY, run
 from tests.tasks.runs import copy_until, steps_in
 from tests.test_train import rows
@@ -159,9 +162,93 @@ def test_a_run_does_not_need_its_samples(whole, tmp_path, capsys, monkeypatch, h
         assert list(files(tmp_path)) == ["step_00000006.png", "step_00000008.png"]
 
 
-def _arrays(levels: np.ndarray):
-    from genai_jax.sampled import Arrays
+class Broken(BaseException):
+    """Ends a process as a kill would, without a word."""
 
+
+def breaks(monkeypatch, error: BaseException, where: str, after: int):
+    """From the call after so many, what draws samples or writes them raises an error."""
+
+    def draw(self, params, mutables, request):
+        calls.append("draw")
+        if where == "draw" and len(calls) > after:
+            raise error
+        return Files("broken", {".png": write})
+
+    def write(path: pathlib.Path):
+        path.write_bytes(b"a part")
+        if where == "write" and len(calls) > after:
+            raise error
+        Image.new("L", (2, 2)).save(path)
+
+    calls: list[str] = []
+    monkeypatch.setattr(Drawing, "sample", draw)
+
+
+@pytest.mark.parametrize("where", ["draw", "write"])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("could not broadcast\n(8,8,5)"), "ValueError: could not broadcast"),
+        (MemoryError(), "MemoryError"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes.\nmore"),
+            "JaxRuntimeError: RESOURCE_EXHAUSTED: 9 bytes.",
+        ),
+    ],
+)
+def test_any_error_of_samples_is_one_warning(
+    whole, tmp_path, capsys, monkeypatch, where, error, said
+):
+    breaks(monkeypatch, error, where, after=1)
+    trained(tmp_path, *EVERY)
+    folder = tmp_path / "samples"
+    assert capsys.readouterr().err == f"warning: no samples in {folder} at step 3: {said}\n"
+    assert rows(tmp_path) == rows(whole) and not list(tmp_path.glob("samples/*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("no such\nmode"), "ValueError: no such; leave"),
+        (OSError("cannot write mode LA as JPEG"), "cannot write mode LA as JPEG; leave"),
+        (ConfigError("not a picture"), "training: not a picture; leave"),
+        (OSError(errno.ENOSPC, "no space"), ""),  # a run does not need the temporary folder
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_training(tmp_path, monkeypatch, error, said):
+    breaks(monkeypatch, error, "write", after=0)
+    if not said:
+        trained(tmp_path, *EVERY)
+        return
+    with pytest.raises(ConfigError, match=f"samples cannot be written .*{said} --sample.every 0"):
+        train.main([*EVERY, f"--workdir={tmp_path}"])
+    assert not rows(tmp_path)
+
+
+def test_images_that_are_no_pictures_are_refused_in_one_line(whole, tmp_path, monkeypatch):
+    four = lambda self, params, mutables, request: _arrays(np.zeros((2, 3, 3, 4), np.uint8))
+    monkeypatch.setattr(Drawing, "sample", four)
+    with pytest.raises(ConfigError, match=r"images with 4 channels .* leave --sample\.every 0"):
+        train.main([*EVERY, f"--workdir={tmp_path / 'run'}"])
+    request = (f"--workdir={whole}", TASK)
+    for output in ((), (f"--output={tmp_path / 'x.png'}",)):
+        with pytest.raises(ConfigError, match=r"with 4 channels .* to an \.npy or \.npz file"):
+            sample.main([*request, *output])
+    assert sample.main([*request, f"--output={tmp_path / 'x.npz'}"]) == 0
+
+
+def test_a_step_is_saved_before_its_samples(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        breaks(patched, Broken(), "draw", after=1)
+        with pytest.raises(Broken):
+            train.main([*FLAGS, "--sample.every=4", f"--workdir={tmp_path}"])
+    assert steps_in(tmp_path) == [4]
+    trained(tmp_path, *FLAGS, "--sample.every=4")
+    assert rows(tmp_path) == rows(whole)
+
+
+def _arrays(levels: np.ndarray):
     return Arrays("broken", levels, 256)
 
 

@@ -219,7 +219,7 @@ def _values_section(lines: Sequence[Line], metrics, config) -> Section:
             numbers |= {name: values[-1], f"{name}/best": values[best]}
             sign = 1 if _falls(metric) else -1
             at = edge((step, sign * v) for step, v in zip(steps, values, strict=True))
-            improving.append((f"{metric} of {result.name}", at))
+            improving.append((metric, result.name, at))
             if reach is not None:
                 row.append(_reaches(steps, values, metric, reach))
                 numbers[f"{name}/reached"] = math.nan if row[-1] is None else row[-1]

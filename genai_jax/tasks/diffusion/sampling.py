@@ -21,7 +21,7 @@ from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.sampling import cycled, requested_labels
 from genai_jax.tasks.diffusion.model import DenoisingModel
 from genai_jax.tasks.diffusion.sampler_flags import DiffusionRequest, SamplerConfig, sampler_of
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from genai_jax.tasks.protocol import Params
 from genai_jax.tasks.registry import task_class
 from genai_jax.training.distributed import to_host
@@ -63,12 +63,11 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         "image": _encoded(model, params, original),
         "mask": _read_mask(model, request.mask),
     }
-    generator = kept(model, ("sampler", sampler), lambda: Sampler(sampled, params, sampler))
-    generator.params = params
+    generator = cached_program(model, ("sampler", sampler), lambda: Sampler(sampled, sampler))
     if request.interpolate_to:
         levels = _read_levels(model, request.interpolate_to, "interpolate_to")
         other = _encoded(model, params, levels)
-        path = generator.interpolate(known["image"], other, request.num_samples, condition)
+        path = generator.interpolate(params, known["image"], other, request.num_samples, condition)
         around = Labels(columns=scale(0, 1, len(path)))
         return _shown(sampled, path, request, asked, columns=len(path), around=around)
     start = request.strength if request.init_image and not request.mask else 1.0
@@ -80,11 +79,11 @@ def sample_request(sampled: SampledModel, params: Params, request: DiffusionRequ
         same = to_host(model.pixels(params, known["image"]))
         return _shown(sampled, np.repeat(same, request.num_samples, 0), request, asked, **look)
     images, strip = generator.sample(
-        jax.random.key(request.seed), request.num_samples, condition, start=start,
+        params, jax.random.key(request.seed), request.num_samples, condition, start=start,
         strip=request.strip, **known,
     )  # fmt: skip
     if strip is not None:
-        times = tuple(f"t={t:.2f}" for t in generator.strip_times(start))
+        times = tuple(f"t={t:.2f}" for t in generator.strip_times(params, start))
         look["strip_around"] = Labels(columns=times, rows=asked.names(model)[: len(strip)])
     return _shown(sampled, images, request, asked, strip=strip, **look)
 
@@ -164,10 +163,13 @@ def _read_mask(model: DenoisingModel, path: str):
 
 
 class Sampler:
-    """Samples in batches, with one compiled program for each kind of request."""
+    """Samples in batches, with one compiled program for each kind of request.
 
-    def __init__(self, sampled: SampledModel, params: Params, settings: SamplerConfig):
-        self.sampled, self.params, self.settings = sampled, params, settings
+    It keeps programs and the weaker model to guide with, but no parameters of the model itself.
+    """
+
+    def __init__(self, sampled: SampledModel, settings: SamplerConfig):
+        self.sampled, self.settings = sampled, settings
         self.model = sampled.model
         self.weak_model, self.weak = _open_weak(settings.weak, sampled)
         self._check()
@@ -192,11 +194,12 @@ class Sampler:
         self.sampled.check(settings)
 
     def sample(
-        self, key, count, condition, *, start=1.0, image=None, mask=None, strip=False
+        self, params, key, count, condition, *, start=1.0, image=None, mask=None, strip=False
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Images [count, *space, channels] in levels; with `strip`, also some trajectories.
 
         Args:
+          params: of the model.
           key: for the noise.
           count: number of images.
           condition: of each image.
@@ -206,12 +209,12 @@ class Sampler:
           strip: whether to return trajectories, [rows, columns, *space, channels].
         """
         rows = min(count, self.settings.batch_size)
-        program, times = self._program(rows, start < 1, strip), self._times(start)
+        program, times = self._program(rows, start < 1, strip), self._times(params, start)
         images, paths = [], []
         for i, begin in enumerate(range(0, count, rows)):
             part = jax.tree.map(lambda x, b=begin: cycled(x[b : b + rows], rows), condition)
             samples, path = program(
-                self.params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
+                params, self.weak, part, jax.random.fold_in(key, i), times, image, mask
             )
             images.append(media.checked_levels(to_host(samples)))
             paths.append(path)
@@ -262,18 +265,18 @@ class Sampler:
             guided = guidance.limited_interval(guided, plain, schedule, *interval)
         return guided
 
-    def _times(self, start: float = 1.0) -> jax.Array:
+    def _times(self, params: Params, start: float = 1.0) -> jax.Array:
         """The times of the solver; ConfigError for settings that allow none."""
         settings = self.settings
         try:
-            schedule = self.model.schedule(self.params)
+            schedule = self.model.schedule(params)
             return time_grid(schedule, settings.steps, settings.spacing, start=start)
         except ValueError as error:
             raise ConfigError(f"--steps={settings.steps} --strength={start}: {error}") from None
 
-    def strip_times(self, start: float) -> np.ndarray:
+    def strip_times(self, params: Params, start: float) -> np.ndarray:
         """The times of the columns of a strip."""
-        times = np.asarray(self._times(start))
+        times = np.asarray(self._times(params, start))
         return times[_strip_columns(len(times))]
 
     def _solve(self, denoise, schedule, x, times, key):
@@ -285,9 +288,9 @@ class Sampler:
         }.get(settings.solver, {})
         return solve(settings.solver, denoise, schedule, x, times, key, return_path=True, **options)
 
-    def interpolate(self, first, second, count: int, condition) -> np.ndarray:
+    def interpolate(self, params, first, second, count: int, condition) -> np.ndarray:
         """Images [count, ...] from `first` to `second`, along a great circle of noise."""
-        times, model = self._times(), self.model
+        times, model = self._times(params), self.model
 
         @jax.jit
         def program(params, weak, condition, first, second):
@@ -305,12 +308,13 @@ class Sampler:
             x = solve("ddim", denoise, schedule, x, times, jax.random.key(0))
             return model.pixels(params, x)
 
-        return to_host(program(self.params, self.weak, condition, first, second))
+        return to_host(program(params, self.weak, condition, first, second))
 
 
 def _strip_columns(count: int) -> np.ndarray:
-    """Which of the states of a trajectory a strip shows."""
-    return np.linspace(0, count - 1, STRIP_COLUMNS).round().astype(int)
+    """Which of the `count` states of a trajectory a strip shows, each of them once."""
+    columns = min(count, STRIP_COLUMNS)
+    return np.linspace(0, count - 1, columns).round().astype(int)
 
 
 def _open_weak(workdir: str, sampled: SampledModel) -> tuple[SampledModel | None, Params | None]:

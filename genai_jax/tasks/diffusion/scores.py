@@ -54,8 +54,8 @@ def report(sampled: SampledModel, params: Params, batches: Callable, request: Sc
     if request.scores_samples():
         settings = sampler_of(sampled.config, request)
         labels, condition = _held_out_condition(model, request.num_samples)
-        sampler = Sampler(sampled, params, settings)
-        images, _ = sampler.sample(jax.random.key(request.seed), len(labels), condition)
+        sampler = Sampler(sampled, settings)
+        images, _ = sampler.sample(params, jax.random.key(request.seed), len(labels), condition)
         metrics |= score_images(model.data, images, labels, request)
         metrics |= {n: getattr(settings, n) for n in ("solver", "steps", "guidance")}
     return metrics

@@ -18,7 +18,7 @@ from genai_jax.sampled import Arrays
 from genai_jax.tasks.arrays.data import ArrayData
 from genai_jax.tasks.arrays.embedding import embedded
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
@@ -185,7 +185,10 @@ class Rbm(Task):
 
             return images
 
-        images, key = kept(self, ("samples", count, sweeps), build), jax.random.key(request.seed)
+        images, key = (
+            cached_program(self, ("samples", count, sweeps), build),
+            jax.random.key(request.seed),
+        )
         levels = to_host(images(params["machine"], mutables["chains"], key))
         return levels.reshape(count, *self.data.shape)
 

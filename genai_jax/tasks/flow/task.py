@@ -27,7 +27,7 @@ from genai_jax.tasks.arrays.sampling import (
 )
 from genai_jax.tasks.arrays.scores import ScoreFlags, score_images
 from genai_jax.tasks.arrays.walks import PATHS, path, walk_labels
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from genai_jax.tasks.protocol import LossOutput, Mean, Phase, Task
 from genai_jax.training.distributed import to_host
 from genai_jax.training.optimizer import default_optimizer
@@ -194,7 +194,7 @@ class NormalizingFlow(Task):
 
             return sample_batch
 
-        program = functools.partial(kept(self, ("samples", temperature), build), params)
+        program = functools.partial(cached_program(self, ("samples", temperature), build), params)
         return in_batches(program, jax.random.key(request.seed), count, labels), labels
 
     def _interpolate(self, params, request) -> tuple[np.ndarray, np.ndarray | None]:

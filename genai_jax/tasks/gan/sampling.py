@@ -19,7 +19,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PATHS, path, read_latents, walk_labels
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -103,7 +103,9 @@ def sample_images(
 
         return sample_batch
 
-    program = functools.partial(kept(task, ("samples", truncation), build), params, mutables)
+    program = functools.partial(
+        cached_program(task, ("samples", truncation), build), params, mutables
+    )
     return in_batches(program, key, count, labels), labels
 
 

@@ -20,7 +20,7 @@ from genai_jax.tasks.arrays.sampling import (
     requested_labels,
 )
 from genai_jax.tasks.arrays.walks import PAIRS, PATHS, most_active, path, traversal, walk_labels
-from genai_jax.tasks.programs import kept
+from genai_jax.tasks.programs import cached_program
 from genai_jax.training.distributed import to_host
 
 USES = {  # value of --show -> the flags that apply to it
@@ -105,7 +105,9 @@ def sample_images(
 
         return sample_batch
 
-    program = functools.partial(kept(task, ("samples", temperature, pixels), build), params)
+    program = functools.partial(
+        cached_program(task, ("samples", temperature, pixels), build), params
+    )
     return in_batches(program, key, count, labels), labels
 
 

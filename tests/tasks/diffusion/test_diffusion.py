@@ -119,22 +119,22 @@ def test_guidance_1_is_the_conditional_model_and_0_the_unconditional_bit_for_bit
     samples = {}
     for weight in (1.0, 0.0, 2.0):
         settings = dataclasses.replace(conditional.config.sampler, guidance=weight)
-        sampler = Sampler(sampled, params, settings)
-        samples[weight] = sampler.sample(jax.random.key(0), 2, condition)[0]
-    plain = Sampler(sampled, params, conditional.config.sampler)
+        sampler = Sampler(sampled, settings)
+        samples[weight] = sampler.sample(params, jax.random.key(0), 2, condition)[0]
+    plain = Sampler(sampled, conditional.config.sampler)
     null = conditional.model.null_condition(2)
-    unconditional = plain.sample(jax.random.key(0), 2, null)[0]
+    unconditional = plain.sample(params, jax.random.key(0), 2, null)[0]
     np.testing.assert_array_equal(samples[0.0], unconditional)
     assert np.any(samples[2.0] != samples[1.0])
 
 
 def test_samples_depend_on_the_seed_and_a_batch_is_sampled_in_parts(conditional, params):
-    settings = dataclasses.replace(conditional.config.sampler, batch_size=2)
-    sampler = Sampler(conditional.sampled_model(), params, settings)
+    settings = dataclasses.replace(conditional.config.sampler, batch_size=2, steps=8)
+    sampler = Sampler(conditional.sampled_model(), settings)
     labels = conditional.model.condition(labels=np.array([[0], [1], [2]], np.int32))
 
     def sample(seed):
-        return sampler.sample(jax.random.key(seed), 3, labels, strip=True)
+        return sampler.sample(params, jax.random.key(seed), 3, labels, strip=True)
 
     first, strip = sample(0)
     assert first.shape == (3, 8, 8, 1) and first.dtype == np.uint8 and first.max() <= 16
@@ -196,7 +196,9 @@ def test_pictures_say_what_they_show(conditional, params, tmp_path):
     request = dict(num_samples=3, label="4,2", guidance=1.5, steps=2, strip=True)
     samples = sampled_of(conditional, params, **request)
     assert samples.original is None and samples.around.title == "guidance 1.5"
-    assert samples.strip_around.rows == ("4", "2", "4") and len(samples.strip_around.columns) == 9
+    assert samples.strip_around.rows == ("4", "2", "4")
+    assert samples.strip_around.columns == ("t=1.00", "t=0.50", "t=0.00")  # each state once
+    assert samples.strip.shape[:2] == (3, 3)
     walk = sampled_of(conditional, params, num_samples=5, init_image=known, interpolate_to=known)
     assert walk.columns == 5 and walk.around.columns == ("0", "0.25", "0.5", "0.75", "1")
     for kind in (edits, samples, walk):

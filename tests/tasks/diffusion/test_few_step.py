@@ -125,21 +125,21 @@ def test_a_weaker_model_guides_a_stronger_one(teacher):
     labels = task.model.condition(labels=np.array([[1], [2]], np.int32))
 
     def samples(params, **changes):
-        sampler = Sampler(sampled, params, dataclasses.replace(settings, **changes))
-        return sampler.sample(jax.random.key(0), 2, labels)[0]
+        sampler = Sampler(sampled, dataclasses.replace(settings, **changes))
+        return sampler.sample(params, jax.random.key(0), 2, labels)[0]
 
     params = random_params(task)
     plain = samples(params)
     assert np.any(samples(params, guidance=2.0, weak=teacher) != plain)
-    own = Sampler(sampled, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
+    own = Sampler(sampled, dataclasses.replace(settings, guidance=2.0, weak=teacher))
     own.weak = params
-    difference = own.sample(jax.random.key(0), 2, labels)[0].astype(int) - plain
+    difference = own.sample(params, jax.random.key(0), 2, labels)[0].astype(int) - plain
     assert np.abs(difference).max() <= 1
     with pytest.raises(ConfigError, match=r"has --diffusion.schedule=.*, but this run has"):
         other = task_of(
             "--diffusion.condition=class", "--diffusion.schedule=sigmoid"
         ).sampled_model()
-        Sampler(other, params, dataclasses.replace(settings, guidance=2.0, weak=teacher))
+        Sampler(other, dataclasses.replace(settings, guidance=2.0, weak=teacher))
 
 
 METHODS = {
