@@ -327,7 +327,7 @@ def test_documents_of_each_split():
         (["--task=diffusion", f"--diffusion.network={HERE}Needy"],
          "has a field temperature without a default; those that are filled are label_sizes"),
         (["--task=diffusion", f"--diffusion.network={HERE}Flat"],
-         r"returns \(1, 64\) for x of shape \(1, 8, 8, 1\)"),
+         r"returns \(2, 64\) for x of shape \(2, 8, 8, 1\)"),
         (["--task=diffusion", f"--diffusion.network={HERE}Gain", "--diffusion.condition=class"],
          "has no field label_sizes, which --diffusion.condition=class needs"),
         (["--task=diffusion", f"--diffusion.network={HERE}Gain", "--dtype=bfloat16"],

@@ -205,6 +205,7 @@ def write_record(workdir: pathlib.Path, record: dict, changed: Data | None = Non
         )
     if other:
         changed.check(old["data"])
+    if other and "dataset" not in other:  # else the flag has said so
         lines = [f"{name}: {before} -> {value}" for name, (before, value) in other.items()]
         print(f"changed since the run began: {'; '.join(lines)}", file=sys.stderr)
         change = {"step": max(_saved_steps(workdir)), "data": lines}

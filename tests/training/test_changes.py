@@ -74,3 +74,19 @@ def test_data_that_do_not_fit_are_refused(folders, tmp_path):
     with pytest.raises(ConfigError, match="tokenizer"):
         go(tmp_path, folders[0], "--train.steps=2", "--data.tokenizer=numbers:10",
            "--resume_with_changes")  # fmt: skip
+
+
+def test_data_that_changed_under_the_same_name_are_recorded(tmp_path, capsys):
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for i in range(6):
+        (data / f"{i}.txt").write_text(f"tick {i} " * 40)
+    assert go(run, data, "--train.steps=1") == 0
+    (data / "6.txt").write_text("tock " * 40)
+    with pytest.raises(ConfigError, match=r"the data changed .*--resume_with_changes goes on"):
+        go(run, data, "--train.steps=2")
+    capsys.readouterr()
+    assert go(run, data, "--train.steps=2", "--resume_with_changes") == 0
+    assert "changed since the run began: train_documents: 5 -> 6" in capsys.readouterr().err
+    (change,) = json.loads((run / "run.json").read_text())["changes"]
+    assert change["step"] == 1 and "train_documents: 5 -> 6" in change["data"]

@@ -77,9 +77,9 @@ def check_network(network: nn.Module, config: Config, inputs: tuple):
             f"{FLAG}={name} has the collections {', '.join(others)}; denoising networks have "
             "parameters only"
         )
-    if not variables:
-        raise ConfigError(f"{FLAG}={name} has no parameters to train")
     output: Any = jax.eval_shape(network.apply, variables, *inputs)
     if getattr(output, "shape", None) != x.shape:
         returned = getattr(output, "shape", f"a {type(output).__name__}")
         raise ConfigError(f"{FLAG}={name} returns {returned} for x of shape {x.shape}")
+    if not variables:
+        raise ConfigError(f"{FLAG}={name} has no parameters to train")
