@@ -125,8 +125,19 @@ def parse_run(argv: Sequence[str]) -> Config:
 
 
 def _code(argv: Sequence[str]) -> list[str]:
-    """The names in ``--code``."""
-    return [name.strip() for name in (last_value(argv, "code") or "").split(",") if name.strip()]
+    """The names in ``--code``.
+
+    Raises:
+      ConfigError: one that is not of the form "module:Name".
+    """
+    text = last_value(argv, "code")
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if not is_outside(name):
+            raise ConfigError(
+                f"--code={text}: {name!r} is not a name of the form my_package.my_module:Name"
+            )
+    return names
 
 
 def _parse(argv: Sequence[str], task: str) -> Config:

@@ -351,6 +351,8 @@ def test_documents_of_each_split():
         (["--task=vae", f"--data.dataset={HERE}wrong_images"], "returned a ndarray, not genai_jax"),
         (["--task=vae", f"--data.dataset={HERE}wrong_labels"], "has the label 3, but 2 classes"),
         (["--task=vae", "--data.dataset=no_such_module:images"], "cannot import no_such_module"),
+        (["--code=my_parts"], "'my_parts' is not a name of the form my_package.my_module:Name"),
+        ([f"--code={HERE}Gain,"], "'' is not a name of the form"),
         (["--optimizer.name=adam"], r"not one of adamw, .*did you mean adamw"),
     ],
 )  # fmt: skip

@@ -122,9 +122,11 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
             documents = _split(documents, config.validation_percent)
         splits |= documents
     if not len(splits[split]):
-        problem = f"{printable(name)} contains only one different document, so none is left for"
+        problem = (
+            f"{printable(name)} contains only one document (copies count once), so none is left for"
+        )
         error = NothingHeldOut if split == "validation" else ConfigError
-        raise error(f"{problem} {split}: {_advice(name)}")
+        raise error(f"{problem}, so none is left for {split}: {_advice(name)}")
     documents = splits[split]
     if isinstance(documents, list | tuple):
         return MemorySource(f"{name}[{split}]", documents)
