@@ -26,6 +26,7 @@ setup(
         "chex>=0.1.90",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "pyyaml>=6.0",
         "scipy>=1.13",
         "scikit-learn>=1.4",
         "pillow>=10.1",
