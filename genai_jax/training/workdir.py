@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from genai_jax import __version__
 from genai_jax.config import Config, ConfigError
 from genai_jax.files import (
     expand_home,
@@ -263,7 +264,8 @@ def environment() -> dict:
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "versions": {"genai_jax": __version__}
+        | {name: metadata.version(name) for name in VERSIONS},
         "git_commit": _git_commit(),
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
