@@ -51,3 +51,9 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         return f"{before}{relative}{hash_}{anchor}{after}"
 
     return LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, page, config) -> str:
+    """Without a network, the search's stand-in for workers is the one in docs/, not a download."""
+    local = os.path.relpath("search_offline.js", posixpath.dirname(page.url) or ".")
+    return output.replace("https://unpkg.com/iframe-worker/shim", local)
