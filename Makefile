@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 # Most modules of the packages are never imported; those that are get compiled then.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test test_all record targets lint golden benchmark clean
+.PHONY: quickstart test test_all record targets lint docs golden benchmark clean
 
 quickstart: $(VENV)/core.installed
 	$(RUN) -m genai_jax.train --flagfile=experiments/quickstart/transformer.flags --workdir=runs/quickstart
@@ -25,6 +25,10 @@ targets: $(VENV)/targets.installed  ## compilers for TPUs and GPUs that are not 
 lint: $(VENV)/test.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/docs.installed  ## the documentation as site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	@echo "the documentation is in site/index.html"
 
 golden: $(VENV)/test.installed  ## rewrites the golden files; read the diff before committing it
 	$(RUN) -m tests.make_golden
@@ -47,6 +51,10 @@ $(VENV)/test.installed: setup.py pyproject.toml | $(VENV)
 	$(PIP) -e ".[test]"
 	@touch $@ $(VENV)/core.installed
 
+$(VENV)/docs.installed: setup.py pyproject.toml | $(VENV)
+	$(PIP) -e ".[docs]"
+	@touch $@ $(VENV)/core.installed
+
 $(VENV)/targets.installed: $(VENV)/test.installed kernels_pallas/target_packages.py
 	$(PIP) --no-deps --upgrade --target $(VENV)/targets $$($(RUN) -m kernels_pallas.target_packages)
 	@touch $@
@@ -56,5 +64,5 @@ $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .ruff_cache
 	@echo "the tests of all clones share their compiled programs: rm -rf $${XDG_CACHE_HOME:-~/.cache}/genai_jax/tests"

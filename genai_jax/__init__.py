@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from genai_jax.study import study as study
     from genai_jax.training.own_step import make_step as make_step
 
+__version__ = "0.2.0"
+
 # Name -> the module that has it. They are imported when they are used: jax takes seconds.
 _PLACES = {
     "ConfigError": "genai_jax.errors",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from genai_jax.errors import ConfigError
 from genai_jax.files import read_text, unreadable
+from genai_jax.shipped import shipped
 
 MAX_FLAGFILES = 256  # that a command line may include, directly or through others
 MAX_FLAGFILE_BYTES = 1 << 18
@@ -16,6 +17,7 @@ def expand_flagfiles(argv: Sequence[str]) -> list[str]:
     """Replaces each ``--flagfile=PATH`` in place by the flags in the file, so that later flags win.
 
     A nested path is relative to the file that names it or, failing that, to the working directory.
+    Where there is no experiments/ folder, a path in it is that of the installation.
 
     Raises:
       ConfigError: a flagfile that cannot be read, that includes itself, or that holds anything but
@@ -46,6 +48,7 @@ class _Flagfiles:
             if including and "\0" not in path:
                 beside = os.path.join(os.path.dirname(including[-1]), path)
                 path = beside if os.path.exists(beside) else path
+            path = shipped(path)
             expanded += self._read(path, including)
         return expanded
 

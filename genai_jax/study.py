@@ -40,6 +40,7 @@ from genai_jax.scaling.study.launch import commands
 from genai_jax.scaling.study.overview import Plan, plan_text, times_text
 from genai_jax.scaling.study.session import State, check, report, state_of, train_missing
 from genai_jax.scaling.study.settings import StudyConfig, chosen
+from genai_jax.shipped import shipped
 from genai_jax.training.lock import locked
 
 LAUNCHERS = ("none", "print", "slurm")
@@ -185,7 +186,9 @@ def _parse(argv: Sequence[str]):
     for name, what in (("study", "folder of the study"), ("workdir", "folder for its runs")):
         if not last_value(argv, name):
             raise ConfigError(f"--{name} is not set: name the {what}")
-    folder = pathlib.Path(last_value(argv, "study"))
+    if (place := shipped(last_value(argv, "study"))) != last_value(argv, "study"):
+        argv = [*argv, f"--study={place}"]
+    folder = pathlib.Path(place)
     check_folder(folder)
     argv = expand_flagfiles([f"--flagfile={folder / 'study.flags'}", *argv])
     kind = last_value(argv, "study.analysis")

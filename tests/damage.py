@@ -20,12 +20,12 @@ import time
 
 import absl.logging
 
-from genai_jax import evaluate, sample, study, train
+from genai_jax import evaluate, model_card, sample, study, train
 from genai_jax.config import ConfigError
 from genai_jax.scaling.study import session
 from genai_jax.scaling.study.runs import Outcome
 
-COMMANDS = ("train", "sample", "evaluate", "study")
+COMMANDS = ("train", "sample", "evaluate", "study", "model_card")
 SECONDS = 60  # that a cell may take
 NOBODY = 65534  # reads no file without permission, even if the tests are run by root
 DOCUMENTS = "the cat saw a red fox near my old barn\n" * 400
@@ -163,7 +163,9 @@ class Matrix:
             os.replace(kept, self.whole)
 
     def _ending(self, command: str, file: str) -> tuple[str, str]:
+        card = self.whole / "card.md"
         mains = {
+            "model_card": (model_card, f"--workdir={self.run}", f"--output={card}"),
             "train": (train, f"--flagfile={self.study / 'a.flags'}", f"--workdir={self.run}"),
             "sample": (sample, f"--workdir={self.run}", "--max_tokens=1", "--ema=width:0.1"),
             "evaluate": (evaluate, f"--workdir={self.run}", "--batches=1"),
@@ -186,6 +188,7 @@ class Matrix:
             return "raised", f"{type(error).__name__}: {error}"[:500]
         finally:
             signal.alarm(0)
+            card.unlink(missing_ok=True)
 
 
 def _too_slow(*_):

@@ -14,6 +14,7 @@ from genai_jax.config import LARGEST_INT, plain_type
 from genai_jax.coordinate_check import CoordinateRequest
 from genai_jax.errors import ConfigError
 from genai_jax.fit import FitRequest
+from genai_jax.model_card import CardRequest
 from genai_jax.scaling.ladder import LadderRequest
 from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.study import StudyRequest
@@ -21,9 +22,11 @@ from genai_jax.tasks.registry import TASKS, task_class
 
 COMMANDS = (
     "train", "sample", "evaluate", "fit", "ladder", "study", "compile_check", "train_tokenizer",
-    "coordinate_check", "compare",
+    "coordinate_check", "compare", "model_card",
 )  # fmt: skip
-OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare")
+OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare", "model_card")
+OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
+OF_A_WORKDIR = ("sample", "evaluate", "model_card")
 OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take every flag of a run
 # Flags whose value is a number of turns of a loop: a huge one only takes its time.
 LOOPS = {
@@ -42,12 +45,14 @@ READ = {
     "code_prior.autoencoder": "", "sampler.weak": "", "few_step.teacher": "", "gan.grow_from": "",
     "autoencoder_loss.perceptual": "", "prompt_file": "", "weak": "", "init_image": "",
     "classifier": "", "inception": "", "latents": "", "csv": "", "study": "", "compare": "",
+    "scores": "", "emissions": "",
 }  # fmt: skip
 WRITTEN = {"output", "workdir", "program", "dump_shardings"}
 # Text that may be anything; all other text means something, so that most of it is refused.
 FREE = {
     "prompt", "stop", "data.data_dir", "data.text_key", "data.image_key", "data.label_key",
-    "data.caption_key", "loss_unit", "launcher_options",
+    "data.caption_key", "loss_unit", "launcher_options", "name", "license",
+    "train.wandb",
 }  # fmt: skip
 NO_TEXTS = (
     "\u2603 nonsense",
@@ -116,7 +121,7 @@ class Calls:
 
     def next(self) -> Call:
         rng = self._rng
-        command = rng.choices(COMMANDS, (20, 10, 6, 3, 4, 4, 8, 4, 1, 2))[0]
+        command = rng.choices(COMMANDS, (20, 10, 6, 3, 4, 4, 8, 4, 1, 2, 2))[0]
         family = self._family(command)
         odds = [self._odd(command, family) for _ in range(rng.choices((1, 2, 3), (6, 3, 1))[0])]
         environment, stdin, stdout, fresh = {}, "", "", False
@@ -153,6 +158,7 @@ class Calls:
             "fit": ["--csv=files/runs.csv", "--resamples=3", f"--output={place}"],
             "study": ["--study=files/study", f"--workdir={place}"],
             "compare": [f"runs/{family}", f"--output={place}"],
+            "model_card": [f"--workdir=runs/{family}", f"--output={place}.md"],
             "train_tokenizer": ["--vocab_size=300", "--data.dataset=text:files/text",
                                 f"--output={place}.json"],
         }[command]  # fmt: skip
@@ -166,7 +172,7 @@ class Calls:
             "compile_check": {"run": CheckRequest}, "coordinate_check": {"run": CoordinateRequest},
             "ladder": {"run": LadderRequest}, "fit": {"run": FitRequest},
             "study": {"run": StudyRequest, "study": ANALYSES["curves"].config},
-            "compare": {"run": CompareRequest},
+            "compare": {"run": CompareRequest}, "model_card": {"run": CardRequest},
             "train_tokenizer": train_tokenizer.COMPONENTS,
         }  # fmt: skip
         flags = flags_of(own.get(command, {}))
@@ -237,16 +243,16 @@ class Calls:
     def _path(self, command: str, family: str) -> Odd | None:
         rng = self._rng
         named = [f.name for f in self._flags(command, family) if f.name in {*READ, *WRITTEN}]
-        if command in ("sample", "evaluate", "study", "fit"):
+        if command in ("sample", "evaluate", "study", "fit", "model_card"):
             named += ["workdir" if command != "fit" else "csv"] * 2
         if not named:
             return None
         name = rng.choice(named)
         long = "x" * rng.choice((300, 5000))
         before = READ.get(name, "")
-        if name in WRITTEN and not (name == "workdir" and command in ("sample", "evaluate")):
+        if name in WRITTEN and not (name == "workdir" and command in OF_A_WORKDIR):
             path, refused = rng.choice((
-                ("", name == "workdir" or command not in ("sample", "compile_check", "compare")),
+                ("", name == "workdir" or command not in OPTIONAL_OUTPUT),
                 ("nul\0", True), (f"new/{long}", True), ("files/text.txt/x", True),
                 ("/proc/no/such", True), ("files/fifo/x", True), ("new/\u2603 [1]", False),
                 ("new/a b", False), ("new/$x$", False), ("new/\udcff", False),
@@ -291,7 +297,7 @@ class Calls:
         return Odd((word,), True, (word, repr(word), "argument", "is not a flag"))
 
     def _task(self, command: str, family: str) -> Odd | None:
-        if command in ("fit", "study", "train_tokenizer", "compare"):
+        if command in ("fit", "study", "train_tokenizer", "compare", "model_card"):
             return None
         task = self._rng.choice((
             "poetry", "", "no_such_module_x:Task", "tests.outside_tasks_broken:Task", "GAN", ":x",

@@ -18,6 +18,7 @@ LAYERS = (
     ("genai_jax.files", 1),
     ("genai_jax.outside", 1),
     ("genai_jax.flagfiles", 1),
+    ("genai_jax.shipped", 1),
     ("genai_jax.tasks.protocol", 1),  # contracts, without any family
     ("genai_jax.tasks.registry", 1),
     ("genai_jax.requests", 1),

@@ -159,6 +159,16 @@ def test_attention_of_a_text(text):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
 
 
+def test_logit_lens_of_a_text(text):
+    lens = text.task.logit_lens(text.params, "the cat")
+    assert lens.shape == (3, 8, text.task.data.tokenizer.vocab_size)
+    greedy = text.sample(prompt="the cat", max_tokens=1, temperature=0)[0]
+    token = int(lens[-1, -1].argmax())
+    tokenizer = text.task.data.tokenizer
+    last = "" if token == tokenizer.boundary_id else tokenizer.decode([token])
+    assert greedy == "the cat" + last
+
+
 def test_latents_of_images(images):
     levels = next(images.held_out(1))["image"]
     with pytest.raises(ConfigError, match="only held-out images"):

@@ -95,7 +95,7 @@ def scores_section(runs: Sequence[LoggedRun]) -> Section:
         ("FLOPs per step", *(run.record.get("flops_per_step") for run in runs)),
     ]
     logged = {name for run in runs for row in run.rows for name in row} - {"step"}
-    names = sorted((name for name in logged if not _of_member(name, logged)), key=_order)
+    names = sorted((name for name in logged if not of_member(name, logged)), key=_order)
     rows += [(name, *(run.last(name) for run in runs)) for name in names]
     rows = [row for row in rows if any(cell is not None for cell in row[1:])]
     numbers = {
@@ -109,7 +109,7 @@ def scores_section(runs: Sequence[LoggedRun]) -> Section:
     return Section("Scores", [text], [Table("scores", columns, rows)], {}, numbers)
 
 
-def _of_member(metric: str, metrics: Collection[str]) -> bool:
+def of_member(metric: str, metrics: Collection[str]) -> bool:
     """Whether it is of one member of a population; the mean is named without its number."""
     name, _, member = metric.rpartition("/")
     return member.isdecimal() and name in metrics
@@ -143,7 +143,7 @@ def curves_section(runs: Sequence[LoggedRun], metrics: Sequence[str], over: str)
             name
             for name in shared
             if (name == "train/loss" or name.startswith("eval/"))
-            and not _of_member(name, shared)
+            and not of_member(name, shared)
             and any(len({row[name] for row in run.rows if name in row}) > 1 for run in runs)
         )
     figures = {file_name(metric): _figure(runs, metric, over) for metric in metrics}

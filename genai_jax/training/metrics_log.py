@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from genai_jax.config import ConfigError
+from genai_jax.files import open_regular, unreadable
 from genai_jax.training.tensorboard import TensorBoard
 
 BLOCK = 1 << 16  # bytes read at a time from the end of a file
+LARGEST = 1 << 34  # bytes of a file that is read as a whole
 LONGEST = 1 << 20  # bytes of a line; a longer one is no row
 
 
@@ -217,7 +219,9 @@ def read_lines(path: pathlib.Path) -> Iterator[bytes]:
     """
     if not _is_file(path):
         return
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > LARGEST:
+            raise unreadable(path, f"it is larger than {LARGEST:,} bytes")
         for line in iter(lambda: file.readline(LONGEST), b""):
             if line.endswith(b"\n") or parse_row(line):
                 yield line

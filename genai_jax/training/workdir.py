@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from genai_jax import __version__
 from genai_jax.config import Config, ConfigError
 from genai_jax.files import (
     expand_home,
@@ -73,7 +74,7 @@ def claim(config: Config) -> list[str]:
         changes, free = list(said.values()), config.changeable()
         fixed = [line for name, line in said.items() if name not in free]
         asked = [said[n] for n in names if n not in free and _may_change(n, config)]
-        trained = max(_saved_steps(workdir))
+        trained = max(saved_steps(workdir))
         if config.train.steps < trained:
             raise ConfigError(
                 f"--workdir={workdir} holds a run that is trained to step {trained} already, more "
@@ -141,10 +142,10 @@ def check_path(workdir: str | pathlib.Path):
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Whether there is a checkpoint to protect; a run without one may start over."""
-    return bool(_saved_steps(workdir))
+    return bool(saved_steps(workdir))
 
 
-def _saved_steps(workdir: pathlib.Path) -> list[int]:
+def saved_steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / "checkpoints"
     try:
         return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
@@ -208,7 +209,7 @@ def write_record(workdir: pathlib.Path, record: dict, changed: Data | None = Non
     if other and "dataset" not in other:  # else the flag has said so
         lines = [f"{name}: {before} -> {value}" for name, (before, value) in other.items()]
         print(f"changed since the run began: {'; '.join(lines)}", file=sys.stderr)
-        change = {"step": max(_saved_steps(workdir)), "data": lines}
+        change = {"step": max(saved_steps(workdir)), "data": lines}
         old["changes"] = [*old.get("changes", []), change]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"began": old.get("began", now), "last_started": now, **record}
@@ -263,7 +264,8 @@ def environment() -> dict:
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "versions": {"genai_jax": __version__}
+        | {name: metadata.version(name) for name in VERSIONS},
         "git_commit": _git_commit(),
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,

@@ -1,7 +1,8 @@
-"""What a transformer attends to: the weights that fused kernels never write down.
+"""What a transformer attends to, and what it has computed after each layer.
 
-The network runs as it is, and hands out what enters each attention. From that, the weights are
-computed again in plain jnp, one matrix for each head.
+The network runs as it is, and hands out what enters each attention and what leaves each block. From
+that, the weights, which fused kernels never write down, are computed again in plain jnp, one matrix
+for each head.
 """
 
 import math
@@ -34,6 +35,33 @@ def attention_weights(model: Transformer, params: dict, tokens: jax.Array) -> ja
     return jnp.stack([weights_of(model.config, p, x) for p, x, _ in layers])
 
 
+def residual_stream(model: Transformer, params: dict, tokens: jax.Array) -> jax.Array:
+    """What enters the first block and what leaves each, [layers + 1, length, embed_dim].
+
+    Args:
+      model: a decoder with mixers of any kind.
+      params: of the model.
+      tokens: [length] integers, all real, at positions 0, 1, ...
+    """
+    places = len(model.config.mixers)
+    written = _captured(model, params, tokens)
+    blocks = [_output(_of_place(written["layers"], i, places)) for i in range(places)]
+    left = jnp.stack(blocks, 1)[:, :, 0]  # [periods, places, length, embed_dim]
+    return jnp.concatenate([_output(written["dropout"]), left.reshape(-1, *left.shape[2:])])
+
+
+def logit_lens(model: Transformer, params: dict, tokens: jax.Array) -> jax.Array:
+    """Logits [layers + 1, length, vocab_size], float32, as if the network ended after each layer.
+
+    The residual stream passes through the final norm and the output embedding; the last entry is
+    what the model predicts (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru). Arguments are
+    those of `residual_stream`.
+    """
+    stream = residual_stream(model, params, tokens)
+    head = lambda module, x: module.logits(module.final_norm(x))
+    return model.apply({"params": params}, stream, method=head)
+
+
 def mixer_inputs(
     model: Transformer, params: dict, tokens: jax.Array
 ) -> list[tuple[dict, jax.Array, jax.Array]]:
@@ -43,10 +71,7 @@ def mixer_inputs(
     if others:
         raise ConfigError(f"the mixer {others[0]} has no attention weights")
     places = len(config.mixers)
-    written = model.apply(
-        {"params": params}, tokens[None], capture_intermediates=_is_captured,
-        mutable=["intermediates"],
-    )[1]["intermediates"]  # fmt: skip
+    written = _captured(model, params, tokens)
     found = [_of_place(written["layers"], i, places) for i in range(places)]
     weights = [_of_place(params["layers"], i, places)["attention"] for i in range(places)]
     stream = _output(written["dropout"])[0]  # what enters a block, before its norm
@@ -98,6 +123,14 @@ def _projected(params: dict, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     y = jnp.einsum("le,ehd->lhd", x, params["kernel"], precision="highest")
     return y + params.get("bias", 0)
+
+
+def _captured(model: Transformer, params: dict, tokens: jax.Array) -> dict:
+    """What the modules of `_is_captured` return for one row of tokens."""
+    return model.apply(
+        {"params": params}, tokens[None], capture_intermediates=_is_captured,
+        mutable=["intermediates"],
+    )[1]["intermediates"]  # fmt: skip
 
 
 def _is_captured(module: nn.Module, method: str) -> bool:

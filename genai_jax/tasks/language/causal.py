@@ -25,7 +25,7 @@ from genai_jax.networks.sequence.flops import (
     inactive_parameters,
     transformer_training_flops,
 )
-from genai_jax.networks.sequence.inspection import attention_weights
+from genai_jax.networks.sequence.inspection import attention_weights, logit_lens
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.sampled import Texts
@@ -235,6 +235,19 @@ class LanguageModel(Task):
     @functools.cached_property
     def _weights(self):
         return jax.jit(functools.partial(attention_weights, self.model))
+
+    def logit_lens(self, params, text: str) -> np.ndarray:
+        """Logits of one text as if the network ended before its first layer, and after each.
+
+        [layers + 1, length, tokens of the tokenizer], float32; the last are what the model
+        predicts. `params` are those of a run on one device, adapters merged in.
+        """
+        logits = self._lens(params["model"], self._ids(text))
+        return np.asarray(logits)[..., : self.data.tokenizer.vocab_size]
+
+    @functools.cached_property
+    def _lens(self):
+        return jax.jit(functools.partial(logit_lens, self.model))
 
     def token_texts(self, text: str) -> list[str]:
         """See `genai_jax.tasks.protocol.Attends`."""

@@ -1,4 +1,4 @@
-"""The attention weights that are handed out are those that the network uses."""
+"""What is handed out is what the network uses: attention weights, and the residual stream."""
 
 import dataclasses
 
@@ -11,7 +11,9 @@ from genai_jax.config import ConfigError
 from genai_jax.networks.sequence.inspection import (
     attended,
     attention_weights,
+    logit_lens,
     mixer_inputs,
+    residual_stream,
     weights_of,
 )
 from genai_jax.networks.sequence.transformer import Transformer
@@ -43,6 +45,34 @@ def test_the_output_of_every_attention_follows_from_its_weights(variant):
         weights = jax.jit(lambda p: attention_weights(model, p, TOKENS))(params)
         np.testing.assert_allclose(weights, stacked, atol=1e-6)
         assert not np.tril(np.stack(stacked), -4).any()
+
+
+@pytest.mark.parametrize("variant", CASES)
+def test_the_lens_ends_with_what_the_network_predicts(variant):
+    model, variables = make(**CASES[variant])
+    params, layers = variables["params"], model.config.num_layers
+    stream = jax.jit(lambda p: residual_stream(model, p, TOKENS))(params)
+    assert stream.shape == (layers + 1, len(TOKENS), model.config.embed_dim)
+    hidden = model.apply(variables, TOKENS[None])[0][0]
+    normalized = model.apply(variables, stream[-1], method=lambda m, x: m.final_norm(x))
+    np.testing.assert_allclose(normalized, hidden, atol=1e-5)
+    moved = np.abs(np.diff(stream, axis=0)).max((1, 2))
+    assert (moved > 1e-4).all()  # every layer in its own entry
+    lens = jax.jit(lambda p: logit_lens(model, p, TOKENS))(params)
+    assert lens.shape == (layers + 1, len(TOKENS), model.vocab_size)
+    logits = model.apply(variables, TOKENS[None], method="init_all")[0]
+    np.testing.assert_allclose(lens[-1], logits, atol=1e-4)
+
+
+def test_layers_of_the_stream_are_in_order():
+    """The stream after layer n is that of a network of n layers."""
+    model, variables = make(**CASES["pattern"])
+    stream = residual_stream(model, variables["params"], TOKENS)
+    half = Transformer(dataclasses.replace(model.config, num_layers=2), model.vocab_size)
+    params = variables["params"]
+    layers = jax.tree.map(lambda x: x[:1], params["layers"])
+    shorter = residual_stream(half, {**params, "layers": layers}, TOKENS)
+    np.testing.assert_allclose(shorter, stream[:3], atol=1e-5)
 
 
 def test_a_mixer_without_weights_is_refused():

@@ -1,0 +1,64 @@
+"""The notebooks: executed from a clean kernel in the small setting, and stored in the full one."""
+
+import os
+
+import pytest
+
+from tests.commands import environment
+from tests.conftest import ROOT
+
+pytest.importorskip("nbclient")
+from colabs import run as runner
+
+NAMES = runner.names()
+LARGEST = 1_500_000  # bytes of a notebook
+SECONDS = 300  # of a cell, on a machine that does other things, too
+
+
+def codes(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_from_a_clean_kernel(name, tmp_path):
+    done = runner.execute(
+        runner.read(name), tmp_path, small=True, environment=environment(), timeout_s=SECONDS
+    )
+    assert "small setting" in str(codes(done)[-1].outputs)
+    assert not any(output.output_type == "error" for cell in codes(done) for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_stored_outputs_are_those_of_the_full_setting(name):
+    notebook = runner.read(name)
+    assert os.path.getsize(runner.path_of(name)) < LARGEST
+    cells = codes(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    assert not list(runner.machine_paths(notebook, ROOT))
+    said = "".join(output.text for output in cells[-1].outputs if "text" in output)
+    for part in ("full setting", "jax 0.", "Python 3."):
+        assert part in said, f"{name}: its last cell does not say {part!r}"
+    assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.outputs)
+
+
+def test_all_begin_and_end_alike():
+    assert len(NAMES) >= 1
+    first = {codes(runner.read(name))[0].source for name in NAMES}
+    last = {codes(runner.read(name))[-1].source for name in NAMES}
+    assert len(first) == len(last) == 1
+    (source,) = first
+    assert "GENAI_JAX_SMALL" in source and "pip" in source
+    for name in NAMES:
+        cells = codes(runner.read(name))[1:-1]
+        assert any("SMALL" in cell.source for cell in cells), f"{name} has no small setting"
+
+
+def test_a_path_of_this_machine_is_an_error(tmp_path):
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import os\nprint(os.getcwd())")]
+    )
+    with pytest.raises(ValueError, match="outputs name folders of this machine"):
+        runner.execute(notebook, tmp_path, small=True, timeout_s=SECONDS)

@@ -1,0 +1,85 @@
+"""README.md and docs/: every block is executed, every flag and file that they name is there."""
+
+import pathlib
+import re
+
+import matplotlib
+import pytest
+
+from genai_jax.tasks.registry import TASKS
+from tests.conftest import ROOT
+from tests.docs_blocks import ELSEWHERE, PAGES, all_flags, blocks_of, commands_of, execute
+
+KINDS = {"bash", "python", "flags", "text", ""}
+HERE = [p for p in PAGES if p not in ELSEWHERE and any(b.kind for b in blocks_of(p))]
+# Flags of other programs, and placeholders.
+OTHERS = {"name", "flag", "component.field", "grace", "action", "zone", "cluster", "image", "nodes",
+          "processes", "dry_run", "target", "output", "component", "calls"}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_every_block_runs(page, tmp_path, monkeypatch):
+    matplotlib.use("Agg")
+    monkeypatch.setattr("genai_jax.outside._allowed", set())
+    execute(page, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_what_they_are(page):
+    for block in blocks_of(page):
+        assert block.kind in KINDS, f"{block}: ```{block.kind}"
+        if block.kind in ("text", ""):
+            lines = [x for x in block.text.splitlines() if re.match(r"(\$ )?(python|pip|make) ", x)]
+            assert not lines, f"{block}: commands that no test runs"
+        if block.not_run:
+            assert len(block.not_run.split()) > 3, f"{block}: say why"
+    if page in ELSEWHERE:
+        assert pathlib.Path(page).name in (ROOT / ELSEWHERE[page]).read_text(encoding="utf-8")
+        assert not any(block.not_run for block in blocks_of(page))
+
+
+def test_nearly_all_commands_are_executed():
+    blocks = [b for page in PAGES for b in blocks_of(page) if b.kind in ("bash", "python")]
+    sizes = {block: len(commands_of(block)) if block.kind == "bash" else 1 for block in blocks}
+    marked = sum(size for block, size in sizes.items() if block.not_run)
+    assert len(blocks) > 40 and marked / sum(sizes.values()) < 0.2
+
+
+def test_flags_and_files_that_pages_name_are_there():
+    known, odd = all_flags() | OTHERS, []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+            # of other programs: --extra-index-url
+            for name in re.findall(r"(?<![\w-])--([a-z][a-z0-9_.]*[a-z0-9])(?![\w-])", code):
+                if name not in known and f"{name}.*" not in code:
+                    odd.append(f"{page}: --{name}")
+        for link in re.findall(r"\]\(([^)\s#]+)", text):
+            if not re.match(r"[a-z]+:", link) and not (ROOT / page).parent.joinpath(link).exists():
+                odd.append(f"{page}: {link}")
+        for path in re.findall(r"`(?:experiments/)?([\w/]+\.flags)`", text):
+            places = (ROOT, ROOT / "experiments", *(ROOT / "experiments").iterdir())
+            if not any((place / path).exists() for place in places) and f"**`{path}`**" not in text:
+                odd.append(f"{page}: {path}")
+    assert odd == []
+
+
+def test_the_readme_is_short_and_complete():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    for task in TASKS:
+        assert f"`{task}`" in readme
+    pages = {page for page in PAGES if page.startswith("docs/families/")}
+    assert len(pages) == len(TASKS) + 1  # flow matching is the task diffusion
+    for page in pages:
+        assert page in readme, page
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for part in (".flags`](", "| measured |", "![", "**Limits.**", "```bash"):
+            assert part in text, f"{page} has no {part}"
+
+
+def test_every_command_is_in_the_guides():
+    guides = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    for path in (ROOT / "genai_jax").glob("*.py"):
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            assert f"python -m genai_jax.{path.stem}" in guides, path.stem
