@@ -1,6 +1,7 @@
 """The fit command, and the CSV files that it reads."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from genai_jax.config import ConfigError
 from genai_jax.fit import main
 from genai_jax.scaling.fits.analysis import scaling_law
 from genai_jax.scaling.fits.points import Columns, Points, make_points, read_csv
+from genai_jax.scaling.fits.sections import _trust
 from tests.scaling.test_fits import ladder, loss_of
 
 HEADING = "name,N,D,L\n"
@@ -55,6 +57,13 @@ def test_a_frontier_of_one_run_is_reported_and_the_rest_is_fitted():
     (single,) = (s for s in sections if s.title.endswith("size, tokens or compute alone"))
     assert any("Not fitted" in text for text in single.paragraphs)
     assert "held_out/parametric/max_relative_error" in sections[-1].numbers
+
+
+def test_a_coefficient_of_any_size_is_said_to_be_undetermined(recwarn):
+    wide = {"A": (np.float64(1e-200), np.float64(1e200)), "E": (np.float64(1.0), np.float64(1.1))}
+    law = types.SimpleNamespace(intervals=lambda: wide, samples=[1], converged=True)
+    assert "hardly determine A, whose" in _trust(law)
+    assert not recwarn.list
 
 
 def test_power_laws_are_not_used_beyond_their_minima():

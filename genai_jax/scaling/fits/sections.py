@@ -69,9 +69,10 @@ def joint(fits: Fits, hidden: Points, unit: str) -> Section:
 
 def _trust(law: Fit) -> str:
     """Caveats about the coefficients of a law; empty if there are none."""
-    spans = {
-        name: high / low if low > 0 else np.inf for name, (low, high) in law.intervals().items()
-    }
+    with np.errstate(over="ignore"):  # a coefficient that these runs do not determine at all
+        spans = {
+            name: high / low if low > 0 else np.inf for name, (low, high) in law.intervals().items()
+        }
     loose = [name for name, span in spans.items() if span > LOOSE and len(law.samples)]
     caveats = [] if law.converged else ["Not every fit converged."]
     if loose:
