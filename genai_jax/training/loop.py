@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import sys
 import time
 
 import jax
@@ -22,7 +21,7 @@ from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
 from genai_jax.training.portable import keep
 from genai_jax.training.profile import Profiler
-from genai_jax.training.progress import Progress
+from genai_jax.training.progress import Progress, progress_stream
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.samples import Sampler, SampleWriter
 from genai_jax.training.saving import Saver
@@ -88,9 +87,8 @@ class Run:
             write_record(self.workdir, record, data if config.run.resume_with_changes else None)
             keep(self.task, config, record["data"])
             if config.train.progress:
-                print(
-                    beginning(config, record, execution.examples, execution.tokens), file=sys.stderr
-                )
+                text = beginning(config, record, execution.examples, execution.tokens)
+                print(text, file=progress_stream())
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints",
             config.checkpoint,
@@ -289,7 +287,7 @@ class Run:
 
     def _say(self, text: str):
         if self.main:
-            print(text, file=sys.stderr)
+            print(text, file=progress_stream())
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,9 +2,15 @@
 
 import sys
 import time
+from typing import TextIO
 
 from genai_jax.training.hardware import Peak
 from genai_jax.training.stop_signal import interactive
+
+
+def progress_stream() -> TextIO:
+    """Where a run says how far it is: stderr, or stdout in a notebook, where stderr means error."""
+    return sys.stdout if interactive() and not sys.stderr.isatty() else sys.stderr
 
 
 class Progress:
@@ -16,13 +22,15 @@ class Progress:
 
         self._examples, self._tokens, self._flops, self._peak = examples, tokens, flops, peak
         self._last_step, self._last_time = start, time.perf_counter()
-        terminal = sys.stderr.isatty()
+        stream = progress_stream()
+        terminal = stream.isatty()
         seconds = 0.2 if terminal else 1 if interactive() else 10
         self._bar = tqdm(
             total=total,
             initial=start,
             disable=not show,
             unit="step",
+            file=stream,
             mininterval=seconds,
             dynamic_ncols=terminal,
         )
