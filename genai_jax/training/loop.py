@@ -7,6 +7,7 @@ import time
 import jax
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.standard_streams import message_stream
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.announcements import beginning, ending
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
@@ -21,7 +22,7 @@ from genai_jax.training.plots import plot_metrics
 from genai_jax.training.population import Population
 from genai_jax.training.portable import keep
 from genai_jax.training.profile import Profiler
-from genai_jax.training.progress import Progress, progress_stream
+from genai_jax.training.progress import Progress
 from genai_jax.training.reports import CannotGoOn, ReportReader, last_good
 from genai_jax.training.samples import Sampler, SampleWriter
 from genai_jax.training.saving import Saver
@@ -88,7 +89,7 @@ class Run:
             keep(self.task, config, record["data"])
             if config.train.progress:
                 text = beginning(config, record, execution.examples, execution.tokens)
-                print(text, file=progress_stream())
+                print(text, file=message_stream())
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints",
             config.checkpoint,
@@ -287,7 +288,7 @@ class Run:
 
     def _say(self, text: str):
         if self.main:
-            print(text, file=progress_stream())
+            print(text, file=message_stream())
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,16 +1,9 @@
 """Speed of a run: the progress bar and the metrics ``perf/*``."""
 
-import sys
 import time
-from typing import TextIO
 
+from genai_jax.standard_streams import interactive, message_stream
 from genai_jax.training.hardware import Peak
-from genai_jax.training.stop_signal import interactive
-
-
-def progress_stream() -> TextIO:
-    """Where a run says how far it is: stderr, or stdout in a notebook, where stderr means error."""
-    return sys.stdout if interactive() and not sys.stderr.isatty() else sys.stderr
 
 
 class Progress:
@@ -22,7 +15,7 @@ class Progress:
 
         self._examples, self._tokens, self._flops, self._peak = examples, tokens, flops, peak
         self._last_step, self._last_time = start, time.perf_counter()
-        stream = progress_stream()
+        stream = message_stream()
         terminal = stream.isatty()
         seconds = 0.2 if terminal else 1 if interactive() else 10
         self._bar = tqdm(
