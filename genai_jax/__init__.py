@@ -1,18 +1,24 @@
 """Generative models in pure JAX: one sharded training step for every family.
 
-In Python, `load` opens a trained run and `train` trains one; docs/python.md shows both. Each module
-of this package with a `main` is a command: `python -m genai_jax.train --help`. What a family
-consists of is in `genai_jax.tasks.protocol`; README.md has everything else.
+In Python, `load` opens a trained run and `train` trains one; `compare`, `study`, `ladder`, `fit`
+and `compile_check` are about several runs, or about one that is still to come. docs/python.md shows
+all of them. Each module of this package with a `main` is a command: `python -m genai_jax.train
+--help`. What a family consists of is in `genai_jax.tasks.protocol`; README.md has everything else.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genai_jax.compare import compare as compare
+    from genai_jax.compile_check import compile_check as compile_check
     from genai_jax.errors import ConfigError as ConfigError
+    from genai_jax.fit import fit as fit
+    from genai_jax.ladder import ladder as ladder
     from genai_jax.runs import Run as Run
     from genai_jax.runs import load as load
     from genai_jax.runs import train as train
+    from genai_jax.study import study as study
     from genai_jax.training.own_step import make_step as make_step
 
 __version__ = "0.2.0"
@@ -24,15 +30,17 @@ _PLACES = {
     "load": "genai_jax.runs",
     "make_step": "genai_jax.training.own_step",
 }
+# Commands whose modules are callable.
+_COMMANDS = ("compare", "compile_check", "fit", "ladder", "study", "train")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a command, and callable
-        return importlib.import_module("genai_jax.train")
+    if name in _COMMANDS:
+        return importlib.import_module(f"genai_jax.{name}")
     if name in _PLACES:
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PLACES, "train"])
+    return sorted([*globals(), *_PLACES, *_COMMANDS])

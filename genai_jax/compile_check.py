@@ -4,18 +4,26 @@ python -m genai_jax.compile_check --flagfile=F --topology=v5p:8x8x8 [--flag=valu
 
 Also says what the whole run of --train.steps costs in FLOPs, time, and chip-hours. With
 --compiles=false no compiler is needed: the cost is a lower bound and one at an assumed MFU.
+In Python, `genai_jax.compile_check(flags, topology, ...)` returns the report.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from genai_jax.callable_commands import callable_as, request_of
 from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_names, help_text, parse
 from genai_jax.data.shapes_only import shapes_only
 from genai_jax.files import writing_to
+from genai_jax.keyword_flags import as_flags, run_arguments
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, add_whole_run, check, facts, prepared
 from genai_jax.scaling.compile_text import as_text, side_by_side
@@ -45,6 +53,78 @@ class CheckRequest:
         0.4, "Model FLOPs utilization assumed for the cost of the whole run; without effect if "
         "compiling predicts the time of a step.", minimum=0.01, maximum=1,
     )  # fmt: skip
+
+
+class CompileReport(dict[str, Any]):
+    """What the command writes as JSON: memory, FLOPs, collectives, predicted time, cost.
+
+    `print` shows the text that the command prints.
+
+    Attributes:
+      text: that text.
+      other: the report of the second run, with `compare`; else None.
+    """
+
+    def __init__(self, values: Mapping, text: str, other: "CompileReport | None" = None):
+        super().__init__(values)
+        self.text, self.other = text, other
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<CompileReport: {', '.join(self)}>"
+
+
+def compile_check(
+    flags: Sequence[str] | Mapping[str, Any] | str | os.PathLike | Config,
+    topology: str,
+    **options: Any,
+) -> CompileReport:
+    """Compiles a run's training step for devices that need not be present, and reports on it.
+
+    The command runs in a process of its own: this one may have initialized other devices. The
+    compilers that `make targets` installs are found on `PYTHONPATH`. A step that does not fit is no
+    error: its report has ``fits`` False and, as ``largest``, the buffers that take most.
+
+    Args:
+      flags: of the run, as `genai_jax.train` takes them.
+      topology: devices to compile for, such as "v5p:8x8x8" or "cpu:8".
+      **options: flags of the compile_check command: `compiles=False` estimates the cost without a
+        compiler; `slices`, `assumed_mfu`, `output`, `program`, `compare`, ...
+
+    Raises:
+      ConfigError: a mistake in the flags, an unknown topology, or a compiler that is not installed.
+    """
+    request = request_of(CheckRequest, {**options, "topology": topology})
+    of_run = run_arguments(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        output = pathlib.Path(request.output or pathlib.Path(folder) / "report.json").absolute()
+        asked = as_flags({**options, "topology": topology, "output": output})
+        text = _in_a_process([*of_run, *asked])
+        reports = [json.loads(output.read_text(encoding="utf-8"))]
+        if request.compare:
+            second = output.with_name(f"{output.stem}.2{output.suffix}")
+            reports.append(json.loads(second.read_text(encoding="utf-8")))
+    other = CompileReport(reports[1], as_text(request.compare, reports[1])) if reports[1:] else None
+    return CompileReport(reports[0], text, other)
+
+
+def _in_a_process(argv: Sequence[str]) -> str:
+    """What the command prints in a process of its own."""
+    root = str(pathlib.Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+    result = subprocess.run(
+        [sys.executable, "-m", "genai_jax.compile_check", *argv],
+        env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if result.returncode not in (0, 1) or (result.returncode == 1 and not result.stdout):
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        if not lines:
+            raise RuntimeError(f"the compile check ended with {result.returncode}: {result.stderr}")
+        raise ConfigError(lines[-1].removeprefix("error: "))
+    return result.stdout.rstrip()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -129,6 +209,8 @@ def _write(request: CheckRequest, name: str, suffix: str, text: str):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
 
+
+callable_as(compile_check)
 
 if __name__ == "__main__":
     run(main)

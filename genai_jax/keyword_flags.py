@@ -46,18 +46,23 @@ def run_flags(
     Raises:
       ConfigError: see `parse_run`; or no folder.
     """
-    if isinstance(flags, Config):
-        argv = as_flags(flags.items())
-    elif isinstance(flags, Mapping):
-        argv = as_flags(flags)
-    elif isinstance(flags, str | os.PathLike):
-        argv = [f"--flagfile={os.fspath(flags)}"]
-    else:
-        argv = [*map(str, flags)]
-    config = parse_run([*argv, *as_flags({"workdir": workdir})])
+    config = parse_run([*run_arguments(flags), *as_flags({"workdir": workdir})])
     if not config.run.workdir:
         raise ConfigError("workdir is empty: name a folder for the run's files")
     return config
+
+
+def run_arguments(
+    flags: Sequence[str] | Mapping[str, Any] | str | os.PathLike | Config,
+) -> list[str]:
+    """The flags of a run, as `genai_jax.train` takes them, as arguments of its command."""
+    if isinstance(flags, Config):
+        return as_flags(flags.items())
+    if isinstance(flags, Mapping):
+        return as_flags(flags)
+    if isinstance(flags, str | os.PathLike):
+        return [f"--flagfile={os.fspath(flags)}"]
+    return [*map(str, flags)]
 
 
 @contextlib.contextmanager

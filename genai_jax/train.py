@@ -3,11 +3,10 @@
 In Python, `genai_jax.train(flags, workdir)` does the same: the module is callable.
 """
 
-import sys
-import types
 from collections.abc import Sequence
 from typing import Any
 
+from genai_jax.callable_commands import callable_as
 from genai_jax.command import run
 from genai_jax.components import parse_run, run_help
 from genai_jax.config import ConfigError, asks_for_help
@@ -25,17 +24,14 @@ def main(argv: Sequence[str]) -> int:
     return run_training(config)
 
 
-class _Callable(types.ModuleType):
-    """A module that is also the function `genai_jax.runs.train`."""
+def train(flags: Any, workdir: Any) -> Any:
+    """See `genai_jax.runs.train`."""
+    from genai_jax.runs import train
 
-    def __call__(self, flags: Any, workdir: Any) -> Any:
-        from genai_jax.runs import train
-
-        return train(flags, workdir)
+    return train(flags, workdir)
 
 
-_Callable.__call__.__doc__ = "See `genai_jax.runs.train`."
-sys.modules[__name__].__class__ = _Callable
+callable_as(train)
 
 if __name__ == "__main__":
     run(main)

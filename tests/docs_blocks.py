@@ -189,7 +189,8 @@ def _few(command: str, shown: dict[str, str]) -> dict[str, int]:
     fields = dataclasses.fields(components.request_class(task, f"{command}_request"))
     few = FEW | ({"num_samples": 20} if command == "evaluate" else {})
     unset = ("importance_samples", "likelihood_steps")  # which ask for more, where they are set
-    unset += ("num_samples",) if command == "evaluate" and "classifier" not in shown else ()
+    if command == "evaluate" and "classifier" not in shown:
+        unset += ("num_samples", "steps", "sweeps")
     return {
         f.name: few[f.name]
         for f in fields

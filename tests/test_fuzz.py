@@ -12,14 +12,14 @@ from tests.fuzz_calls import Call
 FAMILIES = "language_model,vae"  # whose runs are trained first
 
 
-def test_two_hundred_odd_calls_end_well():
+def test_odd_calls_end_well():
     result = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--calls=200", "--seed=0", f"--families={FAMILIES}"],
+        [sys.executable, "-m", "tests.fuzz", "--calls=120", "--seed=0", f"--families={FAMILIES}"],
         env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     ok, refused = map(int, re.search(r"ok (\d+), refused (\d+),", result.stdout).groups())
-    assert ok > 20 and refused > 100
+    assert ok > 10 and refused > 60
     assert all(f"{ending} 0" in result.stdout for ending in BAD)
 
 

@@ -39,6 +39,7 @@ LAYERS = (
     ("genai_jax.other_data", 6),
     ("genai_jax.scaling", 6),
     ("genai_jax.tasks", 6),
+    ("genai_jax.callable_commands", 7),
     ("genai_jax.command", 7),
     ("genai_jax.trainer", 7),
     ("genai_jax.inspection", 7),

@@ -224,7 +224,7 @@ def _shared(target: pathlib.Path, base: str) -> str:
             f"{target} is not from this command: choose another --output, or use it as --flagfile"
         )
     flags = expand_flagfiles([f"--flagfile={base}"])
-    return BASE_COMMENT + "".join(f"{_line(flag)}\n" for flag in flags)
+    return BASE_COMMENT + "".join(f"{line_of(flag)}\n" for flag in flags)
 
 
 def _readme(before: str, rungs: Sequence[Rung], command: str) -> str:
@@ -247,7 +247,7 @@ def _readme(before: str, rungs: Sequence[Rung], command: str) -> str:
     return f"{head}{BEGIN}\n" + "\n".join(text) + f"\n{END}{tail}"
 
 
-def _line(flag: str) -> str:
+def line_of(flag: str) -> str:
     """The line of a flagfile for an argument ``--name=value``, or ``--name``."""
     name, equals, value = flag.lstrip("-").partition("=")
     return flag_line(name, value) if equals else f"--{name}"
@@ -255,7 +255,7 @@ def _line(flag: str) -> str:
 
 def _flagfile(request: LadderRequest, more: Sequence[str], rung: Rung) -> str:
     counts = rung.counts
-    flags = ["--flagfile=base.flags", *map(_line, more), *_size_flags(request, rung.width)]
+    flags = ["--flagfile=base.flags", *map(line_of, more), *_size_flags(request, rung.width)]
     flags.append(f"--train.steps={rung.steps}")
     if request.warmup is not None:
         flags.append(f"--optimizer.warmup_steps={round(request.warmup * rung.steps)}")

@@ -142,6 +142,12 @@ def _svg(name: str, figure: Figure) -> str:
 
 
 def _table(table: Table) -> str:
+    caption = f"<caption>{escape(table.name)}.csv</caption>\n"
+    return f"{_wide(table.name)}{table_html(table, caption)}</div>\n"
+
+
+def table_html(table: Table, caption: str = "") -> str:
+    """The table as an HTML element; `caption` is one as well."""
     numeric = [
         all(isinstance(row[i], Real | None) for row in table.rows)
         for i in range(len(table.columns))
@@ -151,10 +157,7 @@ def _table(table: Table) -> str:
         f"<th{c}>{escape(name)}</th>" for c, name in zip(classes, table.columns, strict=True)
     )
     rows = "".join(_row(row, classes) for row in table.rows)
-    return (
-        f"{_wide(table.name)}<table>\n<caption>{escape(table.name)}.csv</caption>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n"
-    )
+    return f"<table>\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>"
 
 
 def _row(row: Iterable[Cell], classes: Sequence[str]) -> str:

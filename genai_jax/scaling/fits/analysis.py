@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from genai_jax.scaling.fits.points import Curve, Points
 from genai_jax.scaling.report_types import Section
 
 
-def scaling_law(
+class Analysis(NamedTuple):
+    """The laws fitted to runs, and the sections of a report about them."""
+
+    fits: Fits
+    sections: list[Section]
+
+
+def analyzed(
     points: Points,
     *,
     held_out: np.ndarray | None = None,
@@ -26,7 +34,7 @@ def scaling_law(
     resamples: int = RESAMPLES,
     extrapolate: float = 1.0,
     loss_unit: str = "nats per token",
-) -> list[Section]:
+) -> Analysis:
     """Fits every law to the runs that are not held out, and predicts those that are.
 
     Args:
@@ -57,7 +65,14 @@ def scaling_law(
         sections.envelope(fits, curves, loss_unit),
         sections.optimum(fits, optima, left_out, extrapolate),
     ]
-    return parts + ([sections.held_out(fits, hidden, loss_unit)] if held_out.any() else [])
+    if held_out.any():
+        parts.append(sections.held_out(fits, hidden, loss_unit))
+    return Analysis(fits, parts)
+
+
+def scaling_law(points: Points, **options: Any) -> list[Section]:
+    """The sections of `analyzed`, which has the same options."""
+    return analyzed(points, **options).sections
 
 
 def _optima(

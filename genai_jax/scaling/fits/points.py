@@ -6,7 +6,8 @@ import csv
 import io
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -93,37 +94,54 @@ class Columns(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The content of a CSV file."""
+    """The runs of a table."""
 
     points: Points
     held_out: np.ndarray  # [points] bool
     curves: list[Curve] | None  # curves of the runs that are not held out
 
 
+class TableText(NamedTuple):
+    """A table of runs as text."""
+
+    name: str  # of the table, in messages
+    places: list[str]  # of the rows, in messages
+    rows: list[dict]  # column name -> text
+
+
 def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
-    """Reads runs from a CSV file with a header line.
+    """Reads runs from a CSV file with a header line; the rest is as in `read_table`."""
+    return _read(_csv_text(path), columns, held_out)
+
+
+def read_table(table: Any, columns: Columns, held_out: str = "") -> Data:
+    """Reads runs from a table in Python.
 
     Args:
-      path: the file.
+      table: a list of dictionaries, one per row, or a mapping of column names to values, such as a
+        data frame.
       columns: the names of its columns.
       held_out: a condition on a column, such as "flops>1e19", "tokens>=2e9" or "large=1"; "flops"
         works even if it is not a column. If empty, nothing is held out.
 
     Raises:
       ConfigError: a missing column, or a value that is not a positive number; the message gives the
-        line in the file, where the header is line 1.
+        row, from 0, or the line in the file, where the header is line 1.
     """
-    lines, rows = _read_rows(path)
+    return _read(_table_text(table), columns, held_out)
+
+
+def _read(table: TableText, columns: Columns, held_out: str) -> Data:
     numbers = {
-        field: _positive_column(path, lines, rows, name)
+        field: _positive_column(table, name)
         for field, name in columns._asdict().items()
         if name and field != "run"
     }
     points = make_points(**numbers)
-    hidden = _condition(path, lines, rows, held_out, points)
+    hidden = _condition(table, held_out, points)
     if not columns.run:
         return Data(points, hidden, None)
-    runs = np.array(_column(path, rows, columns.run))
+    runs = np.array(_column(table, columns.run))
     members = [np.flatnonzero(runs == name) for name in dict.fromkeys(runs.tolist())]
     ends = np.array([m[-1] for m in members])
     curves = [
@@ -137,8 +155,28 @@ def read_csv(path: str, columns: Columns, held_out: str = "") -> Data:
     return Data(points.where(ends), hidden, seen)
 
 
-def _read_rows(path: str) -> tuple[list[int], list[dict]]:
-    """(line number of each row, column name -> text of each row)."""
+def _table_text(table: Any) -> TableText:
+    """The text of a table in Python."""
+    if hasattr(table, "keys"):
+        columns = {str(name): list(table[name]) for name in table.keys()}  # noqa: SIM118, frames
+        if len({len(values) for values in columns.values()}) > 1:
+            lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
+            raise ConfigError(f"the columns of the table have different lengths: {lengths}")
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    elif isinstance(table, Sequence) and all(isinstance(row, Mapping) for row in table):
+        rows = [{str(name): value for name, value in row.items()} for row in table]
+    else:
+        raise ConfigError(
+            "the table is a path of a CSV file, a list of dictionaries, or a mapping of column "
+            f"names to values, not a {type(table).__name__}"
+        )
+    if not rows:
+        raise ConfigError("the table has no rows")
+    texts = [{name: "" if x is None else str(x) for name, x in row.items()} for row in rows]
+    return TableText("the table", [f"row {i} of the table" for i in range(len(rows))], texts)
+
+
+def _csv_text(path: str) -> TableText:
     text = read_text(path, f"--csv={path}", limit=MAX_BYTES)
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     numbered: list[tuple[int, dict]] = []
@@ -159,38 +197,38 @@ def _read_rows(path: str) -> tuple[list[int], list[dict]]:
     if not numbered:
         raise ConfigError(f"--csv={path} has no rows below its header")
     lines, rows = zip(*numbered, strict=True)
-    return list(lines), list(rows)
+    return TableText(f"--csv={path}", [f"{path} line {line}" for line in lines], list(rows))
 
 
-def _column(path: str, rows: list[dict], name: str) -> list[str]:
-    known = [n for n in rows[0] if n]
+def _column(table: TableText, name: str) -> list[str]:
+    known = [n for n in table.rows[0] if n]
     if name not in known:
         raise ConfigError(
-            f"--csv={path} has no column {name!r}; its columns are {', '.join(known)}"
+            f"{table.name} has no column {name!r}; its columns are {', '.join(known)}"
         )
-    return [(row[name] or "").strip() for row in rows]
+    return [(row.get(name) or "").strip() for row in table.rows]
 
 
-def _numeric_column(path: str, lines: list[int], rows: list[dict], name: str) -> np.ndarray:
+def _numeric_column(table: TableText, name: str) -> np.ndarray:
     """[points]; raises `ConfigError` for a value that is not a number."""
     values = []
-    for line, text in zip(lines, _column(path, rows, name), strict=True):
+    for place, text in zip(table.places, _column(table, name), strict=True):
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if math.isnan(value):
-            raise ConfigError(f"{path} line {line}: {name} is {text!r}, not a number")
+            raise ConfigError(f"{place}: {name} is {text!r}, not a number")
         values.append(value)
     return np.array(values)
 
 
-def _positive_column(path: str, lines: list[int], rows: list[dict], name: str) -> np.ndarray:
-    values = _numeric_column(path, lines, rows, name)
+def _positive_column(table: TableText, name: str) -> np.ndarray:
+    values = _numeric_column(table, name)
     bad = np.flatnonzero((values <= 0) | np.isinf(values))
     if len(bad):
-        line, value = lines[bad[0]], values[bad[0]]
-        raise ConfigError(f"{path} line {line}: {name} is {value:g}; it must be positive")
+        place, value = table.places[bad[0]], values[bad[0]]
+        raise ConfigError(f"{place}: {name} is {value:g}; it must be positive")
     return values
 
 
@@ -199,10 +237,10 @@ COMPARISONS = {
 }  # fmt: skip
 
 
-def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
+def _condition(table: TableText, text: str, points: Points) -> np.ndarray:
     """[points] bool."""
     if not text:
-        return np.zeros(len(rows), bool)
+        return np.zeros(len(table.rows), bool)
     match = re.fullmatch(r"\s*([^<>=]+?)\s*(>=|<=|>|<|=)\s*(\S+)\s*", text)
     try:
         name, comparison, bound = match.group(1), match.group(2), float(match.group(3))
@@ -210,10 +248,10 @@ def _condition(path, lines, rows, text: str, points: Points) -> np.ndarray:
         raise ConfigError(
             f"--held_out={text}: write one column, one of > >= < <= =, and a number, as flops>1e19"
         ) from None
-    if name == "flops" and name not in rows[0]:
+    if name == "flops" and name not in table.rows[0]:
         values = points.flops
     else:
-        values = _numeric_column(path, lines, rows, name)
+        values = _numeric_column(table, name)
     hidden = COMPARISONS[comparison](values, bound)
     _check_some(hidden, text, "rows")
     return hidden

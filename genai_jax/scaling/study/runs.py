@@ -1,4 +1,4 @@
-"""Trains the unfinished runs of a study, each in its own process, several at a time."""
+"""Trains the unfinished runs of a study: each in its own process, or all in this one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
 
+from genai_jax.config import Config, ConfigError
 from genai_jax.scaling.study.cores import affinity, core_shares
 from genai_jax.scaling.study.folder import Run
 from genai_jax.scaling.study.results import STOPPED, Fate, log_path, write_fate
@@ -74,6 +76,46 @@ def execute(
     return Outcome(failed, signals.received)
 
 
+def execute_here(
+    runs: Sequence[Run], *, train: Callable[[Config], object], display: Display, may_diverge: bool
+) -> Outcome:
+    """Trains the runs one after another in this process, those with the most FLOPs first.
+
+    Args:
+      runs: the runs to train.
+      train: trains or resumes the run of a configuration; one that returns before its last step was
+        interrupted, and ends the study.
+      display: notified of all events.
+      may_diverge: whether a loss that is not finite counts as a result instead of a failure.
+    """
+    failed: dict[str, str] = {}
+    with display:
+        for run in sorted(runs, key=lambda run: run.flops, reverse=True):
+            began, began_at = time.monotonic(), _last_step(run)
+            display.started(run)
+            error = ""
+            try:
+                train(run.config)
+            except ConfigError as problem:
+                error = str(problem)
+            stopped = not error and _last_step(run) < run.steps
+            code = 2 if error else 128 + signal.SIGINT if stopped else 0
+            fate = Fate(code, error, time.monotonic() - began, began_at)
+            write_fate(run, fate)
+            if error and not (may_diverge and fate.diverged):
+                failed[run.name] = error
+            display.ended(run, fate)
+            if stopped:
+                return Outcome(failed, signal.SIGINT)
+    return Outcome(failed, 0)
+
+
+def _last_step(run: Run) -> int:
+    """The last step that a run has logged, 0 if there is none."""
+    rows = read_metrics(run.workdir / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
 class _Process:
     """The process of a run."""
 
@@ -81,8 +123,7 @@ class _Process:
         """place: index of the process among the `jobs` that run at a time."""
         self.run, self.place = run, place
         self._began = time.monotonic()
-        rows = read_metrics(run.workdir / "metrics.jsonl")
-        self._began_at = rows[-1]["step"] if rows else 0
+        self._began_at = _last_step(run)
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log_start = log_path(run).stat().st_size if log_path(run).exists() else 0
         with open(log_path(run), "ab") as log, affinity(cores):
@@ -119,7 +160,10 @@ class _Process:
 
 
 class _Signals:
-    """While entered, collects SIGINT, SIGTERM, and SIGHUP, of which only the first counts."""
+    """While entered, collects SIGINT, SIGTERM, and SIGHUP, of which only the first counts.
+
+    Only the main thread can; in others it collects nothing.
+    """
 
     def __init__(self):
         self.received = 0  # the first signal
@@ -128,6 +172,8 @@ class _Signals:
         self._before: dict = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._receive)
         return self

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pathlib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
-from genai_jax.config import ConfigError
+from genai_jax.config import Config, ConfigError
 from genai_jax.files import read_text
 from genai_jax.scaling.report import read_numbers, write_report
+from genai_jax.scaling.reported import Report
 from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.scaling.study.expected import off, read_expected
 from genai_jax.scaling.study.folder import Run, Study
 from genai_jax.scaling.study.overview import runs_section
 from genai_jax.scaling.study.results import Result, environments, is_finished, read_results
-from genai_jax.scaling.study.runs import Outcome, execute
+from genai_jax.scaling.study.runs import Outcome, execute, execute_here
 from genai_jax.scaling.study.settings import StudyConfig
 from genai_jax.scaling.study.table import make_display
 
@@ -47,9 +48,13 @@ def state_of(study: Study, settings: StudyConfig) -> State:
 
 
 def train_missing(
-    study: Study, settings: StudyConfig, only: Sequence[str], jobs: int, lock: IO
-) -> Outcome:
-    """Trains until only failed runs are missing; finished runs may make others needed."""
+    study: Study, settings: StudyConfig, only: Sequence[str], jobs: int, lock: IO,
+    train: Callable[[Config], object],
+) -> Outcome:  # fmt: skip
+    """Trains until only failed runs are missing; finished runs may make others needed.
+
+    With 0 `jobs`, `train` trains them in this process.
+    """
     failed: dict[str, str] = {}
     while True:
         state = state_of(study, settings)
@@ -57,10 +62,12 @@ def train_missing(
         if not runs:
             return Outcome(failed, 0)
         finished = [run for run in state.needed if run not in state.missing]
-        outcome = execute(
-            runs, jobs=jobs, lock=lock, may_diverge=settings.may_diverge,
-            display=make_display([*finished, *runs], finished, settings.metric),
-        )  # fmt: skip
+        display = make_display([*finished, *runs], finished, settings.metric)
+        options = dict(display=display, may_diverge=settings.may_diverge)
+        if jobs:
+            outcome = execute(runs, jobs=jobs, lock=lock, **options)
+        else:
+            outcome = execute_here(runs, train=train, **options)
         failed |= outcome.failed
         if outcome.signal:
             return Outcome(failed, outcome.signal)
@@ -72,8 +79,8 @@ def train_missing(
 def report(
     study: Study, settings: StudyConfig, workdir: pathlib.Path, failed: dict[str, str],
     argv: Sequence[str],
-) -> pathlib.Path:  # fmt: skip
-    """Writes the report of the finished runs into ``workdir/report``; returns the path of its page.
+) -> Report:  # fmt: skip
+    """Writes the report of the finished runs into ``workdir/report``.
 
     Raises:
       ConfigError: the finished runs are not enough for the analysis.
@@ -90,7 +97,7 @@ def report(
         folder, study.title, sections,
         record=_record(study, state, finished, failed, argv),
     )  # fmt: skip
-    return folder / "index.html"
+    return Report(sections, folder / "index.html")
 
 
 def _record(study, state: State, finished: Sequence[Run], failed, argv) -> dict[str, Any]:
