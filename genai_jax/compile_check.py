@@ -84,8 +84,8 @@ def compile_check(
     """Compiles a run's training step for devices that need not be present, and reports on it.
 
     The command runs in a process of its own: this one may have initialized other devices. The
-    compilers that `make targets` installs are found on `PYTHONPATH`. A step that does not fit is no
-    error: its report has ``fits`` False and, as ``largest``, the buffers that take most.
+    compilers that `make targets` installs have to be on `PYTHONPATH`. A step that does not fit is
+    not an error: its report has ``fits`` False and names the ``largest`` buffers.
 
     Args:
       flags: of the run, as `genai_jax.train` takes them.
