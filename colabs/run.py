@@ -76,6 +76,7 @@ def execute(
         client = NotebookClient(
             notebook, timeout=timeout_s, kernel_name="python3", record_timing=False,
             coalesce_streams=True, resources={"metadata": {"path": str(folder)}},
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its local ports
         )  # fmt: skip
         client.execute(env=kernel)
     notebook.metadata = nbformat.from_dict(METADATA)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from genai_jax.config import parse
-from genai_jax.keyword_flags import as_flags
 
 
 def callable_as(function: Callable) -> None:
@@ -30,4 +29,7 @@ def request_of(cls: type, flags: Mapping[str, Any]) -> Any:
     Raises:
       ConfigError: a flag that the command does not have, or a value that is not allowed.
     """
+    # Not before `genai_jax.command` is imported, which checks jax's environment variables.
+    from genai_jax.keyword_flags import as_flags
+
     return parse(as_flags(flags), {"run": cls})[0].run

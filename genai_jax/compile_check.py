@@ -22,7 +22,7 @@ from genai_jax.command import run
 from genai_jax.components import make_task, parse_run
 from genai_jax.config import Config, ConfigError, asks_for_help, field, flag_names, help_text, parse
 from genai_jax.data.shapes_only import shapes_only
-from genai_jax.files import writing_to
+from genai_jax.files import read_json, writing_to
 from genai_jax.keyword_flags import as_flags, run_arguments
 from genai_jax.scaling.chips import EXAMPLES, Topology
 from genai_jax.scaling.compile_report import DoesNotFit, add_whole_run, check, facts, prepared
@@ -102,10 +102,10 @@ def compile_check(
         output = pathlib.Path(request.output or pathlib.Path(folder) / "report.json").absolute()
         asked = as_flags({**options, "topology": topology, "output": output})
         text = _in_a_process([*of_run, *asked])
-        reports = [json.loads(output.read_text(encoding="utf-8"))]
+        reports = [read_json(output)]
         if request.compare:
             second = output.with_name(f"{output.stem}.2{output.suffix}")
-            reports.append(json.loads(second.read_text(encoding="utf-8")))
+            reports.append(read_json(second))
     other = CompileReport(reports[1], as_text(request.compare, reports[1])) if reports[1:] else None
     return CompileReport(reports[0], text, other)
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from genai_jax.components import (
@@ -25,15 +24,16 @@ from genai_jax.components import (
 from genai_jax.config import Config, ConfigError, parse
 from genai_jax.errors import NothingHeldOut
 from genai_jax.files import writing_to
+from genai_jax.inspection import Inspection
 from genai_jax.keyword_flags import as_flags, prompts_in_a_file, run_flags
 from genai_jax.other_data import other_data, refuse_own_data
 from genai_jax.requests import RunRequest, origin_of
 from genai_jax.sampled import Sampled, check_suffix, prepare_output, with_origin
-from genai_jax.tasks.protocol import Attends, Batch, Embeds, Params, PyTree, Reports
+from genai_jax.tasks.protocol import Batch, Params, PyTree, Reports
 from genai_jax.tasks.registry import task_class
 from genai_jax.trainer import train_here
 from genai_jax.training.batches import BatchPlacement
-from genai_jax.training.distributed import is_main, to_host
+from genai_jax.training.distributed import is_main
 from genai_jax.training.evaluation import Evaluator
 from genai_jax.training.quiet import without_orbax_messages
 from genai_jax.training.restore import Restored, restore_model
@@ -42,7 +42,7 @@ from genai_jax.training.sharding import batch_shardings, mesh_context
 CHOOSES_MODEL = ("workdir", "task", "code", "checkpoint_step", "ema", "member")
 
 
-class Run:
+class Run(Inspection):
     """A trained run, with its model on this machine's devices.
 
     `genai_jax.load` opens one. Keyword arguments are named like the flags of the commands `sample`
@@ -232,52 +232,6 @@ class Run:
             metrics = self._evaluator(model.params, model.mutables, read, seed)
         return metrics["loss"], metrics
 
-    def embed(self, inputs: Any = None) -> np.ndarray:
-        """What the model computes about its inputs, float32; on one device.
-
-        For texts, a string or a list of them, the hidden states before the output embedding,
-        [texts, length, embed_dim]: position 0 is the token that begins every document, position i
-        the i-th token of the text, and zeros follow a text's last token. For images, uint8 levels
-        [images, *space, channels], features or latents [images, ...]; held-out ones if None.
-
-        Raises:
-          ConfigError: a family without either, or inputs that it cannot take.
-        """
-        if not isinstance(self.task, Embeds):
-            raise ConfigError(
-                f"--task={self.config.run.task} computes neither features nor latents of its inputs"
-            )
-        with tells_how_to_move(self.config):
-            return self.task.embed(*self._on_one_device, inputs)
-
-    def attention(self, text: str) -> np.ndarray:
-        """The attention weights of a transformer language model, [layers, heads, query, key].
-
-        float32; each row sums to 1. Tokens are those of `tokens`. On one device.
-
-        Raises:
-          ConfigError: a family without attention over text, or mixers other than attention.
-        """
-        return self._attends().attention_weights(*self._on_one_device, text)
-
-    def tokens(self, text: str) -> list[str]:
-        """The tokens of a text as the model reads it; the first begins every document."""
-        return self._attends().token_texts(text)
-
-    def picture(self, images: np.ndarray, columns: int | None = None) -> np.ndarray:
-        """Images, signals, or videos in one picture [height, width, 3], uint8.
-
-        Args:
-          images: levels [n, *space, channels], as `sample` returns them.
-          columns: of the grid; about square if None.
-        """
-        from genai_jax import media
-
-        levels = getattr(self.task.data, "levels", None)
-        if levels is None:
-            raise ConfigError(f"--task={self.config.run.task} has no images to show")
-        return media.picture(np.asarray(images), levels, columns)
-
     # How.
 
     @contextlib.contextmanager
@@ -289,20 +243,6 @@ class Run:
             if "dataset" not in self._moved:
                 raise
             raise ConfigError(f"{error}; --data.validation_percent=100 scores all of it") from None
-
-    def _attends(self) -> Attends:
-        if not isinstance(self.task, Attends):
-            raise ConfigError(
-                f"--task={self.config.run.task} is not a language model with attention"
-            )
-        return self.task
-
-    @functools.cached_property
-    def _on_one_device(self) -> tuple[Params, PyTree]:
-        model = self._materialized, self.mutables
-        if self.model.mesh.size == 1:
-            return model
-        return jax.device_put(to_host(model), jax.local_devices()[0])
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:

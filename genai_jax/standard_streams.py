@@ -8,11 +8,22 @@ import errno
 import io
 import os
 import sys
+from typing import TextIO
 
 from genai_jax.config import ConfigError
 
 STDOUT, STDERR = 1, 2
 READER_GONE = 141  # exit code: 128 + SIGPIPE, as of other programs in a pipeline
+
+
+def interactive() -> bool:
+    """Whether a person types at this process: in a notebook, IPython, or Python's own prompt."""
+    return hasattr(sys, "ps1")
+
+
+def message_stream() -> TextIO:
+    """Where messages and progress go: stderr, or stdout in a notebook, which marks stderr red."""
+    return sys.stdout if interactive() and not sys.stderr.isatty() else sys.stderr
 
 
 class Stream(io.FileIO):

@@ -11,6 +11,7 @@ from genai_jax.components import make_task, request_class
 from genai_jax.config import Config, ConfigError
 from genai_jax.requests import origin_of
 from genai_jax.sampled import Sampled, with_origin
+from genai_jax.standard_streams import interactive, message_stream
 from genai_jax.tasks.protocol import Params, PyTree, Task
 from genai_jax.tasks.registry import task_class
 from genai_jax.training.distributed import is_main, join_processes
@@ -19,7 +20,7 @@ from genai_jax.training.loop import train
 from genai_jax.training.samples import Sampler
 from genai_jax.training.schedule_notes import cut_schedules
 from genai_jax.training.sharding import make_mesh
-from genai_jax.training.stop_signal import StopSignal, interactive
+from genai_jax.training.stop_signal import StopSignal
 from genai_jax.training.wandb_board import library
 from genai_jax.training.workdir import check_path, claim
 
@@ -50,9 +51,9 @@ def run_training(config: Config, stop: StopSignal | None = None) -> int:
         with locked(config.run.workdir, "run"):
             task = make_task(config)  # opens the data, which may take a download
             for change in claim(config):
-                print(f"changed since the run began: {change}", file=sys.stderr)
+                print(f"changed since the run began: {change}", file=message_stream())
             for note in cut_schedules(config):
-                print(f"note: {note}", file=sys.stderr)
+                print(f"note: {note}", file=message_stream())
             return train(task, config, stop, sampler_of(task, config))
 
 

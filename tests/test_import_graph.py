@@ -42,6 +42,7 @@ LAYERS = (
     ("genai_jax.callable_commands", 7),
     ("genai_jax.command", 7),
     ("genai_jax.trainer", 7),
+    ("genai_jax.inspection", 7),
     ("genai_jax.runs", 7),
 )
 COMMANDS = {

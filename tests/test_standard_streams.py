@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from genai_jax.standard_streams import message_stream
 from tests.conftest import ROOT
 
 LONG = "print('x' * 50, file=sys.{}, flush=True)"
@@ -74,3 +75,12 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path, encoding):
     got, said = shell("{} | tail -1", text, tmp_path / "done", PYTHONIOENCODING=encoding)
     expected = "caf\u00e9 \u2603 \udcff\n".encode(encoding, "backslashreplace")
     assert got == 0 and said.encode("latin-1") == expected
+
+
+def test_messages_go_to_stdout_in_a_notebook(monkeypatch):
+    """Notebooks mark stderr as an error; a terminal, a script, and a pipeline keep stdout clean."""
+    assert message_stream() is sys.stderr
+    monkeypatch.setattr(sys, "ps1", "In: ", raising=False)
+    assert message_stream() is sys.stdout
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert message_stream() is sys.stderr

@@ -2,15 +2,15 @@
 
 import functools
 import os
-import sys
 
 from genai_jax.files import reason_of, unreadable
+from genai_jax.standard_streams import message_stream
 
 
 @functools.cache
 def say(text: str):
-    """Prints a line on stderr once per process, though the data are read for each split."""
-    print(text, file=sys.stderr)
+    """Prints a message once per process, though the data are read for each split."""
+    print(text, file=message_stream())
 
 
 def list_files(folder: str) -> tuple[list[str], dict[str, int]]:

@@ -271,10 +271,13 @@ class Embeds(Protocol):
 
 @runtime_checkable
 class Attends(Protocol):
-    """A language model whose attention can be looked at."""
+    """A language model whose layers can be looked at."""
 
     def attention_weights(self, params: Params, mutables: PyTree, text: str) -> Any:
         """The weights of one text, a host array [layers, heads, query, key]; as for `Embeds`."""
+
+    def logit_lens(self, params: Params, text: str) -> Any:
+        """Logits after each layer, a host array [layers + 1, length, tokens], as for `Embeds`."""
 
     def token_texts(self, text: str) -> list[str]:
         """Its tokens: the axes `query` and `key`."""

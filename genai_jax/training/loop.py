@@ -2,12 +2,12 @@
 
 import math
 import pathlib
-import sys
 import time
 
 import jax
 
 from genai_jax.config import Config, ConfigError
+from genai_jax.standard_streams import message_stream
 from genai_jax.tasks.protocol import Task
 from genai_jax.training.announcements import beginning, ending
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
@@ -88,9 +88,8 @@ class Run:
             write_record(self.workdir, record, data if config.run.resume_with_changes else None)
             keep(self.task, config, record["data"])
             if config.train.progress:
-                print(
-                    beginning(config, record, execution.examples, execution.tokens), file=sys.stderr
-                )
+                text = beginning(config, record, execution.examples, execution.tokens)
+                print(text, file=message_stream())
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints",
             config.checkpoint,
@@ -289,7 +288,7 @@ class Run:
 
     def _say(self, text: str):
         if self.main:
-            print(text, file=sys.stderr)
+            print(text, file=message_stream())
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,10 +1,9 @@
 """Speed of a run: the progress bar and the metrics ``perf/*``."""
 
-import sys
 import time
 
+from genai_jax.standard_streams import interactive, message_stream
 from genai_jax.training.hardware import Peak
-from genai_jax.training.stop_signal import interactive
 
 
 class Progress:
@@ -16,13 +15,15 @@ class Progress:
 
         self._examples, self._tokens, self._flops, self._peak = examples, tokens, flops, peak
         self._last_step, self._last_time = start, time.perf_counter()
-        terminal = sys.stderr.isatty()
+        stream = message_stream()
+        terminal = stream.isatty()
         seconds = 0.2 if terminal else 1 if interactive() else 10
         self._bar = tqdm(
             total=total,
             initial=start,
             disable=not show,
             unit="step",
+            file=stream,
             mininterval=seconds,
             dynamic_ncols=terminal,
         )

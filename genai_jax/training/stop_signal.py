@@ -27,11 +27,6 @@ TOGETHER_S = 0.5  # the same signal within this time after the first counts as o
 FAILED = 128  # in place of a signal: one process has a problem that need not lose the state
 
 
-def interactive() -> bool:
-    """Whether a person types at this process: in a notebook, IPython, or Python's own prompt."""
-    return hasattr(sys, "ps1")
-
-
 class Stopped(Exception):
     """Raised to abandon work because a signal arrived."""
 

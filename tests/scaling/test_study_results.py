@@ -29,7 +29,7 @@ def test_a_process_that_succeeds_without_finishing_its_run_is_not_restarted_fore
     monkeypatch.setattr(session, "state_of", lambda *_: session.State([run], [run], {}))
     monkeypatch.setattr(session, "execute", lambda *_, **__: Outcome({}, 0))
     monkeypatch.setattr(session, "make_display", lambda *_: None)
-    outcome = session.train_missing(None, CurvesConfig("curves"), ["a"], 1, None)
+    outcome = session.train_missing(None, CurvesConfig("curves"), ["a"], 1, None, None)
     assert outcome.failed == {"a": "its process exited without an error, but the run is incomplete"}
 
 

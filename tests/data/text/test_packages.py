@@ -93,7 +93,8 @@ def test_the_fingerprint_tells_versions_apart(two):
 def test_the_packages_are_those_that_setup_requires():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     required = setup[setup.index("install_requires") : setup.index("extras_require")]
-    assert set(packages.PACKAGES) == set(re.findall(r'"([\w-]+)>=', required))
+    later = {"pyyaml"}  # required since; the text stays what runs were trained on
+    assert set(packages.PACKAGES) == set(re.findall(r'"([\w-]+)>=', required)) - later
 
 
 def test_finding_the_real_packages_imports_none_of_them():
