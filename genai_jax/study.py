@@ -186,8 +186,8 @@ def _parse(argv: Sequence[str]):
     for name, what in (("study", "folder of the study"), ("workdir", "folder for its runs")):
         if not last_value(argv, name):
             raise ConfigError(f"--{name} is not set: name the {what}")
-    if (place := shipped(last_value(argv, "study"))) != last_value(argv, "study"):
-        argv = [*argv, f"--study={place}"]
+    place = shipped(last_value(argv, "study"))
+    argv = [*argv, f"--study={place}"]
     folder = pathlib.Path(place)
     check_folder(folder)
     argv = expand_flagfiles([f"--flagfile={folder / 'study.flags'}", *argv])

@@ -25,6 +25,7 @@ from genai_jax.files import (
     writing_to,
 )
 from genai_jax.flagfiles import flag_values
+from genai_jax.standard_streams import message_stream
 from genai_jax.tasks.protocol import Data, Params, Task
 from genai_jax.training.parameter_counts import parameter_counts
 
@@ -208,7 +209,7 @@ def write_record(workdir: pathlib.Path, record: dict, changed: Data | None = Non
         changed.check(old["data"])
     if other and "dataset" not in other:  # else the flag has said so
         lines = [f"{name}: {before} -> {value}" for name, (before, value) in other.items()]
-        print(f"changed since the run began: {'; '.join(lines)}", file=sys.stderr)
+        print(f"changed since the run began: {'; '.join(lines)}", file=message_stream())
         change = {"step": max(saved_steps(workdir)), "data": lines}
         old["changes"] = [*old.get("changes", []), change]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
