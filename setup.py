@@ -8,7 +8,9 @@ from setuptools.command.build_py import build_py
 HERE = pathlib.Path(__file__).parent
 PACKAGE = (HERE / "genai_jax" / "__init__.py").read_text(encoding="utf-8")
 
-TEST = ["build>=1.2", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
+# A test builds the wheel without a network: the back end of pyproject.toml must be installed.
+BUILD = ["build>=1.2", "setuptools>=70.1"]
+TEST = [*BUILD, "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"]
 TEXT = ["tokenizers>=0.20", "sentencepiece>=0.2"]
 TABLES = ["pyarrow>=15"]  # .parquet, .arrow, .zst; the requirements below install it as well
 NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from genai_jax.runs import load as load
     from genai_jax.runs import train as train
     from genai_jax.study import study as study
+    from genai_jax.training.workdir import environment as environment
     from genai_jax.training.own_step import make_step as make_step
 
 __version__ = "0.2.0"
@@ -27,6 +28,7 @@ __version__ = "0.2.0"
 _PLACES = {
     "ConfigError": "genai_jax.errors",
     "Run": "genai_jax.runs",
+    "environment": "genai_jax.training.workdir",
     "load": "genai_jax.runs",
     "make_step": "genai_jax.training.own_step",
 }
