@@ -8,6 +8,7 @@ of its own, which is deleted afterwards.
 """
 
 import argparse
+import hashlib
 import os
 import pathlib
 import re
@@ -79,7 +80,7 @@ def execute(
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its local ports
         )  # fmt: skip
         client.execute(env=kernel)
-    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.metadata = nbformat.from_dict({**METADATA, "executed": sources_hash(notebook)})
     if named := sorted(set(machine_paths(notebook, folder))):
         raise ValueError(f"the outputs name folders of this machine: {', '.join(named)}")
     return notebook
@@ -96,6 +97,12 @@ def cleared(notebook: NotebookNode) -> NotebookNode:
     return nbformat.from_dict(
         {"nbformat": 4, "nbformat_minor": 5, "metadata": METADATA, "cells": cells}
     )
+
+
+def sources_hash(notebook: NotebookNode) -> str:
+    """A hash of all cells without their outputs: the stored outputs are those of these sources."""
+    cells = "\0".join(f"{cell.cell_type}\n{cell.source}" for cell in notebook.cells)
+    return hashlib.sha256(cells.encode()).hexdigest()[:16]
 
 
 def machine_paths(notebook: NotebookNode, folder: pathlib.Path) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Generative models in pure JAX: one sharded training step for every family.
 
 In Python, `load` opens a trained run and `train` trains one; `compare`, `study`, `ladder`, `fit`
-and `compile_check` are about several runs, or about one that is still to come. docs/python.md shows
-all of them. Each module of this package with a `main` is a command: `python -m genai_jax.train
---help`. What a family consists of is in `genai_jax.tasks.protocol`; README.md has everything else.
+and `compile_check` are about several runs, or about one that is still to come; `model_card` and
+`train_tokenizer` are the commands of these names. docs/python.md shows them. Each module of this
+package with a `main` is a command: `python -m genai_jax.train --help`. What a family consists of is
+in `genai_jax.tasks.protocol`; README.md has everything else.
 """
 
 import importlib
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from genai_jax.errors import ConfigError as ConfigError
     from genai_jax.fit import fit as fit
     from genai_jax.ladder import ladder as ladder
+    from genai_jax.model_card import model_card as model_card
     from genai_jax.runs import Run as Run
     from genai_jax.runs import load as load
     from genai_jax.runs import train as train
     from genai_jax.study import study as study
-    from genai_jax.training.workdir import environment as environment
+    from genai_jax.train_tokenizer import train_tokenizer as train_tokenizer
     from genai_jax.training.own_step import make_step as make_step
+    from genai_jax.training.workdir import environment as environment
 
 __version__ = "0.2.0"
 
@@ -33,7 +36,9 @@ _PLACES = {
     "make_step": "genai_jax.training.own_step",
 }
 # Commands whose modules are callable.
-_COMMANDS = ("compare", "compile_check", "fit", "ladder", "study", "train")
+_COMMANDS = (
+    "compare", "compile_check", "fit", "ladder", "model_card", "study", "train", "train_tokenizer",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -67,6 +67,14 @@ class Inspection:
         """The tokens of a text as the model reads it; the first begins every document."""
         return self._attends().token_texts(text)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of a language model: `encode`, `decode`, and `vocab_size`."""
+        tokenizer = getattr(self.task.data, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(f"--task={self.config.run.task} has no tokenizer")
+        return tokenizer
+
     def picture(self, images: np.ndarray, columns: int | None = None) -> np.ndarray:
         """Images, signals, or videos in one picture [height, width, 3], uint8.
 

@@ -3,14 +3,17 @@
 python -m genai_jax.model_card --workdir=D [--output=FILE] [--scores=scores.json]
 
 What only people can know, such as the intended use, is left to fill in. --scores takes what
-`python -m genai_jax.evaluate --workdir=D > scores.json` printed.
+`python -m genai_jax.evaluate --workdir=D > scores.json` printed. In Python,
+`genai_jax.model_card(workdir, ...)` writes the same card.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from genai_jax.callable_commands import callable_as, request_of
 from genai_jax.command import run
 from genai_jax.config import ConfigError, asks_for_help, field, help_text, parse, refuse_set
 from genai_jax.files import read_object, write_text, writing_to
@@ -52,6 +55,19 @@ class CardRequest:
     carbon_intensity: float | None = field(
         None, "Carbon intensity of the electricity in g CO2e per kWh; 475 if unset.", minimum=0
     )
+
+
+def model_card(workdir: str | os.PathLike, **flags: Any) -> pathlib.Path:
+    """Writes the model card of a run and returns its file.
+
+    Args:
+      workdir: folder of the run.
+      **flags: those of the command: `output`, `license`, `scores`, `emissions`, ...
+
+    Raises:
+      ConfigError: see `write_card`; or flags that the command does not have.
+    """
+    return write_card(request_of(CardRequest, {"workdir": workdir, **flags}))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,6 +127,8 @@ def _footprint(request: CardRequest, facts: "RunFacts") -> Footprint | None:
     intensity = INTENSITY if request.carbon_intensity is None else request.carbon_intensity
     return by_factors(facts.device_hours, *power, overhead, intensity)
 
+
+callable_as(model_card)
 
 if __name__ == "__main__":
     run(main)

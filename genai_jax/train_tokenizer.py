@@ -1,16 +1,21 @@
 """Trains a byte-level BPE tokenizer on the train split of a data set.
 
 python -m genai_jax.train_tokenizer --vocab_size=4096 --output=tokenizer.json
+
+In Python, `genai_jax.train_tokenizer({"vocab_size": 4096})` does the same.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from genai_jax import config as config_lib
+from genai_jax.callable_commands import callable_as
 from genai_jax.command import run
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import Source, open_source
-from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, load_tokenizer
+from genai_jax.data.text.tokenization import BOUNDARIES, MAX_IDS, Tokenizer, load_tokenizer
 from genai_jax.files import write_text, writing_to
 from genai_jax.outside import allow
 from genai_jax.sampled import prepare_output
@@ -38,11 +43,31 @@ TextConfig = dataclasses.make_dataclass(
 COMPONENTS = {"run": TrainTokenizerConfig, "data": TextConfig}
 
 
+def train_tokenizer(flags: Mapping[str, Any]) -> Tokenizer:
+    """Trains a tokenizer, writes its file, and prints how well it compresses held-out text.
+
+    Args:
+      flags: those of the command: {"data.dataset": "text:books", "vocab_size": 4096, "output":
+        "books.json"}; a run takes that file as ``--data.tokenizer``.
+
+    Raises:
+      ConfigError: flags that the command does not have, or text or a file that cannot be used.
+    """
+    from genai_jax.keyword_flags import as_flags
+
+    return _trained(as_flags(flags))
+
+
 def main(argv: list[str]) -> int:
     """Trains the tokenizer, writes it, and prints how well it compresses the validation split."""
     if config_lib.asks_for_help(argv):
         print(config_lib.help_text(__doc__, COMPONENTS))
         return 0
+    _trained(argv)
+    return 0
+
+
+def _trained(argv: list[str]) -> Tokenizer:
     config, _ = config_lib.parse(argv, COMPONENTS)
     allow(config.outside())
     output = config.run.output
@@ -63,7 +88,7 @@ def main(argv: list[str]) -> int:
         f"{output}: {tokenizer.vocab_size} tokens from {train.name}, {size / tokens:.3f} bytes per "
         f"token on {validation.name} ({size} bytes)"
     )
-    return 0
+    return tokenizer
 
 
 def train_bpe(source: Source, vocab_size: int, output: str) -> None:
@@ -95,6 +120,8 @@ def compression(tokenizer, source: Source) -> tuple[int, int]:
     size = sum(len(document.encode()) for document in documents)
     return size, sum(len(tokenizer.encode(document)) for document in documents)
 
+
+callable_as(train_tokenizer)
 
 if __name__ == "__main__":
     run(main)

@@ -16,6 +16,8 @@ HERE = [p for p in PAGES if p not in ELSEWHERE and any(b.kind for b in blocks_of
 OTHERS = {"name", "flag", "component.field", "grace", "action", "zone", "cluster", "image", "nodes",
           "processes", "dry_run", "target", "output", "component", "calls"}  # fmt: skip
 
+NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?")
+
 
 @pytest.mark.parametrize("page", HERE)
 def test_every_block_runs(page, tmp_path, monkeypatch):
@@ -74,8 +76,25 @@ def test_the_readme_is_short_and_complete():
     for page in pages:
         assert page in readme, page
         text = (ROOT / page).read_text(encoding="utf-8")
-        for part in (".flags`](", "| measured |", "![", "**Limits.**", "```bash"):
+        for part in ("| papers | [", ".flags`](", "| measured |", "![", "**Limits.**", "```bash"):
             assert part in text, f"{page} has no {part}"
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages():
+    """Each number of its table is on the family's page and beside the flagfile, also rounded."""
+    row = r"\| \[[^]]+\]\((docs/families/\S+)\) \| `\w+` \| `(\S+\.flags)` \| (.*) \| (.*) \|"
+    rows = re.findall(row, (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(rows) > len(TASKS)
+    for page, flagfile, measured, seconds in rows:
+        beside = (ROOT / "experiments" / flagfile).parent / "README.md"
+        for path in (ROOT / page, beside):
+            numbers = NUMBER.findall(path.read_text(encoding="utf-8"))
+            for number in NUMBER.findall(measured):
+                digits = len(number.partition(".")[2])
+                rounded = {f"{float(n.replace(',', '')):.{digits}f}" for n in numbers}
+                assert number.replace(",", "") in rounded, f"{path}: README.md says {number}"
+        if seconds != "not measured":
+            assert seconds in (ROOT / page).read_text(encoding="utf-8"), f"{page}: {seconds}"
 
 
 def test_every_command_is_in_the_guides():

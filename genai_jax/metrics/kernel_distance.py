@@ -8,7 +8,7 @@ _BLOCK = 1024  # rows of a kernel matrix at a time
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """Squared maximum mean discrepancy of features [n, dim] and [m, dim], and its standard error.
 
-    The unbiased estimate from all pairs with the kernel (x y / dim + 1)^3 (Binkowski et al. 2018,
+    The unbiased estimate from all pairs with the kernel (x y / dim + 1)^3 (Bińkowski et al. 2018,
     section 4, who average it over subsets). The standard error is a jackknife over the rows of both
     sides (Efron and Stein 1981), which errs on the large side where the sets are alike.
 

@@ -27,7 +27,7 @@ DEVICE_WATTS = (
     ("A100", 400.0, "maximum power, NVIDIA data sheet"),
 )
 OVERHEAD = 1.57  # PUE: average of large data centers, Uptime Institute, Global Survey 2021
-INTENSITY = 475.0  # g CO2e per kWh: world average, IEA, Global Energy & CO2 Status Report 2019
+INTENSITY = 475.0  # g CO2 per kWh: world average, IEA, Global Energy & CO2 Status Report 2019
 
 
 class Footprint(NamedTuple):
@@ -68,7 +68,7 @@ def by_factors(
     method = (
         f"{hours:.4g} device hours x {watts:g} W ({source}) x {overhead:g} (overhead of the data "
         f"center, PUE{'; average of 2021, Uptime Institute' if overhead == OVERHEAD else ''}) x "
-        f"{intensity:g} g CO2e per kWh"
+        f"{intensity:g} g CO2 per kWh"
         f"{' (world average of 2018, IEA)' if intensity == INTENSITY else ''}; "
         "without hosts and network"
     )
@@ -76,33 +76,42 @@ def by_factors(
 
 
 def measured(path: str) -> Footprint:
-    """The sum of all rows in an ``emissions.csv`` of codecarbon.
+    """The sum over all measurements in an ``emissions.csv`` of codecarbon.
+
+    The file may have several rows for one measurement, of which each includes those before it, and
+    measurements of several processes or restarts of a run, which add up.
 
     Raises:
       ConfigError: it cannot be read, or is not such a file.
     """
     label = f"--emissions={path}"
     energy = emissions = 0.0
-    versions = set()
+    last: dict[str, dict] = {}  # run_id -> its newest row
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path, label))))
-        for row in rows:
+        for i, row in enumerate(csv.DictReader(io.StringIO(read_text(path, label)))):
+            last[str(row.get("run_id") or i)] = row
+        for row in last.values():
             energy += _amount(row["energy_consumed"])
             emissions += _amount(row["emissions"])
-            versions.add(str(row.get("codecarbon_version") or ""))
     except ConfigError:
         raise
     except (KeyError, TypeError, ValueError, csv.Error):
-        rows = []
-    if not rows:
+        last = {}
+    if not last:
         raise unreadable(
             path,
             "it is not an emissions.csv of codecarbon, with the columns energy_consumed (kWh) and "
             "emissions (kg CO2e)",
             label,
         )
-    name = " ".join(["codecarbon", *sorted(filter(None, versions))])
-    return Footprint(energy, emissions, f"measured by {name}, {len(rows)} row(s)")
+    versions = {str(row.get("codecarbon_version") or "") for row in last.values()}
+    projects = {str(row.get("project_name") or "") for row in last.values()}
+    method = " ".join(["measured by codecarbon", *sorted(filter(None, versions))])
+    if len(last) > 1:
+        method += f", the sum of {len(last)} measurements"
+    if len(projects) > 1:
+        method += f" of the projects {', '.join(sorted(filter(None, projects)))}"
+    return Footprint(energy, emissions, method)
 
 
 def _amount(text: str) -> float:

@@ -3,11 +3,14 @@
 _OF_DIMENSIONS = "bits per dimension (pixel and channel), {}; lower is better"
 _EXACT = _OF_DIMENSIONS.format("exact")
 _BOUND = _OF_DIMENSIONS.format("from the variational bound, which is above the exact value")
+_DEQUANTIZED = _OF_DIMENSIONS.format(
+    "an upper bound: of the density of values with uniform noise added (Theis et al. 2016)"
+)
 _AVERAGE = "of the averaged parameters"
 # Task -> the convention of its bits per dimension.
 BITS_PER_DIM = {
     "language_model": _EXACT,
-    "normalizing_flow": _EXACT,
+    "normalizing_flow": _DEQUANTIZED,
     "vae": _BOUND,
     "diffusion": _BOUND,
     "rbm": _OF_DIMENSIONS.format("with a normalizer estimated by annealed importance sampling"),
@@ -24,7 +27,7 @@ COUNTS = {
 # By the last part of a metric's name: the first that it starts with.
 NOTES = (
     ("bits_per_byte", "bits per byte of UTF-8 text, exact; lower is better"),
-    ("ode_bits_per_dim", _OF_DIMENSIONS.format("by the probability-flow ODE")),
+    ("ode_bits_per_dim", f"by the probability-flow ODE, {_DEQUANTIZED}"),
     ("elbo_bits_per_dim", _BOUND),
     ("importance_bits_per_dim", _OF_DIMENSIONS.format("from the importance-weighted bound")),
     ("bits_per_code", "bits per code of the autoencoder, exact; lower is better"),
@@ -39,8 +42,8 @@ NOTES = (
     ("fid_inception", "Frechet Inception distance (FID); lower is better"),
     ("fd_", "Frechet distance to held-out examples in these features, not FID; lower is better"),
     ("kd_", "kernel distance to held-out examples in these features, not KID; lower is better"),
-    ("precision", "share of samples near real examples (Kynkaanniemi et al. 2019)"),
-    ("recall", "share of real examples near samples (Kynkaanniemi et al. 2019)"),
+    ("precision", "share of samples near real examples (Kynkäänniemi et al. 2019)"),
+    ("recall", "share of real examples near samples (Kynkäänniemi et al. 2019)"),
     ("agreement", "share of samples that the classifier assigns to the requested class"),
     ("classifier_accuracy", "accuracy of the classifier on held-out examples, for comparison"),
 )  # fmt: skip

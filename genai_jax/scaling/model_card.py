@@ -230,7 +230,10 @@ def _evaluation(facts: RunFacts, scores: Mapping[str, float], trained: bool) -> 
 def _impact(facts: RunFacts, footprint: Footprint | None) -> Iterator[str]:
     hours = facts.device_hours
     devices = f"{facts.number('devices') or '?'} x {facts.get('device_kind', str) or '?'}"
-    energy = emitted = f"{UNKNOWN} (the power of this device is not known: `--device_watts`)"
+    missing = "power of this device is not known: `--device_watts`"
+    if hours is None:
+        missing = "time of the training is not known"
+    energy = emitted = f"{UNKNOWN} (the {missing})"
     if footprint:
         energy = f"{footprint.kilowatt_hours:.4g} kWh"
         emitted = f"{footprint.kilograms:.4g} kg CO2 equivalent"

@@ -98,7 +98,8 @@ def read_facts(workdir: str) -> RunFacts:
     }
     scores = {name: x for name, x in scores.items() if not of_member(name, scores)}
     seconds = _clock(folder / "checkpoints" / str(step)) if steps else None
-    return RunFacts(flags, record, step, seconds, scores, list(_earlier(folder, flags)))
+    earlier = list(_earlier(folder, flags, MOST_DEEP, {folder.resolve()}))
+    return RunFacts(flags, record, step, seconds, scores, earlier)
 
 
 def _clock(checkpoint: pathlib.Path) -> float | None:
@@ -111,28 +112,48 @@ def _clock(checkpoint: pathlib.Path) -> float | None:
     return float(seconds) if seconds is not None and 0 <= seconds < 1e12 else None
 
 
-def _earlier(folder: pathlib.Path, flags: Mapping[str, str]) -> Iterator[EarlierRun]:
-    """The runs that this one builds on, by what it kept of them."""
-    yield from _kept(folder / FOLDER / RUNS, MOST_DEEP)
+def _earlier(
+    folder: pathlib.Path, flags: Mapping[str, str], depth: int, seen: set[pathlib.Path]
+) -> Iterator[EarlierRun]:
+    """The runs that a run builds on, and theirs, to a depth below which they are unknown.
+
+    Args:
+      folder: of the run, with what it kept of those that it builds on.
+      flags: of the run.
+      depth: how far to go.
+      seen: folders of runs that are counted already; those met are added.
+    """
+    others = []
+    runs = folder / FOLDER / RUNS
+    if runs.is_dir() and not runs.is_symlink():
+        others = [(entry.name, entry) for entry in sorted(runs.iterdir())[:MOST_DEEP]]
     if start := flags.get("init_from"):  # not kept: its parameters are in the checkpoints
         other = pathlib.Path(start)
         if not os.path.lexists(other / "flags.txt"):  # WORKDIR:STEP
             other = pathlib.Path(start.rpartition(":")[0] or start)
-        yield _described(other, "init_from")
-        yield from _kept(other / FOLDER / RUNS, MOST_DEEP)
+        others.append(("init_from", other))
+    for flag, other in others:
+        if other.resolve() in seen:
+            continue
+        if not depth:
+            yield EarlierRun(flag, "", None)
+            continue
+        seen.add(other.resolve())
+        theirs = _flags(other)
+        yield _described(other, flag, theirs)
+        yield from _earlier(other, theirs, depth - 1, seen)
 
 
-def _kept(runs: pathlib.Path, depth: int) -> Iterator[EarlierRun]:
-    if not depth or not runs.is_dir() or runs.is_symlink():
-        return
-    for entry in sorted(runs.iterdir())[:MOST_DEEP]:
-        yield _described(entry, entry.name)
-        yield from _kept(entry / FOLDER / RUNS, depth - 1)
-
-
-def _described(folder: pathlib.Path, flag: str) -> EarlierRun:
+def _flags(folder: pathlib.Path) -> dict[str, str]:
     try:
-        flags, record = recorded_flags(folder), read_object(folder / "run.json")
+        return recorded_flags(folder)
+    except ConfigError:
+        return {}
+
+
+def _described(folder: pathlib.Path, flag: str, flags: Mapping[str, str]) -> EarlierRun:
+    try:
+        record = read_object(folder / "run.json")
         per_step = _entry(record, "flops_per_step", (int, float))
         flops = float(per_step) * int(flags["train.steps"])
         return EarlierRun(flag, flags.get("task", ""), flops)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import yaml
@@ -129,12 +130,33 @@ def test_the_compute_of_earlier_runs_counts(card, workdir, tmp_path):
     assert facts[MORE] == "not as far as it is known"
 
 
+def test_runs_that_began_with_runs_that_began_with_runs_count(card, workdir, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    for run, start in ((first, third), (second, first), (third, second)):  # even in a circle
+        copy_of(workdir, run, {"flops_per_step": 2e24})  # in two steps
+        with open(run / "flags.txt", "a") as flags:
+            flags.write(f"--init_from={start}:2\n")
+    facts = bullets(card(third))
+    assert "1.2e+25 with the planned training" in facts["FLOPs of the training"]
+    assert facts[MORE] == "yes" and facts["Trained from"].count("--init_from") == 2
+    shutil.rmtree(first)
+    facts = bullets(card(third))
+    assert "8e+24 with" in facts["FLOPs of the training"] and "unknown" in facts["Trained from"]
+    assert facts[MORE] == "not as far as it is known"
+
+
 def test_measured_emissions_replace_the_factors(card, workdir, tmp_path):
     path = tmp_path / "emissions.csv"
     path.write_text(EMISSIONS)
     facts = bullets(card(workdir, f"--emissions={path}"))
     assert facts["Energy"] == "1.5 kWh" and facts["Carbon Emitted"] == "0.75 kg CO2 equivalent"
-    assert facts["Method"] == "measured by codecarbon 3.3, 2 row(s)"
+    assert facts["Method"] == "measured by codecarbon 3.3, the sum of 2 measurements"
+    # One measurement that was written twice, and another.
+    rows = ("project_name,run_id,emissions,energy_consumed", "a,1,1,2", "a,1,4,8", "b,2,1,2")
+    path.write_text("\n".join(rows))
+    facts = bullets(card(workdir, f"--emissions={path}"))
+    assert facts["Energy"] == "10 kWh" and facts["Carbon Emitted"] == "5 kg CO2 equivalent"
+    assert facts["Method"].endswith("the sum of 2 measurements of the projects a, b")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +206,6 @@ def test_known_devices_have_a_power_and_a_source(kind):
 def test_what_each_family_is_called_and_can_do():
     for name in TASKS:
         assert hasattr(task_class(name), "sample") != (name in NOT_SAMPLED), name
-    assert "exact" in note_of("eval/bits_per_dim", "normalizing_flow")
+    assert "upper bound" in note_of("eval/bits_per_dim", "normalizing_flow")
     assert "bound" in note_of("eval/ema/bits_per_dim", "vae")
     assert note_of("eval/ema/loss", "vae").startswith("of the averaged parameters; ")
