@@ -36,6 +36,15 @@ ELSEWHERE = {
     "docs/python.md": "tests/test_python_guide.py",
 }
 PAGES = ("README.md", *(p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("docs/**/*.md"))))
+# Pages of the site and of the repository whose commands are only checked.
+STUDIES = (p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("experiments/**/README.md")))
+BESIDE = (
+    "BUILD_NOTES.md",
+    "CONTRIBUTING.md",
+    "colabs/README.md",
+    "kernels_pallas/README.md",
+    *STUDIES,
+)
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 SETUP = re.compile(r"<!-- setup: (.+) -->")
 NAMED = re.compile(r"\*\*`([^`]+)`\*\*")
@@ -220,7 +229,7 @@ def check_names(block: Block):
 
 def flags_of_command(module: str) -> set[str]:
     """Names of the flags of a command, of all tasks."""
-    if module in ("genai_jax.train", "genai_jax.compile_check"):
+    if module.removeprefix("genai_jax.") in ("train", "compile_check", "sample", "evaluate"):
         return all_flags()
     return set(_named(importlib.import_module(module))) | {"help", "flagfile"}
 

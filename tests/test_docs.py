@@ -8,13 +8,22 @@ import pytest
 
 from genai_jax.tasks.registry import TASKS
 from tests.conftest import ROOT
-from tests.docs_blocks import ELSEWHERE, PAGES, all_flags, blocks_of, commands_of, execute
+from tests.docs_blocks import (
+    BESIDE,
+    ELSEWHERE,
+    PAGES,
+    all_flags,
+    blocks_of,
+    check_names,
+    commands_of,
+    execute,
+)
 
 KINDS = {"bash", "python", "flags", "text", ""}
 HERE = [p for p in PAGES if p not in ELSEWHERE and any(b.kind for b in blocks_of(p))]
 # Flags of other programs, and placeholders.
 OTHERS = {"name", "flag", "component.field", "grace", "action", "zone", "cluster", "image", "nodes",
-          "processes", "dry_run", "target", "output", "component", "calls"}  # fmt: skip
+          "processes", "dry_run", "target", "output", "component", "calls", "measure"}  # fmt: skip
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -49,7 +58,7 @@ def test_nearly_all_commands_are_executed():
 
 def test_flags_and_files_that_pages_name_are_there():
     known, odd = all_flags() | OTHERS, []
-    for page in PAGES:
+    for page in (*PAGES, *BESIDE):
         text = (ROOT / page).read_text(encoding="utf-8")
         for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
             # of other programs: --extra-index-url
@@ -60,10 +69,20 @@ def test_flags_and_files_that_pages_name_are_there():
             if not re.match(r"[a-z]+:", link) and not (ROOT / page).parent.joinpath(link).exists():
                 odd.append(f"{page}: {link}")
         for path in re.findall(r"`(?:experiments/)?([\w/]+\.flags)`", text):
-            places = (ROOT, ROOT / "experiments", *(ROOT / "experiments").iterdir())
-            if not any((place / path).exists() for place in places) and f"**`{path}`**" not in text:
+            folders = (p.parent for p in (ROOT / "experiments").glob("**/*.flags"))
+            places = (ROOT, ROOT / "experiments", *folders)
+            if "NAME" in path or f"**`{path}`**" in text:
+                continue
+            if not any((place / path).exists() for place in places):
                 odd.append(f"{page}: {path}")
     assert odd == []
+
+
+@pytest.mark.parametrize("page", BESIDE)
+def test_commands_of_other_pages_have_the_flags_that_they_name(page):
+    for block in blocks_of(page):
+        if any(line.startswith("python -m") for line in commands_of(block)):
+            check_names(block)
 
 
 def test_the_readme_is_short_and_complete():
