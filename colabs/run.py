@@ -100,8 +100,8 @@ def cleared(notebook: NotebookNode) -> NotebookNode:
 
 
 def sources_hash(notebook: NotebookNode) -> str:
-    """A hash of all cells without their outputs: the stored outputs are those of these sources."""
-    cells = "\0".join(f"{cell.cell_type}\n{cell.source}" for cell in notebook.cells)
+    """A hash of all code cells: the stored outputs are those of this code."""
+    cells = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     return hashlib.sha256(cells.encode()).hexdigest()[:16]
 
 

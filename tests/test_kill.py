@@ -1,4 +1,4 @@
-"""A dozen of the kills that `python -m tests.kill` makes."""
+"""Some of the kills that `python -m tests.kill` makes."""
 
 from genai_jax.tasks.registry import TASKS
 from tests.kill import FAMILIES, kill_many
@@ -8,7 +8,7 @@ def test_every_family_is_killed():
     assert FAMILIES.keys() == TASKS.keys()
 
 
-def test_a_dozen_kills_change_no_value(tmp_path):
-    summary = kill_many(12, ["language_model"], seed=0, folder=tmp_path)
-    assert summary.differ == 0 and summary.compared > 200
-    assert summary.while_saving == 4
+def test_kills_change_no_value(tmp_path):
+    summary = kill_many(9, ["language_model"], seed=0, folder=tmp_path)
+    assert summary.differ == 0 and summary.compared > 150
+    assert summary.while_saving == 3
