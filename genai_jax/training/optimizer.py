@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.outside import check_call, load_outside, outside_name
 from genai_jax.training.parametrization import learning_rate_factor
 from genai_jax.training.sharding import logical_axes
+from genai_jax.training.trees import path_name
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt", "wsd")
@@ -173,6 +175,25 @@ def make_optimizer(
     return _clipped(config, core)
 
 
+def moved_by_sign(
+    optimizer: optax.GradientTransformation, pattern: str, rate: float
+) -> optax.GradientTransformation:
+    """`optimizer`, except for parameters that move by `rate` against the sign of their gradient.
+
+    Args:
+      optimizer: for all others.
+      pattern: regular expression for the paths of these parameters.
+      rate: how far they move in each update.
+    """
+
+    def labels(params):
+        label = lambda path, _: "sign" if re.search(pattern, path_name(path)) else "other"
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    move = optax.stateless(lambda updates, _: jax.tree.map(lambda u: -rate * jnp.sign(u), updates))
+    return optax.multi_transform({"sign": move, "other": optimizer}, labels)
+
+
 def _clipped(config: OptimizerConfig, core: optax.GradientTransformation):
     if not config.clip_norm:
         return core
@@ -253,16 +274,21 @@ _BATCH_AXES = ("layers", "blocks", "experts")
 
 
 def _map_axes(function, axes):
-    return jax.tree.map(function, axes, is_leaf=lambda x: isinstance(x, tuple))
+    """Maps axes of parameters; those that another optimizer has are `MaskedNode`s, and stay."""
+    is_axes = lambda x: isinstance(x, tuple) and not isinstance(x, optax.MaskedNode)
+    return jax.tree.map(function, axes, is_leaf=is_axes)
 
 
 _BIASES = (["heads", "head_dim"], ["kv_heads", "head_dim"], [None, "mlp"])
 
 
 def _is_matrix(axes: tuple) -> bool:
-    """Whether a parameter is neither a scale nor a bias, some of which have two axes: `_BIASES`."""
+    """Whether a parameter is neither a scale nor a bias, some of which have two axes: `_BIASES`.
+
+    Nor does it describe the states of a recurrence, whose decays weight decay would change.
+    """
     inner = [a for a in axes if a not in _BATCH_AXES]
-    return len(inner) >= 2 and inner not in _BIASES
+    return len(inner) >= 2 and inner not in _BIASES and "state" not in inner
 
 
 def _is_dimension(x) -> bool:

@@ -34,7 +34,6 @@ class Block(nn.Module):
         pre = c.norm_placement == "pre"
         dropout = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
         mixer_norm = Norm(c.norm, dtype=self.dtype, name=f"{name}_norm")
-        mlp_norm = Norm(c.norm, dtype=self.dtype, name="mlp_norm")
         mix = load_mixer(self.mixer)(
             config=c, backend=self.backend, dtype=self.dtype, parallel=self.parallel, name=name
         )
@@ -42,11 +41,18 @@ class Block(nn.Module):
         x = x + dropout(update)
         if not pre:
             x = mixer_norm(x)
-        update = self._mlp(mlp_norm(x) if pre else x, context, dropless=state is not None)
-        x = x + dropout(update)
-        if not pre:
-            x = mlp_norm(x)
+        if c.mlp_width or self.moe.num_experts:
+            x = self._add_mlp(x, context, dropout, dropless=state is not None)
         return nn.with_logical_constraint(x, ("batch", "length", "activation_embed")), new_state
+
+    def _add_mlp(
+        self, x: jax.Array, context: TokenContext, dropout: nn.Dropout, dropless: bool
+    ) -> jax.Array:
+        pre = self.config.norm_placement == "pre"
+        mlp_norm = Norm(self.config.norm, dtype=self.dtype, name="mlp_norm")
+        update = self._mlp(mlp_norm(x) if pre else x, context, dropless)
+        x = x + dropout(update)
+        return x if pre else mlp_norm(x)
 
     def _mlp(self, x: jax.Array, context: TokenContext, dropless: bool) -> jax.Array:
         c, out_scale = self.config, 1 / (2 * self.config.num_layers)

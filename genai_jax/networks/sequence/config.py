@@ -5,7 +5,14 @@ import math
 
 from genai_jax.config import field
 from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
-from genai_jax.networks.sequence.mixers import check_pattern, outside_mixers, split_pattern
+from genai_jax.networks.sequence.mixers import (
+    MIXERS,
+    OPTIONS,
+    check_pattern,
+    options_of,
+    outside_mixers,
+    split_pattern,
+)
 from genai_jax.networks.sequence.stack import REMAT
 
 PARAMETRIZATIONS = ("standard", "maximal_update")
@@ -28,7 +35,10 @@ class TransformerConfig:
         None, "Width of an attention head; embed_dim / num_heads if unset.", minimum=1
     )
     mlp_dim: int | None = field(
-        None, "Hidden width of the MLP; 4 embed_dim if unset, 8/3 embed_dim if gated.", minimum=1
+        None,
+        "Hidden width of the MLP; 4 embed_dim if unset, 8/3 embed_dim if gated; 0 for blocks that "
+        "have only a mixer, as in Mamba.",
+        minimum=0,
     )
     positions: str = field(
         "rope",
@@ -88,9 +98,37 @@ class TransformerConfig:
     )
     pattern: str | None = field(
         None,
-        "Comma-separated mixers of consecutive blocks, repeated over all blocks: attention, or "
-        "module:Class for a mixer of your own; attention if unset.",
+        "Comma-separated mixers of consecutive blocks, repeated over all blocks: "
+        f"{', '.join(MIXERS)}, or module:Class for a mixer of your own; attention if unset.",
         outside=outside_mixers,
+    )
+    expand: float | None = field(
+        None,
+        "Inner width of a recurrent mixer relative to embed_dim; that of its paper if unset.",
+        minimum=0,
+        maximum=64,
+    )
+    state_dim: int | None = field(
+        None,
+        "States per channel or head of a state-space mixer; that of its paper if unset.",
+        minimum=1,
+    )
+    conv_width: int | None = field(
+        None,
+        "Tokens that the short convolution of a recurrent mixer sees; 4 if unset.",
+        minimum=1,
+        maximum=64,
+    )
+
+    latent_dim: int | None = field(
+        None,
+        "Numbers that latent attention keeps of a token for keys and values; 4 head_dim if unset.",
+        minimum=1,
+    )
+    rotary_dim: int | None = field(
+        None,
+        "Channels of the rotated keys of latent attention; head_dim / 2 if unset.",
+        minimum=2,
     )
 
     def __post_init__(self):
@@ -109,7 +147,27 @@ class TransformerConfig:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 caps everything: it must be above 0, or unset")
         check_pattern(self.pattern, self.num_layers)
+        self._check_mixers()
         self._check_base()
+
+    def _check_mixers(self):
+        """Raises `ValueError` for options that no mixer of the pattern has, or that do not fit."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for option in OPTIONS:
+            if getattr(self, option) != defaults[option] and option not in options_of(self.mixers):
+                has = [name for name, mixer in MIXERS.items() if option in mixer.options]
+                raise ValueError(
+                    f"{option}={getattr(self, option)} is for the mixers {', '.join(has)}, of "
+                    f"which pattern={self.pattern} has none"
+                )
+        if self.positions == "alibi" and set(self.mixers) <= set(MIXERS) - {"attention"}:
+            raise ValueError(
+                f"positions=alibi is for attention, which pattern={self.pattern} lacks"
+            )
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim={self.rotary_dim} is odd; rotations need pairs")
+        if self.expand == 0:
+            raise ValueError("expand=0 leaves no channels: it must be above 0, or unset")
 
     def _check_base(self):
         """Raises `ValueError` where the fields do not determine the base shape."""
@@ -144,9 +202,24 @@ class TransformerConfig:
         return self.head_dim or self.embed_dim // self.num_heads
 
     @property
+    def taps(self) -> int:
+        """Tokens that a short convolution sees."""
+        return self.conv_width or 4
+
+    @property
+    def latent_width(self) -> int:
+        """Size of the latents of latent attention."""
+        return self.latent_dim or 4 * self.head_width
+
+    @property
+    def rotated_width(self) -> int:
+        """Channels of the keys of latent attention that are rotated, an even number."""
+        return self.rotary_dim or max(2, self.head_width // 4 * 2)
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width; a gated MLP has as many parameters by default as the plain one."""
-        if self.mlp_dim:
+        if self.mlp_dim is not None:
             return self.mlp_dim
         if self.activation in GATED:
             return max(8, round(self.embed_dim * 8 / 3 / 32) * 32)

@@ -57,6 +57,17 @@ class RecurrentState(NamedTuple):
         rows = jnp.arange(self.length.shape[0])
         return jax.tree.map(lambda a: a[rows, self.length % a.shape[1]], self.values)
 
+    @property
+    def keeps_past(self) -> bool:
+        """Whether it can be rewound."""
+        return jax.tree.leaves(self.values)[0].shape[1] > 1
+
+    def finish(self, value: PyTree, lengths: jax.Array | int) -> "RecurrentState":
+        """The state whose value is that after `lengths` new tokens, if it keeps no earlier ones."""
+        keep = lambda old, new: new[:, None].astype(old.dtype)
+        lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), self.length.shape)
+        return RecurrentState(jax.tree.map(keep, self.values, value), self.length + lengths)
+
     def advance(self, after: PyTree, lengths: jax.Array | None = None) -> "RecurrentState":
         """The state with new tokens added.
 

@@ -35,7 +35,8 @@ def partition_rules(config: TransformerConfig) -> tuple[tuple[str, tuple], ...]:
     """(parameter path, logical axes) of the network. The first match in a path decides."""
     mixer_rules = ()
     for name in dict.fromkeys(config.mixers):
-        mixer_rules += stacked_rules(f"{parameter_name(name)}/", load_mixer(name).PARTITION_RULES)
+        below = rf"\b{parameter_name(name)}/"  # "lstm" is not "mlstm"
+        mixer_rules += stacked_rules(below, load_mixer(name).PARTITION_RULES)
     return (
         (r"position_embed/embedding", (None, "embed")),
         (r"embed/embedding", ("vocabulary", "embed")),

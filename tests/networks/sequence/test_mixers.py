@@ -243,8 +243,8 @@ def test_flops_are_those_of_each_mixer():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["pattern=attention,mamba"], "--transformer.pattern=attention,mamba has the unknown mixer "
-         "'mamba'; known: attention, or module:Class for your own"),
+        (["pattern=attention,mambo"], "--transformer.pattern=attention,mambo has the unknown mixer "
+         "'mambo'; known: attention, latent_attention, s4,"),
         (["pattern=attention,attention", "num_layers=5"], "--transformer.num_layers=5 is not "
          "divisible by the 2 mixers of --transformer.pattern=attention,attention"),
         (["pattern="], "unknown mixer ''"),

@@ -6,11 +6,51 @@ from outside this package.
 """
 
 import importlib
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from genai_jax.outside import is_outside, load_outside, snake_case
 
 REQUIRED = ("PARTITION_RULES", "empty_state", "flops")  # of `protocol.Mixer`
-MIXERS = {"attention": "genai_jax.networks.sequence.mixers.attention:Attention"}
+
+
+class Entry(NamedTuple):
+    """Where a mixer is, below this package, and the options of `TransformerConfig` that it has."""
+
+    place: str
+    options: tuple[str, ...] = ()
+
+
+WIDE = ("expand", "state_dim", "conv_width")
+OF_ATTENTION = ("window", "attention_soft_cap")
+# Options that only some mixers have.
+OPTIONS = (*WIDE, *OF_ATTENTION, "num_kv_heads", "qk_norm", "latent_dim", "rotary_dim")
+MIXERS = {
+    "attention": Entry("attention:Attention", (*OF_ATTENTION, "num_kv_heads", "qk_norm")),
+    "latent_attention": Entry(
+        "latent_attention:LatentAttention", (*OF_ATTENTION, "latent_dim", "rotary_dim")
+    ),
+    "s4": Entry("s4:S4", ("state_dim",)),
+    "s4d": Entry("s4:S4d", ("state_dim",)),
+    "mamba": Entry("mamba:Mamba", WIDE),
+    "mamba2": Entry("mamba2:Mamba2", WIDE),
+    "gated_linear_attention": Entry("linear_attention:GatedLinearAttention"),
+    "gated_delta_rule": Entry("linear_attention:GatedDeltaRule", ("conv_width",)),
+    "rg_lru": Entry("rg_lru:RgLru", ("expand", "conv_width")),
+    "lstm": Entry("gated_cells:Lstm", ("expand",)),
+    "gru": Entry("gated_cells:Gru", ("expand",)),
+    "minimal_gru": Entry("gated_cells:MinimalGru", ("expand",)),
+    "mlstm": Entry("mlstm:Mlstm", ("expand", "conv_width")),
+    "liquid": Entry("gated_cells:Liquid", ("expand",)),
+}
+
+
+def options_of(names: Iterable[str]) -> set[str]:
+    """The options that at least one of these mixers has; one from outside may use any."""
+    found: set[str] = set()
+    for name in names:
+        found.update(MIXERS[name].options if name in MIXERS else OPTIONS)
+    return found
 
 
 def split_pattern(pattern: str | None) -> tuple[str, ...]:
@@ -46,8 +86,8 @@ def load_mixer(name: str) -> type:
       ConfigError: a mixer from outside that cannot be imported.
     """
     if name in MIXERS:
-        module, _, attribute = MIXERS[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        module, _, attribute = MIXERS[name].place.partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
     return load_outside("--transformer.pattern", name, REQUIRED)
 
 

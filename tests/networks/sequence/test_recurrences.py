@@ -1,0 +1,170 @@
+"""Recurrences: in parallel and in chunks they equal their loops over tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from genai_jax.networks.sequence.recurrences.boundaries import Boundaries
+from genai_jax.networks.sequence.recurrences.delta_rule import delta_rule, delta_rule_step
+from genai_jax.networks.sequence.recurrences.diagonal import linear_recurrence, linear_step
+from genai_jax.networks.sequence.recurrences.exponential_gate import (
+    Memory,
+    memory_read,
+    memory_step,
+)
+from genai_jax.networks.sequence.recurrences.linear_attention import (
+    linear_attention,
+    linear_attention_step,
+)
+from genai_jax.networks.sequence.recurrences.loop import loop
+from genai_jax.networks.sequence.recurrences.state_space import (
+    diagonal_system,
+    hippo_legs,
+    low_rank_response,
+    low_rank_system,
+    normal_plus_low_rank,
+)
+from genai_jax.networks.sequence.recurrences.time_invariant import (
+    by_chunks,
+    convolution,
+    impulse_response,
+    system_step,
+)
+
+BATCH, LENGTH, HEADS, KEYS, VALUES = 2, 11, 2, 3, 4
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+decays = lambda *shape: -jnp.asarray(rng.exponential(0.5, shape), jnp.float32)
+q, k = normal(BATCH, LENGTH, HEADS, KEYS), normal(BATCH, LENGTH, HEADS, KEYS)
+v = normal(BATCH, LENGTH, HEADS, VALUES)
+unit = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+by_head, by_key = decays(BATCH, LENGTH, HEADS), decays(BATCH, LENGTH, HEADS, KEYS)
+matrix = normal(BATCH, HEADS, KEYS, VALUES)
+memory = Memory(matrix, normal(BATCH, HEADS, KEYS), normal(BATCH, HEADS))
+gates = 4 * normal(BATCH, LENGTH, HEADS)
+channels = normal(BATCH, LENGTH, HEADS)
+# Row 0: padding, then two documents; row 1: a document, padding, a document, padding.
+IDS = np.array([[0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 0, 0, 2, 2, 2, 2, 0, 0]])
+PACKED = Boundaries(jnp.asarray(IDS != 0), jnp.asarray((IDS == 2) & (np.cumsum(IDS == 2, 1) == 1)))
+
+CASES = {
+    "diagonal": (linear_recurrence, linear_step,
+                 (jnp.exp(by_head), channels), normal(BATCH, HEADS)),
+    "one decay a head": (linear_attention, linear_attention_step, (q, k, v, by_head), matrix),
+    "one decay a key": (linear_attention, linear_attention_step, (q, k, v, by_key), matrix),
+    "delta rule": (delta_rule, delta_rule_step,
+                   (q, unit, v, by_head, jax.nn.sigmoid(gates)), matrix),
+    "exponential gate": (memory_read, memory_step, (q, k, v, gates, by_head), memory),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_parallel_it_is_the_loop(name):
+    parallel, step, inputs, state = CASES[name]
+    chunked = {} if name == "diagonal" else {"chunk": 4}
+    for bounds in (Boundaries(), PACKED):
+        fresh = jax.tree.map(jnp.zeros_like, state)
+        want, end = loop(step, inputs, state, bounds, fresh=fresh)
+        y, after = jax.jit(functools.partial(parallel, **chunked))(*inputs, state, bounds)
+        real = (
+            1 if bounds.real is None else bounds.real.reshape(BATCH, LENGTH, *(1,) * (y.ndim - 2))
+        )
+        np.testing.assert_allclose(y * real, want * real, atol=2e-5)
+        if name == "exponential gate":  # the scale of a state may differ, not what it stands for
+            after, end = (
+                (
+                    m.matrix * jnp.exp(m.scale)[..., None, None],
+                    m.normalizer * jnp.exp(m.scale)[..., None],
+                )
+                for m in (after, end)
+            )
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-4), after, end
+        )
+
+
+def test_the_delta_rule_replaces_what_a_key_had_stored():
+    twice = jnp.stack([unit[:, 0], unit[:, 0]], 1)
+    values = v[:, :2]
+    one = jnp.ones((BATCH, 2, HEADS))
+    y, _ = delta_rule(twice, twice, values, 0 * one, one, jnp.zeros_like(matrix))
+    np.testing.assert_allclose(y[:, 1], values[:, 1], atol=1e-5)
+    y, _ = linear_attention(twice, twice, values, 0 * one, jnp.zeros_like(matrix))
+    np.testing.assert_allclose(y[:, 1], values[:, 0] + values[:, 1], atol=1e-5)
+
+
+def test_exponential_gates_do_not_overflow():
+    loud = jnp.full_like(gates, 200.0)
+    y, state = memory_read(q, k, v, loud, by_head, Memory.empty(BATCH, HEADS, KEYS, VALUES))
+    assert np.isfinite(y).all() and all(np.isfinite(a).all() for a in state)
+    quiet, _ = memory_read(q, k, v, loud + 10, by_head, Memory.empty(BATCH, HEADS, KEYS, VALUES))
+    np.testing.assert_allclose(y, quiet, rtol=1e-4)  # a common factor cancels
+
+
+def test_hippo_has_the_eigenvalues_of_its_paper():
+    size = 16
+    eigenvalues = np.sort(np.linalg.eigvals(hippo_legs(size)).real)[::-1]
+    np.testing.assert_allclose(eigenvalues, -np.arange(1, size + 1))
+    parts = normal_plus_low_rank(size)
+    a = np.diag(parts.values) - np.outer(parts.p, parts.p.conj())
+    n = np.arange(size)
+    want = hippo_legs(size)
+    # The same map of inputs to states: the moments b* A^i b do not depend on the basis.
+    b, power, power_want = np.sqrt(2 * n + 1), parts.b, np.sqrt(2.0 * n + 1)
+    for _ in range(3):
+        power, power_want = a @ power, want @ power_want
+        np.testing.assert_allclose(parts.b.conj() @ power, b @ power_want, rtol=1e-9)
+
+
+def _systems(size=6, channel_count=3):
+    step = jnp.log(jnp.linspace(0.02, 0.2, channel_count))
+    complex_ = lambda *shape: jax.lax.complex(normal(*shape), normal(*shape))
+    diagonal = diagonal_system(step, jax.lax.complex(decays(channel_count, size) - 0.1, 3 * normal(
+        channel_count, size)), complex_(channel_count, size))  # fmt: skip
+    start = normal_plus_low_rank(size)
+    copies = lambda a: jnp.broadcast_to(jnp.asarray(a, jnp.complex64), (channel_count, size))
+    parts = dict(values=copies(start.values), p=copies(start.p + 0j), b=copies(start.b + 0j),
+                 c=complex_(channel_count, size))  # fmt: skip
+    dense = low_rank_system(step, **parts)
+    response = lambda length: low_rank_response(step, **parts, length=length, discrete=dense.a)
+    return {
+        "s4d": (diagonal, functools.partial(impulse_response, diagonal)),
+        "s4": (dense, response),
+    }
+
+
+SYSTEMS = _systems()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_convolution_is_the_recurrence(name):
+    system, response = SYSTEMS[name]
+    x = normal(BATCH, LENGTH, 3)
+    state = jnp.zeros((BATCH, *system.b.shape, 2))
+    want, _ = loop(system_step(system), x, state)
+    np.testing.assert_allclose(convolution(x, response(LENGTH)), want, atol=1e-4)
+    want, _ = loop(system_step(system), x, state, PACKED)
+    y = jax.jit(by_chunks, static_argnames="chunk")(system, x, PACKED, chunk=4)
+    real = PACKED.real[..., None]
+    np.testing.assert_allclose(y * real, want * real, atol=1e-4)
+
+
+def test_a_low_rank_system_is_the_bilinear_one_of_hippo():
+    """In float64, by the definition, from the matrix itself."""
+    size, step = 6, 0.1
+    a, b = hippo_legs(size), np.sqrt(2 * np.arange(size) + 1.0)
+    eye = np.eye(size)
+    inverse = np.linalg.inv(eye - step / 2 * a)
+    discrete, entry = inverse @ (eye + step / 2 * a), inverse @ b * step
+    start = normal_plus_low_rank(size)
+    basis = np.linalg.eigh((a + np.outer(start_p := np.sqrt(np.arange(size) + 0.5), start_p)
+                            + 0.5 * eye) * -1j)[1]  # fmt: skip
+    c = rng.standard_normal(size)
+    copies = lambda v: jnp.asarray(v, jnp.complex64)[None]
+    system = low_rank_system(jnp.log(jnp.array([step])), copies(start.values), copies(start.p),
+                             copies(start.b), copies(c @ basis))  # fmt: skip
+    want = [c @ np.linalg.matrix_power(discrete, t) @ entry for t in range(8)]
+    np.testing.assert_allclose(impulse_response(system, 8)[:, 0], want, atol=1e-4)
