@@ -62,6 +62,7 @@ GAN = ("--task=gan", "--generator.channels=4", "--generator.latent_dim=6", "--cr
 BASES = {
     "language_model": TRANSFORMER,
     "language_model experts": (*TRANSFORMER, "--moe.num_experts=4"),
+    "language_model states": (*TRANSFORMER, "--transformer.pattern=mamba,latent_attention"),
     "diffusion": (*UNET, "--task=diffusion"),
     "diffusion dit": DIT,
     "diffusion bound": (*DIT, "--diffusion.objective=bound", "--diffusion.schedule=learned"),
@@ -128,6 +129,14 @@ NUMBERS = {
     "autoencoder_loss.discriminator_start": "1",
     "moe.group_size": "8",
     "language_model.vocab_size": "300",
+    "data.fim_rate": "0.5",
+    "language_model.ahead": "2",
+    "moe.balance_rate": "0.01",
+    "transformer.expand": "1.5",
+    "transformer.state_dim": "4",
+    "transformer.conv_width": "3",
+    "transformer.latent_dim": "8",
+    "transformer.rotary_dim": "4",
     "transformer.window": "3",
     "transformer.num_kv_heads": "1",
 }
@@ -137,6 +146,8 @@ WITH = {  # what a flag needs
     "transformer.base_head_dim": "transformer.parametrization=maximal_update "
     "transformer.base_width=8",
     "transformer.parametrization": "transformer.base_width=8 transformer.head_dim=8",
+    "data.fim_level": "data.fim_rate=0.5",
+    "data.fim_suffix_first": "data.fim_rate=0.5",
     "moe.group_size": "moe.capacity_factor=1.5",
     "moe.renormalize": "moe.experts_per_token=1",
     "ema.snapshot_every": "ema.relative_width=0.1",

@@ -6,6 +6,10 @@ import jax.numpy as jnp
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.router import RouterSums
 
+# Factor of the gradient of biases, of which only the sign counts: the norm of all gradients, which
+# is logged and clipped, stays that of the loss.
+SMALL = 1e-8
+
 
 def router_losses(sums: RouterSums, config: MoeConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted losses of the routers of all layers, and what to log about them.
@@ -40,3 +44,19 @@ def router_losses(sums: RouterSums, config: MoeConfig) -> tuple[jax.Array, dict[
     }
     loss = config.load_balance * load_balance + config.router_z_loss * router_z
     return loss, {f"moe/{name}": value for name, value in metrics.items()}
+
+
+def balancing_term(sums: RouterSums, biases: jax.Array) -> jax.Array:
+    """A term of value 0 whose gradient by the biases has the sign of each expert's excess load.
+
+    With `training.optimizer.moved_by_sign`, the bias of an expert that more than its share of
+    tokens chose falls by a constant, and that of the others rises (Wang et al. 2024,
+    "Auxiliary-loss-free load balancing strategy for mixture-of-experts", algorithm 1).
+
+    Args:
+      sums: of every layer, over the tokens of the whole batch, stacked: [layers, ...].
+      biases: [layers, experts].
+    """
+    excess = sums.load / jnp.maximum(jnp.mean(sums.load, -1, keepdims=True), 1) - 1
+    zero = biases - jax.lax.stop_gradient(biases)
+    return SMALL * jnp.sum(jax.lax.stop_gradient(excess) * zero)

@@ -31,7 +31,17 @@ MORE = {
             "--train.accumulate=2", f"--data.batch_size={2 * ROWS}",
         ),
     ),
-    "language_model experts": (("--transformer.tie_embeddings", "--moe.capacity_factor=1.25"),),
+    "language_model states": tuple(
+        (f"--transformer.pattern={pattern}", "--transformer.mlp_dim=0")
+        for pattern in (
+            "mamba2,rg_lru", "s4,s4d", "gated_linear_attention,gated_delta_rule", "lstm,mlstm",
+            "gru,minimal_gru", "liquid,lstm",
+        )
+    ),
+    "language_model experts": (
+        ("--moe.balance_rate=0.1", "--moe.load_balance=0", "--language_model.ahead=1"),
+        ("--transformer.tie_embeddings", "--moe.capacity_factor=1.25"),
+    ),
     "diffusion": (
         ("--diffusion.condition=class",),
         ("--data.dataset=moving_shapes", "--data.num_frames=2", "--unet.attention_resolutions=8"),

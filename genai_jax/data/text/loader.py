@@ -13,6 +13,7 @@ from genai_jax.data.kept import MOST_BYTES, Keeper, KeptData
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.byte_counts import closed
+from genai_jax.data.text.fill_in_middle import COUNT, FillInMiddle, Sentinels
 from genai_jax.data.text.packing import Batch, Packer, padding
 from genai_jax.data.text.passages import Passages
 from genai_jax.data.text.sources import (
@@ -82,9 +83,46 @@ class DataConfig:
         "--data.answer_after.",
         minimum=0,
     )
+    fim_rate: float = field(
+        0.0,
+        "Share of the training text that is rearranged as prefix, suffix, and middle, so that a "
+        "model learns to fill in what is between.",
+        minimum=0,
+        maximum=1,
+    )
+    fim_level: str = field(
+        "document",
+        "Whether documents (or their passages) are rearranged, or the parts of them that share a "
+        "sequence, which keeps all parts within it.",
+        choices=("document", "context"),
+    )
+    fim_suffix_first: float = field(
+        0.5,
+        "Share of the rearranged text that begins with the suffix.",
+        minimum=0,
+        maximum=1,
+    )
     prefetch: int = field(
         4, "Batches to prefetch in a background thread.", minimum=0, changeable=True
     )
+
+    def __post_init__(self):
+        if not self.fim_rate:
+            for name, default in (("fim_level", "document"), ("fim_suffix_first", 0.5)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect without `fim_rate`"
+                    )
+        elif self.answer_after is not None:
+            raise ValueError(
+                f"fim_rate={self.fim_rate} rearranges text, answer_after={self.answer_after} needs "
+                "its order: set one of them"
+            )
+        elif self.sequence_length <= COUNT:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} has no room for the {COUNT} tokens that "
+                "fim_rate adds"
+            )
 
     @property
     def passage_characters(self) -> int:
@@ -128,15 +166,28 @@ class TextLoader:
 
         documents = self._open(split)
         indices = self._unique(documents) if split == "train" else range(len(documents))
+        fill = self._fill_in_middle() if split == "train" else None
+        whole = fill is not None and self.config.fim_level == "document"
 
         def get_document(ordinal: int) -> np.ndarray:
             epoch, index = divmod(ordinal, len(indices))
-            return documents[indices[permuted(index, len(indices), (self._seed, epoch))]]
+            ids = documents[indices[permuted(index, len(indices), (self._seed, epoch))]]
+            return fill(ids, (ordinal,)) if whole else ids
 
-        packer = self._packer(get_document, self._rows_or_all(rows))
+        packer = self._packer(get_document, self._rows_or_all(rows), None if whole else fill)
         return BatchIterator(packer, self.config.prefetch)
 
-    def _packer(self, get_document, rows: Sequence[int]) -> Packer:
+    def _fill_in_middle(self) -> FillInMiddle | None:
+        config = self.config
+        if not config.fim_rate:
+            return None
+        sentinels = Sentinels.after(self.tokenizer.vocab_size)
+        boundary = self.tokenizer.boundary_id
+        return FillInMiddle(
+            config.fim_rate, config.fim_suffix_first, sentinels, boundary, self._seed
+        )
+
+    def _packer(self, get_document, rows: Sequence[int], rearrange=None) -> Packer:
         config, counted = self.config, None
         if config.answer_after is not None:
             mark = self.tokenizer.encode(config.answer_after)
@@ -150,7 +201,8 @@ class TextLoader:
             )
         shape = (config.batch_size, config.sequence_length)
         sizes = self.tokenizer.token_bytes() is None
-        return Packer(get_document, rows, *shape, counted, sizes)
+        added = COUNT if rearrange else 0
+        return Packer(get_document, rows, *shape, counted, sizes, rearrange, added)
 
     def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
         """Indices of the passages to train on; those for fewer unique tokens are a subset.

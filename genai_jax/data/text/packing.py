@@ -28,6 +28,9 @@ class Packer:
       length: tokens per row.
       counted: ids of a document -> mask of those that count as targets, ``[length]``; None for all.
       sizes: whether batches have an entry ``target_bytes``.
+      rearrange: (ids of what a row takes of a document, (document, offset)) -> the same, or with
+        `added` further tokens; None to leave them.
+      added: tokens that `rearrange` may add.
     """
 
     def __init__(
@@ -38,7 +41,10 @@ class Packer:
         length: int,
         counted: Callable[[np.ndarray], np.ndarray] | None = None,
         sizes: bool = False,
+        rearrange: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
+        added: int = 0,
     ):
+        self._rearrange, self._added = rearrange, added
         self._get_document = get_document
         self._rows = list(rows)
         self._batch_size = batch_size
@@ -100,14 +106,20 @@ class Packer:
                     f"a question with its answer has {remaining} tokens and does not fit into "
                     f"--data.sequence_length={self._length}"
                 )
-            stop = start + size
-            ids = document[:, 0] if self._sizes else document
-            row["tokens"][start:stop] = ids[offset : offset + size]
-            row["targets"][start:stop] = ids[offset + 1 : offset + 1 + size]
+            room = self._length - start - self._added
+            taken = document[offset : offset + size + 1]
+            if self._rearrange and room > 0:
+                size = min(remaining, room)
+                place = (self._rows[index] + finished * self._batch_size, offset)
+                taken = self._rearrange(document[offset : offset + size + 1], place)
+            stop = start + len(taken) - 1
+            ids = taken[:, 0] if self._sizes else taken
+            row["tokens"][start:stop] = ids[:-1]
+            row["targets"][start:stop] = ids[1:]
             if self._sizes:
-                row["target_bytes"][start:stop] = document[offset + 1 : offset + 1 + size, 1]
+                row["target_bytes"][start:stop] = taken[1:, 1]
             row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = np.arange(size)
+            row["positions"][start:stop] = np.arange(stop - start)
             row["loss_mask"][start:stop] = self._counted(ids)[1:] if self._counted else 1
             if size == remaining:
                 self._cursors[index] = (finished + 1, 0)

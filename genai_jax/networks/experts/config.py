@@ -42,6 +42,10 @@ class MoeConfig:
     load_balance: float = field(
         0.01, "Weight of the load-balancing loss, which is that of each microbatch.", minimum=0
     )
+    balance_rate: float = field(
+        0.0, "Step by which biases of the router's choices balance the experts without a loss; 0 "
+        "for no biases.", minimum=0,
+    )  # fmt: skip
     router_z_loss: float = field(0.001, "Weight of the router's squared log-normalizer.", minimum=0)
 
     def __post_init__(self):

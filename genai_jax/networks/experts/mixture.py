@@ -14,6 +14,7 @@ from genai_jax.networks.layers.dense import GATED, Mlp
 # Parameter path -> logical axes; a stack of blocks prepends one.
 PARTITION_RULES = (
     (r"router/kernel", ("embed", None)),
+    (r"router/bias", (None,)),
     (r"experts/(up|gate)", ("experts", "embed", "mlp")),
     (r"experts/down", ("experts", "mlp", "embed")),
 )
@@ -59,8 +60,9 @@ class MixtureOfExperts(nn.Module):
         c = self.config
         hidden_dim = c.expert_dim or self.hidden_dim
         real = jnp.ones(x.shape[:2], bool) if real is None else real
-        logits = Router(c.num_experts, self.width_growth, name="router")(x)
-        routes = route(logits, real, c)
+        router = Router(c.num_experts, self.width_growth, bool(c.balance_rate), name="router")
+        logits, bias = router(x)
+        routes = route(logits, real, c, bias)
         if dropless or self.is_initializing():
             c = dataclasses.replace(c, capacity_factor=0.0, exchange_factor=0.0)
         experts = Experts(

@@ -27,24 +27,30 @@ class RouterSums(NamedTuple):
 
 
 class Router(nn.Module):
-    """A linear map to one logit per expert, in float32.
+    """A linear map to one logit per expert, in float32, and perhaps a bias of the choices.
 
     Attributes:
       num_experts: number of logits.
       width_growth: divides the logits and multiplies the variance of the kernel.
+      has_bias: whether there are biases; see `losses.router.balancing_term`.
     """
 
     num_experts: int
     width_growth: float = 1.0
+    has_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """[batch, length, embed] -> logits [batch, length, experts] and biases [experts]."""
         init = nn.initializers.variance_scaling(self.width_growth, "fan_in", "truncated_normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.num_experts), jnp.float32)
         # "high" keeps 16 bits of the kernel on TPU, where the default keeps 8 and "highest" costs
         # as much as a twentieth of the experts; x has 8 where it comes in bfloat16.
         logits = jnp.matmul(x.astype(jnp.float32), kernel, precision="high")
-        return logits if self.width_growth == 1 else logits / self.width_growth
+        logits = logits if self.width_growth == 1 else logits / self.width_growth
+        if not self.has_bias:
+            return logits, None
+        return logits, self.param("bias", nn.initializers.zeros, (self.num_experts,), jnp.float32)
 
 
 class Routes(NamedTuple):
@@ -55,20 +61,24 @@ class Routes(NamedTuple):
     probability: jax.Array  # [batch, length, num_experts] float32: scores that sum to 1
 
 
-def route(logits: jax.Array, real: jax.Array, config: MoeConfig) -> Routes:
+def route(
+    logits: jax.Array, real: jax.Array, config: MoeConfig, bias: jax.Array | None = None
+) -> Routes:
     """The experts with the highest scores of each token.
 
     Args:
       logits: [batch, length, num_experts], float32.
       real: [batch, length] bool, False for padding.
       config: number of choices, and how logits become scores and weights.
+      bias: [num_experts], added to the scores for the choice but not for the weights.
     """
     if config.score == "softmax":
         probability = score = jax.nn.softmax(logits)
     else:
         score = jax.nn.sigmoid(logits)
         probability = score / jnp.sum(score, -1, keepdims=True)
-    choice = _top_indices(jax.lax.stop_gradient(score), config.experts_per_token)
+    preference = score if bias is None else score + bias
+    choice = _top_indices(jax.lax.stop_gradient(preference), config.experts_per_token)
     # Not the values of top_k, whose gradient is a scatter.
     weight = jnp.sum(jnp.where(one_hot(choice, config.num_experts), score[..., None, :], 0), -1)
     if config.renormalize:
@@ -112,6 +122,15 @@ def router_sums(
         computed=jnp.sum(computed, dtype=jnp.float32),
         tokens=jnp.sum(counted),
     )
+
+
+def collect_router_biases(params: Mapping[str, Any]) -> jax.Array:
+    """The biases of all routers of a network, stacked as `collect_router_sums` does."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    found = [
+        leaf for path, leaf in leaves if jax.tree_util.keystr(path).endswith("['router']['bias']")
+    ]
+    return jnp.concatenate([b if b.ndim == 2 else b[None] for b in found])
 
 
 def collect_router_sums(variables: Mapping[str, Any]) -> RouterSums:

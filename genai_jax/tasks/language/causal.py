@@ -10,15 +10,18 @@ import numpy as np
 
 import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.data.text.fill_in_middle import arranged
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.decoding.generate import Step, at_last_token
-from genai_jax.losses.router import router_losses
+from genai_jax.losses.router import balancing_term, router_losses
 from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.experts.config import MoeConfig
-from genai_jax.networks.experts.router import collect_router_sums
+from genai_jax.networks.experts.router import collect_router_biases, collect_router_sums
+from genai_jax.networks.layers.dense import GATED
 from genai_jax.networks.parallel.axes import ParallelConfig, check_length, in_token_order
 from genai_jax.networks.parallel.pipeline import check_pipeline
-from genai_jax.networks.sequence import transformer
+from genai_jax.networks.sequence import ahead, transformer
+from genai_jax.networks.sequence.ahead import AheadHead, shifted_targets
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.flops import (
     CONVENTION,
@@ -33,7 +36,7 @@ from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
-from genai_jax.training.optimizer import default_optimizer
+from genai_jax.training.optimizer import default_optimizer, moved_by_sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,33 @@ class LanguageModelConfig:
         "Rows of the embeddings, at least the vocabulary of the tokenizer; its size if unset.",
         minimum=1,
     )
+    ahead: int = field(
+        0, "Tokens after the next one that are predicted as well, each by a head of its own that "
+        "only training uses.", minimum=0, maximum=64,
+    )  # fmt: skip
+    ahead_weight: float = field(
+        0.3, "Weight of the mean loss of the tokens further ahead.", minimum=0
+    )
+
+    def __post_init__(self):
+        if not self.ahead and self.ahead_weight != 0.3:
+            raise ValueError(f"ahead_weight={self.ahead_weight} has no effect without `ahead`")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageRequest(TextRequest):
+    suffix: str = field(
+        "", "Text after a gap that begins where --prompt ends, for a model that was trained with "
+        "--data.fim_rate.",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("prompt_file", "stop"):
+            if self.suffix and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with suffix={self.suffix}"
+                )
 
 
 class LanguageModel(Task):
@@ -62,7 +92,7 @@ class LanguageModel(Task):
         "language_model": LanguageModelConfig,
     }
     loss_unit = "nats per token"
-    sample_request = TextRequest
+    sample_request = LanguageRequest
     evaluate_request = ExactEvaluateRequest
 
     def __init__(self, config: Config):
@@ -82,6 +112,13 @@ class LanguageModel(Task):
         self.partition_rules = tuple(
             (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.partition_rules(shape)
         )
+        self.partition_rules += tuple(
+            (f"^ahead/.*{pattern}$", axes) for pattern, axes in ahead.PARTITION_RULES
+        )
+        self._heads = AheadHead(
+            shape.mlp_width or 4 * shape.embed_dim, shape.activation, shape.use_bias, shape.norm,
+            dtype=self.dtype,
+        )  # fmt: skip
         self.model = Transformer(
             shape, self.data.vocab_size, backend=config.run.attention, dtype=self.dtype,
             parallel=config.parallel, moe=config.moe,
@@ -105,13 +142,23 @@ class LanguageModel(Task):
 
     def init(self, key: jax.Array) -> tuple[Params, dict]:
         tokens = jnp.zeros((1, min(self.config.data.sequence_length, 8)), jnp.int32)
-        return {"model": self.model.init(key, tokens, method="init_all")["params"]}, {}
+        params = {"model": self.model.init(key, tokens, method="init_all")["params"]}
+        if count := self.config.language_model.ahead:
+            hidden = jnp.zeros((*tokens.shape, self.config.transformer.embed_dim), self.dtype)
+            keys = jax.random.split(jax.random.fold_in(key, 1), count)
+            params["ahead"] = {
+                f"head_{i}": self._heads.init(keys[i], hidden)["params"] for i in range(count)
+            }
+        return params, {}
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         self._check_mesh()
         growth = self.config.transformer.growth
         optimizer = default_optimizer(self.config, self.partition_rules, growth=growth)
-        return (Phase("next_token", ("model",), self._loss, optimizer),)
+        if rate := self.config.moe.balance_rate:
+            optimizer = moved_by_sign(optimizer, "router/bias$", rate)
+        trains = ("model", "ahead") if self.config.language_model.ahead else ("model",)
+        return (Phase("next_token", trains, self._loss, optimizer),)
 
     def _check_mesh(self):
         """Raises `ConfigError` for sizes that the mesh in use does not divide."""
@@ -121,22 +168,45 @@ class LanguageModel(Task):
         check_pipeline(self.config.transformer.num_layers, rows, parallel)
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
-        batch = in_token_order(batch, self.config.parallel)
+        batch = in_token_order(self._with_later_targets(batch), self.config.parallel)
         hidden, written = self._hidden(params, batch, {"dropout": info.rng}, ["router"])
-        loss, nll, correct = cross_entropy(
-            hidden, self._head_kernel(params), batch["targets"], batch["loss_mask"],
+        kernel = self._head_kernel(params)
+        score = functools.partial(
+            cross_entropy,
             z_loss=self.config.language_model.z_loss,
             soft_cap=self.config.transformer.logits_soft_cap,
             chunk_size=self.config.language_model.loss_chunk,
-        )  # fmt: skip
+        )
+        loss, nll, correct = score(hidden, kernel, batch["targets"], batch["loss_mask"])
         weight = jnp.sum(batch["loss_mask"])
         count = jnp.maximum(weight, 1)
         loss = loss / count
         metrics = {"nll": nll / count, "accuracy": correct / count}
+        if heads := params.get("ahead"):
+            later = 0.0
+            for i in range(len(heads)):
+                further = self._heads.apply({"params": heads[f"head_{i}"]}, hidden)
+                targets, mask = batch[f"targets_{i}"], batch[f"loss_mask_{i}"]
+                total, nll, _ = score(further, kernel, targets, mask)
+                later += total / jnp.maximum(jnp.sum(mask), 1)
+                metrics[f"ahead_{i + 2}/nll"] = nll / jnp.maximum(jnp.sum(mask), 1)
+            loss += self.config.language_model.ahead_weight * later / len(heads)
         if self.config.moe.num_experts:
-            router_loss, more = router_losses(collect_router_sums(written), self.config.moe)
+            sums = collect_router_sums(written)
+            router_loss, more = router_losses(sums, self.config.moe)
             loss, metrics = loss + router_loss, metrics | more
+            if self.config.moe.balance_rate:
+                loss += balancing_term(sums, collect_router_biases(params["model"]))
         return LossOutput(loss, metrics, mutables, weight)
+
+    def _with_later_targets(self, batch):
+        """The batch with the targets of the heads for tokens further ahead."""
+        later = {}
+        for i in range(self.config.language_model.ahead):
+            later[f"targets_{i}"], later[f"loss_mask_{i}"] = shifted_targets(
+                batch["targets"], batch["loss_mask"], batch["segment_ids"], i + 1
+            )
+        return {**batch, **later}
 
     def _hidden(self, params, batch, rngs=None, mutable=()):
         """Hidden states of a batch in token order, and the collections that the model wrote."""
@@ -186,17 +256,35 @@ class LanguageModel(Task):
         limit = shape.max_length if shape.positions == "learned" else None
         return Decoder(step_of, empty, limit)
 
-    def request_in_training(self) -> TextRequest:
+    def request_in_training(self) -> LanguageRequest:
         """A request without flags, cut to the positions that the model has."""
-        request, limit = TextRequest(), self.decoder().max_length
+        request, limit = LanguageRequest(), self.decoder().max_length
         if limit is None:
             return request
         return dataclasses.replace(request, max_tokens=min(request.max_tokens, limit - 1))
 
-    def sample(self, params, mutables, request: TextRequest) -> Texts:
-        """Continues each prompt `num_samples` times; the texts include their prompts."""
+    def sample(self, params, mutables, request: LanguageRequest) -> Texts:
+        """Continues each prompt `num_samples` times; the texts include their prompts.
+
+        With a suffix, fills the gap between prompt and suffix.
+
+        Raises:
+          ConfigError: a suffix for a model that has not learned to fill gaps.
+        """
         prompts = [p for p in request.prompts() for _ in range(request.num_samples)]
         key, settings = jax.random.key(request.seed), settings_of(request)
+        if request.suffix:
+            if (sentinels := self.data.sentinels) is None:
+                raise ConfigError(
+                    f"--suffix={request.suffix}: the model was trained without --data.fim_rate, so "
+                    "that it cannot fill a gap"
+                )
+            first = self.config.data.fim_suffix_first == 1
+            arrange = lambda prefix, suffix: arranged(prefix, suffix, sentinels, first)
+            texts = self._sampler.fill(
+                params, request.prompt, request.suffix, request.num_samples, key, settings, arrange
+            )
+            return Texts(texts, prompts)
         texts = self._sampler(params, prompts, key, settings, request.stop)
         return Texts(texts, prompts)
 
@@ -273,6 +361,11 @@ class LanguageModel(Task):
         flops = transformer_training_flops(
             shape, self.data.vocab_size, data.batch_size, data.sequence_length, moe
         )
+        if heads := self.config.language_model.ahead:
+            width, mlp = shape.embed_dim, self._heads.hidden_dim
+            kernels = (3 if shape.activation in GATED else 2) * width * mlp
+            head = kernels + width * self.data.vocab_size
+            flops += 6 * heads * head * self.data.tokens_per_step
         counted = {"flops_per_step": flops, "convention": CONVENTION}
         if moe.num_experts:
             counted["inactive_parameters"] = inactive_parameters(shape, moe)

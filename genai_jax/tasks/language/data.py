@@ -12,6 +12,7 @@ import numpy as np
 from genai_jax.config import Config, ConfigError
 from genai_jax.data.kept import Keeper, KeptData, keep_tokenizer
 from genai_jax.data.own_code import is_users_own
+from genai_jax.data.text.fill_in_middle import COUNT, Sentinels
 from genai_jax.data.text.loader import TextLoader
 from genai_jax.data.text.sources import PIXELS
 from genai_jax.data.text.tokenization import Tokenizer, load_tokenizer
@@ -48,19 +49,32 @@ class TextData:
 
     @functools.cached_property
     def _token_bytes(self) -> np.ndarray | None:
-        return self.tokenizer.token_bytes()
+        sizes = self.tokenizer.token_bytes()
+        return None if sizes is None else np.pad(sizes, (0, self._added))
+
+    @property
+    def _added(self) -> int:
+        """Tokens besides those of the tokenizer."""
+        return COUNT if self.config.fim_rate else 0
+
+    @property
+    def sentinels(self) -> Sentinels | None:
+        """The tokens that mark a gap, if the model learns to fill it."""
+        return Sentinels.after(self.tokenizer.vocab_size) if self.config.fim_rate else None
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embeddings; opens the tokenizer only if no flag sets them."""
-        return self._vocab_size or self.tokenizer.vocab_size
+        return self._vocab_size or self.tokenizer.vocab_size + self._added
 
     @functools.cached_property
     def loader(self) -> TextLoader:
-        if self.tokenizer.vocab_size > self.vocab_size:
+        needed = self.tokenizer.vocab_size + self._added
+        if needed > self.vocab_size:
+            more = f", with {self._added} more for --data.fim_rate" if self._added else ""
             raise ConfigError(
                 f"{self._flag}={self.vocab_size} is smaller than the "
-                f"{self.tokenizer.vocab_size} tokens of --data.tokenizer={self.tokenizer.spec}"
+                f"{needed} tokens of --data.tokenizer={self.tokenizer.spec}{more}"
             )
         return TextLoader(self.config, self._seed, self._kept)
 

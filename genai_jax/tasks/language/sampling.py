@@ -173,6 +173,31 @@ class TextSampler:
         continued = [(p, self._continuation(p, row[1:end])) for row, end, p in rows]
         return [p + (text.split(stop)[0] if stop else text) for p, text in continued]
 
+    def fill(
+        self, params: Params, prefix: str, suffix: str, count: int, key: jax.Array,
+        settings: Settings, arrange: Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]],
+    ) -> list[str]:  # fmt: skip
+        """Texts that begin with `prefix` and end with `suffix`.
+
+        Args:
+          params: of the model.
+          prefix, suffix: what surrounds the gap.
+          count: how many texts.
+          key: for sampling.
+          settings: how tokens are sampled.
+          arrange: ids of prefix and suffix -> what comes before the middle.
+        """
+        boundary = self.tokenizer.boundary_id
+        parts = arrange(*(np.asarray(self.tokenizer.encode(t), np.int32) for t in (prefix, suffix)))
+        ids = np.concatenate([[boundary], *parts])
+        settings = settings._replace(stop_tokens=(boundary, *settings.stop_tokens))
+        generated = self.tokens(params, [ids] * count, key, settings)
+        middles = (
+            row[len(ids) : end]
+            for row, end in zip(generated.tokens, generated.lengths, strict=True)
+        )
+        return [prefix + self.tokenizer.decode(m[m != boundary]) + suffix for m in middles]
+
     def _continuation(self, prompt: str, row: np.ndarray) -> str:
         """The text after the prompt, decoded together with it: a token may have a leading space."""
         row = row[row != self.tokenizer.boundary_id]

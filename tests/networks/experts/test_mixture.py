@@ -6,20 +6,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.losses.router import router_losses
+from genai_jax.losses.router import balancing_term, router_losses
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.mixture import MixtureOfExperts
-from genai_jax.networks.experts.router import collect_router_sums
+from genai_jax.networks.experts.router import collect_router_sums, route, router_sums
 from genai_jax.networks.experts.slots import Places, assign, to_slots, to_tokens
 from genai_jax.networks.layers.dense import Mlp
 from genai_jax.networks.sequence import transformer
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.tasks.language.causal import LanguageModel
+from genai_jax.training.optimizer import moved_by_sign
 from tests.commands import report_of
 
 EMBED, HIDDEN, LENGTH = 8, 12, 10
@@ -172,6 +174,37 @@ def test_router_losses_are_those_of_the_papers():
     assert float(metrics["moe/load_balance"]) == pytest.approx(want, rel=1e-5)
     assert float(metrics["moe/router_z"]) == pytest.approx(z, rel=1e-5)
     assert float(loss) == pytest.approx(0.3 * want + 0.2 * z, rel=1e-5)
+
+
+def test_biases_balance_the_experts_without_changing_weights():
+    config = MoeConfig(num_experts=4, experts_per_token=2, balance_rate=0.01, load_balance=0.0)
+    logits = jax.random.normal(jax.random.key(3), (4, 64, 4)) + jnp.array([2.0, 0.0, -1.0, 0.0])
+    real, bias = jnp.ones((4, 64), bool), jnp.zeros(4)
+    optimizer = moved_by_sign(optax.sgd(1.0), "bias$", config.balance_rate)
+    state, largest = optimizer.init({"router": {"bias": bias}}), []
+
+    @jax.jit
+    def step(bias, state):
+        routes = route(logits, real, config, bias)
+        sums = router_sums(logits, routes, real, jnp.ones(routes.choice.shape, bool))
+        stacked = jax.tree.map(lambda a: a[None], sums)
+        term, gradient = jax.value_and_grad(lambda b: balancing_term(stacked, b[None]))(bias)
+        updates, state = optimizer.update({"router": {"bias": gradient}}, state)
+        return bias + updates["router"]["bias"], state, sums.load, term, updates
+
+    for _ in range(120):
+        bias, state, load, term, updates = step(bias, state)
+        largest.append(float(load.max() / load.mean()))
+        moved = updates["router"]["bias"]
+        np.testing.assert_allclose(moved, -0.01 * jnp.sign(load - load.mean()), atol=1e-7)
+        assert term == 0
+    assert largest[0] > 1.6 and largest[-1] < 1.1
+    plain, moved = route(logits, real, config), route(logits, real, config, bias)
+    same = jnp.sort(plain.choice, -1) == jnp.sort(moved.choice, -1)
+    same = np.asarray(same.all(-1))
+    assert 0.2 < same.mean() < 1  # whose weights the biases leave alone
+    weights = [np.sort(r.weight, -1)[same] for r in (plain, moved)]
+    np.testing.assert_allclose(*weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize("capacity", [None, 3])

@@ -8,7 +8,7 @@ import pytest
 
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
-from genai_jax.tasks.language.causal import LanguageModel, TextRequest
+from genai_jax.tasks.language.causal import LanguageModel, LanguageRequest
 from genai_jax.training.evaluation import Evaluator
 from tests.commands import TINY
 
@@ -43,7 +43,7 @@ def test_the_score_does_not_depend_on_how_the_text_is_batched(task, params, text
 
 
 def test_samples_begin_with_their_prompts_and_end_at_the_stop(task, params):
-    request = TextRequest(prompt="né", num_samples=2, max_tokens=12, seed=4)
+    request = LanguageRequest(prompt="né", num_samples=2, max_tokens=12, seed=4)
     texts = task.sample(params, {}, request).texts
     assert len(texts) == 2 and texts[0] != texts[1] and all(t.startswith("né") for t in texts)
     assert task.sample(params, {}, request).texts == texts
@@ -55,11 +55,11 @@ def test_samples_begin_with_their_prompts_and_end_at_the_stop(task, params):
 def test_greedy_sampling_refuses_what_only_randomness_uses():
     for name, value in (("seed", 1), ("top_k", 3), ("top_p", 0.5)):
         with pytest.raises(ValueError, match=f"{name}={value} has no effect with temperature=0"):
-            TextRequest(temperature=0, **{name: value})
+            LanguageRequest(temperature=0, **{name: value})
     with pytest.raises(ValueError, match="too small to divide by; 0 takes the likeliest"):
-        TextRequest(temperature=1e-45)
+        LanguageRequest(temperature=1e-45)
     with pytest.raises(ValueError, match="exclude each other"):
-        TextRequest(prompt="a", prompt_file="b")
+        LanguageRequest(prompt="a", prompt_file="b")
 
 
 def test_learned_positions_bound_the_length(text_folder):

@@ -1,0 +1,101 @@
+"""Fill in the middle: what is rearranged can be restored, and nothing is lost or said twice."""
+
+import numpy as np
+import pytest
+
+from genai_jax.components import parse_run
+from genai_jax.config import ConfigError
+from genai_jax.data.text.fill_in_middle import FillInMiddle, Sentinels, arranged, restored
+from genai_jax.data.text.loader import DataConfig, TextLoader
+from genai_jax.data.text.tokenization import load_tokenizer
+from tests.commands import TINY
+
+TOKENIZER = load_tokenizer("bytes")
+SENTINELS = Sentinels.after(TOKENIZER.vocab_size)
+BOUNDARY = TOKENIZER.boundary_id
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_rearranged_document_is_restored(ends):
+    ids = np.array([BOUNDARY, *range(1, 40), *[BOUNDARY] * ends])
+    seen = set()
+    for suffix_first in (0.0, 1.0):
+        fill = FillInMiddle(1.0, suffix_first, SENTINELS, BOUNDARY, seed=1)
+        for place in range(50):
+            new = fill(ids, (place,))
+            assert len(new) == len(ids) + 3 and new[0] == BOUNDARY
+            np.testing.assert_array_equal(restored(new, SENTINELS, BOUNDARY), ids)
+            np.testing.assert_array_equal(np.sort(new)[: len(ids)], np.sort(ids))
+            marks = [int(np.flatnonzero(new == mark)[0]) for mark in SENTINELS]
+            assert marks == sorted(marks)
+            assert (marks[1] == marks[0] + 1) or not suffix_first
+            seen.add(tuple(new))
+    assert len(seen) > 60
+    none = FillInMiddle(0.0, 0.5, SENTINELS, BOUNDARY, seed=1)
+    assert none(ids, (0,)) is ids
+    half = FillInMiddle(0.5, 0.5, SENTINELS, BOUNDARY, seed=1)
+    assert 30 < sum(len(half(ids, (i,))) > len(ids) for i in range(100)) < 70
+
+
+def test_sentinels_stand_for_no_bytes():
+    ids = np.stack([[BOUNDARY, 1, 2, 3, BOUNDARY], [0, 4, 2, 1, 1]], 1)
+    new = FillInMiddle(1.0, 0.0, SENTINELS, BOUNDARY, seed=0)(ids, (0,))
+    assert new[:, 1].sum() == 8 and new.shape == (8, 2)
+
+
+@pytest.mark.parametrize("level", ["document", "context"])
+def test_rows_hold_every_token_once(level, text_folder):
+    def pieces(rate, batches):
+        config = DataConfig(
+            f"text:{text_folder}", 2, 32, fim_rate=rate, prefetch=0, passage_length=0,
+            fim_level=level if rate else "document",
+        )  # fmt: skip
+        loader, found = TextLoader(config, seed=0), []
+        iterator = loader.batches()
+        for _ in range(batches):
+            batch = next(iterator)
+            ids, targets = batch["segment_ids"][0], batch["targets"][0]
+            for segment in range(1, ids.max() + 1):
+                inside = ids == segment
+                piece = np.concatenate([batch["tokens"][0][inside][:1], targets[inside]])
+                np.testing.assert_array_equal(batch["tokens"][0][inside], piece[:-1])
+                assert list(batch["positions"][0][inside]) == list(range(inside.sum()))
+                found.append(piece)
+        iterator.close()
+        return found
+
+    plain = np.concatenate([p[1:] for p in pieces(0.0, 40)])
+    filled = pieces(1.0, 40)
+    if level == "context":  # each piece is whole
+        marks = [np.isin(p, SENTINELS).sum() for p in filled]
+        assert set(marks) <= {0, 3} and np.mean(marks) > 2
+        text = np.concatenate([restored(p, SENTINELS, BOUNDARY)[1:] for p in filled])
+        np.testing.assert_array_equal(text, plain[: len(text)])
+    else:  # documents go on in the next row
+        text = np.concatenate([p[1:] for p in filled])
+        documents = np.split(text, np.flatnonzero(text == BOUNDARY) + 1)[:-1]
+        whole = [restored(np.concatenate([[BOUNDARY], d]), SENTINELS, BOUNDARY) for d in documents]
+        text = np.concatenate([d[1:] for d in whole])
+        np.testing.assert_array_equal(text, plain[: len(text)])
+
+
+def test_what_comes_before_a_middle():
+    before = np.concatenate(arranged(np.array([1, 2]), np.array([3]), SENTINELS, False))
+    assert before.tolist() == [SENTINELS.prefix, 1, 2, SENTINELS.suffix, 3, SENTINELS.middle]
+    before = np.concatenate(arranged(np.array([1, 2]), np.array([3]), SENTINELS, True))
+    assert before.tolist() == [*SENTINELS[:2], 3, SENTINELS.middle, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["fim_level=context"], "--data.fim_level=context has no effect without --data.fim_rate"),
+        (["fim_rate=0.5", "answer_after=x"], "rearranges text"),
+        (["fim_rate=0.5", "sequence_length=3"], "has no room for the 3 tokens"),
+        (["fim_rate=1.5"], "--data.fim_rate=1.5"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_named(flags, said):
+    with pytest.raises(ConfigError) as error:
+        parse_run([*TINY, *(f"--data.{flag}" for flag in flags)])
+    assert said in str(error.value) and "\n" not in str(error.value)
