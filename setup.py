@@ -47,7 +47,10 @@ setup(
     cmdclass={"build_py": BuildWithExperiments},
     python_requires=">=3.11",
     packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
-    package_data={"kernels_pallas": ["tuning.csv", "gpu/*.txtpb"]},
+    package_data={
+        "kernels_pallas": ["tuning.csv", "gpu/*.txtpb"],
+        "genai_jax": ["tasks/statistical/scripts/*.json"],
+    },
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12.8",

@@ -172,6 +172,11 @@ class Run(Inspection):
 
     def scores(self, request: Any) -> dict[str, Any]:
         """The scores for a request of the evaluate command."""
+        if not self.task.is_scored:
+            raise ConfigError(
+                f"--task={self.config.run.task} assigns no probabilities, so it has no scores; use "
+                "genai_jax.sample"
+            )
         if request.batches == 0:
             raise ConfigError("--batches=0 leaves nothing to evaluate on; -1 takes all batches")
         model, seed = self.model, getattr(request, "seed", 0)

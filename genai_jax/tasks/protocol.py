@@ -157,6 +157,7 @@ class Task(Protocol):
         run if None.
       loss_unit: unit of the losses, for the axis of the plot.
       curves: additional plots: name -> (suffixes of metric names, axis label).
+      is_scored: whether it has held-out metrics.
     """
 
     components: ClassVar[Mapping[str, type]]
@@ -167,6 +168,7 @@ class Task(Protocol):
     loss_unit: str = "loss"
     evaluation_seed: int | None = None
     curves: Mapping[str, tuple[tuple[str, ...], str]] = {}
+    is_scored: bool = True
 
     @abstractmethod
     def init(self, key: jax.Array) -> tuple[Params, PyTree]:

@@ -17,6 +17,9 @@ TASKS = {
     "gan": "genai_jax.tasks.gan.task:Gan",
     "normalizing_flow": "genai_jax.tasks.flow.task:NormalizingFlow",
     "rbm": "genai_jax.tasks.energy.rbm:Rbm",
+    "ngram": "genai_jax.tasks.statistical.ngram:Ngram",
+    "hmm": "genai_jax.tasks.statistical.hmm:Hmm",
+    "responder": "genai_jax.tasks.statistical.responder:Responder",
 }
 REQUIRED = ("components", "init", "phases", "example_metrics")  # of `protocol.Task`
 

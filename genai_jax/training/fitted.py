@@ -37,7 +37,7 @@ def fit(task: Task, config: Config) -> int:
     """
     if jax.process_count() > 1:
         raise ConfigError(f"--task={config.run.task} is fitted by one process")
-    _check_unused(config)
+    _check_unused(task, config)
     workdir, steps = pathlib.Path(config.run.workdir), config.train.steps
     checkpointer = Checkpointer(workdir / "checkpoints", config.checkpoint)
     if steps in checkpointer.steps():
@@ -72,12 +72,12 @@ def fit(task: Task, config: Config) -> int:
     return 0
 
 
-def _check_unused(config: Config):
+def _check_unused(task: Task, config: Config):
     """Raises `ConfigError` for a flag of the loop that means nothing where there are no steps."""
     for component, cls, names in (
         ("run", type(config.run), ("init_from", "init_map")),
         ("train", TrainConfig, ("log_every", "accumulate")),
-        ("eval", EvalConfig, ("every",)),
+        ("eval", EvalConfig, ("every",) if task.is_scored else ("every", "batches")),
         ("checkpoint", CheckpointConfig, ("every",)),
     ):
         for name in names:
@@ -86,7 +86,7 @@ def _check_unused(config: Config):
                 flag = name if component == "run" else f"{component}.{name}"
                 raise ConfigError(
                     f"--{flag}={value} means nothing to --task={config.run.task}, which is fitted "
-                    "in one pass"
+                    f"in one pass{'' if task.is_scored else ' and has no scores'}"
                 )
 
 
@@ -109,7 +109,7 @@ def _fitted(state: TrainState, params, steps: int) -> TrainState:
 
 
 def _evaluated(task: Task, config: Config, mesh, state: TrainState) -> dict[str, float]:
-    if not config.eval.batches:
+    if not (config.eval.batches and task.is_scored):
         return {}
     spec = task.data.batch_spec
     placement = BatchPlacement(spec, batch_shardings(spec, mesh))
