@@ -26,6 +26,7 @@ from genai_jax import components
 from genai_jax.tasks.registry import task_class
 from tests.commands import environment
 from tests.conftest import ROOT
+from tests.families import taken
 
 # Pages whose blocks another test executes, all of them.
 ELSEWHERE = {
@@ -61,6 +62,8 @@ SMALL = {
     "vae": "ladder_vae.stages=1x1,8x1 ladder_vae.channels=4 ladder_vae.latent_channels=2",
     "gan": "generator.channels=4 critic.channels=4 gan.r1=0",
     "normalizing_flow": "glow.levels=1 glow.steps_per_level=1 glow.hidden_channels=4",
+    "ngram": "ngram.max_entries=50000",
+    "hmm": "hmm.states=3 hmm.iterations=2",
     "rbm": "rbm.num_hidden=5 rbm.chains=8 rbm.sweeps=1 rbm.ais_chains=4 rbm.ais_temperatures=5",
 }
 ALWAYS = (
@@ -184,7 +187,7 @@ def shrunk(command: str, flags: Sequence[str]) -> list[str]:
         network = values.get("diffusion.network", "")
         kind = "diffusion" if task == "few_step" else task
         small = SMALL.get(f"{kind} {network}") or SMALL.get(kind, "")
-        small = f"{small} {ALWAYS}".split()
+        small = [*small.split(), *taken(task_class(task), ALWAYS.split())]
         return [*flags, *(f"--{s}" for s in small if s.partition("=")[0] not in given)]
     shown = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
     return [*flags, *(f"--{n}={few}" for n, few in _few(command, shown).items())]

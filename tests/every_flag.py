@@ -26,16 +26,20 @@ from genai_jax import train
 from genai_jax.components import components_of, make_task, parse_run
 from genai_jax.config import ConfigError
 from genai_jax.tasks.registry import task_class
+from tests.families import taken
 
 RECORD = pathlib.Path(__file__).parent / "golden" / "every_flag.json"
 COMMON = (
     "--train.progress=false", "--train.log_every=1", "--eval.batches=1", "--data.batch_size=4",
     "--optimizer.warmup_steps=0",
 )  # fmt: skip
+TEXT = ("--data.sequence_length=16", "--data.unique_tokens=2000")
 TRANSFORMER = (
-    "--data.sequence_length=16", "--transformer.num_layers=2", "--transformer.embed_dim=16",
-    "--transformer.num_heads=2", "--data.unique_tokens=2000",
-)  # fmt: skip
+    *TEXT,
+    "--transformer.num_layers=2",
+    "--transformer.embed_dim=16",
+    "--transformer.num_heads=2",
+)
 UNET = (
     "--unet.channels=8",
     "--unet.channel_multipliers=1,2",
@@ -120,6 +124,9 @@ BASES = {
         "--task=normalizing_flow", "--glow.steps_per_level=1", "--glow.hidden_channels=4",
     ),
     "rbm": ("--task=rbm", "--rbm.num_hidden=5", "--rbm.chains=4", "--rbm.sweeps=1"),
+    "ngram": (*TEXT, "--task=ngram", "--ngram.order=3", "--ngram.max_entries=2000"),
+    "hmm": (*TEXT, "--task=hmm", "--hmm.states=3", "--hmm.iterations=2"),
+    "responder": ("--task=responder",),
 }  # fmt: skip
 # Components that say where and how long a run is, or that only sampling uses.
 ELSEWHERE = {"run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler"}
@@ -168,8 +175,8 @@ def trained(base: str, *flags: str) -> str:
     """Workdir of a run, of one step unless `flags` say otherwise."""
     workdir = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, workdir, ignore_errors=True)
-    more = ("--train.steps=1", *flags, f"--workdir={workdir}")
-    assert train.main([*flags_of_base(base), *more]) == 0
+    more = taken(class_of(base), ("--train.steps=1", *flags))
+    assert train.main([*flags_of_base(base), *more, f"--workdir={workdir}"]) == 0
     return workdir
 
 
@@ -180,7 +187,13 @@ def needs_a_run(base: str) -> bool:
 def flags_of_base(base: str) -> list[str]:
     """What all runs of a base have; "{other base}" stands for a run of that one."""
     run = lambda match: trained(match[1])
-    return [re.sub(r"\{(.+)\}", run, flag) for flag in (*COMMON, *BASES[base])]
+    common = taken(class_of(base), COMMON)
+    return [re.sub(r"\{(.+)\}", run, flag) for flag in (*common, *BASES[base])]
+
+
+def class_of(base: str) -> type:
+    """The class of its task."""
+    return task_class(base.split()[0])
 
 
 def candidates(base: str) -> list[str]:
@@ -235,6 +248,7 @@ def two_steps(base: str, values: list[str], accumulate: int, workdir: str):
     flags = [*flags_of_base(base), *flags_of(values)]
     for steps in (2, 3):
         more = (f"--train.accumulate={accumulate}", f"--train.steps={steps}")
+        more = taken(class_of(base), more)
         assert train.main([*flags, *more, f"--workdir={workdir}"]) == 0
     rows = (pathlib.Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(row)["step"] for row in rows][-1] == 3

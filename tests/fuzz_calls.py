@@ -19,12 +19,14 @@ from genai_jax.scaling.ladder import LadderRequest
 from genai_jax.scaling.study.analyses import ANALYSES
 from genai_jax.study import StudyRequest
 from genai_jax.tasks.registry import TASKS, task_class
+from tests.families import taken
 
 COMMANDS = (
     "train", "sample", "evaluate", "fit", "ladder", "study", "compile_check", "train_tokenizer",
     "coordinate_check", "compare", "model_card",
 )  # fmt: skip
 OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare", "model_card")
+TEXTUAL = ("language_model", "ngram", "hmm", "responder")  # whose samples are texts
 OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
 OF_A_WORKDIR = ("sample", "evaluate", "model_card")
 OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take every flag of a run
@@ -136,8 +138,8 @@ class Calls:
     def _family(self, command: str) -> str:
         if command in OF_TEXT:
             return "language_model"
-        names = [n for n in self._families if command != "sample" or n != "image_classifier"]
-        return self._rng.choice(names)
+        cannot = {"sample": "image_classifier", "evaluate": "responder"}.get(command)
+        return self._rng.choice([name for name in self._families if name != cannot])
 
     def _base(self, command: str, family: str) -> list[str]:
         self._count += 1
@@ -145,7 +147,7 @@ class Calls:
         if command in ("sample", "evaluate"):
             names = {f.name for f in self._flags(command, family)} & {*TINY_REQUEST[command]}
             tiny = [f"--{name}={TINY_REQUEST[command][name]}" for name in sorted(names)]
-            suffix = ".txt" if family == "language_model" else ".png"
+            suffix = ".txt" if family in TEXTUAL else ".png"
             output = [f"--output={place}{suffix}"] if command == "sample" else []
             return [f"--workdir=runs/{family}", *tiny, *output]
         run = [f"--flagfile=files/{family}.flags"]
@@ -375,4 +377,7 @@ def families_of(names: Sequence[str], all_families: Mapping[str, Any]) -> dict[s
         "--optimizer.warmup_steps=0", "--optimizer.schedule=constant", "--checkpoint.every=0",
     )  # fmt: skip
     more = {"gan": ("--gan.r1_every=1", "--gan.path_length_every=1")}
-    return {name: [*all_families[name], *once, *more.get(name, ())] for name in names}
+    return {
+        name: [*all_families[name], *taken(task_class(name), once), *more.get(name, ())]
+        for name in names
+    }

@@ -20,7 +20,9 @@ import tempfile
 import time
 from typing import NamedTuple
 
+from genai_jax.tasks.registry import task_class
 from tests.commands import TINY
+from tests.families import taken
 from tests.lives import Life, Lives
 from tests.tasks.eight_devices import TASK_FLAGS
 
@@ -34,6 +36,7 @@ CODES = (
     "--task=autoencoder", "--autoencoder.channels=4", "--autoencoder.channel_multipliers=1,1,1",
     "--autoencoder.latent=rvq", "--quantizer.codebooks=2", "--quantizer.codes=8",
 )  # fmt: skip
+TEXT = ("--data.sequence_length=32", "--data.dataset=text:{folder}/text")
 FAMILIES = {
     "language_model": (*TINY, "--transformer.dropout=0.1", "--data.dataset=text:{folder}/text"),
     "diffusion": TASK_FLAGS["unet_class"],
@@ -49,6 +52,9 @@ FAMILIES = {
     "gan": TASK_FLAGS["gan"],
     "normalizing_flow": TASK_FLAGS["flow"],
     "rbm": TASK_FLAGS["rbm"],
+    "ngram": ("--task=ngram", "--ngram.max_entries=50000", *TEXT),
+    "hmm": ("--task=hmm", "--hmm.states=4", "--hmm.iterations=5", *TEXT),
+    "responder": ("--task=responder",),
 }  # fmt: skip
 PATIENCE_S = 300  # for one process
 
@@ -87,7 +93,8 @@ class Family:
 
     def __init__(self, name: str, folder: pathlib.Path, lives: Lives):
         self.name, self._lives, self._folder = name, lives, folder / name
-        self._flags = [flag.format(folder=folder) for flag in (*FAMILIES[name], *COMMON)]
+        common = taken(task_class(name), COMMON)
+        self._flags = [flag.format(folder=folder) for flag in (*FAMILIES[name], *common)]
         began = time.monotonic()
         self._to_its_end(self._folder / "whole")
         self._seconds = time.monotonic() - began  # of a whole run

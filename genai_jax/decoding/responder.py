@@ -31,11 +31,11 @@ class Conversation:
         self._memories: deque[str] = deque(maxlen=MEMORIES)
 
     def answer(self, line: str) -> str:
-        """The answer to a line; to an empty one, the greeting."""
+        """The answer to a line; to an empty one, a greeting."""
         script = self._script
         clauses = self._clauses(line)
         if not clauses:
-            return script.greeting
+            return self._next("greetings", script.greetings)
         if len(clauses) == 1 and " ".join(clauses[0]) in script.goodbyes:
             return script.farewell
         for words in clauses:

@@ -38,6 +38,9 @@ PIPELINES = {
     "code_prior": IMAGES,
     "normalizing_flow": IMAGES,
     "rbm": IMAGES,
+    "ngram": "text-generation",
+    "hmm": "text-generation",
+    "responder": "text-generation",
 }
 
 

@@ -11,7 +11,8 @@ from genai_jax.tasks.statistical.responder import SCRIPTS
 
 KEYWORD = {"words": ["my"], "rules": [{"pattern": "* my *", "answers": ["Your {3}?"]}]}
 SMALL = {
-    "greeting": "Hello.", "fallback": ["Go on.", "I see."], "reflect": {"my": "your", "me": "you"},
+    "greetings": ["Hello.", "Hi."], "fallback": ["Go on.", "I see."],
+    "reflect": {"my": "your", "me": "you"},
     "replace": {"mum": "mother", "im": "i am"}, "groups": {"kin": ["mother", "father"]},
     "keywords": [
         {"words": ["my"], "rank": 2, "rules": [
@@ -89,8 +90,8 @@ def test_the_script_that_is_there_answers():
     ("changes", "said"),
     [
         ({"fallback": []}, "'fallback' is []; it has to be a list of at least one"),
-        ({"greeting": 3}, "'greeting' is 3; it has to be a text"),
-        ({"code": "x"}, "the script has 'code'; allowed are greeting"),
+        ({"farewell": 3}, "'farewell' is 3; it has to be a text"),
+        ({"code": "x"}, "the script has 'code'; allowed are greetings"),
         (
             {"keywords": [{"words": ["My"], "rules": []}]},
             "'words' has 'My'; it has to be a word in",

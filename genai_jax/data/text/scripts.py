@@ -1,6 +1,6 @@
 """Scripts of a rule-based responder: JSON, which is checked and never executed.
 
-    {"greeting": "...", "farewell": "...", "goodbyes": ["bye"], "fallback": ["Go on."],
+    {"greetings": ["..."], "farewell": "...", "goodbyes": ["bye"], "fallback": ["Go on."],
      "replace": {"dont": "don't"}, "reflect": {"my": "your"}, "groups": {"kin": ["mother"]},
      "keywords": [{"words": ["my"], "rank": 2,
                    "rules": [{"pattern": "* my @kin *", "answers": ["Your {3}?", "=dream", "="]}],
@@ -20,7 +20,8 @@ from genai_jax.errors import ConfigError, printable
 
 MOST = 64  # elements of a pattern
 QUOTED = re.compile(r"\{(\d{1,3})\}")
-KNOWN = ("greeting", "farewell", "goodbyes", "fallback", "replace", "reflect", "groups", "keywords")
+REQUIRED = ("greetings", "fallback", "keywords")
+KNOWN = (*REQUIRED, "farewell", "goodbyes", "replace", "reflect", "groups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Keyword:
 class Script:
     """See the top of this file."""
 
-    greeting: str
+    greetings: tuple[str, ...]
     farewell: str
     goodbyes: tuple[str, ...]
     fallback: tuple[str, ...]
@@ -65,10 +66,10 @@ def read_script(content: Any, label: str) -> Script:
       ConfigError: a part that is missing, unknown, of another type, or refers to nothing.
     """
     reader = _Reader(label)
-    reader.check_names(content, KNOWN, ("greeting", "fallback", "keywords"), "the script")
+    reader.check_names(content, KNOWN, REQUIRED, "the script")
     groups = reader.mapping(content, "groups")
     script = Script(
-        greeting=reader.text(content, "greeting"),
+        greetings=reader.texts(content, "greetings"),
         farewell=reader.text({"farewell": "Goodbye.", **content}, "farewell"),
         goodbyes=reader.words({"goodbyes": ["bye", "goodbye"], **content}, "goodbyes"),
         fallback=reader.texts(content, "fallback"),

@@ -85,7 +85,7 @@ class Ngram(StatisticalTextModel):
             p = self._distribution(params, context)
             return jnp.log(p[target]), jnp.argmax(p) == target
 
-        flat = (contexts.reshape(-1, length), targets.reshape(-1))
+        flat = (contexts.reshape(targets.size, length), targets.reshape(-1))
         scores = self._mapped(score, flat, targets.size)
         return tuple(x.reshape(targets.shape) for x in scores)
 

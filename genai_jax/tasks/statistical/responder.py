@@ -38,7 +38,7 @@ class LineRequest(SampleRequest):
     num_samples: int = field(
         1, "Answers to each line; of a rule's answers, each begins with the next one.", minimum=1
     )
-    prompt: str = field("", "What the user says; empty for the greeting.")
+    prompt: str = field("", "What the user says; empty for a greeting.")
     prompt_file: str = field(
         "", "File with what the user says in a conversation, a line each.", path=True
     )

@@ -62,7 +62,7 @@ def probabilities():
         tables = ngram.filled_tables(smooth(levels, TOKENS, method), TOKENS, 500)
         empty = jax.eval_shape(lambda: ngram.empty_tables(order, TOKENS, 500))
         assert jax.tree.map(np.shape, tables) == jax.tree.map(np.shape, empty)
-        given = np.array(list(contexts(order)), np.int32).reshape(-1, order - 1)
+        given = np.array(list(contexts(order)), np.int32)
         return np.asarray(compiled(tables, given, INTERPOLATED[method]))
 
     return of

@@ -38,9 +38,9 @@ def runs(text_folder, tmp_path_factory):
 def test_scores_are_those_of_decoding_token_by_token(kind, runs):
     run = runs[kind]
     task, batch = run.task, next(run.held_out(1))
-    params = jax.device_get(run.params)
-    expected, correct = task.target_scores(params, {n: jnp.asarray(x) for n, x in batch.items()})
-    step = jax.jit(task.decoder().step_of(params))
+    params = run.params
+    expected, correct = jax.jit(task.target_scores)(params, batch)
+    step = jax.jit(task.decoder().step(params))
     state = task.decoder().empty_state(len(batch["tokens"]), 0)
     for t in range(batch["tokens"].shape[1]):
         at = slice(t, t + 1)
@@ -85,14 +85,15 @@ def test_batching_does_not_change_what_is_scored(runs):
 
 def test_longer_n_grams_predict_better(text_folder):
     bits = {}
-    for order in (1, 3, 5):
-        task = make_task(parse_run([*SMALL, "--task=ngram", f"--ngram.order={order}"]))
+    for order in (3, 5):
+        shape = (f"--ngram.order={order}", "--ngram.max_entries=100000", "--data.batch_size=8")
+        task = make_task(parse_run([*SMALL, "--task=ngram", *shape]))
         source = task.data.train()
-        params = task.fit([next(source) for _ in range(1200)])
+        params = task.fit([next(source) for _ in range(500)])
         source.close()
         params = jax.tree.map(jnp.asarray, params)
-        bits[order] = Evaluator(task)(params, {}, task.data.held_out(20))["bits_per_byte"]
-    assert bits[5] < bits[3] - 0.1 and bits[3] < bits[1] - 1
+        bits[order] = Evaluator(task)(params, {}, task.data.held_out(6))["bits_per_byte"]
+    assert bits[5] < bits[3] - 0.1
 
 
 def test_what_cannot_be(text_folder):
