@@ -149,10 +149,10 @@ def test_names_of_kinds_are_those_of_the_data_sets():
 
 
 def test_every_flag_that_takes_code_is_in_the_table_and_the_table_has_no_other():
-    components = {n: c for task in TASKS for n, c in components_of(task_class(task)).items()}
+    components = [x for task in TASKS for x in components_of(task_class(task)).items()]
     takes = {
         f"{component}.{f.name}"
-        for component, cls in components.items()
+        for component, cls in components
         for f in dataclasses.fields(cls)
         if f.metadata.get("outside")
     }

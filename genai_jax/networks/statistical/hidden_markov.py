@@ -31,11 +31,11 @@ class Expected(NamedTuple):
 
 
 def init(key: jax.Array, states: int, tokens: int) -> dict[str, jax.Array]:
-    """Near uniform: EM stays where all states are alike."""
+    """Distributions sampled uniformly: where all states are alike, EM does not move."""
     keys = jax.random.split(key, 3)
     shapes = {"initial": (states,), "transition": (states, states), "emission": (states, tokens)}
     draws = {
-        name: 1 + jax.random.uniform(k, shape)
+        name: 1e-3 + jax.random.exponential(k, shape)
         for k, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     return {name: jnp.log(x / jnp.sum(x, -1, keepdims=True)) for name, x in draws.items()}

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from genai_jax.config import Config, ConfigError, MissingFile, field
+from genai_jax.config import Config, ConfigError, MissingFile, field, refuse_set
 from genai_jax.data.kept import Keeper, KeptData
 from genai_jax.data.text.scripts import Script, read_script
 from genai_jax.decoding.responder import Conversation
@@ -144,6 +144,7 @@ class Responder(Task):
     is_scored = False
 
     def __init__(self, config: Config):
+        refuse_set("run", config.run, ("dtype", "seed"), "has no effect on a responder")
         self.data = ScriptData(config)
         self.data.script  # noqa: B018  a mistake in it is named now
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from genai_jax.config import Config
+from genai_jax.config import Config, refuse_set
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.sampled import Texts
@@ -26,6 +26,7 @@ class StatisticalTextModel(Task):
     evaluate_request = ExactEvaluateRequest
 
     def __init__(self, config: Config):
+        refuse_set("run", config.run, ("dtype",), "has no effect: probabilities are float32")
         self.config, self.data = config, TextData(config)
 
     @abstractmethod
