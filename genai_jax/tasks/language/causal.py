@@ -99,7 +99,7 @@ class LanguageModel(Task):
         self.config = config
         self.dtype = jnp.dtype(config.run.dtype)
         vocab_size, flag = config.language_model.vocab_size, "--language_model.vocab_size"
-        self.data = TextData(config, vocab_size, flag)
+        self.data = TextData(config, vocab_size, flag, fills_gaps=True)
         shape, length = config.transformer, config.data.sequence_length
         if shape.positions == "learned" and length > shape.max_length:
             raise ConfigError(

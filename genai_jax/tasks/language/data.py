@@ -26,14 +26,27 @@ class TextData:
 
     Args:
       config: of the run.
-      vocab_size: rows of the embeddings, if a flag sets them; the tokenizer's size if None.
+      vocab_size: rows of the embeddings, if a flag sets them; as many as needed if None.
+      flag: that flag.
+      fills_gaps: whether the model may learn to fill in the middle.
 
     Attributes:
       has_questions: whether documents are questions, so that only tokens of answers are targets.
       is_pixels: whether the targets are exactly the pixels of images.
     """
 
-    def __init__(self, config: Config, vocab_size: int | None = None, flag: str = ""):
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int | None = None,
+        flag: str = "",
+        fills_gaps: bool = False,
+    ):
+        if config.data.fim_rate and not fills_gaps:
+            raise ConfigError(
+                f"--data.fim_rate={config.data.fim_rate} is for --task=language_model, not for "
+                f"--task={config.run.task}"
+            )
         # Of a run that is only read, the copies in its workdir.
         place, tokenizer = config.kept.get("data.dataset"), config.place_of("data.tokenizer")
         self._kept = KeptData(place) if place else None
