@@ -15,7 +15,7 @@ import numpy as np
 
 from genai_jax.networks.statistical.ngram_smoothing import Smoothed
 
-CHUNK = 1 << 21  # probabilities that exist at once
+CHUNK = 1 << 16  # probabilities that exist at once: few enough for the cache of a CPU
 Tables = Mapping[str, Mapping[str, jax.Array]]
 
 
