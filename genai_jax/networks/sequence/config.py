@@ -158,7 +158,7 @@ class TransformerConfig:
                 has = [name for name, mixer in MIXERS.items() if option in mixer.options]
                 raise ValueError(
                     f"{option}={getattr(self, option)} is for the mixers {', '.join(has)}, of "
-                    f"which pattern={self.pattern} has none"
+                    f"which pattern={self.pattern or 'attention'} has none"
                 )
         if self.positions == "alibi" and set(self.mixers) <= set(MIXERS) - {"attention"}:
             raise ValueError(

@@ -139,7 +139,7 @@ def test_matmuls_of_the_full_pass_are_counted(name):
     [
         (["pattern=lstm", "state_dim=4"], "--transformer.state_dim=4 is for the mixers s4, s4d, "
          "mamba, mamba2, of which --transformer.pattern=lstm has none"),
-        (["state_dim=4"], "of which --transformer.pattern=None has none"),
+        (["state_dim=4"], "of which --transformer.pattern=attention has none"),
         (["pattern=mamba", "qk_norm=true"], "--transformer.qk_norm=True is for the mixers "
          "attention, of which"),
         (["pattern=mamba", "positions=alibi"], "--transformer.positions=alibi is for attention"),
