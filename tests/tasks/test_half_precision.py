@@ -56,7 +56,8 @@ MORE = {
     ),
 }  # fmt: skip
 WHOLE = {"few_step shortcut": ("--few_step.bootstrap=1.0",)}  # else for a part of the rows
-ELSEWHERE = {"normalizing_flow"}  # it runs in float32 only
+# It runs in float32 only; the others have no training step.
+ELSEWHERE = {"normalizing_flow", "ngram", "hmm", "responder"}
 RECORDED = pytest.mark.depends_on("every flag")  # those that need other runs
 CASES = [
     pytest.param(base, flags, marks=[RECORDED] if needs_a_run(base) else [])

@@ -198,7 +198,7 @@ def test_biases_balance_the_experts_without_changing_weights():
         moved = updates["router"]["bias"]
         np.testing.assert_allclose(moved, -0.01 * jnp.sign(load - load.mean()), atol=1e-7)
         assert term == 0
-    assert largest[0] > 1.6 and largest[-1] < 1.1
+    assert largest[0] > 1.6 and max(largest[-10:]) < 1.2  # they go up and down by a step
     plain, moved = route(logits, real, config), route(logits, real, config, bias)
     same = jnp.sort(plain.choice, -1) == jnp.sort(moved.choice, -1)
     same = np.asarray(same.all(-1))
