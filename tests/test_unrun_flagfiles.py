@@ -19,7 +19,8 @@ EXPERIMENTS = ROOT / "experiments"
 PODS = EXPERIMENTS / "pods"
 # Only included by others.
 PARTS = {PODS / "base.flags", *(PODS / "shapes").glob("*.flags")}
-EMBEDDED = {*text.EMBEDDED, *text.PIXELS, *text.SYNTHETIC, *images.BUILT_IN}
+SCRIPT = "therapist"  # of the responder
+EMBEDDED = {*text.EMBEDDED, *text.PIXELS, *text.SYNTHETIC, *images.BUILT_IN, SCRIPT}
 # Networks that are quick to count.
 COUNTED = ("gan/celeba64", "normalizing_flow/cifar10")
 

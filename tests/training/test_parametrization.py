@@ -34,14 +34,15 @@ def test_the_sharding_table_says_what_every_parameter_is():
     assert kinds == {
         "position_embed/embedding": "input",
         "embed/embedding": "input",
-        "attention/query/kernel": "hidden",
-        "attention/(key|value)/kernel": "hidden",
-        "attention/out/kernel": "hidden",
-        "attention/out/bias": "vector",
-        "attention/query/bias": "vector",
-        "attention/(key|value)/bias": "vector",
-        "attention/(query|key)_norm/scale": "vector",
+        r"\battention/query/kernel": "hidden",
+        r"\battention/(key|value)/kernel": "hidden",
+        r"\battention/out/kernel": "hidden",
+        r"\battention/out/bias": "vector",
+        r"\battention/query/bias": "vector",
+        r"\battention/(key|value)/bias": "vector",
+        r"\battention/(query|key)_norm/scale": "vector",
         "mlp/router/kernel": "output",
+        "mlp/router/bias": "vector",
         "mlp/experts/(up|gate)": "hidden",
         "mlp/experts/down": "hidden",
         "(mlp|shared)/(up|gate)/kernel": "hidden",
@@ -156,7 +157,7 @@ def test_routers_are_outputs():
     variables = {growth: Router(5, growth).init(jax.random.key(0), x) for growth in (1.0, 4.0)}
     kernels = [v["params"]["kernel"] for v in variables.values()]
     np.testing.assert_allclose(kernels[1], 2 * kernels[0], rtol=1e-5)
-    one, four = (Router(5, growth).apply(v, x) for growth, v in variables.items())
+    one, four = (Router(5, growth).apply(v, x)[0] for growth, v in variables.items())
     np.testing.assert_allclose(four, one / 2, rtol=1e-5, atol=1e-6)
     shape = dataclasses.replace(SHAPE, **MORE_HEADS)
     model = Transformer(shape, 11, moe=MoeConfig(num_experts=3))
