@@ -60,12 +60,21 @@ class TextRequest(SampleRequest):
 
     def prompts(self) -> list[str]:
         """The prompts: at least one, which may be empty."""
-        if not self.prompt_file:
-            return [self.prompt]
-        lines = read_text(self.prompt_file, f"--prompt_file={self.prompt_file}").splitlines()
-        if not lines:
-            raise ConfigError(f"--prompt_file={self.prompt_file} is empty")
-        return lines
+        return read_prompts(self.prompt, self.prompt_file)
+
+
+def read_prompts(prompt: str, prompt_file: str) -> list[str]:
+    """The prompt, or the lines of the file if there is one; at least one.
+
+    Raises:
+      ConfigError: a file that cannot be read, or is empty.
+    """
+    if not prompt_file:
+        return [prompt]
+    lines = read_text(prompt_file, f"--prompt_file={prompt_file}").splitlines()
+    if not lines:
+        raise ConfigError(f"--prompt_file={prompt_file} is empty")
+    return lines
 
 
 class Decoder(NamedTuple):

@@ -17,6 +17,7 @@ from genai_jax.decoding.responder import Conversation
 from genai_jax.files import parse_json, read_text
 from genai_jax.requests import ExactEvaluateRequest, SampleRequest
 from genai_jax.sampled import TEXT_SUFFIXES, Texts
+from genai_jax.tasks.language.sampling import read_prompts
 from genai_jax.tasks.protocol import ArraySpec, Params, Phase, Task
 
 SCRIPTS = pathlib.Path(__file__).parent / "scripts"
@@ -50,12 +51,7 @@ class LineRequest(SampleRequest):
 
     def prompts(self) -> list[str]:
         """The lines: at least one, which may be empty."""
-        if not self.prompt_file:
-            return [self.prompt]
-        lines = read_text(self.prompt_file, f"--prompt_file={self.prompt_file}").splitlines()
-        if not lines:
-            raise ConfigError(f"--prompt_file={self.prompt_file} is empty")
-        return lines
+        return read_prompts(self.prompt, self.prompt_file)
 
 
 class ScriptData:

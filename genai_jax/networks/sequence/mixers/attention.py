@@ -85,20 +85,13 @@ class Attention(nn.Module):
         )(out)  # fmt: skip
         return out, state
 
-    def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
-        if context.mask is not None:
-            return context.mask
-        window = self.config.window
-        causal = kernels_pallas.Causal()
-        return causal if window is None else causal & kernels_pallas.Window(window, 0)
-
     def _slopes(self):
         c = self.config
         return alibi_slopes(c.num_heads) if c.positions == "alibi" else None
 
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
         """Attention among the tokens of a row."""
-        c, mask = self.config, self._mask(context)
+        c, mask = self.config, mask_of(self.config, context)
         # Full attention is the same in any order of the tokens.
         full = isinstance(mask, kernels_pallas.Full)
         return attention(
@@ -114,13 +107,13 @@ class Attention(nn.Module):
         Raises:
           ValueError: a mask under which earlier tokens would see later ones.
         """
-        if isinstance(self._mask(context), kernels_pallas.Full):
+        if isinstance(mask_of(self.config, context), kernels_pallas.Full):
             raise ValueError("decoding token by token needs a causal mask, not full attention")
         c, slopes = self.config, self._slopes()
         ends = context.positions[:, 0] + q.shape[1]
         cache = kernels_pallas.append(state.cache, k, v, ends)
         out = kernels_pallas.decode(
-            q, cache, lengths=ends, mask=self._mask(context), scale=c.attention_scale,
+            q, cache, lengths=ends, mask=mask_of(self.config, context), scale=c.attention_scale,
             logits_soft_cap=c.attention_soft_cap,
             bias=None if slopes is None else kernels_pallas.Alibi(slopes),
         )  # fmt: skip
@@ -147,6 +140,16 @@ class Attention(nn.Module):
             "dense": 2 * layers * config.embed_dim * (2 * heads + 2 * kv_heads),
             "attention": 4 * layers * heads * mean_keys(length, seen),
         }
+
+
+def mask_of(config: TransformerConfig, context: TokenContext) -> kernels_pallas.Mask:
+    """Which tokens a token sees: as the context says, or those before it within the window."""
+    if context.mask is not None:
+        return context.mask
+    causal = kernels_pallas.Causal()
+    if config.window is None:
+        return causal
+    return causal & kernels_pallas.Window(config.window, 0)
 
 
 def mean_keys(length: int, seen: int) -> float:
