@@ -62,5 +62,7 @@ def test_the_loss_of_a_head_is_that_of_the_token_after_the_next():
 
 
 def test_a_weight_without_heads_is_refused():
-    with pytest.raises(ConfigError, match=r"ahead_weight=0\.1 has no effect without --language_mod"):
+    with pytest.raises(
+        ConfigError, match=r"ahead_weight=0\.1 has no effect without --language_mod"
+    ):
         parse_run([*TINY, "--language_model.ahead_weight=0.1"])
