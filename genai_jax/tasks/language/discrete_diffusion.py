@@ -1,4 +1,10 @@
-"""Absorbing-state discrete diffusion of text (Austin et al. 2021), whole rows or block by block."""
+"""Absorbing-state discrete diffusion of text (Austin et al. 2021), whole rows or block by block.
+
+What a token is has a probability given all that is not masked; one that is not masked stays (Sahoo
+et al. 2024, section 3.2.3). The mask itself is among the logits, as is every unused row of the
+embeddings, and is left out of samples: probabilities of tokens then sum to at most 1, and the bound
+holds.
+"""
 
 import dataclasses
 import functools
