@@ -277,7 +277,7 @@ class Calls:
             before = "images:"
         # Shapes alone need no other run, and images no tokenizer; any bytes can be a text.
         read = command not in OF_A_RUN[1:] and name != "sampler.weak"
-        read = read and (name != "data.tokenizer" or family in TEXT_FAMILIES)
+        read = read and (name != "data.tokenizer" or family in TEXTUAL)
         read = read and (before != "text:" or path != "files/binary")
         return Odd((f"--{name}={before}{path}",), read and bool(path), (name, path, before + path))
 
