@@ -28,8 +28,10 @@ class Inspection:
 
         For texts, a string or a list of them, the hidden states before the output embedding,
         [texts, length, embed_dim]: position 0 is the token that begins every document, position i
-        the i-th token of the text, and zeros follow a text's last token. For images, uint8 levels
-        [images, *space, channels], features or latents [images, ...]; held-out ones if None.
+        the i-th token of the text, and zeros follow a text's last token. A model that fills in
+        masks reads no first one, but the token that ends every document after the last. For images,
+        uint8 levels [images, *space, channels], features or latents [images, ...]; held-out ones if
+        None.
 
         Raises:
           ConfigError: a family without either, or inputs that it cannot take.

@@ -53,6 +53,10 @@ NAMED = re.compile(r"\*\*`([^`]+)`\*\*")
 SMALL = {
     "language_model": "transformer.num_layers=2 transformer.embed_dim=16 transformer.num_heads=2 "
     "data.sequence_length=32 transformer.scan_layers=true optimizer.name=adamw",
+    "masked_language_model": "transformer.num_layers=1 transformer.embed_dim=16 "
+    "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
+    "discrete_diffusion": "transformer.num_layers=1 transformer.embed_dim=16 "
+    "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
     "code_prior": "transformer.num_layers=1 transformer.embed_dim=16 transformer.num_heads=2",
     "diffusion unet": "unet.channels=8 unet.head_dim=8 unet.channel_multipliers=1",
     "diffusion dit": "dit.num_layers=1 dit.embed_dim=16 dit.num_heads=2 dit.patch_size=4 "

@@ -67,6 +67,8 @@ BASES = {
     "language_model": TRANSFORMER,
     "language_model experts": (*TRANSFORMER, "--moe.num_experts=4"),
     "language_model states": (*TRANSFORMER, "--transformer.pattern=mamba,latent_attention"),
+    "masked_language_model": (*TRANSFORMER, "--task=masked_language_model"),
+    "discrete_diffusion": (*TRANSFORMER, "--task=discrete_diffusion"),
     "diffusion": (*UNET, "--task=diffusion"),
     "diffusion dit": DIT,
     "diffusion bound": (*DIT, "--diffusion.objective=bound", "--diffusion.schedule=learned"),
@@ -144,6 +146,9 @@ NUMBERS = {
     "transformer.conv_width": "3",
     "transformer.latent_dim": "8",
     "transformer.rotary_dim": "4",
+    "masked.vocab_size": "300",
+    "masked.span_length": "3",
+    "discrete_diffusion.vocab_size": "300",
     "transformer.window": "3",
     "transformer.num_kv_heads": "1",
 }

@@ -26,15 +26,18 @@ COMMANDS = (
     "coordinate_check", "compare", "model_card",
 )  # fmt: skip
 OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare", "model_card")
-TEXTUAL = ("language_model", "ngram", "hmm", "responder")  # whose samples are texts
+# Families whose samples are texts.
+TEXTUAL = (
+    "language_model", "masked_language_model", "discrete_diffusion", "ngram", "hmm", "responder",
+)  # fmt: skip
 OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
 OF_A_WORKDIR = ("sample", "evaluate", "model_card")
 OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take every flag of a run
 # Flags whose value is a number of turns of a loop: a huge one only takes its time.
 LOOPS = {
     "steps", "sweeps", "resamples", "seeds", "max_tokens", "num_samples", "likelihood_steps",
-    "likelihood_probes", "importance_samples", "batches", "jobs", "slices", "timeout_s",
-    "heartbeat_s", "prefetch", "n_critic", "critic_steps", "columns",
+    "likelihood_probes", "importance_samples", "batches", "held_out_times", "jobs", "slices",
+    "timeout_s", "heartbeat_s", "prefetch", "n_critic", "critic_steps", "columns",
 }  # fmt: skip
 TINY_REQUEST = {
     "sample": {"num_samples": 2, "max_tokens": 3, "steps": 2, "sweeps": 2},
@@ -274,7 +277,7 @@ class Calls:
             before = "images:"
         # Shapes alone need no other run, and images no tokenizer; any bytes can be a text.
         read = command not in OF_A_RUN[1:] and name != "sampler.weak"
-        read = read and (name != "data.tokenizer" or family == "language_model")
+        read = read and (name != "data.tokenizer" or family in TEXTUAL)
         read = read and (before != "text:" or path != "files/binary")
         return Odd((f"--{name}={before}{path}",), read and bool(path), (name, path, before + path))
 

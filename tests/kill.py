@@ -39,6 +39,10 @@ CODES = (
 TEXT = ("--data.sequence_length=32", "--data.dataset=text:{folder}/text")
 FAMILIES = {
     "language_model": (*TINY, "--transformer.dropout=0.1", "--data.dataset=text:{folder}/text"),
+    "masked_language_model": (*TINY, "--task=masked_language_model", "--masked.span_length=3"),
+    "discrete_diffusion": (
+        *TINY, "--task=discrete_diffusion", "--discrete_diffusion.block_size=8",
+    ),
     "diffusion": TASK_FLAGS["unet_class"],
     "few_step": TASK_FLAGS["shortcut"],
     "autoencoder": CODES,

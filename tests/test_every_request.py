@@ -13,9 +13,9 @@ from genai_jax.tasks.registry import task_class
 from tests.every_flag import trained
 
 BASES = (
-    "language_model", "diffusion", "diffusion text", "few_step shortcut", "autoencoder codes",
-    "code_prior", "vae", "vae ladder", "gan style", "normalizing_flow", "rbm", "ngram", "hmm",
-    "responder",
+    "language_model", "masked_language_model", "discrete_diffusion", "diffusion", "diffusion text",
+    "few_step shortcut", "autoencoder codes", "code_prior", "vae", "vae ladder", "gan style",
+    "normalizing_flow", "rbm", "ngram", "hmm", "responder",
 )  # fmt: skip
 # Beside those that choose a model: where samples go, how they are shown, and how many are computed
 # at a time.

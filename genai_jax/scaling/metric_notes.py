@@ -6,14 +6,22 @@ _BOUND = _OF_DIMENSIONS.format("from the variational bound, which is above the e
 _DEQUANTIZED = _OF_DIMENSIONS.format(
     "an upper bound: of the density of values with uniform noise added (Theis et al. 2016)"
 )
+_OF_BYTES = "bits per byte of UTF-8 text, {}; lower is better"
 _AVERAGE = "of the averaged parameters"
 # Task -> the convention of its bits per dimension.
 BITS_PER_DIM = {
     "language_model": _EXACT,
+    "discrete_diffusion": _BOUND,
     "normalizing_flow": _DEQUANTIZED,
     "vae": _BOUND,
     "diffusion": _BOUND,
     "rbm": _OF_DIMENSIONS.format("with a normalizer estimated by annealed importance sampling"),
+}
+# Task -> the convention of its bits per byte, where they are not exact.
+BITS_PER_BYTE = {
+    "discrete_diffusion": _OF_BYTES.format(
+        "an upper bound, estimated at random times; exact for blocks of one token"
+    )
 }
 # Sizes of what was scored.
 COUNTS = {
@@ -26,7 +34,7 @@ COUNTS = {
 }
 # By the last part of a metric's name: the first that it starts with.
 NOTES = (
-    ("bits_per_byte", "bits per byte of UTF-8 text, exact; lower is better"),
+    ("bits_per_byte", _OF_BYTES.format("exact")),
     ("ode_bits_per_dim", f"by the probability-flow ODE, {_DEQUANTIZED}"),
     ("elbo_bits_per_dim", _BOUND),
     ("importance_bits_per_dim", _OF_DIMENSIONS.format("from the importance-weighted bound")),
@@ -56,6 +64,8 @@ def note_of(metric: str, task: str) -> str:
         return COUNTS[name]
     if name == "bits_per_dim":
         note = BITS_PER_DIM.get(task, _OF_DIMENSIONS.format("as the task defines it"))
+    elif name == "bits_per_byte" and task in BITS_PER_BYTE:
+        note = BITS_PER_BYTE[task]
     else:
         note = next((note for start, note in NOTES if name.startswith(start)), "")
     average = _AVERAGE if "ema/" in metric else ""

@@ -30,6 +30,8 @@ IMAGES = "unconditional-image-generation"
 # Task -> what the Hugging Face Hub calls it; others have no name there.
 PIPELINES = {
     "language_model": "text-generation",
+    "masked_language_model": "fill-mask",
+    "discrete_diffusion": "text-generation",
     "image_classifier": "image-classification",
     "vae": IMAGES,
     "gan": IMAGES,

@@ -8,6 +8,8 @@ from genai_jax.outside import is_outside, load_outside
 
 TASKS = {
     "language_model": "genai_jax.tasks.language.causal:LanguageModel",
+    "masked_language_model": "genai_jax.tasks.language.masked:MaskedLanguageModel",
+    "discrete_diffusion": "genai_jax.tasks.language.discrete_diffusion:DiscreteDiffusion",
     "diffusion": "genai_jax.tasks.diffusion.task:Diffusion",
     "few_step": "genai_jax.tasks.diffusion.few_step:FewStep",
     "autoencoder": "genai_jax.tasks.autoencoder.task:Autoencoder",

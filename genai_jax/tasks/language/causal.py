@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.text.fill_in_middle import arranged
 from genai_jax.data.text.loader import DataConfig
@@ -32,6 +31,7 @@ from genai_jax.networks.sequence.inspection import attention_weights, logit_lens
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.sampled import Texts
+from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
@@ -100,15 +100,11 @@ class LanguageModel(Task):
         self.dtype = jnp.dtype(config.run.dtype)
         vocab_size, flag = config.language_model.vocab_size, "--language_model.vocab_size"
         self.data = TextData(config, vocab_size, flag, fills_gaps=True)
-        shape, length = config.transformer, config.data.sequence_length
-        if shape.positions == "learned" and length > shape.max_length:
-            raise ConfigError(
-                f"--data.sequence_length={length} is longer than the learned positions: "
-                f"--transformer.max_length={shape.max_length}"
-            )
+        shape = config.transformer
+        check_positions(config)
         if config.moe.num_experts and shape.use_bias:
             raise ConfigError("--transformer.use_bias: experts have no biases (--moe.num_experts)")
-        self._check_attention()
+        check_attention(config)
         self.partition_rules = tuple(
             (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.partition_rules(shape)
         )
@@ -123,20 +119,6 @@ class LanguageModel(Task):
             shape, self.data.vocab_size, backend=config.run.attention, dtype=self.dtype,
             parallel=config.parallel, moe=config.moe,
         )  # fmt: skip
-
-    def _check_attention(self):
-        """Raises `ConfigError` if the chosen backend cannot run the attention of a step."""
-        shape, data, backend = self.config.transformer, self.config.data, self.config.run.attention
-        q, k = (
-            jax.ShapeDtypeStruct(
-                (data.batch_size, data.sequence_length, heads, shape.head_width), self.dtype
-            )
-            for heads in (shape.num_heads, shape.kv_heads)
-        )
-        try:
-            kernels_pallas.explain(q, k, k, backend=backend)
-        except ValueError as error:
-            raise ConfigError(f"--attention={backend}: {error}") from None
 
     # Parameters and loss.
 

@@ -28,6 +28,7 @@ class TextData:
       config: of the run.
       vocab_size: rows of the embeddings, if a flag sets them; as many as needed if None.
       flag: that flag.
+      own_tokens: tokens that a model has besides those of the tokenizer, such as a mask.
       fills_gaps: whether the model may learn to fill in the middle.
 
     Attributes:
@@ -40,19 +41,22 @@ class TextData:
         config: Config,
         vocab_size: int | None = None,
         flag: str = "",
+        own_tokens: int = 0,
         fills_gaps: bool = False,
     ):
         if config.data.fim_rate and not fills_gaps:
             raise ConfigError(
-                f"--data.fim_rate={config.data.fim_rate} is for --task=language_model, not for "
-                f"--task={config.run.task}"
+                f"--data.fim_rate={config.data.fim_rate} is for --task=language_model, which reads "
+                f"text in one direction, not for --task={config.run.task}"
             )
+        if config.data.fim_rate:
+            own_tokens += COUNT
         # Of a run that is only read, the copies in its workdir.
         place, tokenizer = config.kept.get("data.dataset"), config.place_of("data.tokenizer")
         self._kept = KeptData(place) if place else None
         self.config = dataclasses.replace(config.data, tokenizer=tokenizer)
         self._seed = config.run.seed
-        self._vocab_size, self._flag = vocab_size, flag
+        self._vocab_size, self._flag, self._own_tokens = vocab_size, flag, own_tokens
         self.has_questions = self.config.answer_after is not None
         self.is_pixels = self.config.dataset in PIXELS and self.config.answer_after == "="
 
@@ -63,12 +67,7 @@ class TextData:
     @functools.cached_property
     def _token_bytes(self) -> np.ndarray | None:
         sizes = self.tokenizer.token_bytes()
-        return None if sizes is None else np.pad(sizes, (0, self._added))
-
-    @property
-    def _added(self) -> int:
-        """Tokens besides those of the tokenizer."""
-        return COUNT if self.config.fim_rate else 0
+        return None if sizes is None else np.pad(sizes, (0, self._own_tokens))
 
     @property
     def sentinels(self) -> Sentinels | None:
@@ -78,16 +77,15 @@ class TextData:
     @property
     def vocab_size(self) -> int:
         """Rows of the embeddings; opens the tokenizer only if no flag sets them."""
-        return self._vocab_size or self.tokenizer.vocab_size + self._added
+        return self._vocab_size or self.tokenizer.vocab_size + self._own_tokens
 
     @functools.cached_property
     def loader(self) -> TextLoader:
-        needed = self.tokenizer.vocab_size + self._added
-        if needed > self.vocab_size:
-            more = f", with {self._added} more for --data.fim_rate" if self._added else ""
+        if self.tokenizer.vocab_size + self._own_tokens > self.vocab_size:
+            more = f" and {self._own_tokens} of the model" if self._own_tokens else ""
             raise ConfigError(
-                f"{self._flag}={self.vocab_size} is smaller than the "
-                f"{needed} tokens of --data.tokenizer={self.tokenizer.spec}{more}"
+                f"{self._flag}={self.vocab_size} is smaller than the {self.tokenizer.vocab_size} "
+                f"tokens of --data.tokenizer={self.tokenizer.spec}{more}"
             )
         return TextLoader(self.config, self._seed, self._kept)
 

@@ -36,6 +36,7 @@ class TextRequest(SampleRequest):
     stop: str = field("", "Text that ends a sample and is left out of it.")
     suffixes: ClassVar = TEXT_SUFFIXES
     in_training: ClassVar = 2
+    in_random_order: ClassVar = False  # whether the order of the tokens depends on the seed
 
     def __post_init__(self):
         if 0 < self.temperature < 1e-6:
@@ -43,14 +44,14 @@ class TextRequest(SampleRequest):
                 f"temperature={self.temperature} is too small to divide by; 0 takes the likeliest "
                 "token"
             )
-        unused = {"seed": 0, "top_k": 0, "top_p": 1.0}
+        unused = {"top_k": 0, "top_p": 1.0} | ({} if self.in_random_order else {"seed": 0})
         for name, default in unused.items():
             if self.temperature == 0 and getattr(self, name) != default:
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no effect with temperature=0, which always "
                     "takes the likeliest token"
                 )
-        if self.top_k == 1 and self.seed:
+        if self.top_k == 1 and self.seed and not self.in_random_order:
             raise ValueError(
                 f"seed={self.seed} has no effect with top_k=1, which always takes the likeliest "
                 "token"
@@ -100,6 +101,7 @@ class Settings(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     stop_tokens: tuple[int, ...] = ()
+    steps: int | None = None  # passes of a model that fills in masks, for tokens of one block
 
 
 class TokenSampler:

@@ -22,17 +22,24 @@ def text_metrics(
         the same order.
       data: that the batch comes from.
     """
+    metrics = likelihood_metrics(log_probs, correct, batch, data)
+    if data.has_questions:
+        metrics["exact_match"] = _exact_matches(correct, batch)
+    return metrics
+
+
+def likelihood_metrics(
+    log_probs: jax.Array, correct: jax.Array, batch: Batch, data: TextData
+) -> dict[str, Mean]:
+    """`text_metrics` without those of whole answers; `correct` may be a share in [0, 1]."""
     mask = batch["loss_mask"]
     nll, tokens = -jnp.sum(log_probs * mask, 1), jnp.sum(mask, 1)
     size = jnp.sum(data.target_bytes(batch) * mask, 1)
-    metrics = {
+    return {
         "loss": Mean(nll, tokens),
         "bits_per_byte": Mean(nll / math.log(2), size),
         "accuracy": Mean(jnp.sum(correct * mask, 1), tokens),
     }
-    if data.has_questions:
-        metrics["exact_match"] = _exact_matches(correct, batch)
-    return metrics
 
 
 def perplexity(loss: float) -> float:
@@ -79,7 +86,7 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
     }
     if data.is_pixels:
         summary["bits_per_dim"] = loss / math.log(2)
-    if data.has_questions:
+    if "exact_match" in reduced:
         answers = int(reduced["exact_match"].weight)
         summary |= {"exact_match": metrics["exact_match"], "answers": answers}
     return summary

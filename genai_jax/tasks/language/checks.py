@@ -1,0 +1,40 @@
+"""Flags of a text model that contradict each other."""
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas
+from genai_jax.config import Config, ConfigError
+
+
+def check_positions(config: Config):
+    """Raises `ConfigError` for rows that are longer than the positions that are learned."""
+    shape, length = config.transformer, config.data.sequence_length
+    if shape.positions == "learned" and length > shape.max_length:
+        raise ConfigError(
+            f"--data.sequence_length={length} is longer than the learned positions: "
+            f"--transformer.max_length={shape.max_length}"
+        )
+
+
+def check_attention(
+    config: Config, mask: kernels_pallas.Mask | None = None, length: int | None = None
+):
+    """Raises `ConfigError` if the chosen backend cannot run the attention of a step.
+
+    Args:
+      config: of the run.
+      mask: of the attention; causal if None.
+      length: tokens of a row; as many as the data has if None.
+    """
+    shape, data, backend = config.transformer, config.data, config.run.attention
+    size = (data.batch_size, length or data.sequence_length)
+    dtype = jnp.dtype(config.run.dtype)
+    q, k = (
+        jax.ShapeDtypeStruct((*size, heads, shape.head_width), dtype)
+        for heads in (shape.num_heads, shape.kv_heads)
+    )
+    try:
+        kernels_pallas.explain(q, k, k, backend=backend, mask=mask or kernels_pallas.Causal())
+    except ValueError as error:
+        raise ConfigError(f"--attention={backend}: {error}") from None

@@ -1,0 +1,130 @@
+"""Masked language modeling (Devlin et al. 2019, BERT), and texts by mask-predict."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from genai_jax.config import field
+from genai_jax.data.text.loader import DataConfig
+from genai_jax.decoding.unmask import mask_predict
+from genai_jax.losses.token import cross_entropy, token_scores
+from genai_jax.networks.parallel.axes import ParallelConfig
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.requests import EvaluateRequest
+from genai_jax.tasks.language.bidirectional import BidirectionalConfig, BidirectionalModel
+from genai_jax.tasks.language.corruption import Corrupted, corrupt
+from genai_jax.tasks.language.sampling import TextRequest
+from genai_jax.tasks.protocol import LossOutput, Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedConfig(BidirectionalConfig):
+    mask_rate: float = field(
+        0.15, "Share of tokens that are to be predicted.", minimum=0, maximum=1
+    )
+    span_length: float | None = field(
+        None,
+        "Mean length of the spans of tokens that are to be predicted; if unset, tokens are chosen "
+        "independently.",
+        minimum=1,
+    )
+    mask_fraction: float = field(
+        0.8, "Share of the tokens to be predicted that become masks.", minimum=0, maximum=1
+    )
+    random_fraction: float = field(
+        0.1,
+        "Share of the tokens to be predicted that become random tokens; those that become neither "
+        "are left as they are.",
+        minimum=0,
+        maximum=1,
+    )
+
+    def __post_init__(self):
+        if not 0 < self.mask_rate < 1:
+            what = "nothing to predict" if self.mask_rate == 0 else "nothing to predict it from"
+            raise ValueError(
+                f"mask_rate={self.mask_rate:g} leaves {what}: it must be above 0 and below 1"
+            )
+        shortest = 1 / (1 - self.mask_rate)
+        if self.span_length is not None and self.span_length < shortest:
+            raise ValueError(
+                f"span_length={self.span_length:g} is shorter than the {shortest:.4g} of tokens "
+                f"chosen independently at mask_rate={self.mask_rate:g}; leave it unset for these"
+            )
+        if self.mask_fraction == 0:
+            raise ValueError("mask_fraction=0: the model would never see a mask")
+        if self.mask_fraction + self.random_fraction > 1 + 1e-6:
+            raise ValueError(
+                f"mask_fraction={self.mask_fraction:g} and random_fraction="
+                f"{self.random_fraction:g} are more than 1 together"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPredictRequest(TextRequest):
+    steps: int = field(
+        10,
+        "Passes of mask-predict: each predicts all masks, and masks again what is least certain.",
+        minimum=1,
+    )
+
+
+class MaskedLanguageModel(BidirectionalModel):
+    """The task behind ``--task=masked_language_model``; see `genai_jax.tasks.protocol.Task`."""
+
+    components: ClassVar = {
+        "data": DataConfig,
+        "transformer": TransformerConfig,
+        "parallel": ParallelConfig,
+        "masked": MaskedConfig,
+    }
+    component = "masked"
+    loss_unit = "nats per masked token"
+    sample_request = MaskPredictRequest
+    evaluate_request = EvaluateRequest
+    fill = staticmethod(mask_predict)
+
+    def corrupted(self, key, batch) -> Corrupted:
+        """What the network reads instead of the targets, and which of them it is to predict."""
+        own = self.own
+        return corrupt(
+            key, batch["targets"], batch["loss_mask"] > 0, mask_id=self.mask_id,
+            known=self.data.tokenizer.vocab_size, rate=own.mask_rate, span=own.span_length,
+            mask_share=own.mask_fraction, random_share=own.random_fraction,
+        )  # fmt: skip
+
+    def _hidden(self, params, batch, tokens, rngs=None):
+        return self.reading.apply(
+            {"params": params["model"]}, tokens, batch["positions"], batch["segment_ids"],
+            rngs=rngs,
+        )[0]  # fmt: skip
+
+    def _loss(self, params, mutables, batch, info) -> LossOutput:
+        seen = self.corrupted(info.rng, batch)
+        hidden = self._hidden(params, batch, seen.tokens, self._dropout(info.rng))
+        chosen = seen.chosen.astype(jnp.float32)
+        loss, nll, correct = cross_entropy(
+            hidden, self._head_kernel(params), batch["targets"], chosen, z_loss=self.own.z_loss,
+            **self._head,
+        )  # fmt: skip
+        weight = jnp.sum(chosen)
+        count = jnp.maximum(weight, 1)
+        metrics = {"nll": nll / count, "accuracy": correct / count}
+        return LossOutput(loss / count, metrics, mutables, weight)
+
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        seen = self.corrupted(key, batch)
+        hidden = self._hidden(params, batch, seen.tokens)
+        scores = token_scores(hidden, self._head_kernel(params), batch["targets"], **self._head)
+        total = lambda x: jnp.sum(x * seen.chosen, 1)
+        count = jnp.sum(seen.chosen, 1, dtype=jnp.float32)
+        return {
+            "loss": Mean(-total(scores.log_probs), count),
+            "accuracy": Mean(total(scores.correct), count),
+        }
+
+    def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
+        """Mean over the tokens that were chosen at random: not a likelihood of the text."""
+        metrics = super().summarize(reduced, params, mutables, key)
+        return metrics | {"tokens": int(reduced["loss"].weight)}
