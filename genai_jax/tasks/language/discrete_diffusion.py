@@ -140,8 +140,9 @@ class DiscreteDiffusion(BidirectionalModel):
         return hidden[:, : clean.shape[1]]
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
-        masks = self.masks(info.rng, batch)
-        hidden = self.hidden(params, batch, masks.masked, self._dropout(info.rng))
+        key, dropout_key = jax.random.split(info.rng)
+        masks = self.masks(key, batch)
+        hidden = self.hidden(params, batch, masks.masked, self._dropout(dropout_key))
         loss, nll, correct = cross_entropy(
             hidden, self._head_kernel(params), batch["targets"], masks.weight,
             z_loss=self.own.z_loss, **self._head,

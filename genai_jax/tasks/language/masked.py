@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
@@ -101,8 +102,9 @@ class MaskedLanguageModel(BidirectionalModel):
         )[0]  # fmt: skip
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
-        seen = self.corrupted(info.rng, batch)
-        hidden = self._hidden(params, batch, seen.tokens, self._dropout(info.rng))
+        key, dropout_key = jax.random.split(info.rng)
+        seen = self.corrupted(key, batch)
+        hidden = self._hidden(params, batch, seen.tokens, self._dropout(dropout_key))
         chosen = seen.chosen.astype(jnp.float32)
         loss, nll, correct = cross_entropy(
             hidden, self._head_kernel(params), batch["targets"], chosen, z_loss=self.own.z_loss,
