@@ -8,6 +8,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
+from . import scan_loop
 from .choose import Backend, Rule, choose, lazily
 from .padding import pad_length
 from .validate import check_segment_ids
@@ -46,7 +47,8 @@ def selective_scan(
     initial_state of the next piece, so a long sequence can be processed piece by piece.
     States are float32, or float64 if any input is. Differentiable in all float arrays; the backward
     pass keeps the state at the start of each chunk and recomputes the others, so that memory is
-    length / chunk_size + chunk_size states. Invalid arguments raise a one-line ValueError.
+    length / chunk_size + chunk_size states. "xla" has gradients in reverse mode only. Invalid
+    arguments raise a one-line ValueError.
 
     Segments: the state is reset to zero before each token whose id differs from that of the
     previous token in its row. Padding (id 0) is skipped, wherever it is: it leaves the state as it
@@ -132,8 +134,8 @@ def _parallel(x, delta, a, b, c, state, resets):
     return jnp.sum(states * c[:, :, None], -1), states[:, -1]
 
 
-def _chunked(inside, x, delta, a, b, c, state, resets, chunk_size):
-    """`inside` chunk by chunk; the backward pass recomputes the states within each chunk."""
+def _chunks(x, delta, a, b, c, state, resets, chunk_size):
+    """`_parallel` chunk by chunk; the backward pass recomputes the states within each chunk."""
     length = x.shape[1]
     size = min(chunk_size, length)
 
@@ -144,7 +146,7 @@ def _chunked(inside, x, delta, a, b, c, state, resets, chunk_size):
     @jax.checkpoint
     def step(state, chunk):
         x, delta, b, c, resets = chunk
-        y, state = inside(x, delta, a, b, c, state, resets)
+        y, state = _parallel(x, delta, a, b, c, state, resets)
         return state, y
 
     state, y = jax.lax.scan(step, state, jax.tree.map(split, (x, delta, b, c, resets)))
@@ -187,8 +189,8 @@ def _check(x, delta, a, b, c, d, initial_state, chunk_size):
 
 
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(functools.partial(_chunked, _positions)),
-    "xla_parallel": Backend(functools.partial(_chunked, _parallel)),
+    "xla": Backend(scan_loop.run),
+    "xla_parallel": Backend(_chunks),
     "tpu": Backend(
         lazily("tpu.selective_scan", "scan"), ("tpu",), lazily("tpu.selective_scan", "check")
     ),
