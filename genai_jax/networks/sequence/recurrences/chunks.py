@@ -17,13 +17,11 @@ class Chunks(NamedTuple):
       from_state: [batch, chunks, size] bool, whether a token continues the document that the state
         before the chunk belongs to.
       to_state: [batch, chunks, size] bool, whether a token enters the state after the chunk.
-      begins: [batch, chunks, size] bool, whether a document begins with a token.
     """
 
     pairs: jax.Array
     from_state: jax.Array
     to_state: jax.Array
-    begins: jax.Array
 
     @property
     def carries(self) -> jax.Array:
@@ -35,13 +33,8 @@ class Chunks(NamedTuple):
 
         What other documents add would only cost precision: differences of sums are what counts.
         """
-        begins = self.begins.reshape(*self.begins.shape, *(1,) * (values.ndim - 3))
-
-        def compose(left, right):
-            return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
-
-        flags = jnp.broadcast_to(begins, values.shape)
-        return jax.lax.associative_scan(compose, (flags, values), axis=2)[1]
+        pairs = self.pairs.astype(values.dtype)
+        return jnp.einsum("bkij,bkj...->bki...", pairs, values, precision="highest")
 
 
 def split(array: jax.Array, size: int) -> jax.Array:
@@ -65,7 +58,6 @@ def chunks_of(bounds: Boundaries, batch: int, length: int, size: int) -> Chunks:
         (document[..., :, None] == document[..., None, :]) & causal,
         document == 0,
         document == document[:, :, -1:],
-        begins,
     )
 
 

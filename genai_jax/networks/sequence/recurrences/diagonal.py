@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.networks.sequence.recurrences.boundaries import Boundaries, masked
+from kernels_pallas import device
 
 
 def linear_recurrence(
@@ -12,7 +13,7 @@ def linear_recurrence(
     state: jax.Array,
     bounds: Boundaries = Boundaries(),  # noqa: B008 (immutable)
 ) -> tuple[jax.Array, jax.Array]:
-    """h_t = decay_t h_{t-1} + new_t for all tokens in parallel (Blelloch 1990, section 1.4).
+    """h_t = decay_t h_{t-1} + new_t for all tokens; differentiable in reverse mode only.
 
     Args:
       decay, new: [batch, length, channels], float32.
@@ -26,9 +27,49 @@ def linear_recurrence(
     if bounds.begins is not None:
         decay = jnp.where(bounds.begins[..., None], 0, decay)
     new = new.at[:, 0].add(decay[:, 0] * state)
-    compose = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])
-    _, after = jax.lax.associative_scan(compose, (decay, new), axis=1)
+    after = _recurrence(decay, new)
     return after, after[:, -1]
+
+
+@jax.custom_vjp
+def _recurrence(decay, new):
+    return _run(decay, new)
+
+
+def _forward(decay, new):
+    after = _run(decay, new)
+    return after, (decay, after)
+
+
+def _backward(residuals, d_after):
+    """The same recurrence from the end to the beginning, with the decays of the token after."""
+    decay, after = residuals
+    d_new = _run(jnp.roll(decay, -1, 1), d_after, reverse=True)
+    before = jnp.pad(after, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    return d_new * before, d_new
+
+
+_recurrence.defvjp(_forward, _backward)
+
+
+def _run(decay, new, reverse=False):
+    """h after each token, from h = 0; the first decay (the last in reverse) has no effect.
+
+    A loop on CPU; elsewhere all tokens in parallel (Blelloch 1990, section 1.4).
+    """
+    if device.platform() != "cpu":
+        compose = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])
+        return jax.lax.associative_scan(compose, (decay, new), axis=1, reverse=reverse)[1]
+
+    def step(h, token):
+        decay, new = token
+        h = decay * h + new
+        return h, h
+
+    first = lambda a: jnp.moveaxis(a, 1, 0)
+    start = jnp.zeros_like(new[:, 0])
+    _, after = jax.lax.scan(step, start, (first(decay), first(new)), reverse=reverse)
+    return jnp.moveaxis(after, 0, 1)
 
 
 def linear_step(state: jax.Array, inputs: tuple[jax.Array, jax.Array]):
