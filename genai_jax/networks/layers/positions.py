@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from genai_jax.networks.layers.rope_scaling import RopeScaling
+
 
 class Rotation(NamedTuple):
     """Cosines and signed sines, each [batch, length, 1, 2, head_dim / 2], float32."""
@@ -15,7 +17,13 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) -> Rotation:
+def rotation(
+    positions: jax.Array,
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    scaling: RopeScaling = RopeScaling(),  # noqa: B008 (immutable)
+) -> Rotation:
     """The rotary angles of positions [batch, length]; compute them once for all layers.
 
     Su et al. 2021, "RoFormer", equation 34, with channel i paired with channel i + head_dim / 2.
@@ -24,11 +32,11 @@ def rotation(positions: jax.Array, head_dim: int, *, theta: float = 10_000.0) ->
       positions: [batch, length] integers.
       head_dim: width of a head, even.
       theta: base of the geometric sequence of wavelengths.
+      scaling: how frequencies differ from that sequence.
     """
-    half = head_dim // 2
-    frequencies = theta ** (-np.arange(half, dtype=np.float32) / half)
+    frequencies = scaling.frequencies(head_dim // 2, theta)
     angles = positions[..., None, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = scaling.magnitude * jnp.cos(angles), scaling.magnitude * jnp.sin(angles)
     return Rotation(jnp.concatenate([cos, cos], -2), jnp.concatenate([-sin, sin], -2))
 
 

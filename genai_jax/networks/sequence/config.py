@@ -5,6 +5,8 @@ import math
 
 from genai_jax.config import field
 from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
+from genai_jax.networks.layers.rope_scaling import KINDS as ROPE_SCALINGS
+from genai_jax.networks.layers.rope_scaling import RopeScaling
 from genai_jax.networks.sequence.mixers import (
     MIXERS,
     OPTIONS,
@@ -46,6 +48,17 @@ class TransformerConfig:
         choices=("rope", "learned", "sinusoidal", "alibi", "none"),
     )
     rope_theta: float = field(10_000.0, "Base of the rotary wavelengths.", minimum=1)
+    rope_scaling: str = field(
+        "none",
+        "How rotations are slowed down for rows longer than those of earlier training.",
+        choices=ROPE_SCALINGS,
+    )
+    rope_factor: float | None = field(
+        None, "New length relative to that of earlier training, for `rope_scaling`.", minimum=1
+    )
+    rope_length: int | None = field(
+        None, "Tokens of a row in earlier training, for rope_scaling=yarn and llama3.", minimum=1
+    )
     max_length: int = field(2048, "Number of positions in the learned position table.", minimum=1)
     norm: str = field("rmsnorm", "Kind of normalization.", choices=NORMS)
     norm_placement: str = field(
@@ -146,6 +159,7 @@ class TransformerConfig:
         for name in ("logits_soft_cap", "attention_soft_cap"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 caps everything: it must be above 0, or unset")
+        self._check_rope()
         check_pattern(self.pattern, self.num_layers)
         self._check_mixers()
         self._check_base()
@@ -168,6 +182,27 @@ class TransformerConfig:
             raise ValueError(f"rotary_dim={self.rotary_dim} is odd; rotations need pairs")
         if self.expand == 0:
             raise ValueError("expand=0 leaves no channels: it must be above 0, or unset")
+
+    def _check_rope(self):
+        """Raises `ValueError` for a scaling of rotations that lacks something, or is not used."""
+        needs = {"none": (), "linear": ("rope_factor",), "ntk": ("rope_factor",)}
+        needed = needs.get(self.rope_scaling, ("rope_factor", "rope_length"))
+        for name in ("rope_factor", "rope_length"):
+            value = getattr(self, name)
+            if value is None and name in needed:
+                raise ValueError(f"rope_scaling={self.rope_scaling} needs `{name}`")
+            if value is not None and name not in needed:
+                raise ValueError(f"{name}={value} is not used by rope_scaling={self.rope_scaling}")
+        if self.rope_scaling != "none" and self.positions != "rope":
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling} is for positions=rope, not {self.positions}"
+            )
+        recurrent = set(MIXERS) - {"attention", "latent_attention"}
+        if self.rope_scaling != "none" and set(self.mixers) <= recurrent:
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling} is for attention, which pattern={self.pattern} "
+                "lacks"
+            )
 
     def _check_base(self):
         """Raises `ValueError` where the fields do not determine the base shape."""
@@ -200,6 +235,10 @@ class TransformerConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def rotary_scaling(self) -> RopeScaling:
+        return RopeScaling(self.rope_scaling, self.rope_factor or 1.0, self.rope_length or 1)
 
     @property
     def taps(self) -> int:

@@ -94,7 +94,10 @@ def weights_of(config: TransformerConfig, params: dict, x: jax.Array) -> jax.Arr
                 for n, y in (("query", q), ("key", k)))  # fmt: skip
     positions = jnp.arange(x.shape[0])
     if config.positions == "rope":
-        angles = rotation(positions[None], config.head_width, theta=config.rope_theta)
+        angles = rotation(
+            positions[None], config.head_width, theta=config.rope_theta,
+            scaling=config.rotary_scaling,
+        )  # fmt: skip
         q, k = rotary(q[None], angles)[0], rotary(k[None], angles)[0]
     k = jnp.repeat(k, config.num_heads // config.kv_heads, 1)
     scale = config.attention_scale or 1 / math.sqrt(config.head_width)

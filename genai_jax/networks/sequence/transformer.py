@@ -184,7 +184,9 @@ class Transformer(nn.Module):
         c = self.config
         if c.positions != "rope":
             return context
-        angles = rotation(context.positions, c.head_width, theta=c.rope_theta)
+        angles = rotation(
+            context.positions, c.head_width, theta=c.rope_theta, scaling=c.rotary_scaling
+        )
         return dataclasses.replace(context, rotation=angles)
 
     def _check_stages(self, state: StackState | None):

@@ -83,8 +83,9 @@ class LatentAttention(nn.Module):
         q_rotated, k_rotated = self.rotated_query(x), self.rotated_key(x)[:, :, None]
         if self.config.positions == "rope":
             angles = rotation(
-                context.positions, self.config.rotated_width, theta=self.config.rope_theta
-            )
+                context.positions, self.config.rotated_width, theta=self.config.rope_theta,
+                scaling=self.config.rotary_scaling,
+            )  # fmt: skip
             q_rotated, k_rotated = rotary(q_rotated, angles), rotary(k_rotated, angles)
         k_rotated = k_rotated[:, :, 0]
         if state is None:
