@@ -8,7 +8,7 @@ import numpy as np
 from genai_jax.config import ConfigError
 
 SYMBOLS = ("+", "-", "*", "/", "=")
-PROBLEMS = 20_000  # size of an `addition` data set, or all problems if there are fewer
+PROBLEMS = 20_000  # size of an `addition` or `repeats` data set, unless there are fewer
 
 
 def modular_addition(modulus: int) -> list[str]:
@@ -47,6 +47,24 @@ def addition(digits: int) -> list[str]:
         indices = np.unique(rng.integers(limit, size=PROBLEMS))
     pairs = [divmod(int(index), 10**digits) for index in indices]
     return [f"{a:0{digits}}+{b:0{digits}}={f'{a + b:0{digits + 1}}'[::-1]}" for a, b in pairs]
+
+
+def repeats(symbols: int) -> list[str]:
+    """Numbers in a random order, then "=" and the same three times: "7 2 = 7 2 7 2 7 2".
+
+    Each of the 20,000 documents has between a quarter and three quarters of the numbers below
+    `symbols`, each once, so that the period is random: what follows a number is where that
+    number was before, not at a fixed distance (Olsson et al. 2022, "In-context learning and
+    induction heads"). The documents are the same every time.
+    """
+    if not 8 <= symbols <= 10_000:
+        raise ConfigError(f"repeats:{symbols}: the number of symbols must be from 8 to 10,000")
+    rng = np.random.default_rng((symbols, 17))
+    documents = []
+    for period in rng.integers(symbols // 4, 3 * symbols // 4 + 1, PROBLEMS):
+        once = " ".join(map(str, rng.permutation(symbols)[:period]))
+        documents.append(f"{once} = {once} {once} {once}")
+    return documents
 
 
 def _check(modulus: int):

@@ -33,6 +33,7 @@ SYNTHETIC = {
     "addition": arithmetic.addition,
     "modular_addition": arithmetic.modular_addition,
     "modular_division": arithmetic.modular_division,
+    "repeats": arithmetic.repeats,
 }
 
 
