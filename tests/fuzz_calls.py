@@ -26,7 +26,9 @@ COMMANDS = (
     "coordinate_check", "compare", "model_card",
 )  # fmt: skip
 OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare", "model_card")
-TEXTUAL = ("language_model", "ngram", "hmm", "responder")  # whose samples are texts
+TEXTUAL = (  # whose samples are texts
+    "language_model", "ngram", "hmm", "responder", "neural_lm", "word_vectors",
+)  # fmt: skip
 OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
 OF_A_WORKDIR = ("sample", "evaluate", "model_card")
 OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take every flag of a run
@@ -47,7 +49,7 @@ READ = {
     "code_prior.autoencoder": "", "sampler.weak": "", "few_step.teacher": "", "gan.grow_from": "",
     "autoencoder_loss.perceptual": "", "prompt_file": "", "weak": "", "init_image": "",
     "classifier": "", "inception": "", "latents": "", "csv": "", "study": "", "compare": "",
-    "scores": "", "emissions": "",
+    "scores": "", "emissions": "", "analogies": "",
 }  # fmt: skip
 WRITTEN = {"output", "workdir", "program", "dump_shardings"}
 # Text that may be anything; all other text means something, so that most of it is refused.

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def negative_sampling(
-    vectors: jax.Array, targets: jax.Array, negatives: jax.Array
-) -> jax.Array:
+def negative_sampling(vectors: jax.Array, targets: jax.Array, negatives: jax.Array) -> jax.Array:
     """-log sigma(u . v) - sum over negatives of log sigma(-u' . v), nats.
 
     Mikolov et al. 2013, "Distributed representations of words and phrases and their
@@ -25,27 +23,17 @@ def negative_sampling(
     return jax.nn.softplus(-positive) + jnp.sum(jax.nn.softplus(noise), -1)
 
 
-def expected_negative_sampling(
-    vectors: jax.Array, targets: jax.Array, contexts: jax.Array, noise: jax.Array, count: int
-) -> jax.Array:
-    """`negative_sampling` in expectation over `count` negatives.
+def expected_noise(vectors: jax.Array, contexts: jax.Array, noise: jax.Array) -> jax.Array:
+    """The expectation over the noise distribution of what one negative adds to the loss above.
 
     Args:
-      vectors: [n, dim].
-      targets: [n, dim].
-      contexts: vectors of all words, [words, dim].
-      noise: the noise distribution, [words].
-      count: negatives of each target.
+      vectors: v, [n, dim].
+      contexts: u' of all words, [words, dim].
+      noise: the probability of each, [words].
 
     Returns:
       [n], float32.
     """
-    positive = jnp.sum(vectors * targets, -1)
-    return jax.nn.softplus(-positive) + count * expected_noise(vectors, contexts, noise)
-
-
-def expected_noise(vectors: jax.Array, contexts: jax.Array, noise: jax.Array) -> jax.Array:
-    """The expectation of -log sigma(-u' . v) over the noise distribution, [n]; see above."""
     return jax.nn.softplus(vectors @ contexts.T) @ noise
 
 

@@ -44,8 +44,8 @@ def nearest(
 def analogy_queries(vectors: np.ndarray, questions: np.ndarray) -> np.ndarray:
     """b - a + c of normalized vectors, [n, dim], for questions of at least a, b, c [n, 3].
 
-    Mikolov, Yih, and Zweig 2013, "Linguistic regularities in continuous space word representations",
-    section 4.
+    Mikolov, Yih, and Zweig 2013, "Linguistic regularities in continuous space word
+    representations", section 4.
     """
     a, b, c = questions.T[:3]
     return vectors[b] - vectors[a] + vectors[c]

@@ -7,10 +7,14 @@ from tests.commands import report_of
 
 @pytest.mark.parametrize(
     "names",
-    [("dit_text", "unet_class", "shortcut"), ("classifier", "gan", "ladder", "flow", "rbm")],
-    ids=["diffusion", "others"],
+    [
+        ("dit_text", "unet_class", "shortcut"),
+        ("classifier", "gan", "ladder", "flow", "rbm"),
+        ("skip_gram", "cbow", "glove", "neural_lm"),
+    ],
+    ids=["diffusion", "others", "text"],
 )
-def test_the_whole_state_of_every_image_task(names):
+def test_the_whole_state_of_tasks(names):
     report = report_of("tasks/eight_devices.py", *names)
     assert set(report) == set(names)
     for name, facts in report.items():

@@ -1,4 +1,4 @@
-"""Batches for word vectors: words with the words around them, or cells of a co-occurrence matrix."""
+"""Batches for word vectors: words and those around them, or cells of a co-occurrence matrix."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -188,8 +188,11 @@ class WordData:
     def _check_windows(self, corpus: Corpus, split: str):
         """Raises `ConfigError` if no two known words are in one document."""
         if not np.any(corpus.documents[1:] == corpus.documents[:-1]):
-            problem = f"--data.dataset={printable(self.config.dataset)}: no document of its {split} "
-            problem += f"split has two words of the vocabulary ({len(self.vocabulary.words):,} words)"
+            name, words = printable(self.config.dataset), len(self.vocabulary.words)
+            problem = (
+                f"--data.dataset={name}: no document of its {split} split has two of the "
+                f"{words:,} words of the vocabulary"
+            )
             raise (NothingHeldOut if split == "validation" else ConfigError)(problem)
 
     def _cells(self, corpus: Corpus, split: str) -> Cells:
@@ -262,9 +265,7 @@ def _vocabulary_text(vocabulary: Vocabulary) -> str:
 
 
 def _read_vocabulary(path: str) -> Vocabulary:
-    rows = [
-        line.split("\t") for line in read_text(path, limit=MOST_VOCABULARY).split("\n") if line
-    ]
+    rows = [line.split("\t") for line in read_text(path, limit=MOST_VOCABULARY).split("\n") if line]
     digits = lambda text: text.isascii() and text.isdigit() and len(text) < 19
     if not rows or not all(len(row) == 2 and row[0] and digits(row[1]) for row in rows):
         raise unreadable(path, "it is not a list of words and their counts")

@@ -71,7 +71,7 @@ class Neighborhoods:
         return [f"{name}: {show(words)}" for name, words in self.near.items()]
 
     def write(self, output: str, folder: pathlib.Path) -> list[str]:
-        """Writes `output` by its suffix; without one, a map into `folder`, and returns the lines."""
+        """Writes `output` by its suffix; without one, a map into `folder`, and returns lines."""
         check_suffix(output, SUFFIXES)
         end = self.origin.stem if self.origin else ""
         path = pathlib.Path(output) if output else folder / f"neighbors{end}.png"
@@ -176,4 +176,6 @@ def plot_words(points: np.ndarray, labels: Sequence[tuple[str, str]]) -> Any:
     axes.set_xlabel("first principal component")
     axes.set_ylabel("second principal component")
     axes.margins(0.08)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.12 * (right - left))  # room for the words on the right
     return figure
