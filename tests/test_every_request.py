@@ -15,7 +15,7 @@ from tests.every_flag import trained
 BASES = (
     "language_model", "diffusion", "diffusion text", "few_step shortcut", "autoencoder codes",
     "code_prior", "vae", "vae ladder", "gan style", "normalizing_flow", "rbm", "ngram", "hmm",
-    "responder", "neural_lm", "word_vectors",
+    "responder", "word_vectors",
 )  # fmt: skip
 # Beside those that choose a model: where samples go, how they are shown, and how many are computed
 # at a time.

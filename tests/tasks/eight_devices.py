@@ -65,10 +65,6 @@ TASK_FLAGS = {
         "--classifier.feature_dim=8", "--augment.shift=1",
     ),
     "skip_gram": ("--task=word_vectors", "--word_vectors.dim=8", "--data.min_count=50"),
-    "cbow": (
-        "--task=word_vectors", "--word_vectors.objective=cbow", "--word_vectors.dim=8",
-        "--data.min_count=50",
-    ),
     "glove": (
         "--task=word_vectors", "--word_vectors.objective=glove", "--word_vectors.dim=8",
         "--data.min_count=50",

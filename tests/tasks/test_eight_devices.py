@@ -9,10 +9,9 @@ from tests.commands import report_of
     "names",
     [
         ("dit_text", "unet_class", "shortcut"),
-        ("classifier", "gan", "ladder", "flow", "rbm"),
-        ("skip_gram", "cbow", "glove", "neural_lm"),
+        ("classifier", "gan", "ladder", "flow", "rbm", "skip_gram", "glove", "neural_lm"),
     ],
-    ids=["diffusion", "others", "text"],
+    ids=["diffusion", "others"],
 )
 def test_the_whole_state_of_tasks(names):
     report = report_of("tasks/eight_devices.py", *names)

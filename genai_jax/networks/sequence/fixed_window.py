@@ -12,7 +12,7 @@ PARTITION_RULES = (
     (r"embed/embedding", ("vocabulary", "embed")),
     (r"hidden/kernel", ("embed", "mlp")),
     (r"hidden/bias", ("mlp",)),
-    (r"output/kernel", ("mlp", "vocabulary")),
+    (r"output/kernel", ("embed", "vocabulary")),
     (r"direct/kernel", ("embed", "vocabulary")),
     (r"output_bias", ("vocabulary",)),
 )
