@@ -97,7 +97,7 @@ class WordData:
           ConfigError: the training documents have none, or none that is frequent enough.
         """
         if self._kept_vocabulary:
-            return _read_vocabulary(self._kept_vocabulary)
+            return read_vocabulary(self._kept_vocabulary)
         c, name = self.config, printable(self.config.dataset)
         counted = count_words(_texts(self._source("train")), c.min_count, c.max_words)
         if counted.words:
@@ -264,7 +264,12 @@ def _vocabulary_text(vocabulary: Vocabulary) -> str:
     return "".join(f"{word}\t{count}\n" for word, count in pairs)
 
 
-def _read_vocabulary(path: str) -> Vocabulary:
+def read_vocabulary(path: str) -> Vocabulary:
+    """The vocabulary that a run kept.
+
+    Raises:
+      ConfigError: it cannot be read, or is not a vocabulary.
+    """
     rows = [line.split("\t") for line in read_text(path, limit=MOST_VOCABULARY).split("\n") if line]
     digits = lambda text: text.isascii() and text.isdigit() and len(text) < 19
     if not rows or not all(len(row) == 2 and row[0] and digits(row[1]) for row in rows):
