@@ -33,10 +33,10 @@ _TEXT = {f.name: f for f in dataclasses.fields(DataConfig)}
 MOST_VOCABULARY = 256 * MIB
 
 
-def _shared(name: str, **changes):
+def _shared(name: str):
     """The same flag as that of packed text."""
     f = _TEXT[name]
-    return dataclasses.field(default=changes.get("default", f.default), metadata=f.metadata)
+    return dataclasses.field(default=f.default, metadata=f.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
