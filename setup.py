@@ -49,7 +49,7 @@ setup(
     packages=find_packages(include=["genai_jax*", "kernels_pallas*"]),
     package_data={
         "kernels_pallas": ["tuning.csv", "gpu/*.txtpb"],
-        "genai_jax": ["tasks/statistical/scripts/*.json"],
+        "genai_jax": ["tasks/statistical/scripts/*.json", "tasks/words/analogies/*.txt"],
     },
     install_requires=[
         "jax>=0.10.2",

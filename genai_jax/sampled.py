@@ -59,10 +59,9 @@ class Sampled(Protocol):
 
 
 def with_origin(sampled: Any, origin: Origin) -> Any:
-    """Samples that know where they come from, if they are of a class of this module."""
-    if isinstance(sampled, Texts | Arrays | Files):
-        return dataclasses.replace(sampled, origin=origin)
-    return sampled
+    """Samples that know where they come from, if they are a dataclass with a field for it."""
+    named = dataclasses.is_dataclass(sampled) and {f.name for f in dataclasses.fields(sampled)}
+    return dataclasses.replace(sampled, origin=origin) if named and "origin" in named else sampled
 
 
 def suffix_of(output: str) -> str:

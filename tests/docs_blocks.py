@@ -68,6 +68,8 @@ SMALL = {
     "normalizing_flow": "glow.levels=1 glow.steps_per_level=1 glow.hidden_channels=4",
     "ngram": "ngram.max_entries=50000",
     "hmm": "hmm.states=3 hmm.iterations=2",
+    "neural_lm": "neural_lm.hidden_dim=8",
+    "word_vectors": "word_vectors.dim=8",
     "rbm": "rbm.num_hidden=5 rbm.chains=8 rbm.sweeps=1 rbm.ais_chains=4 rbm.ais_temperatures=5",
 }
 ALWAYS = (

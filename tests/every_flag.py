@@ -128,6 +128,11 @@ BASES = {
     "rbm": ("--task=rbm", "--rbm.num_hidden=5", "--rbm.chains=4", "--rbm.sweeps=1"),
     "ngram": (*TEXT, "--task=ngram", "--ngram.order=3", "--ngram.max_entries=2000"),
     "hmm": (*TEXT, "--task=hmm", "--hmm.states=3", "--hmm.iterations=2"),
+    "neural_lm": (
+        *TEXT, "--task=neural_lm", "--neural_lm.context=3", "--neural_lm.embed_dim=4",
+        "--neural_lm.hidden_dim=8",
+    ),
+    "word_vectors": ("--task=word_vectors", "--word_vectors.dim=8", "--data.min_count=20"),
     "responder": ("--task=responder",),
 }  # fmt: skip
 # Components that say where and how long a run is, or that only sampling uses.
@@ -151,6 +156,13 @@ NUMBERS = {
     "discrete_diffusion.vocab_size": "300",
     "transformer.window": "3",
     "transformer.num_kv_heads": "1",
+    "word_vectors.negatives": "2",
+    "word_vectors.noise_power": "0.5",
+    "word_vectors.subsample": "0",
+    "word_vectors.x_max": "10",
+    "word_vectors.alpha": "0.5",
+    "word_vectors.window": "2",
+    "data.max_words": "100",
 }
 WITH = {  # what a flag needs
     "transformer.base_width": "transformer.parametrization=maximal_update transformer.head_dim=8 "
@@ -171,6 +183,8 @@ WITH = {  # what a flag needs
     "augmentation.target": "augmentation.kinds=flip",
     "augmentation.probability": "augmentation.kinds=flip",
     "data.captions": "diffusion.condition=text",
+    "word_vectors.x_max": "word_vectors.objective=glove",
+    "word_vectors.alpha": "word_vectors.objective=glove",
 }
 LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 

@@ -29,6 +29,7 @@ OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "com
 # Families whose samples are texts.
 TEXTUAL = (
     "language_model", "masked_language_model", "discrete_diffusion", "ngram", "hmm", "responder",
+    "neural_lm", "word_vectors",
 )  # fmt: skip
 OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
 OF_A_WORKDIR = ("sample", "evaluate", "model_card")
@@ -50,7 +51,7 @@ READ = {
     "code_prior.autoencoder": "", "sampler.weak": "", "few_step.teacher": "", "gan.grow_from": "",
     "autoencoder_loss.perceptual": "", "prompt_file": "", "weak": "", "init_image": "",
     "classifier": "", "inception": "", "latents": "", "csv": "", "study": "", "compare": "",
-    "scores": "", "emissions": "",
+    "scores": "", "emissions": "", "analogies": "",
 }  # fmt: skip
 WRITTEN = {"output", "workdir", "program", "dump_shardings"}
 # Text that may be anything; all other text means something, so that most of it is refused.

@@ -58,6 +58,8 @@ FAMILIES = {
     "rbm": TASK_FLAGS["rbm"],
     "ngram": ("--task=ngram", "--ngram.max_entries=50000", *TEXT),
     "hmm": ("--task=hmm", "--hmm.states=4", "--hmm.iterations=5", *TEXT),
+    "neural_lm": (*TASK_FLAGS["neural_lm"], "--data.dataset=text:{folder}/text"),
+    "word_vectors": TASK_FLAGS["skip_gram"],
     "responder": ("--task=responder",),
 }  # fmt: skip
 PATIENCE_S = 300  # for one process

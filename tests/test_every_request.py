@@ -15,7 +15,7 @@ from tests.every_flag import trained
 BASES = (
     "language_model", "masked_language_model", "discrete_diffusion", "diffusion", "diffusion text",
     "few_step shortcut", "autoencoder codes", "code_prior", "vae", "vae ladder", "gan style",
-    "normalizing_flow", "rbm", "ngram", "hmm", "responder",
+    "normalizing_flow", "rbm", "ngram", "hmm", "responder", "word_vectors",
 )  # fmt: skip
 # Beside those that choose a model: where samples go, how they are shown, and how many are computed
 # at a time.
@@ -43,7 +43,12 @@ def values_of(field: dataclasses.Field, usual: object) -> list:
         return [NUMBERS[field.name]]
     if kind in (int, float):
         return [kind((default or 0) + 1) if field.name not in SMALL else 3]
-    return {"prompt": ["ab"], "label": ["3"]}.get(field.name, [])
+    return {
+        "prompt": ["ab"],
+        "label": ["3"],
+        "words": ["list"],
+        "analogy": ["list:lists::string"],
+    }.get(field.name, [])
 
 
 def drawn(run, **flags) -> list:

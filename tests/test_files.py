@@ -28,6 +28,7 @@ from genai_jax.data.text.tokenization import load_tokenizer
 from genai_jax.flagfiles import expand_flagfiles, flag_values
 from genai_jax.scaling.report import show_dollars
 from genai_jax.tasks.arrays.walks import read_latents
+from genai_jax.tasks.words.data import read_vocabulary
 from genai_jax.training.ema_profiles import reconstruct
 from tests.conftest import ROOT
 from tests.damage import DAMAGES, damage
@@ -42,6 +43,7 @@ READERS = {
     "tokenizer.model": lambda path: load_tokenizer(str(path)),
     "picture": lambda path: media.read_image(str(path), (8, 8, 3), flag="init_image", levels=256),
     "latents": lambda path: read_latents(str(path), 3),
+    "vocabulary": read_vocabulary,
     "CSV": lambda path: fit.main([f"--csv={path}", f"--output={path}.report"]),
     **{f"text{suffix}": lambda path: read_documents(str(path), strict=True) for suffix in SUFFIXES},
 }

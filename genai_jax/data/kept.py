@@ -25,6 +25,7 @@ MOST_BYTES = 128 * MIB  # of a split
 MOST_TRAIN = 2048  # training examples
 MOST_VALUES = 1 << 28  # of an example
 SUFFIXES = (".json", ".model")  # of a tokenizer's file
+VOCABULARY = "vocabulary.tsv"  # words and their counts, of models of words
 ENCODING = ("utf-8", "surrogatepass")  # documents may hold bytes that are not UTF-8
 
 

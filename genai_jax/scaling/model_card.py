@@ -42,6 +42,8 @@ PIPELINES = {
     "rbm": IMAGES,
     "ngram": "text-generation",
     "hmm": "text-generation",
+    "neural_lm": "text-generation",
+    "word_vectors": "feature-extraction",
     "responder": "text-generation",
 }
 

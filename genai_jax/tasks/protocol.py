@@ -140,7 +140,8 @@ class Keeps(Protocol):
         """Writes it, unless it is there; `record` is that of `Data`. Called by one process.
 
         Data that are read for sampling and scoring find it at ``config.kept["data.dataset"]``, and
-        a tokenizer, which is called ``tokenizer.*``, at ``config.kept["data.tokenizer"]``.
+        a tokenizer, which is called ``tokenizer.*``, at ``config.kept["data.tokenizer"]``, and
+        ``vocabulary.tsv`` at ``config.kept["data.vocabulary"]``.
         """
 
 

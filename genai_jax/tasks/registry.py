@@ -21,6 +21,8 @@ TASKS = {
     "rbm": "genai_jax.tasks.energy.rbm:Rbm",
     "ngram": "genai_jax.tasks.statistical.ngram:Ngram",
     "hmm": "genai_jax.tasks.statistical.hmm:Hmm",
+    "neural_lm": "genai_jax.tasks.language.neural:NeuralLm",
+    "word_vectors": "genai_jax.tasks.words.task:WordVectors",
     "responder": "genai_jax.tasks.statistical.responder:Responder",
 }
 REQUIRED = ("components", "init", "phases", "example_metrics")  # of `protocol.Task`

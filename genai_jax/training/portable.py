@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 
 from genai_jax.config import Config
-from genai_jax.data.kept import RECORD, SUFFIXES
+from genai_jax.data.kept import RECORD, SUFFIXES, VOCABULARY
 from genai_jax.files import MIB, read_bytes, write_bytes, writing_to
 from genai_jax.tasks.protocol import Keeps, Task
 from genai_jax.training.workdir import has_checkpoints
@@ -79,6 +79,8 @@ def with_kept(config: Config) -> Config:
     tokenizer = folder / f"tokenizer{os.path.splitext(values.get('data.tokenizer') or '')[1]}"
     if tokenizer.suffix in SUFFIXES and _is_file(tokenizer):
         kept["data.tokenizer"] = str(tokenizer)
+    if _is_file(folder / VOCABULARY):  # which goes with any data set
+        kept["data.vocabulary"] = str(folder / VOCABULARY)
     if _is_file(folder / RECORD):
         kept["data.dataset"] = str(folder)
     return dataclasses.replace(config, kept=kept)

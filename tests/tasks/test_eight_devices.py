@@ -7,10 +7,13 @@ from tests.commands import report_of
 
 @pytest.mark.parametrize(
     "names",
-    [("dit_text", "unet_class", "shortcut"), ("classifier", "gan", "ladder", "flow", "rbm")],
+    [
+        ("dit_text", "unet_class", "shortcut"),
+        ("classifier", "gan", "ladder", "flow", "rbm", "skip_gram", "glove", "neural_lm"),
+    ],
     ids=["diffusion", "others"],
 )
-def test_the_whole_state_of_every_image_task(names):
+def test_the_whole_state_of_tasks(names):
     report = report_of("tasks/eight_devices.py", *names)
     assert set(report) == set(names)
     for name, facts in report.items():

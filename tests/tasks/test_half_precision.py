@@ -42,6 +42,7 @@ MORE = {
         ("--moe.balance_rate=0.1", "--moe.load_balance=0", "--language_model.ahead=1"),
         ("--transformer.tie_embeddings", "--moe.capacity_factor=1.25"),
     ),
+    "neural_lm": (("--neural_lm.direct",),),
     "diffusion": (
         ("--diffusion.condition=class",),
         ("--data.dataset=moving_shapes", "--data.num_frames=2", "--unet.attention_resolutions=8"),
@@ -56,8 +57,8 @@ MORE = {
     ),
 }  # fmt: skip
 WHOLE = {"few_step shortcut": ("--few_step.bootstrap=1.0",)}  # else for a part of the rows
-# It runs in float32 only; the others have no training step.
-ELSEWHERE = {"normalizing_flow", "ngram", "hmm", "responder"}
+# The first two run in float32 only; the others have no training step.
+ELSEWHERE = {"normalizing_flow", "word_vectors", "ngram", "hmm", "responder"}
 RECORDED = pytest.mark.depends_on("every flag")  # those that need other runs
 CASES = [
     pytest.param(base, flags, marks=[RECORDED] if needs_a_run(base) else [])
