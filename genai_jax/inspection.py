@@ -53,6 +53,17 @@ class Inspection:
         """
         return self._attends().attention_weights(*self._on_one_device, text)
 
+    def head_scores(self, text: str) -> dict[str, np.ndarray]:
+        """How much each attention head looks at the token before, and at what followed it earlier.
+
+        {"previous_token": [layers, heads], "induction": [layers, heads]}, means over a text with
+        repeated tokens; see `genai_jax.networks.sequence.inspection.head_scores`. Without a head,
+        the model scores as `evaluate(ablate="LAYER.HEAD")` says.
+        """
+        from genai_jax.networks.sequence.inspection import head_scores
+
+        return head_scores(self.attention(text), self.tokens(text))
+
     def logit_lens(self, text: str) -> np.ndarray:
         """Logits of the next token, as if the network ended before its first layer, and after each.
 

@@ -180,7 +180,7 @@ class Run(Inspection):
         if request.batches == 0:
             raise ConfigError("--batches=0 leaves nothing to evaluate on; -1 takes all batches")
         model, seed = self.model, getattr(request, "seed", 0)
-        trained = model.params, model.mutables
+        trained = self.task.scored(model.params, request), model.mutables
         quiet = without_orbax_messages()
         with mesh_context(model.mesh), tells_how_to_move(self.config), self._may_score_all(), quiet:
             if self.task.tokens_per_step():  # compiles, so that only scoring is timed

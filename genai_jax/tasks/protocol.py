@@ -204,6 +204,10 @@ class Task(Protocol):
         """
         return {name: float(x.total / x.weight) for name, x in reduced.items()}
 
+    def scored(self, params: Params, request: Any) -> Params:
+        """The parameters that a request of the evaluate command scores: those of the run."""
+        return params
+
     def changed_length(self, step: int, before: int) -> str | None:
         """What another number of steps than `before` does to the task at `step`; None if nothing.
 

@@ -6,10 +6,12 @@ for each head.
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genai_jax.config import ConfigError
 from genai_jax.networks.layers.dense import Norm
@@ -119,6 +121,27 @@ def attended(config: TransformerConfig, params: dict, x: jax.Array, weights) -> 
     mixed = jnp.einsum("hqk,khd->qhd", weights, v, precision="highest")
     out = jnp.einsum("qhd,hde->qe", mixed, params["out"]["kernel"], precision="highest")
     return out + params["out"].get("bias", 0)
+
+
+def head_scores(weights: np.ndarray, tokens: Sequence) -> dict[str, np.ndarray]:
+    """How much each head attends to two kinds of places, each [layers, heads], between 0 and 1.
+
+    - previous_token: the token just before.
+    - induction: the tokens that followed earlier occurrences of the same token (the prefix-matching
+      score of Olsson et al. 2022), over the tokens that occurred before; NaN without such tokens.
+
+    Args:
+      weights: [layers, heads, query, key].
+      tokens: of the axes `query` and `key`; compared with each other only.
+    """
+    _, ids = np.unique(np.asarray(tokens), return_inverse=True)
+    earlier = np.tril(ids[:, None] == ids, -1)
+    after = np.pad(earlier, ((0, 0), (1, 0)))[:, :-1]
+    again = earlier.any(1)
+    before = np.diagonal(weights, -1, 2, 3)
+    with np.errstate(invalid="ignore"):
+        induction = np.sum(weights * after, (2, 3)) / np.float64(again.sum())
+    return {"previous_token": before.mean(-1), "induction": induction}
 
 
 def _projected(params: dict, x: jax.Array) -> jax.Array:

@@ -29,8 +29,12 @@ from genai_jax.networks.sequence.flops import (
 )
 from genai_jax.networks.sequence.inspection import attention_weights, logit_lens
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.sampled import Texts
+from genai_jax.tasks.language.ablation import (
+    LanguageEvaluateRequest,
+    heads_of,
+    without_heads,
+)
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
@@ -93,7 +97,7 @@ class LanguageModel(Task):
     }
     loss_unit = "nats per token"
     sample_request = LanguageRequest
-    evaluate_request = ExactEvaluateRequest
+    evaluate_request = LanguageEvaluateRequest
 
     def __init__(self, config: Config):
         self.config = config
@@ -203,6 +207,12 @@ class LanguageModel(Task):
         return self.model.apply({"params": params["model"]}, method="head_kernel")
 
     # Metrics and samples.
+
+    def scored(self, params: Params, request: LanguageEvaluateRequest) -> Params:
+        """See `genai_jax.tasks.protocol.Task`."""
+        heads = heads_of(request.ablate)
+        model = without_heads(params["model"], self.config.transformer, heads)
+        return {**params, "model": model}
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         batch = in_token_order(batch, self.config.parallel)

@@ -49,6 +49,17 @@ def test_answers_of_sums_are_written_least_significant_digit_first():
     assert len(all_documents("addition:1")) == 100 and len(all_documents("addition:9")) > 19_900
 
 
+def test_repeats_have_random_periods_and_no_symbol_twice_in_one():
+    texts = documents(DataConfig(dataset="repeats:16", tokenizer="numbers:16"))
+    periods = set()
+    for text in texts[:200]:
+        once, repeated = (part.split() for part in text.split(" = "))
+        assert repeated == 3 * once and len(set(once)) == len(once)
+        assert {int(symbol) for symbol in once} <= set(range(16))
+        periods.add(len(once))
+    assert periods == set(range(4, 13))
+
+
 def test_digit_pixels_match_the_image_data():
     config = ImageDataConfig(dataset="digits")
     images = open_images(config, "validation")
@@ -87,6 +98,7 @@ def test_invalid_problem_names_are_errors():
         ("modular_division:x", "write modular_division:N"),
         ("modular_division:91", "the modulus must be a prime number"),
         ("modular_addition:1", "must be at least 2, not 1"),
+        ("repeats:7", "the number of symbols must be from 8 to 10,000"),
         ("addition:10", "the number of digits must be from 1 to 9"),
     ):
         with pytest.raises(ConfigError, match=message):
