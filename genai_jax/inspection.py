@@ -53,16 +53,16 @@ class Inspection:
         """
         return self._attends().attention_weights(*self._on_one_device, text)
 
-    def head_scores(self, text: str) -> dict[str, np.ndarray]:
-        """How much each attention head looks at the token before, and at what followed it earlier.
+    def head_scores(self, text: str, reach: int = 4) -> dict[str, np.ndarray]:
+        """How much each attention head looks back by so many tokens, and past earlier occurrences.
 
-        {"previous_token": [layers, heads], "induction": [layers, heads]}, means over a text with
-        repeated tokens; see `genai_jax.networks.sequence.inspection.head_scores`. Without a head,
-        the model scores as `evaluate(ablate="LAYER.HEAD")` says.
+        {"back": [layers, heads, reach + 1], "after_earlier": the same}, means over a text that
+        repeats itself; see `genai_jax.networks.sequence.inspection.head_scores`. What the model
+        can do without a head, `evaluate(ablate="LAYER.HEAD")` says.
         """
         from genai_jax.networks.sequence.inspection import head_scores
 
-        return head_scores(self.attention(text), self.tokens(text))
+        return head_scores(self.attention(text), self.tokens(text), reach)
 
     def logit_lens(self, text: str) -> np.ndarray:
         """Logits of the next token, as if the network ended before its first layer, and after each.

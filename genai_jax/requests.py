@@ -7,7 +7,7 @@ A task adds its own flags in a subclass, which its attributes `sample_request` a
 import dataclasses
 import hashlib
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from genai_jax.config import ConfigError, field
 from genai_jax.sampled import ARRAY_SUFFIXES, Origin
@@ -89,6 +89,13 @@ class ExactEvaluateRequest(RunRequest):
     """For tasks none of whose metrics involve randomness."""
 
     batches: int = field(-1, "Held-out batches to evaluate on; -1: all.", minimum=-1)
+
+    def changing_scores(self) -> dict[str, Any]:
+        """The flags of a family that were set: what the scores depend on besides the model."""
+        common = {f.name for f in dataclasses.fields(EvaluateRequest)}
+        own = [f for f in dataclasses.fields(self) if f.name not in common]
+        values = {f.name: getattr(self, f.name) for f in own}
+        return {f.name: values[f.name] for f in own if values[f.name] != f.default}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,7 +203,8 @@ class Run(Inspection):
         named = {} if data is None else {"dataset": data}
         unit = {"loss_unit": self.task.loss_unit} if "loss" in result else {}
         where = {"step": model.step, "ema": model.ema, **named, "split": "validation"}
-        return {**where, **unit, **result}
+        asked = request.changing_scores()
+        return {**where, **unit, **({"flags": asked} if asked else {}), **result}
 
     # What only Python asks.
 

@@ -22,11 +22,11 @@ def mask_predict(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> jax.Array:
-    """Replaces masks by mask-predict (Ghazvininejad et al. 2019, section 3.2).
+    """Replaces masks by mask-predict (Ghazvininejad et al. 2019, section 3.1).
 
-    Each step samples every mask, and then turns those of the n that the model was least confident
-    of into masks again: n (steps - i) / steps of them after step i. The confidence is the
-    probability that a token had when it was sampled; the others keep theirs.
+    Each step samples every mask. Of the n tokens that are masks at the start, the
+    n (steps - i) / steps of which the model is least confident become masks again after step i.
+    The confidence is the probability that a token had when it was sampled; the others keep theirs.
 
     Args:
       predict: the network.

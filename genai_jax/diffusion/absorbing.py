@@ -42,7 +42,10 @@ def random_masks(key: jax.Array, counts: jax.Array, block: int) -> Masks:
     time_key, order_key = jax.random.split(key)
     blocks = counts.reshape(counts.shape[0], -1, block)
     n = jnp.sum(blocks, -1, keepdims=True)
-    t = quantiles(time_key, n.size, True).reshape(n.shape)
+    t = quantiles(time_key, n.size, True)
+    if blocks.shape[1] > 1:  # they are in order: neighbors would have the same time
+        t = jax.random.permutation(jax.random.fold_in(time_key, 1), t)
+    t = t.reshape(n.shape)
     m = jnp.clip(jnp.ceil(t * n), 1, n)  # uniform on 1 .. n, and 0 where n is
     order = jnp.where(blocks, jax.random.uniform(order_key, blocks.shape), jnp.inf)
     masked = (_ranks(order) < m) & blocks

@@ -92,6 +92,15 @@ def test_blocks_have_times_of_their_own_and_what_does_not_count_is_never_a_mask(
     assert (number[:, 1] == 1).all() and set(number[:, 2]) == {1, 2, 3}
 
 
+def test_times_vary_within_a_row():
+    masked = random_masks(jax.random.key(4), jnp.ones((8, 256), bool), 4).masked
+    number = np.asarray(masked).reshape(8, 64, 4).sum(-1)
+    for row in number:
+        assert set(row) == {1, 2, 3, 4}
+    # All times together are spread evenly.
+    assert np.bincount(number.reshape(-1))[1:].tolist() == pytest.approx([128] * 4, abs=1)
+
+
 def test_blocks_of_one_token_are_always_masked():
     masks = random_masks(jax.random.key(2), jnp.ones((2, 8), bool), 1)
     assert bool(masks.masked.all()) and bool((masks.weight == 1).all())

@@ -53,6 +53,12 @@ TASK_FLAGS = {
         "--task=vae", "--vae.network=ladder", "--ladder_vae.stages=4x1,8x1",
         "--ladder_vae.channels=16", "--vae.condition=class",
     ),
+    "blocks_of_text": (
+        "--task=discrete_diffusion", "--discrete_diffusion.block_size=4",
+        "--discrete_diffusion.vocab_size=258",
+        "--transformer.num_layers=1", "--transformer.embed_dim=16", "--transformer.num_heads=2",
+        "--data.sequence_length=32",
+    ),
     "flow": (
         "--task=normalizing_flow", "--glow.steps_per_level=1", "--glow.levels=1",
         "--glow.hidden_channels=8",

@@ -9,7 +9,17 @@ from tests.commands import report_of
     "names",
     [
         ("dit_text", "unet_class", "shortcut"),
-        ("classifier", "gan", "ladder", "flow", "rbm", "skip_gram", "glove", "neural_lm"),
+        (
+            "classifier",
+            "gan",
+            "ladder",
+            "flow",
+            "rbm",
+            "skip_gram",
+            "glove",
+            "neural_lm",
+            "blocks_of_text",
+        ),
     ],
     ids=["diffusion", "others"],
 )

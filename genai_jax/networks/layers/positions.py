@@ -36,7 +36,7 @@ def rotation(
     """
     frequencies = scaling.frequencies(head_dim // 2, theta)
     angles = positions[..., None, None, None].astype(jnp.float32) * frequencies
-    cos, sin = scaling.magnitude * jnp.cos(angles), scaling.magnitude * jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     return Rotation(jnp.concatenate([cos, cos], -2), jnp.concatenate([-sin, sin], -2))
 
 

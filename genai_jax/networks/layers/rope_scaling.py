@@ -16,7 +16,8 @@ class RopeScaling(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      factor: the new length relative to that of earlier training.
+      factor: what slow rotations are divided by, such as the new length of a row relative to that
+        of earlier training.
       length: positions of earlier training; for yarn and llama3.
     """
 
@@ -31,7 +32,8 @@ class RopeScaling(NamedTuple):
         - ntk raises theta so that the slowest pair is divided by the factor and the fastest by 1
           (Peng et al. 2023, section 3.1).
         - yarn and llama3 divide the pairs that turn slowly, leave those that turn fast, and mix in
-          between (Peng et al. 2023, section 3.2; Grattafiori et al. 2024, with a narrower band).
+          between (Peng et al. 2023, section 3.2); llama3 has the narrower band of the released code
+          of Llama 3.1.
         """
         if self.kind == "ntk":
             theta = theta * self.factor ** (half / max(half - 1, 1))
@@ -46,9 +48,9 @@ class RopeScaling(NamedTuple):
         return ((1 - share) * plain / self.factor + share * plain).astype(np.float32)
 
     @property
-    def magnitude(self) -> float:
-        """What yarn multiplies queries and keys by, as more keys flatten the attention.
+    def sharpness(self) -> float:
+        """What yarn multiplies attention scores by, as more keys flatten the attention.
 
         Peng et al. 2023, section 3.4.
         """
-        return 0.1 * math.log(self.factor) + 1 if self.kind == "yarn" else 1.0
+        return (0.1 * math.log(self.factor) + 1) ** 2 if self.kind == "yarn" else 1.0

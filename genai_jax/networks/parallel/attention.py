@@ -73,7 +73,7 @@ def attention(
     shared = dict(mask=mask, scale=scale, logits_soft_cap=logits_soft_cap, backend=backend)
     if parallel is None or axis_size(SEQUENCE) == 1:
         return _plain(q, k, v, segment_ids, slopes, **shared)
-    check_length(q.shape[1], parallel)
+    check_length(q.shape[1], order if parallel.sequence == "ring" else "contiguous")
     batch = (*split_over("batch", q.shape[0]), *size_one_axes())
     heads = split_over("kv_heads", k.shape[2])
     whole_keys = k.shape[1] != q.shape[1]

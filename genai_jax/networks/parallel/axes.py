@@ -118,12 +118,12 @@ def in_token_order(
     return {name: kernels_pallas.zigzag(x, axis_size(SEQUENCE)) for name, x in batch.items()}
 
 
-def check_length(length: int, config: ParallelConfig):
-    """Raises `ConfigError` for a length that the mesh in use cannot split."""
+def check_length(length: int, order: str = "contiguous"):
+    """Raises `ConfigError` for a length that the mesh in use cannot split in this order."""
     size = axis_size(SEQUENCE)
     if length % size:
         raise ConfigError(f"length {length} is not divisible by {describe_axis(SEQUENCE)}")
-    if token_order(config) == "zigzag" and length % (2 * size):
+    if order == "zigzag" and length % (2 * size):
         raise ConfigError(
             f"length {length} is not divisible by twice {describe_axis(SEQUENCE)}, which the "
             "zigzag order needs; change one or use the contiguous order"

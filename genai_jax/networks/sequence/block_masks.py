@@ -28,8 +28,8 @@ class TwoStreams(kernels_pallas.Mask):
     """For a row of noisy tokens followed by the same tokens without noise.
 
     A noisy token sees the noisy tokens of its block and the clean ones of earlier blocks; a clean
-    token sees the clean ones of its own and earlier blocks. One pass so denoises every block, each
-    given the clean text before it (Arriola et al. 2025, appendix B.6).
+    token sees the clean ones of its own and earlier blocks. One pass thus denoises every block,
+    each given the clean text before it (Arriola et al. 2025, appendix B.6).
 
     Attributes:
       length: tokens of each of the two halves; a multiple of `block`.

@@ -54,7 +54,10 @@ class TransformerConfig:
         choices=ROPE_SCALINGS,
     )
     rope_factor: float | None = field(
-        None, "New length relative to that of earlier training, for `rope_scaling`.", minimum=1
+        None,
+        "What `rope_scaling` divides slow rotations by, such as the new length of a row relative "
+        "to that of earlier training.",
+        minimum=1,
     )
     rope_length: int | None = field(
         None, "Tokens of a row in earlier training, for rope_scaling=yarn and llama3.", minimum=1
@@ -291,6 +294,7 @@ class TransformerConfig:
     @property
     def attention_scale(self) -> float | None:
         """Factor of the attention scores; None for 1 / sqrt(head_dim)."""
+        sharper = self.rotary_scaling.sharpness
         if self.base_head_dim in (None, self.head_width):
-            return None
-        return math.sqrt(self.base_head_dim) / self.head_width
+            return None if sharper == 1 else sharper / math.sqrt(self.head_width)
+        return sharper * math.sqrt(self.base_head_dim) / self.head_width

@@ -123,25 +123,30 @@ def attended(config: TransformerConfig, params: dict, x: jax.Array, weights) -> 
     return out + params["out"].get("bias", 0)
 
 
-def head_scores(weights: np.ndarray, tokens: Sequence) -> dict[str, np.ndarray]:
-    """How much each head attends to two kinds of places, each [layers, heads], between 0 and 1.
+def head_scores(weights: np.ndarray, tokens: Sequence, reach: int) -> dict[str, np.ndarray]:
+    """How much each head attends to two kinds of places, each [layers, heads, reach + 1].
 
-    - previous_token: the token just before.
-    - induction: the tokens that followed earlier occurrences of the same token (the prefix-matching
-      score of Olsson et al. 2022), over the tokens that occurred before; NaN without such tokens.
+    - back: to the token so many places before; with 1, a previous-token head.
+    - after_earlier: to the tokens so many places after earlier occurrences of the same token; with
+      1, an induction head (the prefix-matching score of Olsson et al. 2022). Means over the tokens
+      that occurred before; NaN without such tokens.
 
     Args:
       weights: [layers, heads, query, key].
       tokens: of the axes `query` and `key`; compared with each other only.
+      reach: the furthest place.
     """
     _, ids = np.unique(np.asarray(tokens), return_inverse=True)
     earlier = np.tril(ids[:, None] == ids, -1)
-    after = np.pad(earlier, ((0, 0), (1, 0)))[:, :-1]
-    again = earlier.any(1)
-    before = np.diagonal(weights, -1, 2, 3)
-    with np.errstate(invalid="ignore"):
-        induction = np.sum(weights * after, (2, 3)) / np.float64(again.sum())
-    return {"previous_token": before.mean(-1), "induction": induction}
+    again = np.float64(earlier.any(1).sum())
+    back, after = [], []
+    for far in range(reach + 1):
+        diagonal = np.diagonal(weights, -far, 2, 3)
+        back.append(diagonal.sum(-1) / max(diagonal.shape[-1], 1))
+        places = np.pad(earlier, ((0, 0), (far, 0)))[:, : len(ids)]
+        with np.errstate(invalid="ignore"):
+            after.append(np.sum(weights * places, (2, 3)) / again)
+    return {"back": np.stack(back, -1), "after_earlier": np.stack(after, -1)}
 
 
 def _projected(params: dict, x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 
 from genai_jax.config import ConfigError, field
+from genai_jax.errors import printable
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.tasks.protocol import Params
@@ -33,7 +34,9 @@ def heads_of(text: str) -> Heads:
     names = [name.strip() for name in text.split(",")] if text else []
     for name in names:
         if not re.fullmatch(r"\d{1,9}\.\d{1,9}", name, re.ASCII):
-            raise ValueError(f"ablate={text} is not a list such as 0.1,1.0 of LAYER.HEAD pairs")
+            raise ValueError(
+                f"ablate={printable(text)} is not a list such as 0.1,1.0 of LAYER.HEAD pairs"
+            )
     return tuple((int(layer), int(head)) for layer, head in (n.split(".") for n in names))
 
 

@@ -21,7 +21,7 @@ from genai_jax.networks.sequence.flops import transformer_forward_flops
 from genai_jax.networks.sequence.mixers import MIXERS
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.sampled import Texts
-from genai_jax.tasks.language.causal import LanguageModelConfig
+from genai_jax.tasks.language.causal import OutputConfig
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.sampling import TextRequest, settings_of
@@ -31,7 +31,7 @@ from genai_jax.training.optimizer import default_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class BidirectionalConfig(LanguageModelConfig):
+class BidirectionalConfig(OutputConfig):
     vocab_size: int | None = field(
         None,
         "Rows of the embeddings: at least one more than the vocabulary of the tokenizer, since the "
@@ -91,7 +91,7 @@ class BidirectionalModel(Task):
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         config = self.config
-        check_length(config.data.sequence_length, config.parallel)
+        check_length(config.data.sequence_length)
         rows = config.data.batch_size // config.train.accumulate
         check_pipeline(config.transformer.num_layers, rows, config.parallel)
         growth = config.transformer.growth
@@ -195,7 +195,7 @@ class BidirectionalModel(Task):
             self.config.transformer, self.data.vocab_size, self.config.data.sequence_length
         )
         # Counted for a causal mask, which leaves half.
-        return parts | {"attention": 2 * parts["attention"]}
+        return parts | {"attention": 2 * parts.get("attention", 0)}
 
     def tokens_per_step(self) -> int:
         return self.data.tokens_per_step
@@ -212,6 +212,6 @@ def check_mixers(config: Config):
     for name in shape.mixers:
         if name in MIXERS and name != "attention":
             raise ConfigError(
-                f"--transformer.pattern={shape.pattern}: {name} only looks back; a model that "
-                "fills in masks needs attention, or a mixer of your own"
+                f"--transformer.pattern={shape.pattern}: a model that fills in masks looks both "
+                f"ways, which {name} does not support; use attention, or a mixer of your own"
             )

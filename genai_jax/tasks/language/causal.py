@@ -17,7 +17,12 @@ from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.router import collect_router_biases, collect_router_sums
 from genai_jax.networks.layers.dense import GATED
-from genai_jax.networks.parallel.axes import ParallelConfig, check_length, in_token_order
+from genai_jax.networks.parallel.axes import (
+    ParallelConfig,
+    check_length,
+    in_token_order,
+    token_order,
+)
 from genai_jax.networks.parallel.pipeline import check_pipeline
 from genai_jax.networks.sequence import ahead, transformer
 from genai_jax.networks.sequence.ahead import AheadHead, shifted_targets
@@ -44,7 +49,9 @@ from genai_jax.training.optimizer import default_optimizer, moved_by_sign
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class OutputConfig:
+    """How a model of text predicts tokens."""
+
     z_loss: float = field(0.0, "Weight of the squared log-normalizer.", minimum=0)
     loss_chunk: int | None = field(
         None,
@@ -56,6 +63,10 @@ class LanguageModelConfig:
         "Rows of the embeddings, at least the vocabulary of the tokenizer; its size if unset.",
         minimum=1,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig(OutputConfig):
     ahead: int = field(
         0, "Tokens after the next one that are predicted as well, each by a head of its own that "
         "only training uses.", minimum=0, maximum=64,
@@ -149,7 +160,7 @@ class LanguageModel(Task):
     def _check_mesh(self):
         """Raises `ConfigError` for sizes that the mesh in use does not divide."""
         data, parallel = self.config.data, self.config.parallel
-        check_length(data.sequence_length, parallel)
+        check_length(data.sequence_length, token_order(parallel))
         rows = data.batch_size // self.config.train.accumulate
         check_pipeline(self.config.transformer.num_layers, rows, parallel)
 

@@ -22,13 +22,13 @@ def corrupt(
     known: int,
     rate: float,
     span: float | None,
-    mask_share: float,
-    random_share: float,
+    mask_fraction: float,
+    random_fraction: float,
 ) -> Corrupted:
     """Chooses targets, and replaces most of them.
 
-    Of the chosen, `mask_share` become masks, `random_share` random tokens, and the others stay.
-    Where whole spans are chosen, all tokens of a span have the same fate (Joshi et al. 2020,
+    Of the chosen, `mask_fraction` become masks, `random_fraction` random tokens, and the others
+    stay. Where whole spans are chosen, all tokens of a span have the same fate (Joshi et al. 2020,
     section 3.1).
 
     Args:
@@ -39,8 +39,8 @@ def corrupt(
       known: random tokens are below it.
       rate: share of tokens that are chosen.
       span: mean length of a span; None chooses every token by itself.
-      mask_share: share of the chosen that become masks.
-      random_share: share of the chosen that become random tokens.
+      mask_fraction: share of the chosen that become masks.
+      random_fraction: share of the chosen that become random tokens.
     """
     span_key, fate_key, token_key = jax.random.split(key, 3)
     chosen = span_mask(span_key, tokens.shape, rate, span)
@@ -49,8 +49,8 @@ def corrupt(
         fate = jnp.take_along_axis(fate, _run_starts(chosen), -1)
     chosen &= counts
     other = jax.random.randint(token_key, tokens.shape, 0, known, tokens.dtype)
-    replaced = jnp.where(fate < mask_share, mask_id, other)
-    replaced = jnp.where(fate < mask_share + random_share, replaced, tokens)
+    replaced = jnp.where(fate < mask_fraction, mask_id, other)
+    replaced = jnp.where(fate < mask_fraction + random_fraction, replaced, tokens)
     return Corrupted(jnp.where(chosen, replaced, tokens), chosen)
 
 

@@ -74,7 +74,6 @@ class DiscreteDiffusion(BidirectionalModel):
         "discrete_diffusion": DiscreteDiffusionConfig,
     }
     component = "discrete_diffusion"
-    loss_unit = "nats per token (upper bound)"
     sample_request = AncestralRequest
     evaluate_request = EvaluateRequest
     fill = staticmethod(ancestral)
@@ -86,6 +85,10 @@ class DiscreteDiffusion(BidirectionalModel):
                 "--transformer.positions=alibi: blocks need positions that are read with the "
                 "tokens (--discrete_diffusion.block_size); use rope, learned, or sinusoidal"
             )
+
+    @property
+    def loss_unit(self) -> str:
+        return "nats per token" if self.block == 1 else "nats per token (upper bound)"
 
     @property
     def block(self) -> int | None:

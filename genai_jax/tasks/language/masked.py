@@ -45,20 +45,20 @@ class MaskedConfig(BidirectionalConfig):
         if not 0 < self.mask_rate < 1:
             what = "nothing to predict" if self.mask_rate == 0 else "nothing to predict it from"
             raise ValueError(
-                f"mask_rate={self.mask_rate:g} leaves {what}: it must be above 0 and below 1"
+                f"mask_rate={self.mask_rate} leaves {what}: it must be above 0 and below 1"
             )
         shortest = 1 / (1 - self.mask_rate)
         if self.span_length is not None and self.span_length < shortest:
             raise ValueError(
-                f"span_length={self.span_length:g} is shorter than the {shortest:.4g} of tokens "
-                f"chosen independently at mask_rate={self.mask_rate:g}; leave it unset for these"
+                f"span_length={self.span_length} must be at least {shortest:.4g}, the mean run of "
+                f"tokens chosen independently at mask_rate={self.mask_rate}; unset, they are"
             )
         if self.mask_fraction == 0:
             raise ValueError("mask_fraction=0: the model would never see a mask")
         if self.mask_fraction + self.random_fraction > 1 + 1e-6:
             raise ValueError(
-                f"mask_fraction={self.mask_fraction:g} and random_fraction="
-                f"{self.random_fraction:g} are more than 1 together"
+                f"mask_fraction={self.mask_fraction} and random_fraction={self.random_fraction} "
+                "must add up to at most 1"
             )
 
 
@@ -81,7 +81,7 @@ class MaskedLanguageModel(BidirectionalModel):
         "masked": MaskedConfig,
     }
     component = "masked"
-    loss_unit = "nats per masked token"
+    loss_unit = "nats per predicted token"
     sample_request = MaskPredictRequest
     evaluate_request = EvaluateRequest
     fill = staticmethod(mask_predict)
@@ -92,7 +92,7 @@ class MaskedLanguageModel(BidirectionalModel):
         return corrupt(
             key, batch["targets"], batch["loss_mask"] > 0, mask_id=self.mask_id,
             known=self.data.tokenizer.vocab_size, rate=own.mask_rate, span=own.span_length,
-            mask_share=own.mask_fraction, random_share=own.random_fraction,
+            mask_fraction=own.mask_fraction, random_fraction=own.random_fraction,
         )  # fmt: skip
 
     def _hidden(self, params, batch, tokens, rngs=None):

@@ -205,7 +205,8 @@ class WordVectors(Task):
             loss = means["squared"] - shift * means["residual"]
         else:
             loss = means["loss"]
-        return {"loss": loss, "pairs": pairs}
+        counted = "words" if self.config.word_vectors.objective == "cbow" else "pairs"
+        return {"loss": loss, counted: pairs}
 
     def report(self, params, mutables, batches, request: AnalogyRequest) -> dict:
         """Analogies, and how well neighbors agree with those by held-out contexts."""

@@ -12,6 +12,7 @@ from genai_jax.config import ConfigError, parse
 from genai_jax.networks.layers.positions import rotation
 from genai_jax.networks.layers.rope_scaling import KINDS, RopeScaling
 from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.mixers.latent_attention import LatentAttention
 from genai_jax.networks.sequence.transformer import Transformer, empty_state
 
 HALF, THETA, FACTOR, LENGTH = 16, 10_000.0, 4.0, 512
@@ -37,7 +38,7 @@ def test_ntk_leaves_the_fastest_pair_and_divides_the_slowest():
 
 @pytest.mark.parametrize(("kind", "slow", "fast"), [("yarn", 1, 32), ("llama3", 1, 4)])
 def test_pairs_are_slowed_down_by_their_turns_in_the_earlier_length(kind, slow, fast):
-    """Pair by pair, from wavelengths as the papers write it."""
+    """Pair by pair, from wavelengths."""
     for plain, frequency in zip(PLAIN.astype(np.float64), scaled(kind), strict=True):
         wavelength = 2 * math.pi / plain
         if wavelength < LENGTH / fast:
@@ -51,9 +52,17 @@ def test_pairs_are_slowed_down_by_their_turns_in_the_earlier_length(kind, slow, 
 
 
 def test_only_yarn_sharpens_attention():
-    assert [k for k in KINDS if RopeScaling(k, FACTOR, LENGTH).magnitude != 1] == ["yarn"]
-    by = rotation(jnp.zeros((1, 1), int), 4, scaling=RopeScaling("yarn", math.e))
-    np.testing.assert_allclose(by.cos, 1.1, rtol=1e-6)
+    assert [k for k in KINDS if RopeScaling(k, FACTOR, LENGTH).sharpness != 1] == ["yarn"]
+    options = dict(rope_scaling="yarn", rope_factor=math.e, rope_length=8)
+    config = TransformerConfig(embed_dim=8, num_heads=2, **options)
+    assert config.attention_scale == pytest.approx(1.1**2 / 2)
+    wide = TransformerConfig(
+        embed_dim=32, num_heads=2, parametrization="maximal_update", base_width=8,
+        base_head_dim=4, **options,
+    )  # fmt: skip
+    assert wide.attention_scale == pytest.approx(1.1**2 * 2 / 16)
+    latent = LatentAttention(dataclasses.replace(config, pattern="latent_attention"))
+    assert latent._scale == pytest.approx(1.1**2 / math.sqrt(4 + 2))
 
 
 @pytest.mark.parametrize("pattern", ["attention", "latent_attention"])

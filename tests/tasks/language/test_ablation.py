@@ -58,7 +58,8 @@ def test_scores_of_heads_that_do_nothing_else():
     weights[0, 0, np.arange(1, 6), np.arange(5)] = 1
     weights[0, 1, [4, 5], [2, 3]] = 1
     weights[0, 2] = np.eye(6)
-    scores = head_scores(weights, tokens)
-    np.testing.assert_array_equal(scores["previous_token"], [[1, 0, 0]])
-    np.testing.assert_array_equal(scores["induction"], [[0, 1, 0]])
-    assert np.isnan(head_scores(weights[..., :3, :3], tokens[:3])["induction"]).all()
+    scores = head_scores(weights, tokens, 2)
+    np.testing.assert_array_equal(scores["back"][0], [[0, 1, 0], [0, 0, 0.5], [1, 0, 0]])
+    np.testing.assert_array_equal(scores["after_earlier"][0], [[0, 0, 1], [0, 1, 0], [0, 0, 0]])
+    none = head_scores(weights[..., :3, :3], tokens[:3], 2)["after_earlier"]
+    assert np.isnan(none).all()

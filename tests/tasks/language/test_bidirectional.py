@@ -215,13 +215,13 @@ def test_the_mask_is_one_more_row(text):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--masked.mask_rate=0", "mask_rate=0 leaves nothing to predict: it must be above 0"),
-        ("--masked.mask_rate=1", "mask_rate=1 leaves nothing to predict it from"),
-        ("--masked.span_length=1.1", "span_length=1.1 is shorter than the 1.176"),
+        ("--masked.mask_rate=0", "mask_rate=0.0 leaves nothing to predict: it must be above 0"),
+        ("--masked.mask_rate=1", "mask_rate=1.0 leaves nothing to predict it from"),
+        ("--masked.span_length=1.1", "span_length=1.1 must be at least 1.176"),
         ("--masked.mask_fraction=0", "mask_fraction=0: the model would never see a mask"),
-        ("--masked.mask_fraction=0.95", "are more than 1 together"),
+        ("--masked.mask_fraction=0.95", "must add up to at most 1"),
         ("--transformer.window=4", "window=4 is for models that only look back"),
-        ("--transformer.pattern=attention,mamba", "attention,mamba: mamba only looks back"),
+        ("--transformer.pattern=attention,mamba", "looks both ways, which mamba does not support"),
         (f"{DIFFUSION} {BLOCK}=5", "block_size=5 does not divide --data.sequence_length=16"),
         (f"{DIFFUSION} {BLOCK}=4 --transformer.positions=alibi", "blocks need positions that"),
         (f"{DIFFUSION} {BLOCK}=1 --discrete_diffusion.held_out_times=2", "=2 has no effect"),

@@ -42,7 +42,7 @@ def test_the_three_fates_of_a_chosen_token(span):
     counts = jnp.arange(SHAPE[1]) % 10 != 0
     seen = corrupt(
         jax.random.key(1), tokens, jnp.broadcast_to(counts, SHAPE), mask_id=99, known=50,
-        rate=0.3, span=span, mask_share=0.8, random_share=0.1,
+        rate=0.3, span=span, mask_fraction=0.8, random_fraction=0.1,
     )  # fmt: skip
     new, chosen, tokens = (np.asarray(x) for x in (seen.tokens, seen.chosen, tokens))
     assert not chosen[:, ::10].any() and chosen.mean() == pytest.approx(0.27, abs=0.01)

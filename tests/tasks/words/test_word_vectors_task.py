@@ -108,7 +108,9 @@ def test_the_commands(runs, tmp_path, capsys):
     assert evaluate.main([workdir, f"--analogies={tmp_path}/questions.txt"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert (scores["analogy_questions"], scores["analogy_unknown"]) == (1, 1)
-    assert scores["analogy_accuracy"] in (0, 1)
+    answer = run.sample(analogy="cat:fox::barn", neighbors=1)["cat:fox::barn"][0][0]
+    assert scores["analogy_accuracy"] == (answer == "home")
+    assert scores["flags"] == {"analogies": f"{tmp_path}/questions.txt"}
     assert scores["loss_unit"] == "nats per pair of words"
     assert sample.main([workdir, "--words=cat,Fox", "--neighbors=3"]) == 0
     *lines, picture = capsys.readouterr().out.splitlines()

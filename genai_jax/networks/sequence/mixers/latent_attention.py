@@ -5,6 +5,7 @@ heads. A second, rotated part of the keys, which the heads share, carries positi
 between latent and key would keep queries from being compared with the latent itself.
 """
 
+import math
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -97,7 +98,8 @@ class LatentAttention(nn.Module):
 
     @property
     def _scale(self) -> float:
-        return (self.config.head_width + self.config.rotated_width) ** -0.5
+        c = self.config
+        return c.rotary_scaling.sharpness / math.sqrt(c.head_width + c.rotated_width)
 
     def _attend(self, q, q_rotated, latent, k_rotated, context: TokenContext) -> jax.Array:
         """Attention among the tokens of a row, with the keys and values of each head."""
