@@ -43,7 +43,20 @@ class TransformerConfig:
     positions: str = field(
         "rope",
         "How positions are encoded.",
-        choices=("rope", "learned", "sinusoidal", "alibi", "none"),
+        choices=("rope", "learned", "sinusoidal", "alibi", "relative_buckets", "none"),
+    )
+    relative_buckets: int | None = field(
+        None,
+        "Buckets of distances, each with a learned bias for the attention scores of a head; 32 if "
+        "unset.",
+        minimum=4,
+        maximum=2**16,
+    )
+    relative_distance: int | None = field(
+        None,
+        "Distance from which on all share the last bucket; 128 if unset.",
+        minimum=2,
+        maximum=2**30,
     )
     rope_theta: float = field(10_000.0, "Base of the rotary wavelengths.", minimum=1)
     max_length: int = field(2048, "Number of positions in the learned position table.", minimum=1)
@@ -160,14 +173,30 @@ class TransformerConfig:
                     f"{option}={getattr(self, option)} is for the mixers {', '.join(has)}, of "
                     f"which pattern={self.pattern or 'attention'} has none"
                 )
-        if self.positions == "alibi" and set(self.mixers) <= set(MIXERS) - {"attention"}:
+        biased = self.positions in ("alibi", "relative_buckets")
+        if biased and set(self.mixers) <= set(MIXERS) - {"attention"}:
             raise ValueError(
-                f"positions=alibi is for attention, which pattern={self.pattern} lacks"
+                f"positions={self.positions} is for attention, which pattern={self.pattern} lacks"
             )
+        self._check_buckets()
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rotary_dim={self.rotary_dim} is odd; rotations need pairs")
         if self.expand == 0:
             raise ValueError("expand=0 leaves no channels: it must be above 0, or unset")
+
+    def _check_buckets(self):
+        """Raises `ValueError` for buckets without use, or that distances do not fill."""
+        for name in ("relative_buckets", "relative_distance"):
+            if self.positions != "relative_buckets" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for positions=relative_buckets, not "
+                    f"{self.positions}"
+                )
+        if self.buckets % 2 or self.furthest <= self.buckets // 2:
+            raise ValueError(
+                f"relative_buckets={self.buckets} must be even, and relative_distance="
+                f"{self.furthest} more than half of it"
+            )
 
     def _check_base(self):
         """Raises `ValueError` where the fields do not determine the base shape."""
@@ -200,6 +229,16 @@ class TransformerConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of relative positions."""
+        return self.relative_buckets or 32
+
+    @property
+    def furthest(self) -> int:
+        """Distance from which on all share the last bucket."""
+        return self.relative_distance or 128
 
     @property
     def taps(self) -> int:

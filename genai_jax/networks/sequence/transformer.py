@@ -14,6 +14,7 @@ from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.layers.dense import Norm
 from genai_jax.networks.layers.embedding import Embed
 from genai_jax.networks.layers.positions import rotation, sinusoidal
+from genai_jax.networks.layers.relative_positions import RelativeTable
 from genai_jax.networks.parallel.axes import STAGE, ParallelConfig, axis_size, describe_axis
 from genai_jax.networks.sequence.blocks import Block
 from genai_jax.networks.sequence.config import TransformerConfig
@@ -39,6 +40,7 @@ def partition_rules(config: TransformerConfig) -> tuple[tuple[str, tuple], ...]:
         mixer_rules += stacked_rules(below, load_mixer(name).PARTITION_RULES)
     return (
         (r"position_embed/embedding", (None, "embed")),
+        (r"relative_bias/table", (None, "heads")),
         (r"embed/embedding", ("vocabulary", "embed")),
         *mixer_rules,
         *stacked_rules("mlp/", mixture.PARTITION_RULES),
@@ -102,6 +104,9 @@ class Transformer(nn.Module):
         self.embed = Embed(self.vocab_size, c.embed_dim, "vocabulary", self.dtype)
         if c.positions == "learned":
             self.position_embed = Embed(c.max_length, c.embed_dim, dtype=self.dtype)
+        if c.positions == "relative_buckets":
+            both_sides = isinstance(self.mask, kernels_pallas.Full)
+            self.relative_bias = RelativeTable(c.buckets, c.furthest, both_sides, c.num_heads)
         if not c.tie_embeddings:
             self.head = Head(self.vocab_size, c.width_growth)
         self.dropout = nn.Dropout(c.dropout)
@@ -176,6 +181,9 @@ class Transformer(nn.Module):
         context = TokenContext(positions, segment_ids, lengths, self.mask)
         if lengths is not None and state is None:
             context = dataclasses.replace(context, segment_ids=_without_padding(context))
+        if c.positions == "relative_buckets":
+            relative = self.relative_bias(x.shape[1] if state is None else None)
+            context = dataclasses.replace(context, relative=relative)
         self._check_stages(state)
         x, state = self._stack().run(self.layers, x, context, state, self._add_rotation)
         return self.final_norm(x), state
@@ -189,6 +197,11 @@ class Transformer(nn.Module):
 
     def _check_stages(self, state: StackState | None):
         pipelined = axis_size(STAGE) > 1 and state is None and not self.is_initializing()
+        if pipelined and self.config.positions == "relative_buckets":
+            raise ConfigError(
+                f"{describe_axis(STAGE)}: the biases of relative positions are shared by all "
+                "layers, which cannot run as a pipeline"
+            )
         if pipelined and self.moe.num_experts:
             raise ConfigError(
                 f"{describe_axis(STAGE)}: a mixture of experts cannot run as a pipeline; use the "

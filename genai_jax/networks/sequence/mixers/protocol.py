@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 import kernels_pallas
 from genai_jax.networks.layers.positions import Rotation
+from genai_jax.networks.layers.relative_positions import RelativeBias
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segment_ids", "lengths", "rotation"],
+    data_fields=["positions", "segment_ids", "lengths", "rotation", "relative"],
     meta_fields=["mask"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TokenContext:
         padding and must not enter a state. None: all are real.
       mask: which tokens a token may see; None for the mixer's default, which is causal.
       rotation: rotary angles of the positions, for mixers that rotate.
+      relative: biases of attention scores by relative position, if the network learns them.
     """
 
     positions: jax.Array
@@ -35,6 +37,7 @@ class TokenContext:
     lengths: jax.Array | None = None
     mask: kernels_pallas.Mask | None = None
     rotation: Rotation | None = None
+    relative: RelativeBias | None = None
 
     @property
     def real(self) -> jax.Array | None:
