@@ -307,6 +307,10 @@ class TextLoader:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return facts | {"sha256": digest.hexdigest()}
 
+    def held_out_document(self, index: int) -> str:
+        """One document of the validation split."""
+        return self._open("validation").source[index]
+
     def keep(self, keeper: Keeper):
         """Keeps the held-out documents, unless they are too large to be copied."""
         try:

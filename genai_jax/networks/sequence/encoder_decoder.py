@@ -17,6 +17,12 @@ from genai_jax.networks.sequence.transformer import Transformer
 
 PARTITION_RULES = transformer.PARTITION_RULES
 
+CONVENTION = (
+    "6 x matmul parameters (head counted, input embedding not) x tokens of sources and targets + "
+    "causal attention halved, that of the encoder and to the source not; as if one pair filled "
+    "each row; no rematerialization"
+)
+
 
 class EncoderDecoder(nn.Module):
     """Two transformers with one input embedding; the encoder sees both sides.
