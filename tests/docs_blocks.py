@@ -57,6 +57,8 @@ SMALL = {
     "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
     "discrete_diffusion": "transformer.num_layers=1 transformer.embed_dim=16 "
     "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
+    "sequence_to_sequence": "transformer.num_layers=1 transformer.embed_dim=16 "
+    "transformer.num_heads=2 sequence_to_sequence.encoder_layers=1 optimizer.name=adamw",
     "code_prior": "transformer.num_layers=1 transformer.embed_dim=16 transformer.num_heads=2",
     "diffusion unet": "unet.channels=8 unet.head_dim=8 unet.channel_multipliers=1",
     "diffusion dit": "dit.num_layers=1 dit.embed_dim=16 dit.num_heads=2 dit.patch_size=4 "

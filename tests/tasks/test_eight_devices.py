@@ -7,8 +7,12 @@ from tests.commands import report_of
 
 @pytest.mark.parametrize(
     "names",
-    [("dit_text", "unet_class", "shortcut"), ("classifier", "gan", "ladder", "flow", "rbm")],
-    ids=["diffusion", "others"],
+    [
+        ("dit_text", "unet_class", "shortcut"),
+        ("classifier", "gan", "ladder", "flow", "rbm"),
+        ("encoder_decoder", "additive_attention"),
+    ],
+    ids=["diffusion", "others", "text"],
 )
 def test_the_whole_state_of_every_image_task(names):
     report = report_of("tasks/eight_devices.py", *names)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import field
-from genai_jax.networks.layers.dense import Dense
+from genai_jax.networks.layers.dense import Dense, Norm
 from genai_jax.networks.layers.embedding import Embed
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.head import Head, output_logits
@@ -60,6 +60,7 @@ class RecurrentEncoderDecoder(nn.Module):
 
     PARTITION_RULES: ClassVar = (
         (r"embed/embedding", ("vocabulary", "embed")),
+        (r"embed_norm/scale", ("embed",)),
         (r"head/kernel", ("embed", "vocabulary")),
         *((rf"(forward|backward)/{path}", axes) for path, axes in Gru.PARTITION_RULES),
         (r"in/kernel", ("embed", None, "mlp")),
@@ -76,6 +77,7 @@ class RecurrentEncoderDecoder(nn.Module):
     def setup(self):
         c = self.config
         self.embed = Embed(self.vocab_size, c.embed_dim, "vocabulary", self.dtype)
+        self.embed_norm = Norm(dtype=self.dtype)  # embeddings begin too small for the gates
         self.head = Head(self.vocab_size)
         mixer, _ = CELLS[c.cell]
         shape = TransformerConfig(
@@ -86,9 +88,9 @@ class RecurrentEncoderDecoder(nn.Module):
         self.backward = mixer(shape, dtype=self.dtype)
         setattr(self, "in", Dense((mixer.gates, c.hidden_dim), use_bias=True, dtype=self.dtype))
         self.recurrent = recurrent_kernel(self, c.hidden_dim, mixer.gates)
-        init = nn.initializers.lecun_normal()
-        context = init, (2 * c.embed_dim, mixer.gates * c.hidden_dim)
-        self.context = self.param("context", *context).reshape(-1, mixer.gates, c.hidden_dim)
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(-1,))
+        wide = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        self.context = self.param("context", wide, (2 * c.embed_dim, mixer.gates, c.hidden_dim))
         self.key = Dense((c.attention_dim,), dtype=self.dtype)
         self.query = self.param("query", init, (c.hidden_dim, c.attention_dim))
         scale = nn.initializers.normal(c.attention_dim**-0.5)
@@ -106,7 +108,7 @@ class RecurrentEncoderDecoder(nn.Module):
 
     def encode(self, source: jax.Array, segment_ids: jax.Array) -> Encoded:
         """Annotations of the source in both directions, [batch, source_length, 2 embed_dim]."""
-        x = self._drop(self.embed(source))
+        x = self._drop(self.embed_norm(self.embed(source)))
         context = lambda ids: TokenContext(jnp.zeros_like(ids), ids)
         ahead, _ = self.forward(x, context(segment_ids))
         back, _ = self.backward(jnp.flip(x, 1), context(jnp.flip(segment_ids, 1)))
@@ -145,7 +147,7 @@ class RecurrentEncoderDecoder(nn.Module):
 
     def _decode(self, tokens, ids, reading: Reading, source_ids, bounds):
         """Hidden states and weights of targets, and the memory after the last."""
-        embedded = self._drop(self.embed(tokens))
+        embedded = self._drop(self.embed_norm(self.embed(tokens)))
         inputs = getattr(self, "in")(embedded).astype(jnp.float32)
         advance = CELLS[self.config.cell][1](self.recurrent)
 
