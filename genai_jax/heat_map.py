@@ -26,8 +26,8 @@ def write_heat_map(
     axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, fontfamily="monospace", parse_math=False)
     axes.set_yticks(range(len(rows)), rows, fontfamily="monospace", parse_math=False)
+    axes.xaxis.tick_top()
     for label in axes.get_xticklabels():
         label.set_rotation(90 * (len(label.get_text()) > 1))
-    axes.xaxis.tick_top()
     axes.tick_params(length=0)
     figure.savefig(path, dpi=110, format="png")

@@ -14,7 +14,7 @@ from tests.commands import report_of
     ],
     ids=["diffusion", "others", "text"],
 )
-def test_the_whole_state_of_every_image_task(names):
+def test_the_whole_state_of_every_task(names):
     report = report_of("tasks/eight_devices.py", *names)
     assert set(report) == set(names)
     for name, facts in report.items():

@@ -11,7 +11,8 @@ from genai_jax.data.kept import KeptData
 from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.loader import DataConfig, TextLoader
 from genai_jax.data.text.packing import Batch, Packer
-from genai_jax.data.text.pairs import open_pairs, texts_of
+from genai_jax.data.text.pair_documents import texts_of
+from genai_jax.data.text.pairs import open_pairs
 from genai_jax.data.text.source_target import Lengths, Place, put
 from genai_jax.data.text.sources import Source, encode_document
 from genai_jax.data.text.tokenization import Tokenizer

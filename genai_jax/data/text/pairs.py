@@ -1,7 +1,6 @@
 """Pairs of texts, a source and a target: translations, questions and answers, summaries.
 
-A pair is held as one document, the two texts with the control character U+001E (record separator)
-between them, so that pairs are split, hashed, and kept like other documents.
+A pair is held as one document; see `pair_documents`.
 """
 
 import os
@@ -14,8 +13,8 @@ from genai_jax.data.own_code import own_data, read_own
 from genai_jax.data.text.contents import read_content
 from genai_jax.data.text.files import memory
 from genai_jax.data.text.number_names import number_names
+from genai_jax.data.text.pair_documents import document_of, texts_of
 from genai_jax.data.text.sources import (
-    SEPARATOR,
     MemorySource,
     Source,
     is_built_in,
@@ -27,17 +26,6 @@ from genai_jax.errors import MissingFile, NothingHeldOut, printable
 
 SYNTHETIC = {"number_names": number_names}
 BUILT_IN = ("pairs:PATH", "number_names:DIGITS")
-
-
-def document_of(source: str, target: str) -> str:
-    """The document that holds a pair; a separator within the texts becomes a space."""
-    return f"{source.replace(SEPARATOR, ' ')}{SEPARATOR}{target.replace(SEPARATOR, ' ')}"
-
-
-def texts_of(document: str) -> tuple[str, str]:
-    """Source and target of a document."""
-    source, _, target = document.partition(SEPARATOR)
-    return source, target
 
 
 def open_pairs(config: Any, split: str, opened: dict) -> Source:

@@ -34,7 +34,6 @@ SYNTHETIC = {
     "modular_addition": arithmetic.modular_addition,
     "modular_division": arithmetic.modular_division,
 }
-SEPARATOR = "\x1e"  # between the two texts of a pair, see `pairs`
 KEYS = ("source_key", "target_key")
 PAIRED = ("pairs", "number_names")  # kinds of data sets whose documents are pairs
 

@@ -16,7 +16,7 @@ from typing import Any
 from genai_jax.config import ConfigError, MissingFile
 from genai_jax.data.shapes_only import only_shapes_matter
 from genai_jax.data.shuffle import permuted
-from genai_jax.data.text.sources import SEPARATOR
+from genai_jax.data.text.pair_documents import document_of
 
 VALIDATION_NAMES = ("validation", "valid", "test")
 
@@ -40,7 +40,7 @@ class TfdsSource:
           builder: a TFDS builder with prepared data.
           tfds_split: name of the data set's own split.
           part: "train" or "validation" if a part of `tfds_split` is held out; None for all of it.
-          keys: features that are text; the texts of several become one, see `pairs`.
+          keys: features that are text; two make a pair, see `pair_documents`.
         """
         self.name = f"{builder.info.full_name}[{tfds_split}]" + (f"/{part}" if part else "")
         self._examples = builder.as_data_source(split=tfds_split)
@@ -61,9 +61,7 @@ class TfdsSource:
             index = permuted(index, len(self._examples), seed=(0,))
         example = self._examples[index]
         texts = [self._text(example[key], index) for key in self._keys]
-        if len(texts) == 1:
-            return texts[0]
-        return SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts)
+        return texts[0] if len(texts) == 1 else document_of(*texts)
 
     def _text(self, text: str | bytes, index: int) -> str:
         if isinstance(text, str):

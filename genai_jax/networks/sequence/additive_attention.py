@@ -50,6 +50,10 @@ class Reading(NamedTuple):
     keys: jax.Array
     memory: jax.Array | tuple
 
+    def select(self, rows: jax.Array) -> "Reading":
+        """The state of rows [new_batch], in that order."""
+        return jax.tree.map(lambda a: a[rows], self)
+
 
 class RecurrentEncoderDecoder(nn.Module):
     """Sources and targets in, logits out; the methods are those of `EncoderDecoder`."""

@@ -8,8 +8,8 @@ import numpy as np
 from genai_jax.config import Config, ConfigError, refuse_set
 from genai_jax.data.text.loader import TextLoader
 from genai_jax.data.text.noise import Noise, hide_spans, infill, permute_sentences, restore_spans
+from genai_jax.data.text.pair_documents import texts_of
 from genai_jax.data.text.pair_loader import PairLoader
-from genai_jax.data.text.pairs import texts_of
 from genai_jax.data.text.source_target import Corruption, Halves, Lengths
 from genai_jax.tasks.language.data import ENTRIES, TextData
 from genai_jax.tasks.language.sequence_to_sequence_flags import SequenceToSequenceConfig

@@ -7,8 +7,9 @@ import tensorflow_datasets as tfds
 from genai_jax.config import ConfigError
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.number_names import english, german, number_names
+from genai_jax.data.text.pair_documents import texts_of
 from genai_jax.data.text.pair_loader import PairLoader
-from genai_jax.data.text.pairs import open_pairs, texts_of
+from genai_jax.data.text.pairs import open_pairs
 
 ROWS = [("one", "eins"), ("two", "zwei"), ("", "nichts"), ("three", "drei"), ("four", " ")]
 
@@ -136,8 +137,8 @@ def test_what_has_no_pairs_or_does_not_fit_is_refused(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             open_pairs(DataConfig(**flags), "train", {})
-    with pytest.raises(ConfigError, match="up to 15 tokens in the source and 19 in the target"):
-        next(loader_of(length=14).batches())
+    with pytest.raises(ConfigError, match="up to 14 tokens in the source and 18 in the target"):
+        next(loader_of(length=10).batches())
 
 
 class TinyTranslate(tfds.core.GeneratorBasedBuilder, skip_registration=True):
