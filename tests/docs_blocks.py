@@ -57,6 +57,9 @@ SMALL = {
     "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
     "discrete_diffusion": "transformer.num_layers=1 transformer.embed_dim=16 "
     "transformer.num_heads=2 data.sequence_length=32 optimizer.name=adamw",
+    "sequence_to_sequence recurrent": "recurrent.hidden_dim=8",
+    "sequence_to_sequence transformer": "transformer.num_layers=1 transformer.embed_dim=16 "
+    "transformer.num_heads=2 sequence_to_sequence.encoder_layers=1 optimizer.name=adamw",
     "code_prior": "transformer.num_layers=1 transformer.embed_dim=16 transformer.num_heads=2",
     "diffusion unet": "unet.channels=8 unet.head_dim=8 unet.channel_multipliers=1",
     "diffusion dit": "dit.num_layers=1 dit.embed_dim=16 dit.num_heads=2 dit.patch_size=4 "
@@ -190,7 +193,7 @@ def shrunk(command: str, flags: Sequence[str]) -> list[str]:
             [f for f in flags if "." in f.partition("=")[0] or f.startswith("--flagfile")]
         )
         task, values = config.run.task, config.items()
-        network = values.get("diffusion.network", "")
+        network = values.get(f"{task}.network", values.get("diffusion.network", ""))
         kind = "diffusion" if task == "few_step" else task
         small = SMALL.get(f"{kind} {network}") or SMALL.get(kind, "")
         small = [*small.split(), *taken(task_class(task), ALWAYS.split())]

@@ -40,6 +40,11 @@ TRANSFORMER = (
     "--transformer.embed_dim=16",
     "--transformer.num_heads=2",
 )
+PAIRS = (
+    "--task=sequence_to_sequence", "--sequence_to_sequence.objective=pairs",
+    "--data.dataset=number_names:2", "--data.sequence_length=16",
+    "--sequence_to_sequence.target_length=24", *TRANSFORMER[-3:],
+)  # fmt: skip
 UNET = (
     "--unet.channels=8",
     "--unet.channel_multipliers=1,2",
@@ -69,6 +74,12 @@ BASES = {
     "language_model states": (*TRANSFORMER, "--transformer.pattern=mamba,latent_attention"),
     "masked_language_model": (*TRANSFORMER, "--task=masked_language_model"),
     "discrete_diffusion": (*TRANSFORMER, "--task=discrete_diffusion"),
+    "sequence_to_sequence": (*TRANSFORMER, "--task=sequence_to_sequence"),
+    "sequence_to_sequence pairs": PAIRS,
+    "sequence_to_sequence recurrent": (
+        *PAIRS[:-3], "--sequence_to_sequence.network=recurrent", "--recurrent.embed_dim=8",
+        "--recurrent.hidden_dim=8", "--recurrent.attention_dim=4",
+    ),
     "diffusion": (*UNET, "--task=diffusion"),
     "diffusion dit": DIT,
     "diffusion bound": (*DIT, "--diffusion.objective=bound", "--diffusion.schedule=learned"),
@@ -154,6 +165,13 @@ NUMBERS = {
     "masked.vocab_size": "300",
     "masked.span_length": "3",
     "discrete_diffusion.vocab_size": "300",
+    "sequence_to_sequence.vocab_size": "400",
+    "sequence_to_sequence.mask_rate": "0.3",
+    "sequence_to_sequence.span_length": "2",
+    "sequence_to_sequence.sentinels": "20",
+    "sequence_to_sequence.target_length": "24",
+    "transformer.relative_buckets": "8",
+    "transformer.relative_distance": "40",
     "transformer.window": "3",
     "transformer.num_kv_heads": "1",
     "word_vectors.negatives": "2",
@@ -170,6 +188,9 @@ WITH = {  # what a flag needs
     "transformer.base_head_dim": "transformer.parametrization=maximal_update "
     "transformer.base_width=8",
     "transformer.parametrization": "transformer.base_width=8 transformer.head_dim=8",
+    "transformer.relative_buckets": "transformer.positions=relative_buckets",
+    "transformer.relative_distance": "transformer.positions=relative_buckets",
+    "sequence_to_sequence.sentence_permutation": "sequence_to_sequence.objective=denoising",
     "data.fim_level": "data.fim_rate=0.5",
     "data.fim_suffix_first": "data.fim_rate=0.5",
     "moe.group_size": "moe.capacity_factor=1.5",

@@ -28,8 +28,8 @@ COMMANDS = (
 OF_TEXT = ("ladder", "coordinate_check", "study", "fit", "train_tokenizer", "compare", "model_card")
 # Families whose samples are texts.
 TEXTUAL = (
-    "language_model", "masked_language_model", "discrete_diffusion", "ngram", "hmm", "responder",
-    "neural_lm", "word_vectors",
+    "language_model", "masked_language_model", "discrete_diffusion", "sequence_to_sequence",
+    "ngram", "hmm", "responder", "neural_lm", "word_vectors",
 )  # fmt: skip
 OPTIONAL_OUTPUT = ("sample", "compile_check", "compare", "model_card")
 OF_A_WORKDIR = ("sample", "evaluate", "model_card")
@@ -56,7 +56,8 @@ READ = {
 WRITTEN = {"output", "workdir", "program", "dump_shardings"}
 # Text that may be anything; all other text means something, so that most of it is refused.
 FREE = {
-    "prompt", "stop", "data.data_dir", "data.text_key", "data.image_key", "data.label_key",
+    "prompt", "stop", "data.data_dir", "data.text_key", "data.source_key", "data.target_key",
+    "data.image_key", "data.label_key",
     "data.caption_key", "loss_unit", "launcher_options", "name", "license",
     "train.wandb",
 }  # fmt: skip

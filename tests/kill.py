@@ -43,6 +43,7 @@ FAMILIES = {
     "discrete_diffusion": (
         *TINY, "--task=discrete_diffusion", "--discrete_diffusion.block_size=8",
     ),
+    "sequence_to_sequence": (*TINY, "--task=sequence_to_sequence"),
     "diffusion": TASK_FLAGS["unet_class"],
     "few_step": TASK_FLAGS["shortcut"],
     "autoencoder": CODES,

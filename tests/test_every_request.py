@@ -13,7 +13,8 @@ from genai_jax.tasks.registry import task_class
 from tests.every_flag import trained
 
 BASES = (
-    "language_model", "masked_language_model", "discrete_diffusion", "diffusion", "diffusion text",
+    "language_model", "masked_language_model", "discrete_diffusion", "sequence_to_sequence",
+    "diffusion", "diffusion text",
     "few_step shortcut", "autoencoder codes", "code_prior", "vae", "vae ladder", "gan style",
     "normalizing_flow", "rbm", "ngram", "hmm", "responder", "word_vectors",
 )  # fmt: skip

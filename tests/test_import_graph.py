@@ -25,6 +25,7 @@ LAYERS = (
     ("genai_jax.sampled", 1),
     ("genai_jax.media", 1),
     ("genai_jax.grids", 1),
+    ("genai_jax.heat_map", 1),
     ("genai_jax.standard_streams", 1),
     ("genai_jax.networks", 2),
     ("genai_jax.diffusion", 2),

@@ -21,7 +21,7 @@ from genai_jax.config import ConfigError, field
 from genai_jax.data.images.own_arrays import Examples
 from genai_jax.data.images.sources import OWN
 from genai_jax.data.own_code import FILES, KINDS
-from genai_jax.data.text.sources import SYNTHETIC
+from genai_jax.data.text.sources import PAIRED, SYNTHETIC
 from genai_jax.losses.adversarial import LOSSES
 from genai_jax.losses.likelihoods import Bernoulli
 from genai_jax.networks.latent.dense_vae import DenseVae, DenseVaeConfig
@@ -144,8 +144,8 @@ def test_code_of_a_run_that_one_builds_on_is_named_too(tmp_path, monkeypatch):
 
 
 def test_names_of_kinds_are_those_of_the_data_sets():
-    assert set(FILES) == {"text", *OWN}
-    assert set(KINDS) == {*FILES, *SYNTHETIC}
+    assert set(FILES) == {"text", "pairs", *OWN}
+    assert set(KINDS) == {*FILES, *SYNTHETIC, *PAIRED}
 
 
 def test_every_flag_that_takes_code_is_in_the_table_and_the_table_has_no_other():

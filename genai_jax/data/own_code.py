@@ -10,8 +10,8 @@ from typing import Any
 from genai_jax.config import ConfigError
 from genai_jax.outside import check_call, is_outside, load_outside
 
-FILES = ("text", "images", "hf", "webdataset")  # read from a path, as in text:PATH
-KINDS = (*FILES, "addition", "modular_addition", "modular_division")  # no functions
+FILES = ("text", "images", "hf", "webdataset", "pairs")  # read from a path, as in text:PATH
+KINDS = (*FILES, "addition", "modular_addition", "modular_division", "number_names")  # no functions
 SPLITS = ("train", "validation")
 
 

@@ -21,7 +21,10 @@ BITS_PER_DIM = {
 BITS_PER_BYTE = {
     "discrete_diffusion": _OF_BYTES.format(
         "an upper bound, estimated at random times; exact for blocks of one token"
-    )
+    ),
+    "sequence_to_sequence": _OF_BYTES.format(
+        "exact; of pairs those of the targets, given their sources"
+    ),
 }
 # Sizes of what was scored.
 COUNTS = {
@@ -29,6 +32,7 @@ COUNTS = {
     "bytes": "bytes of held-out text scored",
     "images": "held-out examples scored",
     "answers": "held-out answers scored",
+    "pairs": "held-out pairs scored",
     "num_real": "held-out examples compared",
     "num_drawn": "samples compared",
 }
@@ -42,7 +46,7 @@ NOTES = (
     ("perplexity", "exponential of the loss per token; lower is better"),
     ("loss", "objective of the training on held-out data; lower is better"),
     ("accuracy", "share of correct predictions; higher is better"),
-    ("exact_match", "share of answers that are right in full; higher is better"),
+    ("exact_match", "share of answers or pairs that are right in full; higher is better"),
     ("kl", "Kullback-Leibler divergence from the prior, in nats per example"),
     ("reconstruction", "negative log-likelihood of the reconstruction, in nats per example"),
     ("psnr", "peak signal-to-noise ratio of reconstructions, in dB; higher is better"),

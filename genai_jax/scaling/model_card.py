@@ -32,6 +32,7 @@ PIPELINES = {
     "language_model": "text-generation",
     "masked_language_model": "fill-mask",
     "discrete_diffusion": "text-generation",
+    "sequence_to_sequence": "text2text-generation",
     "image_classifier": "image-classification",
     "vae": IMAGES,
     "gan": IMAGES,

@@ -10,6 +10,7 @@ TASKS = {
     "language_model": "genai_jax.tasks.language.causal:LanguageModel",
     "masked_language_model": "genai_jax.tasks.language.masked:MaskedLanguageModel",
     "discrete_diffusion": "genai_jax.tasks.language.discrete_diffusion:DiscreteDiffusion",
+    "sequence_to_sequence": "genai_jax.tasks.language.sequence_to_sequence:SequenceToSequence",
     "diffusion": "genai_jax.tasks.diffusion.task:Diffusion",
     "few_step": "genai_jax.tasks.diffusion.few_step:FewStep",
     "autoencoder": "genai_jax.tasks.autoencoder.task:Autoencoder",

@@ -27,10 +27,23 @@ DIT = (
     "--dit.num_heads=2",
     "--dit.patch_size=4",
 )
+PAIRS = (
+    "--task=sequence_to_sequence", "--sequence_to_sequence.objective=pairs",
+    "--data.dataset=number_names:2", "--data.sequence_length=24", "--transformer.num_layers=2",
+    "--transformer.embed_dim=16", "--transformer.num_heads=2",
+)  # fmt: skip
+TRANSFORMER = (*PAIRS, "--sequence_to_sequence.encoder_layers=1")
 TASK_FLAGS = {
     "dit_text": (
         *DIT, "--task=diffusion", "--dit.text_layers=1", "--data.captions",
         "--data.caption_length=16", "--diffusion.condition=text",
+    ),
+    "encoder_decoder": (
+        *TRANSFORMER, "--transformer.positions=relative_buckets", "--transformer.qk_norm",
+    ),
+    "additive_attention": (
+        *PAIRS[:-3], "--sequence_to_sequence.network=recurrent", "--recurrent.embed_dim=8",
+        "--recurrent.hidden_dim=8", "--recurrent.attention_dim=8",
     ),
     "unet_class": (
         "--task=diffusion", "--unet.channels=8", "--unet.channel_multipliers=1,2",

@@ -9,20 +9,14 @@ from tests.commands import report_of
     "names",
     [
         ("dit_text", "unet_class", "shortcut"),
+        ("classifier", "gan", "ladder", "flow", "rbm"),
         (
-            "classifier",
-            "gan",
-            "ladder",
-            "flow",
-            "rbm",
-            "skip_gram",
-            "glove",
-            "neural_lm",
-            "blocks_of_text",
+            "skip_gram", "glove", "neural_lm", "blocks_of_text", "encoder_decoder",
+            "additive_attention",
         ),
     ],
-    ids=["diffusion", "others"],
-)
+    ids=["diffusion", "others", "text"],
+)  # fmt: skip
 def test_the_whole_state_of_tasks(names):
     report = report_of("tasks/eight_devices.py", *names)
     assert set(report) == set(names)

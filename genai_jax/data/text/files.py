@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from genai_jax.data.folders import list_files, say
 from genai_jax.data.text.contents import NotText, decode, read_content
-from genai_jax.data.text.tables import is_table, read_rows
+from genai_jax.data.text.tables import Column, is_table, read_rows
 from genai_jax.errors import ConfigError, MissingFile, printable
 
 MIN_CHARACTERS = 2_000  # from this length on, a group of paragraphs ends at the next blank line
@@ -34,7 +34,7 @@ def read(path: str, *, strict: bool, text_key: str = "text", quiet: bool = False
         that is not text.
     """
     files, counts = _files(path)
-    in_folder, room = os.path.isdir(path), _memory()
+    in_folder, room = os.path.isdir(path), memory()
     documents: list[str] = []
     binary: list[str] = []
     size, counts["empty"], counts["rows without text"] = 0, 0, 0
@@ -75,7 +75,7 @@ def _texts(
 ) -> list[str | None]:
     """The documents of a file, among them blank ones."""
     if is_table(file):
-        return read_rows(file, data, text_key, strict=strict, limit=room)
+        return read_rows(file, data, Column(text_key), strict=strict, limit=room)
     text = decode(file, data, strict=strict)
     return _split(text) if split else [text]
 
@@ -112,7 +112,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def _memory() -> int:
+def memory() -> int:
     """Most bytes of text to hold: reading and splitting it takes up to four times as much."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
 from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.fill_in_middle import COUNT, FillInMiddle, Sentinels
-from genai_jax.data.text.packing import Batch, Packer, padding
+from genai_jax.data.text.packing import Batch, Packer
 from genai_jax.data.text.passages import Passages
 from genai_jax.data.text.sources import (
     MemorySource,
@@ -38,7 +38,7 @@ class DataConfig:
         "Data set: the name of a TFDS data set, text:PATH, python_docs, python_source, "
         "package_docs, package_source, digit_pixels, arithmetic (addition:DIGITS, "
         "modular_addition:P, modular_division:P), or a function of your own, as "
-        "my_package.my_module:my_documents.",
+        "my_package.my_module:my_documents; for pairs of texts, pairs:PATH or number_names:DIGITS.",
         path=True,
         outside=own_data,
     )
@@ -58,6 +58,15 @@ class DataConfig:
         "text",
         "What holds the text: a TFDS feature, a key in .jsonl, or a column in .csv, .tsv, or "
         ".parquet.",
+    )
+    source_key: str | None = field(
+        None,
+        "Of pairs of texts, what holds the source, as for text_key; source if unset, or what a "
+        "TFDS data set says.",
+    )
+    target_key: str | None = field(
+        None,
+        "Of pairs of texts, what holds the target; target if unset, or what a TFDS data set says.",
     )
     validation_percent: int = field(
         5,
@@ -144,13 +153,20 @@ class TextLoader:
       config: what to read and in which shape.
       seed: determines the order of the documents.
       kept: what a run kept of its data, which is read instead.
+      rewrite: split -> what rewrites the rows of its batches, see `Packer`; None to leave them.
     """
 
-    def __init__(self, config: DataConfig, seed: int, kept: KeptData | None = None):
-        self.config, self._kept = config, kept
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        kept: KeptData | None = None,
+        rewrite: Callable[[str], Callable] | None = None,
+    ):
+        self.config, self._kept, self._rewrite = config, kept, rewrite
         self.tokenizer = load_tokenizer(config.tokenizer, config.end_token)
         self._seed = seed % 2**32
-        self._documents: dict[str, _TokenizedSource] = {}
+        self._documents: dict[str, TokenizedSource] = {}
         self._opened: dict = {}  # see `open_source`
 
     def batches(self, split: str = "train", rows: Sequence[int] | None = None) -> "BatchIterator":
@@ -174,7 +190,8 @@ class TextLoader:
             ids = documents[indices[permuted(index, len(indices), (self._seed, epoch))]]
             return fill(ids, (ordinal,)) if whole else ids
 
-        packer = self._packer(get_document, self._rows_or_all(rows), None if whole else fill)
+        rows = self._rows_or_all(rows)
+        packer = self._packer(get_document, rows, split, None if whole else fill)
         return BatchIterator(packer, self.config.prefetch)
 
     def _fill_in_middle(self) -> FillInMiddle | None:
@@ -187,7 +204,7 @@ class TextLoader:
             config.fim_rate, config.fim_suffix_first, sentinels, boundary, self._seed
         )
 
-    def _packer(self, get_document, rows: Sequence[int], rearrange=None) -> Packer:
+    def _packer(self, get_document, rows: Sequence[int], split: str, rearrange=None) -> Packer:
         config, counted = self.config, None
         if config.answer_after is not None:
             mark = self.tokenizer.encode(config.answer_after)
@@ -202,9 +219,10 @@ class TextLoader:
         shape = (config.batch_size, config.sequence_length)
         sizes = self.tokenizer.token_bytes() is None
         added = COUNT if rearrange else 0
-        return Packer(get_document, rows, *shape, counted, sizes, rearrange, added)
+        rewrite = self._rewrite and self._rewrite(split)
+        return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite)
 
-    def _unique(self, documents: "_TokenizedSource") -> Sequence[int]:
+    def _unique(self, documents: "TokenizedSource") -> Sequence[int]:
         """Indices of the passages to train on; those for fewer unique tokens are a subset.
 
         Raises:
@@ -243,7 +261,7 @@ class TextLoader:
         def get_document(ordinal: int) -> np.ndarray | None:
             return documents[ordinal] if ordinal < len(documents) else None
 
-        packer = self._packer(get_document, rows)
+        packer = self._packer(get_document, rows, "validation")
         done = 0
         while done != max_batches:
             batch = packer.next_batch()
@@ -256,7 +274,7 @@ class TextLoader:
         if done != max_batches and others:
             total = max(self._evaluation_length(documents, row, max_batches) for row in others)
             for _ in range(done, total):
-                yield padding(len(rows), config.sequence_length, documents.sizes)
+                yield packer.padding(len(rows))
 
     def _rows_or_all(self, rows: Sequence[int] | None) -> Sequence[int]:
         return range(self.config.batch_size) if rows is None else rows
@@ -289,6 +307,10 @@ class TextLoader:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return facts | {"sha256": digest.hexdigest()}
 
+    def held_out_document(self, index: int) -> str:
+        """One document of the validation split."""
+        return self._open("validation").source[index]
+
     def keep(self, keeper: Keeper):
         """Keeps the held-out documents, unless they are too large to be copied."""
         try:
@@ -301,18 +323,22 @@ class TextLoader:
             keeper.leave_out("validation", source.size_bytes)
         keeper.finish()
 
-    def _open(self, split: str) -> "_TokenizedSource":
+    def _open(self, split: str) -> "TokenizedSource":
         if split not in self._documents:
             kept = self._kept.documents(split) if self._kept else None
-            if kept is None:
-                source = open_source(self.config, split, self._opened)
-            else:
-                source = MemorySource(self._kept.record[split], kept)
-            passages = self.config.passage_characters if split == "train" else 0
-            self._documents[split] = _TokenizedSource(source, self.tokenizer, passages)
+            read = lambda: self._source(split)
+            source = read() if kept is None else MemorySource(self._kept.record[split], kept)
+            self._documents[split] = self._tokenized(source, split)
         return self._documents[split]
 
-    def _evaluation_length(self, documents: "_TokenizedSource", row: int, limit: int) -> int:
+    def _source(self, split: str) -> Source:
+        return open_source(self.config, split, self._opened)
+
+    def _tokenized(self, source: Source, split: str) -> Any:
+        passages = self.config.passage_characters if split == "train" else 0
+        return TokenizedSource(source, self.tokenizer, passages)
+
+    def _evaluation_length(self, documents: "TokenizedSource", row: int, limit: int) -> int:
         """Number of evaluation batches in which `row` has tokens, at most `limit`; -1: no limit."""
         length = self.config.sequence_length
         tokens = 0
@@ -326,7 +352,7 @@ class TextLoader:
         return -(-tokens // length)
 
 
-class _TokenizedSource:
+class TokenizedSource:
     """The passages of a source as int32 ids: a boundary before each, and after a document's end.
 
     If the bytes of a token depend on the text, they are a second column; what a document has and

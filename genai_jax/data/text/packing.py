@@ -31,6 +31,8 @@ class Packer:
       rearrange: (ids of what a row takes of a document, (document, offset)) -> the same, or with
         `added` further tokens; None to leave them.
       added: tokens that `rearrange` may add.
+      rewrite: (arrays of a row, where it begins: (row, documents finished, tokens into the next))
+        -> other arrays in their place; None to leave them.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Packer:
         sizes: bool = False,
         rearrange: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
         added: int = 0,
+        rewrite: Callable[[dict[str, np.ndarray], tuple[int, int, int]], Batch] | None = None,
     ):
+        self._rewrite = rewrite
         self._rearrange, self._added = rearrange, added
         self._get_document = get_document
         self._rows = list(rows)
@@ -59,14 +63,32 @@ class Packer:
         Returns:
           Arrays ``[rows, length]``: tokens, targets, segment_ids (from 1; 0 is padding) and
           positions, all int32, and loss_mask, float32 (1 where a target counts); with `sizes`,
-          target_bytes, int32.
+          target_bytes, int32. With `rewrite`, what that returns.
         """
-        batch = padding(len(self._rows), self._length, self._sizes)
+        batch = self.blank(len(self._rows))
+        places = [(row, *cursor) for row, cursor in zip(self._rows, self._cursors, strict=True)]
         for index in range(len(self._rows)):
             self._fill(index, {name: array[index] for name, array in batch.items()})
         if not batch["segment_ids"].any():
             return None
-        return batch
+        return self._rewritten(batch, places)
+
+    def blank(self, rows: int) -> Batch:
+        """Rows without tokens, before they are filled and rewritten."""
+        return padding(rows, self._length, self._sizes)
+
+    def padding(self, rows: int) -> Batch:
+        """A batch without tokens."""
+        return self._rewritten(self.blank(rows), [(0, 0, 0)] * rows)
+
+    def _rewritten(self, batch: Batch, places: Sequence[tuple[int, int, int]]) -> Batch:
+        if self._rewrite is None:
+            return batch
+        rows = [
+            self._rewrite({name: array[i] for name, array in batch.items()}, place)
+            for i, place in enumerate(places)
+        ]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def get_state(self) -> dict:
         """The cursor of each row, JSON-serializable."""

@@ -9,7 +9,7 @@ import collections
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from genai_jax.config import ConfigError, refuse_set
@@ -35,6 +35,8 @@ SYNTHETIC = {
     "modular_division": arithmetic.modular_division,
     "repeats": arithmetic.repeats,
 }
+KEYS = ("source_key", "target_key")
+PAIRED = ("pairs", "number_names")  # kinds of data sets whose documents are pairs
 
 
 class Source(Protocol):
@@ -107,10 +109,15 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
         raise ConfigError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     name = config.dataset
     _refuse_unused(config)
+    if name.partition(":")[0] in PAIRED:
+        raise ConfigError(
+            f"--data.dataset={printable(name)} has pairs of texts: set "
+            "--task=sequence_to_sequence and --sequence_to_sequence.objective=pairs"
+        )
     if name in PIXELS:
         documents = PIXELS[name](config.validation_percent, split)
         return MemorySource(f"{name}[{split}]", documents)
-    if not _is_built_in(name):
+    if not is_built_in(name):
         from genai_jax.data.text import tfds as tfds_source
 
         synthetic = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
@@ -120,14 +127,11 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
     if not splits:
         documents = _documents(config)
         if not isinstance(documents, dict):
-            documents = _split(documents, config.validation_percent)
+            documents = split_documents(documents, config.validation_percent)
         splits |= documents
     if not len(splits[split]):
-        problem = (
-            f"{printable(name)} contains only one document (copies count once), so none is left for"
-        )
         error = NothingHeldOut if split == "validation" else ConfigError
-        raise error(f"{problem}, so none is left for {split}: {_advice(name)}")
+        raise error(f"{only_document(name)} {split}: {_advice(name)}")
     documents = splits[split]
     if isinstance(documents, list | tuple):
         return MemorySource(f"{name}[{split}]", documents)
@@ -136,24 +140,35 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
 
 def unused_flags(name: str) -> tuple[str, ...]:
     """The flags about reading a data set that the one called `name` does not use."""
-    if not _is_built_in(name) or own_data(name):
-        return ()
+    kind = name.partition(":")[0]
+    if kind in PAIRED:
+        return ("data_dir", "text_key", *KEYS * (kind != "pairs"))
+    if not is_built_in(name) or own_data(name):
+        return KEYS
     path = name.removeprefix("text:") if name.startswith("text:") else None
     # If the path is missing, that is what the user has to hear.
     if path and (not os.path.exists(path) or text_files.has_columns(path)):
-        return ("data_dir",)
-    return ("data_dir", "text_key")
+        return ("data_dir", *KEYS)
+    return ("data_dir", "text_key", *KEYS)
 
 
 def _refuse_unused(config):
     name, unused = config.dataset, unused_flags(config.dataset)
-    refuse_set("data", config, ["data_dir"] if unused else [], f"applies only to TFDS, not {name}")
+    refuse_set(
+        "data", config, KEYS, "is for pairs of texts: --sequence_to_sequence.objective=pairs"
+    )
+    refuse_set(
+        "data",
+        config,
+        ["data_dir"] if "data_dir" in unused else [],
+        f"applies only to TFDS, not {name}",
+    )
     if "text_key" in unused:
         tables = "TFDS data sets and .jsonl, .csv, .tsv, and .parquet files"
         refuse_set("data", config, ["text_key"], f"applies only to {tables}, not {name}")
 
 
-def _is_built_in(name: str) -> bool:
+def is_built_in(name: str) -> bool:
     known = name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
     return known or bool(own_data(name))
 
@@ -171,12 +186,20 @@ def _documents(config) -> Sequence[str] | dict[str, Any]:
     return _synthetic(name)
 
 
-def _split(documents: Sequence[str], percent: int) -> dict[str, list[str]]:
-    """The documents of each split, in order."""
-    held_out = hold_out(documents, percent)
+def only_document(name: str, what: str = "document") -> str:
+    """The beginning of the error that a split of this data set is empty."""
+    return f"{printable(name)} contains only one {what} (copies count once), so none is left for"
+
+
+def split_documents(
+    documents: Sequence[str], percent: int, key: Callable[[str], str] = str
+) -> dict[str, list[str]]:
+    """The documents of each split, in order; those with the same `key` are in the same one."""
+    held_out = hold_out([key(document) for document in documents], percent)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for document in documents:
-        splits["validation" if content_hash(document) in held_out else "train"].append(document)
+        is_held_out = content_hash(key(document)) in held_out
+        splits["validation" if is_held_out else "train"].append(document)
     return splits
 
 

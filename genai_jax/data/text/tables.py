@@ -6,7 +6,7 @@ import functools
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from genai_jax.data.text.contents import allowed_size, decode, format_of, import_pyarrow
 from genai_jax.errors import ConfigError, printable
@@ -20,13 +20,23 @@ def is_table(path: str) -> bool:
     return format_of(path) in _READERS
 
 
-def read_rows(path: str, data: bytes, key: str, *, strict: bool, limit: int) -> list[str | None]:
+class Column(NamedTuple):
+    """The name of a column, or of a key in JSON, and the flag that it comes from."""
+
+    name: str
+    flag: str = "--data.text_key"
+
+    def __str__(self) -> str:
+        return f"{self.flag}={printable(self.name)}"
+
+
+def read_rows(path: str, data: bytes, key: Column, *, strict: bool, limit: int) -> list[str | None]:
     """The text of each row of a table.
 
     Args:
       path: name of the file, which says what kind of table it is.
       data: its content.
-      key: the column, or the key in JSON, of the text.
+      key: where the text is.
       strict: reject bytes that are not UTF-8; see `contents.decode`.
       limit: most bytes of text to hold.
 
@@ -50,7 +60,9 @@ def read_rows(path: str, data: bytes, key: str, *, strict: bool, limit: int) -> 
     return texts
 
 
-def _json_lines(path: str, data: bytes, key: str, strict: bool, limit: int) -> Iterator[str | None]:
+def _json_lines(
+    path: str, data: bytes, key: Column, strict: bool, limit: int
+) -> Iterator[str | None]:
     del limit  # no string is longer than its line
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -63,13 +75,13 @@ def _json_lines(path: str, data: bytes, key: str, strict: bool, limit: int) -> I
             raise unreadable(path, f"line {number}: {error}") from None
         if not isinstance(row, dict):
             raise unreadable(path, f"line {number} is not a JSON object")
-        if key not in row:
+        if key.name not in row:
             raise _no_column(path, key, list(row), f"line {number} has the keys")
-        if not isinstance(row[key], str | None):
-            kind = type(row[key]).__name__
-            reason = f"--data.text_key={printable(key)} of line {number} is not a string but {kind}"
+        text = row[key.name]
+        if not isinstance(text, str | None):
+            reason = f"{key} of line {number} is not a string but {type(text).__name__}"
             raise unreadable(path, reason)
-        yield row[key]
+        yield text
 
 
 def _line(path: str, line: bytes, number: int, strict: bool) -> str:
@@ -80,7 +92,7 @@ def _line(path: str, line: bytes, number: int, strict: bool) -> str:
 
 
 def _separated(
-    path: str, data: bytes, key: str, strict: bool, limit: int, *, delimiter: str
+    path: str, data: bytes, key: Column, strict: bool, limit: int, *, delimiter: str
 ) -> Iterator[str | None]:
     del limit
     text = io.StringIO(decode(path, data, strict=strict), newline="")
@@ -90,9 +102,9 @@ def _separated(
             header = next(reader, None)
             if header is None:
                 return
-            if header.count(key) != 1:
+            if header.count(key.name) != 1:
                 raise _no_column(path, key, header, "its columns are")
-            column = header.index(key)
+            column = header.index(key.name)
             for row in reader:
                 if row and len(row) != len(header):
                     reason = f"the row that ends in line {reader.line_num} has {len(row)} fields, "
@@ -113,7 +125,7 @@ def _any_field_size() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _parquet(path: str, data: bytes, key: str, strict: bool, limit: int) -> Iterator[str | None]:
+def _parquet(path: str, data: bytes, key: Column, strict: bool, limit: int) -> Iterator[str | None]:
     pyarrow = import_pyarrow(path)
     failures = (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, MemoryError)
     if not data:
@@ -127,24 +139,26 @@ def _parquet(path: str, data: bytes, key: str, strict: bool, limit: int) -> Iter
         raise unreadable(path, f"its Parquet data are damaged ({reason_of(error)[:200]})") from None
 
 
-def _column(pyarrow: Any, path: str, data: bytes, key: str, limit: int) -> Iterator[bytes | None]:
+def _column(
+    pyarrow: Any, path: str, data: bytes, key: Column, limit: int
+) -> Iterator[bytes | None]:
     """The values of a column, whose sizes are added up before they are held."""
     import pyarrow.compute as compute
     import pyarrow.parquet as parquet
 
     schema = parquet.read_schema(pyarrow.BufferReader(data))
     names = schema.names
-    if names.count(key) != 1:
+    if names.count(key.name) != 1:
         raise _no_column(path, key, names, "its columns are")
-    types, kind = pyarrow.types, schema.field(key).type
+    types, kind = pyarrow.types, schema.field(key.name).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if not any(test(kind) for test in tests):
-        raise unreadable(path, f"its column {printable(key)!r} has {kind} values, not text")
+        raise unreadable(path, f"its column {printable(key.name)!r} has {kind} values, not text")
     # Read as a dictionary, a text that a small file repeats is held once.
-    file = parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=[key])
+    file = parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=[key.name])
     size = 0
-    for batch in file.iter_batches(1024, columns=[key]):
+    for batch in file.iter_batches(1024, columns=[key.name]):
         column = batch.column(0)
         if types.is_dictionary(column.type):
             sizes = compute.binary_length(column.dictionary).take(column.indices)
@@ -156,13 +170,11 @@ def _column(pyarrow: Any, path: str, data: bytes, key: str, limit: int) -> Itera
         yield from column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _no_column(path: str, key: str, names: list[str], has: str) -> ConfigError:
+def _no_column(path: str, key: Column, names: list[str], has: str) -> ConfigError:
     shown = ", ".join(repr(printable(name[:80])) for name in names[:_SHOWN])
     shown += f", and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
-    problem = "is the name of more than one column" if key in names else "is missing"
-    return ConfigError(
-        f"--data.text_key={printable(key)} {problem} in {printable(path)}: {has} {shown or 'none'}"
-    )
+    problem = "is the name of more than one column" if key.name in names else "is missing"
+    return ConfigError(f"{key} {problem} in {printable(path)}: {has} {shown or 'none'}")
 
 
 _READERS: dict[str, Callable[..., Any]] = {

@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genai_jax.config import ConfigError, MissingFile
 from genai_jax.data.shapes_only import only_shapes_matter
 from genai_jax.data.shuffle import permuted
+from genai_jax.data.text.pair_documents import document_of
 
 VALIDATION_NAMES = ("validation", "valid", "test")
 
@@ -28,7 +30,9 @@ class TfdsSource:
 
     size_bytes = None
 
-    def __init__(self, config, builder: Any, tfds_split: str, part: str | None = None):
+    def __init__(
+        self, config, builder: Any, tfds_split: str, part: str | None, keys: Sequence[str]
+    ):
         """Opens the data.
 
         Args:
@@ -36,10 +40,11 @@ class TfdsSource:
           builder: a TFDS builder with prepared data.
           tfds_split: name of the data set's own split.
           part: "train" or "validation" if a part of `tfds_split` is held out; None for all of it.
+          keys: features that are text; two make a pair, see `pair_documents`.
         """
         self.name = f"{builder.info.full_name}[{tfds_split}]" + (f"/{part}" if part else "")
         self._examples = builder.as_data_source(split=tfds_split)
-        self._key = config.text_key
+        self._keys = keys
         self._strict = config.tokenizer != "bytes"
         self._info = builder.info.splits[tfds_split]
         self._part = part
@@ -54,7 +59,11 @@ class TfdsSource:
         index += self._start
         if self._part:
             index = permuted(index, len(self._examples), seed=(0,))
-        text = self._examples[index][self._key]
+        example = self._examples[index]
+        texts = [self._text(example[key], index) for key in self._keys]
+        return texts[0] if len(texts) == 1 else document_of(*texts)
+
+    def _text(self, text: str | bytes, index: int) -> str:
         if isinstance(text, str):
             return text
         try:
@@ -68,6 +77,7 @@ class TfdsSource:
     def fingerprint(self) -> str:
         """sha256 of the name (with its version), the split, and the sizes of its shards."""
         facts = [self.name, self._start, self._stop, self._info.shard_lengths, self._info.num_bytes]
+        facts += [self._keys] * (len(self._keys) > 1)
         return hashlib.sha256(json.dumps(facts, default=int).encode()).hexdigest()
 
 
@@ -89,23 +99,49 @@ def open_tfds(config, split: str, *, built_in: list[str]) -> TfdsSource:
       ConfigError: an unknown name, data that cannot be prepared, or no feature `config.text_key`.
     """
     builder = prepared_builder(config, built_in)
+    return _open_split(config, split, builder, {"text_key": config.text_key})
+
+
+def open_tfds_pairs(config, split: str, *, built_in: list[str]) -> TfdsSource:
+    """`open_tfds` for pairs: the features `config.source_key` and `config.target_key`.
+
+    If one is not set, it is that of the supervised task of the data set, as translations have.
+    """
+    builder = prepared_builder(config, built_in)
+    supervised = builder.info.supervised_keys or (None, None)
+    keys = {}
+    for name, known in zip(("source_key", "target_key"), supervised, strict=False):
+        key = getattr(config, name) or known
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{config.dataset} does not say which of its features is the "
+                f"{name.removesuffix('_key')}: set --data.{name}"
+            )
+        keys[name] = key
+    return _open_split(config, split, builder, keys)
+
+
+def _open_split(config, split: str, builder: Any, keys: Mapping[str, str]) -> TfdsSource:
+    """Opens a split; `keys` are features by the flags that name them."""
     splits = list(builder.info.splits)
     features = builder.info.features
-    if config.text_key not in features:
-        raise ConfigError(
-            f"--data.text_key={config.text_key}: {config.dataset} has {', '.join(sorted(features))}"
-        )
+    for flag, key in keys.items():
+        if key not in features:
+            raise ConfigError(
+                f"--data.{flag}={key}: {config.dataset} has {', '.join(sorted(features))}"
+            )
+    keys = tuple(keys.values())
     own = [name for name in VALIDATION_NAMES if name in splits]
     if split == "validation" and own:
-        return _open(config, builder, own[0])
+        return _open(config, builder, own[0], None, keys)
     if "train" not in splits:
         raise ConfigError(f"{config.dataset} has no train split, only {', '.join(splits)}")
-    return _open(config, builder, "train", part=None if own else split)
+    return _open(config, builder, "train", None if own else split, keys)
 
 
-def _open(config, builder: Any, tfds_split: str, part: str | None = None) -> TfdsSource:
+def _open(config, builder: Any, tfds_split: str, part: str | None, keys) -> TfdsSource:
     try:
-        source = TfdsSource(config, builder, tfds_split, part)
+        source = TfdsSource(config, builder, tfds_split, part, keys)
     except (NotImplementedError, ValueError, OSError) as error:
         raise ConfigError(f"cannot read {config.dataset}: {reason(error)}") from None
     if not len(source):

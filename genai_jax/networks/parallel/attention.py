@@ -43,6 +43,7 @@ def attention(
     order: str = "contiguous",
     segment_ids=None,
     slopes: jax.Array | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     backend: str = "auto",
@@ -58,6 +59,8 @@ def attention(
       order: order of the tokens, see `token_order`; "contiguous" unless the mask is causal.
       segment_ids: None, [batch, length], or a pair of [batch, length] and [batch, kv_length].
       slopes: slopes of ALiBi, [heads], or None.
+      bias: what is added to the scores, [1, heads, length, kv_length], in place of slopes; not for
+        use with the sequence axis.
       scale: factor of the scores; 1 / sqrt(head_dim) if None.
       logits_soft_cap: tanh cap of the scores.
       backend: backend of `kernels_pallas`.
@@ -72,7 +75,12 @@ def attention(
         segment_ids = segment_ids, segment_ids
     shared = dict(mask=mask, scale=scale, logits_soft_cap=logits_soft_cap, backend=backend)
     if parallel is None or axis_size(SEQUENCE) == 1:
-        return _plain(q, k, v, segment_ids, slopes, **shared)
+        return _plain(q, k, v, segment_ids, slopes, bias, **shared)
+    if bias is not None:
+        raise ConfigError(
+            f"{describe_axis(SEQUENCE)}: attention with a learned bias of positions "
+            "needs whole sequences on a device"
+        )
     check_length(q.shape[1], order if parallel.sequence == "ring" else "contiguous")
     batch = (*split_over("batch", q.shape[0]), *size_one_axes())
     heads = split_over("kv_heads", k.shape[2])
@@ -98,8 +106,8 @@ def attention(
     )(q, k, v, segment_ids, None if slopes is None else jnp.asarray(slopes))
 
 
-def _plain(q, k, v, segment_ids, slopes, **shared) -> jax.Array:
-    bias = None if slopes is None else kernels_pallas.Alibi(slopes)
+def _plain(q, k, v, segment_ids, slopes, bias=None, **shared) -> jax.Array:
+    bias = bias if slopes is None else kernels_pallas.Alibi(slopes)
     return kernels_pallas.attention(q, k, v, segment_ids=segment_ids, bias=bias, **shared)
 
 

@@ -45,7 +45,20 @@ class TransformerConfig:
     positions: str = field(
         "rope",
         "How positions are encoded.",
-        choices=("rope", "learned", "sinusoidal", "alibi", "none"),
+        choices=("rope", "learned", "sinusoidal", "alibi", "relative_buckets", "none"),
+    )
+    relative_buckets: int | None = field(
+        None,
+        "Buckets of distances, each with a learned bias for the attention scores of a head; 32 if "
+        "unset.",
+        minimum=4,
+        maximum=2**16,
+    )
+    relative_distance: int | None = field(
+        None,
+        "Distance from which on all share the last bucket; 128 if unset.",
+        minimum=2,
+        maximum=2**30,
     )
     rope_theta: float = field(10_000.0, "Base of the rotary wavelengths.", minimum=1)
     rope_scaling: str = field(
@@ -177,10 +190,12 @@ class TransformerConfig:
                     f"{option}={getattr(self, option)} is for the mixers {', '.join(has)}, of "
                     f"which pattern={self.pattern or 'attention'} has none"
                 )
-        if self.positions == "alibi" and set(self.mixers) <= set(MIXERS) - {"attention"}:
+        biased = self.positions in ("alibi", "relative_buckets")
+        if biased and set(self.mixers) <= set(MIXERS) - {"attention"}:
             raise ValueError(
-                f"positions=alibi is for attention, which pattern={self.pattern} lacks"
+                f"positions={self.positions} is for attention, which pattern={self.pattern} lacks"
             )
+        self._check_buckets()
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rotary_dim={self.rotary_dim} is odd; rotations need pairs")
         if self.expand == 0:
@@ -205,6 +220,20 @@ class TransformerConfig:
             raise ValueError(
                 f"rope_scaling={self.rope_scaling} is for attention, which pattern={self.pattern} "
                 "lacks"
+            )
+
+    def _check_buckets(self):
+        """Raises `ValueError` for buckets without use, or that distances do not fill."""
+        for name in ("relative_buckets", "relative_distance"):
+            if self.positions != "relative_buckets" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for positions=relative_buckets, not "
+                    f"{self.positions}"
+                )
+        if self.buckets % 2 or self.furthest <= self.buckets // 2:
+            raise ValueError(
+                f"relative_buckets={self.buckets} must be even, and relative_distance="
+                f"{self.furthest} more than half of it"
             )
 
     def _check_base(self):
@@ -242,6 +271,16 @@ class TransformerConfig:
     @property
     def rotary_scaling(self) -> RopeScaling:
         return RopeScaling(self.rope_scaling, self.rope_factor or 1.0, self.rope_length or 1)
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of relative positions."""
+        return self.relative_buckets or 32
+
+    @property
+    def furthest(self) -> int:
+        """Distance from which on all share the last bucket."""
+        return self.relative_distance or 128
 
     @property
     def taps(self) -> int:
@@ -294,7 +333,14 @@ class TransformerConfig:
     @property
     def attention_scale(self) -> float | None:
         """Factor of the attention scores; None for 1 / sqrt(head_dim)."""
-        sharper = self.rotary_scaling.sharpness
         if self.base_head_dim in (None, self.head_width):
-            return None if sharper == 1 else sharper / math.sqrt(self.head_width)
-        return sharper * math.sqrt(self.base_head_dim) / self.head_width
+            return None
+        return math.sqrt(self.base_head_dim) / self.head_width
+
+    @property
+    def self_attention_scale(self) -> float | None:
+        """The same for scores among the tokens of a row, which scaled rotations may sharpen."""
+        sharpness = self.rotary_scaling.sharpness
+        if sharpness == 1:
+            return self.attention_scale
+        return sharpness * (self.attention_scale or 1 / math.sqrt(self.head_width))

@@ -16,6 +16,7 @@ import numpy as np
 from genai_jax.config import ConfigError
 from genai_jax.networks.layers.dense import Norm
 from genai_jax.networks.layers.positions import alibi_slopes, rotary, rotation
+from genai_jax.networks.layers.relative_positions import RelativeBias
 from genai_jax.networks.sequence.blocks import Block
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.mixers.attention import Attention
@@ -34,7 +35,8 @@ def attention_weights(model: Transformer, params: dict, tokens: jax.Array) -> ja
       ConfigError: a mixer other than attention.
     """
     layers = mixer_inputs(model, params, tokens)
-    return jnp.stack([weights_of(model.config, p, x) for p, x, _ in layers])
+    table = params["relative_bias"]["table"] if "relative_bias" in params else None
+    return jnp.stack([weights_of(model.config, p, x, table) for p, x, _ in layers])
 
 
 def residual_stream(model: Transformer, params: dict, tokens: jax.Array) -> jax.Array:
@@ -88,8 +90,13 @@ def mixer_inputs(
     return layers
 
 
-def weights_of(config: TransformerConfig, params: dict, x: jax.Array) -> jax.Array:
-    """The weights of one attention, [heads, query, key], from its input [length, embed_dim]."""
+def weights_of(
+    config: TransformerConfig, params: dict, x: jax.Array, table: jax.Array | None = None
+) -> jax.Array:
+    """The weights of one attention, [heads, query, key], from its input [length, embed_dim].
+
+    With relative positions in buckets, `table` has their biases, [buckets, heads].
+    """
     q, k = (_projected(params[name], x) for name in ("query", "key"))
     if config.qk_norm:
         q, k = (Norm().apply({"params": params[f"{n}_norm"]}, y)
@@ -102,13 +109,16 @@ def weights_of(config: TransformerConfig, params: dict, x: jax.Array) -> jax.Arr
         )  # fmt: skip
         q, k = rotary(q[None], angles)[0], rotary(k[None], angles)[0]
     k = jnp.repeat(k, config.num_heads // config.kv_heads, 1)
-    scale = config.attention_scale or 1 / math.sqrt(config.head_width)
+    scale = config.self_attention_scale or 1 / math.sqrt(config.head_width)
     scores = scale * jnp.einsum("qhd,khd->hqk", q, k, precision="highest")
     if config.attention_soft_cap is not None:
         scores = config.attention_soft_cap * jnp.tanh(scores / config.attention_soft_cap)
     before = positions[:, None] - positions  # how far back a key is
     if config.positions == "alibi":
         scores = scores - alibi_slopes(config.num_heads)[:, None, None] * before
+    if table is not None:
+        relative = RelativeBias(table).of_queries(positions[None], x.shape[0], config.furthest)
+        scores = scores + relative[0]
     visible = before >= 0
     if config.window is not None:
         visible &= before <= config.window

@@ -14,12 +14,14 @@ from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.layers.dense import Norm
 from genai_jax.networks.layers.embedding import Embed
 from genai_jax.networks.layers.positions import rotation, sinusoidal
+from genai_jax.networks.layers.relative_positions import RelativeTable
 from genai_jax.networks.parallel.axes import STAGE, ParallelConfig, axis_size, describe_axis
 from genai_jax.networks.sequence.blocks import Block
 from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.cross_attention import CrossAttention, CrossState
 from genai_jax.networks.sequence.head import Head, output_logits
 from genai_jax.networks.sequence.mixers import load_mixer, parameter_name
-from genai_jax.networks.sequence.mixers.protocol import TokenContext
+from genai_jax.networks.sequence.mixers.protocol import Encoded, TokenContext
 from genai_jax.networks.sequence.stack import BlockStack, stacked_rules
 from genai_jax.networks.sequence.state import StackState
 
@@ -39,8 +41,10 @@ def partition_rules(config: TransformerConfig) -> tuple[tuple[str, tuple], ...]:
         mixer_rules += stacked_rules(below, load_mixer(name).PARTITION_RULES)
     return (
         (r"position_embed/embedding", (None, "embed")),
+        (r"relative_bias/table", (None, "heads")),
         (r"embed/embedding", ("vocabulary", "embed")),
         *mixer_rules,
+        *stacked_rules(r"\bcross_attention/", CrossAttention.PARTITION_RULES),
         *stacked_rules("mlp/", mixture.PARTITION_RULES),
         *stacked_rules("", _MLP_RULES),
         (r"layers/(block_\d+/)?\w+_norm/(scale|bias)", ("layers", "embed")),
@@ -53,7 +57,12 @@ PARTITION_RULES = partition_rules(TransformerConfig())  # those of attention
 
 
 def empty_state(
-    config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
+    config: TransformerConfig,
+    batch: int,
+    max_length: int,
+    dtype,
+    rewind: int = 0,
+    source_length: int | None = None,
 ) -> StackState:
     """The decoding state of all layers before the first token.
 
@@ -63,6 +72,7 @@ def empty_state(
       max_length: most tokens of a row.
       dtype: dtype of what states keep of tokens.
       rewind: number of tokens that `StackState.rewind` can take back.
+      source_length: tokens of a source that blocks with cross-attention see; None without it.
     """
     periods = config.num_layers // len(config.mixers)
     repeat = lambda a: jnp.broadcast_to(a, (periods, *a.shape))
@@ -70,6 +80,9 @@ def empty_state(
         load_mixer(name).empty_state(config, batch, max_length, dtype, rewind)
         for name in config.mixers
     )
+    if source_length is not None:
+        seen = jnp.zeros((batch, source_length, config.kv_heads, config.head_width), dtype)
+        states = (CrossState(state, seen, seen) for state in states)
     return StackState(tuple(jax.tree.map(repeat, state) for state in states))
 
 
@@ -87,6 +100,7 @@ class Transformer(nn.Module):
       parallel: how the mesh axes `sequence` and `stage` are used.
       moe: the experts, if any.
       mask: which tokens a token may see; None for those before it, within the window of the config.
+      cross: whether every block attends to a source as well.
     """
 
     config: TransformerConfig
@@ -96,12 +110,16 @@ class Transformer(nn.Module):
     parallel: ParallelConfig = ParallelConfig()
     moe: MoeConfig = MoeConfig()
     mask: kernels_pallas.Mask | None = None
+    cross: bool = False
 
     def setup(self):
         c = self.config
         self.embed = Embed(self.vocab_size, c.embed_dim, "vocabulary", self.dtype)
         if c.positions == "learned":
             self.position_embed = Embed(c.max_length, c.embed_dim, dtype=self.dtype)
+        if c.positions == "relative_buckets":
+            both_sides = isinstance(self.mask, kernels_pallas.Full)
+            self.relative_bias = RelativeTable(c.buckets, c.furthest, both_sides, c.num_heads)
         if not c.tie_embeddings:
             self.head = Head(self.vocab_size, c.width_growth)
         self.dropout = nn.Dropout(c.dropout)
@@ -113,7 +131,7 @@ class Transformer(nn.Module):
         blocks = tuple(
             functools.partial(
                 Block, config=c, mixer=mixer, backend=self.backend, dtype=self.dtype,
-                parallel=self.parallel, moe=self.moe,
+                parallel=self.parallel, moe=self.moe, cross=self.cross,
             )
             for mixer in c.mixers
         )  # fmt: skip
@@ -126,13 +144,14 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         state: StackState | None = None,
         lengths: jax.Array | None = None,
+        source: Encoded | None = None,
     ) -> tuple[jax.Array, StackState | None]:
         """Hidden states [batch, length, embed_dim] of tokens [batch, length]: integers.
 
         The other arguments and the results are those of `from_embeddings`.
         """
         return self.from_embeddings(
-            self.embed_tokens(tokens), positions, segment_ids, state, lengths
+            self.embed_tokens(tokens), positions, segment_ids, state, lengths, source
         )
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -146,6 +165,7 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         state: StackState | None = None,
         lengths: jax.Array | None = None,
+        source: Encoded | None = None,
     ) -> tuple[jax.Array, StackState | None]:
         """Hidden states [batch, length, embed_dim], and the state with these tokens added.
 
@@ -160,6 +180,7 @@ class Transformer(nn.Module):
             continues.
           lengths: [batch] real tokens of each row, which come first; the rest is padding, which
             does not enter the state. None: all are real. Not for use with the zigzag order.
+          source: what an encoder has read, for blocks with cross-attention.
 
         Raises:
           ConfigError: sizes that the mesh does not divide.
@@ -173,9 +194,12 @@ class Transformer(nn.Module):
             x = x + sinusoidal(positions, c.embed_dim).astype(self.dtype)
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         x = nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
-        context = TokenContext(positions, segment_ids, lengths, self.mask)
+        context = TokenContext(positions, segment_ids, lengths, self.mask, source=source)
         if lengths is not None and state is None:
             context = dataclasses.replace(context, segment_ids=_without_padding(context))
+        if c.positions == "relative_buckets":
+            relative = self.relative_bias(x.shape[1] if state is None else None)
+            context = dataclasses.replace(context, relative=relative)
         self._check_stages(state)
         x, state = self._stack().run(self.layers, x, context, state, self._add_rotation)
         return self.final_norm(x), state
@@ -191,6 +215,11 @@ class Transformer(nn.Module):
 
     def _check_stages(self, state: StackState | None):
         pipelined = axis_size(STAGE) > 1 and state is None and not self.is_initializing()
+        if pipelined and self.config.positions == "relative_buckets":
+            raise ConfigError(
+                f"{describe_axis(STAGE)}: the biases of relative positions are shared by all "
+                "layers, which cannot run as a pipeline"
+            )
         if pipelined and self.moe.num_experts:
             raise ConfigError(
                 f"{describe_axis(STAGE)}: a mixture of experts cannot run as a pipeline; use the "

@@ -81,13 +81,17 @@ class TextData:
 
     @functools.cached_property
     def loader(self) -> TextLoader:
+        self.check_vocabulary()
+        return TextLoader(self.config, self._seed, self._kept)
+
+    def check_vocabulary(self):
+        """Raises `ConfigError` if the embeddings have fewer rows than there are tokens."""
         if self.tokenizer.vocab_size + self._own_tokens > self.vocab_size:
             more = f" and {self._own_tokens} of the model" if self._own_tokens else ""
             raise ConfigError(
                 f"{self._flag}={self.vocab_size} is smaller than the {self.tokenizer.vocab_size} "
                 f"tokens of --data.tokenizer={self.tokenizer.spec}{more}"
             )
-        return TextLoader(self.config, self._seed, self._kept)
 
     @property
     def batch_spec(self) -> dict[str, ArraySpec]:

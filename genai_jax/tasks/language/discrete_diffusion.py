@@ -80,10 +80,11 @@ class DiscreteDiffusion(BidirectionalModel):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        if self.block is not None and config.transformer.positions == "alibi":
+        positions = config.transformer.positions
+        if self.block is not None and positions in ("alibi", "relative_buckets"):
             raise ConfigError(
-                "--transformer.positions=alibi: blocks need positions that are read with the "
-                "tokens (--discrete_diffusion.block_size); use rope, learned, or sinusoidal"
+                f"--transformer.positions={positions}: blocks need positions that are read with "
+                "the tokens (--discrete_diffusion.block_size); use rope, learned, or sinusoidal"
             )
 
     @property

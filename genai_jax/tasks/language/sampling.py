@@ -86,11 +86,14 @@ class Decoder(NamedTuple):
         tokenizer's vocabulary.
       empty_state: (rows, tokens) -> the state before the first token, with room for that many.
       max_length: number of positions that the model supports; None for any.
+      begin: for models that read a source: (parameters, sources [rows, source_length], their
+        lengths [rows], tokens) -> the state before the first token, in place of `empty_state`.
     """
 
     step: Callable[[Params], Step]
     empty_state: Callable[[int, int], Any]
     max_length: int | None = None
+    begin: Callable[[Params, jax.Array, jax.Array, int], Any] | None = None
 
 
 class Settings(NamedTuple):
@@ -116,11 +119,19 @@ class TokenSampler:
         self._program = jax.jit(self._generate, static_argnames="settings")
 
     def __call__(
-        self, params: Params, prompts: Sequence[np.ndarray], key: jax.Array, settings: Settings
-    ) -> Generated:
+        self, params: Params, prompts: Sequence[np.ndarray], key: jax.Array, settings: Settings,
+        sources: Sequence[np.ndarray] | None = None,
+    ) -> Generated:  # fmt: skip
         """Continues prompts of token ids [length], at least one token each.
 
         The randomness of a row depends only on its index and the key.
+
+        Args:
+          params: of the model.
+          prompts: what comes before the first sampled token.
+          key: for sampling.
+          settings: how tokens are sampled.
+          sources: token ids [source_length] for each row, for a model that reads sources.
 
         Returns:
           Host arrays: tokens [prompts, longest prompt + max_tokens], prompts included, and the
@@ -129,8 +140,7 @@ class TokenSampler:
         Raises:
           ConfigError: more positions than the model supports.
         """
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        longest, count = int(lengths.max()), len(prompts)
+        longest, count = max(map(len, prompts)), len(prompts)
         total, limit = longest + settings.max_tokens, self.decoder.max_length
         if limit is not None and total > limit:
             raise ConfigError(
@@ -138,17 +148,17 @@ class TokenSampler:
                 f"the {limit} that the model has learned"
             )
         rows = count + -count % _batch_devices()  # padded so that it divides evenly over devices
-        padded = np.zeros((rows, longest), np.int32)
-        for row, prompt in zip(padded, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        lengths = np.pad(lengths, (0, rows - count), constant_values=1)
-        generated = self._program(params, padded, lengths, key, settings=settings)
+        source = None if sources is None else _padded(sources, rows)
+        generated = self._program(params, *_padded(prompts, rows), key, source, settings=settings)
         return Generated(*(x[:count] for x in to_host(tuple(generated))))
 
-    def _generate(self, params, prompts, lengths, key, settings: Settings) -> Generated:
+    def _generate(self, params, prompts, lengths, key, source, settings: Settings) -> Generated:
         prompts = nn.with_logical_constraint(prompts, ("batch", None))
         total = prompts.shape[1] + settings.max_tokens
-        state = self.decoder.empty_state(prompts.shape[0], total)
+        if source is None:
+            state = self.decoder.empty_state(prompts.shape[0], total)
+        else:
+            state = self.decoder.begin(params, *source, total)
         return generate(
             self.decoder.step(params),
             state,
@@ -161,6 +171,15 @@ class TokenSampler:
             top_k=settings.top_k,
             top_p=settings.top_p,
         )
+
+
+def _padded(rows: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids, padded on the right, and their lengths; `count` rows, the last ones of zeros."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.zeros((count, max(int(lengths.max()), 1)), np.int32)
+    for target, row in zip(padded, rows, strict=False):
+        target[: len(row)] = row
+    return padded, np.pad(lengths, (0, count - len(lengths)), constant_values=1)
 
 
 class TextSampler:

@@ -24,7 +24,7 @@ def text_metrics(
     """
     metrics = likelihood_metrics(log_probs, correct, batch, data)
     if data.has_questions:
-        metrics["exact_match"] = _exact_matches(correct, batch)
+        metrics["exact_match"] = exact_matches(correct, batch)
     return metrics
 
 
@@ -47,7 +47,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def _exact_matches(correct: jax.Array, batch: Batch) -> Mean:
+def exact_matches(correct: jax.Array, batch: Batch) -> Mean:
     """The number of answers with all tokens predicted correctly, out of all answers of a row."""
     mask, (_, length) = batch["loss_mask"], batch["targets"].shape
 

@@ -228,7 +228,7 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch, name):
     assert path.stat().st_size < 20_000 and len(read(path)) == 30
     monkeypatch.setattr(contents, "ALWAYS_ALLOWED", 10_000)
     assert "more than" in refused(path)
-    monkeypatch.setattr(files, "_memory", lambda: 2_000_000)
+    monkeypatch.setattr(files, "memory", lambda: 2_000_000)
     monkeypatch.setattr(contents, "ALWAYS_ALLOWED", 10**9)
     said = refused(path)
     assert "2,000,000 bytes of text" in said or "more than the memory here allows" in said
@@ -237,7 +237,7 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path, monkeypatch, name):
 def test_a_folder_cannot_fill_the_memory(tmp_path, monkeypatch):
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text("x" * 1000)
-    monkeypatch.setattr(files, "_memory", lambda: 4500)
+    monkeypatch.setattr(files, "memory", lambda: 4500)
     assert "4.txt: its 1,000 bytes are more than the memory here allows" in refused(tmp_path)
 
 

@@ -55,12 +55,12 @@ def test_only_yarn_sharpens_attention():
     assert [k for k in KINDS if RopeScaling(k, FACTOR, LENGTH).sharpness != 1] == ["yarn"]
     options = dict(rope_scaling="yarn", rope_factor=math.e, rope_length=8)
     config = TransformerConfig(embed_dim=8, num_heads=2, **options)
-    assert config.attention_scale == pytest.approx(1.1**2 / 2)
+    assert config.self_attention_scale == pytest.approx(1.1**2 / 2)
     wide = TransformerConfig(
         embed_dim=32, num_heads=2, parametrization="maximal_update", base_width=8,
         base_head_dim=4, **options,
     )  # fmt: skip
-    assert wide.attention_scale == pytest.approx(1.1**2 * 2 / 16)
+    assert wide.self_attention_scale == pytest.approx(1.1**2 * 2 / 16)
     latent = LatentAttention(dataclasses.replace(config, pattern="latent_attention"))
     assert latent._scale == pytest.approx(1.1**2 / math.sqrt(4 + 2))
 

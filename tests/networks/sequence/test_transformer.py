@@ -20,6 +20,7 @@ VARIANTS = {
     "learned": dict(positions="learned", norm="layernorm", activation="gelu", use_bias=True),
     "sinusoidal": dict(positions="sinusoidal", norm_placement="post", activation="relu"),
     "alibi": dict(positions="alibi", num_kv_heads=2, activation="geglu"),
+    "buckets": dict(positions="relative_buckets", relative_buckets=6, relative_distance=8),
     "none": dict(positions="none", num_kv_heads=1, qk_norm=True),
     "caps": dict(logits_soft_cap=5.0, attention_soft_cap=3.0, tie_embeddings=True),
     "window": dict(window=3, head_dim=8),

@@ -97,7 +97,9 @@ class Attention(nn.Module):
         return attention(
             q, k, v, mask=mask, parallel=None if self.is_initializing() else self.parallel,
             order="contiguous" if full else token_order(self.parallel),
-            segment_ids=context.segment_ids, slopes=self._slopes(), scale=c.attention_scale,
+            segment_ids=context.segment_ids, slopes=self._slopes(),
+            bias=None if context.relative is None else context.relative.matrix,
+            scale=c.self_attention_scale,
             logits_soft_cap=c.attention_soft_cap, backend=self.backend,
         )  # fmt: skip
 
@@ -112,12 +114,23 @@ class Attention(nn.Module):
         c, slopes = self.config, self._slopes()
         ends = context.positions[:, 0] + q.shape[1]
         cache = kernels_pallas.append(state.cache, k, v, ends)
+        if context.relative is not None:
+            return self._decode_with_bias(q, cache, context), AttentionState(cache)
         out = kernels_pallas.decode(
-            q, cache, lengths=ends, mask=mask_of(self.config, context), scale=c.attention_scale,
+            q, cache, lengths=ends, mask=mask_of(self.config, context), scale=c.self_attention_scale,
             logits_soft_cap=c.attention_soft_cap,
             bias=None if slopes is None else kernels_pallas.Alibi(slopes),
         )  # fmt: skip
         return out, AttentionState(cache)
+
+    def _decode_with_bias(self, q, cache: kernels_pallas.ContiguousCache, context: TokenContext):
+        """Attention of new tokens to the whole cache, with the bias of each query and key."""
+        c, (k, v) = self.config, (jnp.swapaxes(a, 1, 2) for a in (cache.k, cache.v))
+        bias = context.relative.of_queries(context.positions, k.shape[1], c.furthest)
+        return kernels_pallas.attention(
+            q, k, v, mask=mask_of(c, context), bias=bias, scale=c.self_attention_scale,
+            logits_soft_cap=c.attention_soft_cap, q_offset=context.positions[:, 0],
+        )  # fmt: skip
 
     @staticmethod
     def empty_state(

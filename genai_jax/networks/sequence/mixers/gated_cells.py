@@ -1,5 +1,6 @@
 """Recurrent cells with gates: LSTM, GRU, minimal GRU, and a liquid cell."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -33,19 +34,16 @@ class _Cell(Recurrent):
         return y.astype(jnp.float32)
 
     def recurrent_kernel(self) -> jax.Array:
-        """[width, gates, width]; orthogonal for each gate at the start."""
-        width = self.inner_width(self.config)
+        return recurrent_kernel(self, self.inner_width(self.config), self.gates)
 
-        def init(key, shape):
-            keys = jax.random.split(key, self.gates)
-            square = nn.initializers.orthogonal()
-            return jnp.stack([square(k, (width, width)) for k in keys], 1).astype(jnp.float32)
-
-        return self.param("recurrent", init, (width, self.gates, width))
+    @staticmethod
+    def zeros(batch: int, width: int) -> jax.Array | tuple:
+        """The state of the cell before the first token."""
+        return jnp.zeros((batch, width))
 
     @classmethod
     def empty_value(cls, config: TransformerConfig, batch: int) -> dict:
-        return {"memory": jnp.zeros((batch, cls.inner_width(config)))}
+        return {"memory": cls.zeros(batch, cls.inner_width(config))}
 
     @classmethod
     def flops(cls, config: TransformerConfig, length: int, layers: int) -> dict[str, float]:
@@ -63,22 +61,12 @@ class Lstm(_Cell):
     gates: ClassVar[int] = 4
 
     def mix(self, x: jax.Array, call: Call) -> jax.Array:
-        kernel = self.recurrent_kernel()
-
-        def step(state, u):
-            cell, hidden = state
-            u = u + jnp.einsum("bh,hgw->bgw", hidden, kernel)
-            # The forget gate begins open: its bias is 1 more than the others.
-            cell = nn.sigmoid(u[:, 1] + 1) * cell + nn.sigmoid(u[:, 0]) * jnp.tanh(u[:, 2])
-            hidden = nn.sigmoid(u[:, 3]) * jnp.tanh(cell)
-            return (cell, hidden), hidden
-
+        step = lstm_step(self.recurrent_kernel())
         return self.project_out(call.recur(step, None, self.inputs(x)))
 
-    @classmethod
-    def empty_value(cls, config: TransformerConfig, batch: int) -> dict:
-        zeros = jnp.zeros((batch, cls.inner_width(config)))
-        return {"memory": (zeros, zeros)}
+    @staticmethod
+    def zeros(batch: int, width: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((batch, width)), jnp.zeros((batch, width))
 
 
 class Gru(_Cell):
@@ -87,19 +75,53 @@ class Gru(_Cell):
     gates: ClassVar[int] = 3
 
     def mix(self, x: jax.Array, call: Call) -> jax.Array:
-        kernel = self.recurrent_kernel()
-
-        def step(hidden, u):
-            recurrent = jnp.einsum("bh,hgw->bgw", hidden, kernel)
-            update, reset = (
-                nn.sigmoid(u[:, 0] + recurrent[:, 0]),
-                nn.sigmoid(u[:, 1] + recurrent[:, 1]),
-            )
-            new = jnp.tanh(u[:, 2] + reset * recurrent[:, 2])
-            hidden = (1 - update) * new + update * hidden
-            return hidden, hidden
-
+        step = gru_step(self.recurrent_kernel())
         return self.project_out(call.recur(step, None, self.inputs(x)))
+
+
+def recurrent_kernel(module: nn.Module, width: int, gates: int) -> jax.Array:
+    """The parameter [width, gates, width] of a module; orthogonal for each gate at the start."""
+
+    def init(key, shape):
+        keys = jax.random.split(key, gates)
+        square = nn.initializers.orthogonal()
+        return jnp.stack([square(k, (width, width)) for k in keys], 1).astype(jnp.float32)
+
+    return module.param("recurrent", init, (width, gates, width))
+
+
+def lstm_step(kernel: jax.Array) -> Callable:
+    """One token: ((cell, hidden), input [batch, 4, width]) -> (the same, hidden)."""
+
+    def step(state, u):
+        cell, hidden = state
+        u = u + jnp.einsum("bh,hgw->bgw", hidden, kernel)
+        # The forget gate begins open: its bias is 1 more than the others.
+        cell = nn.sigmoid(u[:, 1] + 1) * cell + nn.sigmoid(u[:, 0]) * jnp.tanh(u[:, 2])
+        hidden = nn.sigmoid(u[:, 3]) * jnp.tanh(cell)
+        return (cell, hidden), hidden
+
+    return step
+
+
+def gru_step(kernel: jax.Array) -> Callable:
+    """One token: (hidden, input [batch, 3, width]) -> (hidden, hidden)."""
+
+    def step(hidden, u):
+        recurrent = jnp.einsum("bh,hgw->bgw", hidden, kernel)
+        update, reset = (
+            nn.sigmoid(u[:, 0] + recurrent[:, 0]),
+            nn.sigmoid(u[:, 1] + recurrent[:, 1]),
+        )
+        new = jnp.tanh(u[:, 2] + reset * recurrent[:, 2])
+        hidden = (1 - update) * new + update * hidden
+        return hidden, hidden
+
+    return step
+
+
+# Cells that can be advanced outside a mixer: the mixer, and kernel -> step.
+CELLS = {"gru": (Gru, gru_step), "lstm": (Lstm, lstm_step)}
 
 
 class MinimalGru(_Cell):

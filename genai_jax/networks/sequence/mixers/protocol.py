@@ -2,18 +2,32 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 import kernels_pallas
 from genai_jax.networks.layers.positions import Rotation
+from genai_jax.networks.layers.relative_positions import RelativeBias
+
+
+class Encoded(NamedTuple):
+    """What an encoder has read; a pytree.
+
+    Attributes:
+      hidden: [batch, source_length, embed_dim]; None where the decoder has kept keys and values.
+      segment_ids: [batch, source_length]; a token sees the sources of its own segment, and 0 is
+        padding. While decoding, each row is one segment, 1.
+    """
+
+    hidden: jax.Array | None
+    segment_ids: jax.Array
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segment_ids", "lengths", "rotation"],
+    data_fields=["positions", "segment_ids", "lengths", "rotation", "relative", "source"],
     meta_fields=["mask"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +42,8 @@ class TokenContext:
         padding and must not enter a state. None: all are real.
       mask: which tokens a token may see; None for the mixer's default, which is causal.
       rotation: rotary angles of the positions, for mixers that rotate.
+      relative: biases of attention scores by relative position, if the network learns them.
+      source: what an encoder has read, for blocks with cross-attention.
     """
 
     positions: jax.Array
@@ -35,6 +51,8 @@ class TokenContext:
     lengths: jax.Array | None = None
     mask: kernels_pallas.Mask | None = None
     rotation: Rotation | None = None
+    relative: RelativeBias | None = None
+    source: Encoded | None = None
 
     @property
     def real(self) -> jax.Array | None:
