@@ -50,7 +50,7 @@ def without_heads(params: Params, config: TransformerConfig, heads: Heads) -> Pa
     for layer, head in heads:
         if layer >= config.num_layers or head >= config.num_heads:
             raise ConfigError(
-                f"--ablate: there is no head {layer}.{head}; layers are 0 to "
+                f"--ablate: the network lacks the head {layer}.{head}; layers are 0 to "
                 f"{config.num_layers - 1}, heads 0 to {config.num_heads - 1}"
             )
         period, place = divmod(layer, places)

@@ -42,7 +42,9 @@ class UnmaskingTokenSampler(TokenSampler):
 
     decoder: Unmasker
 
-    def _generate(self, params: Params, prompts, lengths, key, settings: Settings) -> Generated:
+    def _generate(
+        self, params: Params, prompts, lengths, key, source: None, settings: Settings
+    ) -> Generated:
         prompts = nn.with_logical_constraint(prompts, ("batch", None))
         unmasker, new, width = self.decoder, settings.max_tokens, prompts.shape[1]
         block = unmasker.block or new

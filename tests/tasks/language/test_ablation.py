@@ -35,7 +35,7 @@ def test_without_all_heads_only_the_embedding_is_left():
 
 @pytest.mark.parametrize(
     ("heads", "said"),
-    [("2.0", "there is no head 2.0; layers are 0 to 1, heads 0 to 1"), ("0.2", "no head 0.2")],
+    [("2.0", "lacks the head 2.0; layers are 0 to 1, heads 0 to 1"), ("0.2", "lacks the head 0.2")],
 )
 def test_heads_that_are_not_there_are_named(heads, said):
     with pytest.raises(ConfigError, match=said):

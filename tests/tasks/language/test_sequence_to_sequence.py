@@ -179,7 +179,7 @@ def test_held_out_noise_does_not_depend_on_the_seed_and_that_of_training_does(te
         (["--sequence_to_sequence.target_length=5"], "is for --sequence_to_sequence.objective=pa"),
         (["--recurrent.cell=lstm"], "has no effect with --sequence_to_sequence.network=transf"),
         (["--transformer.window=4"], "is for models that only look back"),
-        (["--transformer.pattern=mamba"], "mamba only looks back"),
+        (["--transformer.pattern=mamba"], "looks both ways, which mamba does not support"),
         (["--transformer.relative_buckets=8"], "is for --transformer.positions=relative_buckets"),
         (["--data.answer_after=="], "has no effect with --sequence_to_sequence.objective"),
         (["--data.fim_rate=0.5"], "is for --task=language_model"),

@@ -117,7 +117,7 @@ class Attention(nn.Module):
         if context.relative is not None:
             return self._decode_with_bias(q, cache, context), AttentionState(cache)
         out = kernels_pallas.decode(
-            q, cache, lengths=ends, mask=mask_of(self.config, context), scale=c.self_attention_scale,
+            q, cache, lengths=ends, mask=mask_of(c, context), scale=c.self_attention_scale,
             logits_soft_cap=c.attention_soft_cap,
             bias=None if slopes is None else kernels_pallas.Alibi(slopes),
         )  # fmt: skip
