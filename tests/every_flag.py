@@ -170,6 +170,8 @@ NUMBERS = {
     "sequence_to_sequence.span_length": "2",
     "sequence_to_sequence.sentinels": "20",
     "sequence_to_sequence.target_length": "24",
+    "transformer.rope_factor": "2",
+    "transformer.rope_length": "8",
     "transformer.relative_buckets": "8",
     "transformer.relative_distance": "40",
     "transformer.window": "3",
@@ -182,12 +184,18 @@ NUMBERS = {
     "word_vectors.window": "2",
     "data.max_words": "100",
 }
-WITH = {  # what a flag needs
+WITH = {  # what a flag, or one value of it, needs
     "transformer.base_width": "transformer.parametrization=maximal_update transformer.head_dim=8 "
     "transformer.embed_dim=8",
     "transformer.base_head_dim": "transformer.parametrization=maximal_update "
     "transformer.base_width=8",
     "transformer.parametrization": "transformer.base_width=8 transformer.head_dim=8",
+    "transformer.rope_scaling=linear": "transformer.rope_factor=2",
+    "transformer.rope_scaling=ntk": "transformer.rope_factor=2",
+    "transformer.rope_scaling=yarn": "transformer.rope_factor=2 transformer.rope_length=8",
+    "transformer.rope_scaling=llama3": "transformer.rope_factor=2 transformer.rope_length=8",
+    "transformer.rope_factor": "transformer.rope_scaling=linear",
+    "transformer.rope_length": "transformer.rope_factor=2 transformer.rope_scaling=yarn",
     "transformer.relative_buckets": "transformer.positions=relative_buckets",
     "transformer.relative_distance": "transformer.positions=relative_buckets",
     "sequence_to_sequence.sentence_permutation": "sequence_to_sequence.objective=denoising",
@@ -243,7 +251,8 @@ def candidates(base: str) -> list[str]:
     components = components_of(task_class(parse_run(flags).run.task))
 
     def with_needs(name: str, value: str) -> str:
-        needs = [n for n in WITH.get(name, "").split() if n.split(".")[0] in components]
+        needed = WITH.get(f"{name}={value}", WITH.get(name, "")).split()
+        needs = [n for n in needed if n.split(".")[0] in components]
         return " ".join([f"{name}={value}", *needs])
 
     every = ["dtype=bfloat16"] * (base != "normalizing_flow")
@@ -252,7 +261,8 @@ def candidates(base: str) -> list[str]:
             name = f"{component}.{field.name}"
             if name not in fixed:
                 every += [with_needs(name, value) for value in _values(name, field)]
-    return sorted(every)
+    # A flag and what it needs may be another flag's value with its needs, in another order.
+    return sorted({frozenset(value.split()): value for value in sorted(every)}.values())
 
 
 def _values(name: str, field: dataclasses.Field) -> Iterator[str]:

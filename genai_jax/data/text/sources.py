@@ -154,8 +154,9 @@ def unused_flags(name: str) -> tuple[str, ...]:
 
 def _refuse_unused(config):
     name, unused = config.dataset, unused_flags(config.dataset)
+    keys = [key for key in KEYS if hasattr(config, key)]
     refuse_set(
-        "data", config, KEYS, "is for pairs of texts: --sequence_to_sequence.objective=pairs"
+        "data", config, keys, "is for pairs of texts: --sequence_to_sequence.objective=pairs"
     )
     refuse_set(
         "data",

@@ -62,7 +62,7 @@ class WordDataConfig:
     def of(self, dataset: str) -> "WordDataConfig":
         """The same settings for another data set, without those that it does not use."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        unused = {name: defaults[name] for name in unused_flags(dataset)}
+        unused = {n: defaults[n] for n in unused_flags(dataset) if n in defaults}
         return dataclasses.replace(self, dataset=dataset, **unused)
 
 
