@@ -11,7 +11,10 @@ from genai_jax.config import ConfigError
 from genai_jax.outside import check_call, is_outside, load_outside
 
 FILES = ("text", "images", "hf", "webdataset", "pairs")  # read from a path, as in text:PATH
-KINDS = (*FILES, "addition", "modular_addition", "modular_division", "number_names")  # no functions
+# No functions.
+KINDS = (
+    *FILES, "addition", "modular_addition", "modular_division", "repeats", "number_names"
+)  # fmt: skip
 SPLITS = ("train", "validation")
 
 

@@ -1,6 +1,8 @@
 """Saving a run's checkpoints: whatever goes wrong is one line that names what is kept."""
 
+import os
 import pathlib
+import re
 import sys
 
 from genai_jax.config import ConfigError
@@ -66,5 +68,13 @@ class Saver:
         except Exception as error:  # orbax and tensorstore raise many types for a failed save
             self._failed = True
             raise ConfigError(
-                f"cannot save a checkpoint in {self._workdir}: {first_line(error)}; {self.kept()}"
+                f"cannot save a checkpoint in {self._workdir}: {_reason(error)}; {self.kept()}"
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    """One line, with what the operating system calls a number that the line has instead."""
+    line = first_line(error)
+    number = re.search(r"os_error_code='(\d+)'", line)
+    said = os.strerror(int(number[1])) if number else ""
+    return line if said in line else f"{said}: {line}"

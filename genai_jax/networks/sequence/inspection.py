@@ -35,7 +35,7 @@ def attention_weights(model: Transformer, params: dict, tokens: jax.Array) -> ja
       ConfigError: a mixer other than attention.
     """
     layers = mixer_inputs(model, params, tokens)
-    table = params["relative_bias"]["table"] if "relative_bias" in params else None
+    table = params.get("relative_bias", {}).get("table")
     return jnp.stack([weights_of(model.config, p, x, table) for p, x, _ in layers])
 
 

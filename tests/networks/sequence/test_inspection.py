@@ -36,7 +36,7 @@ def test_the_output_of_every_attention_follows_from_its_weights(variant):
     assert len(layers) == config.num_layers
     stacked = []
     for own, entered, output in layers:
-        weights = weights_of(config, own, entered)
+        weights = weights_of(config, own, entered, params.get("relative_bias", {}).get("table"))
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
         assert not np.triu(weights, 1).any() and (weights[:, 3, 1] > 0).all()
         np.testing.assert_allclose(attended(config, own, entered, weights), output, atol=2e-5)
