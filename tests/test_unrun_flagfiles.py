@@ -20,7 +20,7 @@ PODS = EXPERIMENTS / "pods"
 # Only included by others.
 PARTS = {PODS / "base.flags", *(PODS / "shapes").glob("*.flags")}
 SCRIPT = "therapist"  # of the responder
-EMBEDDED = {*text.EMBEDDED, *text.PIXELS, *text.SYNTHETIC, *text.PAIRED, *images.BUILT_IN, SCRIPT}
+EMBEDDED = {*text.EMBEDDED, *text.VALUES, *text.SYNTHETIC, *text.PAIRED, *images.BUILT_IN, SCRIPT}
 # Networks that are quick to count.
 COUNTED = ("gan/celeba64", "normalizing_flow/cifar10")
 

@@ -36,9 +36,10 @@ class DataConfig:
     dataset: str = field(
         "python_docs",
         "Data set: the name of a TFDS data set, text:PATH, python_docs, python_source, "
-        "package_docs, package_source, digit_pixels, arithmetic (addition:DIGITS, "
-        "modular_addition:P, modular_division:P), or a function of your own, as "
-        "my_package.my_module:my_documents; for pairs of texts, pairs:PATH or number_names:DIGITS.",
+        "package_docs, package_source, digit_pixels, spoken_characters, arithmetic "
+        "(addition:DIGITS, modular_addition:P, modular_division:P), repeats:N, or a function of "
+        "your own, as my_package.my_module:my_documents; for pairs of texts, pairs:PATH or "
+        "number_names:DIGITS.",
         path=True,
         outside=own_data,
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from genai_jax.config import ConfigError, refuse_set
+from genai_jax.data.audio import spoken_characters
 from genai_jax.data.images import digits
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.text import arithmetic, packages, stdlib
@@ -26,8 +27,12 @@ EMBEDDED = {
     "package_docs": packages.docs,
     "package_source": packages.source,
 }
-# Images written out as text; name -> function (percentage held out, split) -> documents.
-PIXELS = {"digit_pixels": digits.pixel_documents}
+# Values written out as text: pixels of images, or samples of sounds; name -> function (percentage
+# held out, split) -> documents.
+VALUES = {
+    "digit_pixels": digits.pixel_documents,
+    spoken_characters.NAME: spoken_characters.sound_documents,
+}
 # Synthetic problems; each takes a number, as in ``addition:3``.
 SYNTHETIC = {
     "addition": arithmetic.addition,
@@ -114,14 +119,14 @@ def open_source(config, split: str, opened: dict | None = None) -> Source:
             f"--data.dataset={printable(name)} has pairs of texts: set "
             "--task=sequence_to_sequence and --sequence_to_sequence.objective=pairs"
         )
-    if name in PIXELS:
-        documents = PIXELS[name](config.validation_percent, split)
+    if name in VALUES:
+        documents = VALUES[name](config.validation_percent, split)
         return MemorySource(f"{name}[{split}]", documents)
     if not is_built_in(name):
         from genai_jax.data.text import tfds as tfds_source
 
         synthetic = [f"{kind}:N" for kind in sorted(SYNTHETIC)]
-        built_in = [*sorted(EMBEDDED), *sorted(PIXELS), *synthetic, "text:PATH"]
+        built_in = [*sorted(EMBEDDED), *sorted(VALUES), *synthetic, "text:PATH"]
         return tfds_source.open_tfds(config, split, built_in=built_in)
     splits = {} if opened is None else opened
     if not splits:
@@ -170,7 +175,7 @@ def _refuse_unused(config):
 
 
 def is_built_in(name: str) -> bool:
-    known = name in PIXELS or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
+    known = name in VALUES or name in EMBEDDED or name.partition(":")[0] in ("text", *SYNTHETIC)
     return known or bool(own_data(name))
 
 

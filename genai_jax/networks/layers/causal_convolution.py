@@ -1,4 +1,4 @@
-"""A short causal convolution over tokens, one filter per channel."""
+"""A short causal convolution over tokens, one filter per channel, and a delay."""
 
 import flax.linen as nn
 import jax
@@ -40,13 +40,38 @@ class CausalConvolution(nn.Module):
         y = inputs[:, past:] * kernel[0]
         for i in range(1, self.width):
             earlier = inputs[:, past - i : inputs.shape[1] - i]
-            if segment_ids is not None:
-                ids = jnp.pad(segment_ids, ((0, 0), (i, 0)), constant_values=-1)[:, : x.shape[1]]
-                earlier = jnp.where((ids == segment_ids)[..., None], earlier, 0)
-            y += earlier * kernel[i]
+            y += _of_document(earlier, segment_ids, i) * kernel[i]
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         return y.astype(x.dtype)
+
+
+class Delay(nn.Module):
+    """y_t = x_{t - tokens}, and 0 where that is another document.
+
+    Attributes:
+      tokens: at least 1.
+    """
+
+    tokens: int
+
+    def __call__(
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None = None,
+        before: jax.Array | None = None,
+    ) -> jax.Array:
+        """Arguments and result are those of `CausalConvolution`, whose width is one more."""
+        earlier = with_past(x, before, self.tokens)[:, : x.shape[1]]
+        return _of_document(earlier, segment_ids, self.tokens)
+
+
+def _of_document(earlier: jax.Array, segment_ids: jax.Array | None, back: int) -> jax.Array:
+    """Values [batch, length, channels] of so many tokens back, 0 for those of another document."""
+    if segment_ids is None:
+        return earlier
+    ids = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, : earlier.shape[1]]
+    return jnp.where((ids == segment_ids)[..., None], earlier, 0)
 
 
 def with_past(x: jax.Array, before: jax.Array | None, past: int) -> jax.Array:

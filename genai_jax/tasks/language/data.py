@@ -14,7 +14,7 @@ from genai_jax.data.kept import Keeper, KeptData, keep_tokenizer
 from genai_jax.data.own_code import is_users_own
 from genai_jax.data.text.fill_in_middle import COUNT, Sentinels
 from genai_jax.data.text.loader import TextLoader
-from genai_jax.data.text.sources import PIXELS
+from genai_jax.data.text.sources import VALUES
 from genai_jax.data.text.tokenization import Tokenizer, load_tokenizer
 from genai_jax.tasks.protocol import ArraySpec, Batch
 
@@ -33,7 +33,7 @@ class TextData:
 
     Attributes:
       has_questions: whether documents are questions, so that only tokens of answers are targets.
-      is_pixels: whether the targets are exactly the pixels of images.
+      is_values: whether the targets are exactly the pixels of images, or the samples of sounds.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TextData:
         self._seed = config.run.seed
         self._vocab_size, self._flag, self._own_tokens = vocab_size, flag, own_tokens
         self.has_questions = self.config.answer_after is not None
-        self.is_pixels = self.config.dataset in PIXELS and self.config.answer_after == "="
+        self.is_values = self.config.dataset in VALUES and self.config.answer_after == "="
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

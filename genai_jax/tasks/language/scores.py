@@ -84,7 +84,7 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
         "tokens": int(tokens),
         "bytes": int(size),
     }
-    if data.is_pixels:
+    if data.is_values:
         summary["bits_per_dim"] = loss / math.log(2)
     if "exact_match" in reduced:
         answers = int(reduced["exact_match"].weight)

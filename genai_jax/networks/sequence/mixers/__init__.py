@@ -42,6 +42,7 @@ MIXERS = {
     "minimal_gru": Entry("gated_cells:MinimalGru", ("expand",)),
     "mlstm": Entry("mlstm:Mlstm", ("expand", "conv_width")),
     "liquid": Entry("gated_cells:Liquid", ("expand",)),
+    **{f"dilated{2**i}": Entry(f"dilated:Dilated{2**i}", ("expand",)) for i in range(10)},
 }
 
 
