@@ -13,7 +13,7 @@ from genai_jax.tasks.registry import task_class
 from tests.every_flag import trained
 
 BASES = (
-    "language_model", "masked_language_model", "discrete_diffusion", "sequence_to_sequence",
+    "language_model", "masked_language_model", "discrete_diffusion", "sequence_to_sequence pairs",
     "diffusion", "diffusion text",
     "few_step shortcut", "autoencoder codes", "code_prior", "vae", "vae ladder", "gan style",
     "normalizing_flow", "rbm", "ngram", "hmm", "responder", "word_vectors",
