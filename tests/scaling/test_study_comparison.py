@@ -80,6 +80,36 @@ def test_differences_are_paired_and_the_choice_is_not_scored(runs):
     assert sections[2].paragraphs[1].startswith("At the edge of the tried range: the best eval/l")
 
 
+def test_references_are_listed_without_a_match(runs):
+    other = [make_run(f"counts{n}", run__seed=0) for n in (2, 3)]
+    other = [run._replace(counts=COUNTS._replace(flops_per_step=1.0)) for run in other]
+    with pytest.raises(ConfigError, match="relative to"):
+        comparison.needed(runs + other, {}, settings())
+    config = settings(references="counts*")
+    needed = comparison.needed(runs + other, {}, config)
+    assert {run.name for run in other} < {run.name for run in needed}
+    best = [r for r in runs if r.config.optimizer.learning_rate == 3e-3]
+    alone = comparison.analyze([score(run) for run in best], config)[0]
+    both = comparison.analyze(
+        [*(score(run) for run in best), *(make_result(run, 4.0) for run in other)], config
+    )[0]
+    plain = both.numbers["plain/eval/loss"]
+    assert both.numbers["counts2/difference"] == pytest.approx(4.0 - plain)
+    assert "counts2/difference_low" not in both.numbers
+    assert alone.numbers.items() <= both.numbers.items()
+    row = {r[0]: r for r in both.tables[0].rows}["counts3"]
+    assert row[2:4] == (None, 1) and "is not matched" in row
+    assert any("Not matched" in text and "counts2, counts3" in text for text in both.paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("references", "words"), [("other", "no architecture of the study"), ("pl*", "baseline=plain")]
+)
+def test_references_that_cannot_be_are_refused(runs, references, words):
+    with pytest.raises(ConfigError, match=words):
+        comparison.needed(runs, {}, settings(references=references))
+
+
 def test_bootstrap_intervals_hold_the_mean(runs):
     needed = [r for r in runs if r.config.run.seed == 0 or r.config.optimizer.learning_rate == 3e-3]
     numbers = comparison.analyze(

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from genai_jax.config import ConfigError, field
 from genai_jax.scaling.study.groups import Model, learning_rate, seed
 from genai_jax.scaling.study.results import Result
-from genai_jax.scaling.study.settings import StudyConfig
+from genai_jax.scaling.study.settings import StudyConfig, chosen
 
+T = TypeVar("T")
 HOW_READ = ("data.prefetch", "data.data_dir")  # do not change which data are read
 
 
@@ -33,8 +34,33 @@ class ComparisonConfig(StudyConfig):
         "t", "Confidence interval of the paired differences: Student's t or bootstrap.",
         choices=("t", "bootstrap"),
     )  # fmt: skip
+    references: str = field(
+        "", "Architectures to list beside the others without matching them, such as models that "
+        "are fitted without gradients: comma-separated names, which may contain * and ?. One seed "
+        "is enough.",
+    )  # fmt: skip
     also: str = field("", "Additional metrics to show in the table, comma-separated.")
     notes: str = field("", "Notes for the table, as architecture: text; architecture: text.")
+
+    def split(
+        self, architectures: Mapping[str, list[T]], *, missing_ok: bool = False
+    ) -> tuple[dict[str, list[T]], dict[str, list[T]]]:
+        """(architectures that are compared, references).
+
+        Raises:
+          ConfigError: a name or pattern in `references` without an architecture, unless
+            `missing_ok`; the baseline is among the references.
+        """
+        listed = [*architectures]
+        references = chosen(
+            "study.references", self.references, listed, missing_ok=missing_ok, what="architecture"
+        )
+        if self.baseline in references:
+            raise ConfigError(
+                f"--study.references={self.references} contains --study.baseline={self.baseline}"
+            )
+        compared = {n: m for n, m in architectures.items() if n not in references}
+        return compared, {n: architectures[n] for n in references}
 
     def parsed_notes(self) -> dict[str, str]:
         """Architecture -> note.
@@ -59,8 +85,11 @@ def check(architectures: Mapping[str, list[Model]], config: ComparisonConfig):
             f"--study.baseline={config.baseline or '(unset)'} is not an architecture of the study; "
             f"its architectures are {listed}"
         )
-    if len(architectures) < 2:
-        raise ConfigError(f"a comparison needs two architectures, but there is only {listed}")
+    compared, _ = config.split(architectures)
+    if len(compared) < 2:
+        raise ConfigError(
+            f"a comparison needs two architectures, but there is only {', '.join(compared)}"
+        )
     for name in config.parsed_notes():
         if name not in architectures:
             raise ConfigError(
@@ -68,8 +97,8 @@ def check(architectures: Mapping[str, list[Model]], config: ComparisonConfig):
                 f"{listed}"
             )
     base = architectures[config.baseline][0]
-    chooses = any(len({learning_rate(m) for m in a}) > 1 for a in architectures.values())
-    for name, models in architectures.items():
+    chooses = any(len({learning_rate(m) for m in a}) > 1 for a in compared.values())
+    for name, models in compared.items():
         for model in models:
             _check_alike(model, base, config)
         _check_seeds(name, models, chooses, config)

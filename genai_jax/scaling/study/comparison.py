@@ -35,8 +35,9 @@ def needed(
     """
     architectures = grouped(models_of(runs))
     check(architectures, config)
-    wanted = []
-    for models in architectures.values():
+    compared, references = config.split(architectures)
+    wanted = [m.run for models in references.values() for m in models]
+    for models in compared.values():
         rates = {learning_rate(m) for m in models}
         selecting = [m for m in models if seed(m) == config.selection_seed]
         if len(rates) == 1:
@@ -57,7 +58,8 @@ def follow_ups(
     These are the runs with the other seeds, of which `needed` asks for those of one rate.
     """
     choices = []
-    for models in grouped(models_of(runs)).values():
+    compared, _ = config.split(grouped(models_of(runs)))
+    for models in compared.values():
         rates = dict.fromkeys(learning_rate(m) for m in models)
         selecting = [m for m in models if seed(m) == config.selection_seed]
         if len(rates) == 1 or all(m.name in results for m in selecting):
@@ -74,7 +76,8 @@ def follow_ups(
 def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section]:
     """Scores of the architectures and their paired differences to the baseline.
 
-    An architecture with too few finished runs is left out, and the report says why.
+    An architecture with too few finished runs is left out, and the report says why. References are
+    scored by all their runs.
 
     Raises:
       ConfigError: the baseline has too few seeds, or no other architecture has enough.
@@ -82,25 +85,28 @@ def analyze(results: Sequence[Result], config: ComparisonConfig) -> list[Section
     architectures = grouped(results)
     if config.baseline not in architectures:
         raise ConfigError(f"no run of --study.baseline={config.baseline} has finished")
+    architectures, references = config.split(architectures, missing_ok=True)
     chooses = any(len({learning_rate(r) for r in a}) > 1 for a in architectures.values())
-    rates, scored, scores, differences, missing = {}, {}, {}, {}, []
-    base = config.baseline
+    rates, scored, differences, missing = {}, {}, {}, []
+    base, of_base = config.baseline, {}
     for name in (base, *(n for n in architectures if n != base)):
         try:
             rate, members = scored_runs(architectures[name], chooses, config)
             own = {seed(r): r.final(config.metric) for r in members}
-            if name != base:
-                differences[name] = paired_difference(own, scores[base], config, name)
+            if name == base:
+                of_base = own
+            else:
+                differences[name] = paired_difference(own, of_base, config, name)
         except ConfigError as error:
             if name == base:
                 raise
             missing.append(str(error))
         else:
-            rates[name], scored[name], scores[name] = rate, members, own
+            rates[name], scored[name] = rate, members
     if not differences:
         raise ConfigError("; ".join(missing) or f"no architecture except {base} has finished")
     return [
-        main_section(scored, scores, rates, differences, missing, config),
+        main_section(scored, rates, differences, references, missing, config),
         matching_section(scored, config),
         rates_section({n: m for n, m in architectures.items() if n in rates}, rates, config),
     ]

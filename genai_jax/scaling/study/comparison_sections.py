@@ -17,27 +17,35 @@ from genai_jax.scaling.study.pairing import LEVEL, RESAMPLES, Difference
 from genai_jax.scaling.study.settings import names
 
 
-def main_section(scored, scores, rates, differences, missing, config) -> Section:
+def main_section(scored, rates, differences, references, missing, config) -> Section:
     rows, numbers, notes = [], {}, config.parsed_notes()
-    also = names(config.also)
-    for name in sorted(scores, key=lambda name: float(np.mean([*scores[name].values()]))):
-        values = np.array([*scores[name].values()], np.float64)
-        finite = bool(np.all(np.isfinite(values)))
-        mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if finite else math.nan
-        difference = differences.get(name)
-        numbers |= {f"{name}/{config.metric}": mean, f"{name}/learning_rate": rates[name]}
-        if difference:
+    also, members = names(config.also), scored | references
+    values_of = {
+        name: np.array([r.final(config.metric) for r in results], np.float64)
+        for name, results in members.items()
+    }
+    base = float(np.mean(values_of[config.baseline]))
+    for name in sorted(members, key=lambda name: float(np.mean(values_of[name]))):
+        values = values_of[name]
+        mean, difference = float(np.mean(values)), differences.get(name)
+        numbers[f"{name}/{config.metric}"] = mean
+        if name in references:
+            difference = Difference(mean - base, None, None, 0)
+            numbers[f"{name}/difference"] = difference.mean
+        else:
+            numbers[f"{name}/learning_rate"] = rates[name]
+        if name in differences:
             numbers |= {
                 f"{name}/difference": difference.mean,
                 f"{name}/difference_low": difference.low,
                 f"{name}/difference_high": difference.high,
             }
-        more = [float(np.mean([r.final(metric) for r in scored[name]])) for metric in also]
+        more = [float(np.mean([r.final(metric) for r in members[name]])) for metric in also]
         rows.append(
             (
-                name, mean, spread, len(values),
+                name, mean, _spread(values), len(values),
                 *(difference[:3] if difference else (None, None, None)),
-                _verdict(difference), *more, rates[name], notes.get(name),
+                _verdict(difference), *more, rates.get(name), notes.get(name),
             )
         )  # fmt: skip
     columns = (
@@ -60,13 +68,27 @@ def main_section(scored, scores, rates, differences, missing, config) -> Section
     keep = lambda row: tuple(cell for i, cell in enumerate(row) if i not in drop)
     table = Table("comparison", keep(columns), [keep(row) for row in rows])
     figures = {"differences": _differences_figure(differences, label, config)}
-    left_out = [f"Left out: {reason}." for reason in missing]
-    return Section("Comparison", [text, *left_out], [table], figures, numbers)
+    more = [f"Left out: {reason}." for reason in missing]
+    if references:
+        more.insert(
+            0, f"Not matched, and without an interval: {', '.join(references)} "
+            "(--study.references).",
+        )  # fmt: skip
+    return Section("Comparison", [text, *more], [table], figures, numbers)
+
+
+def _spread(values: np.ndarray) -> float | None:
+    """Standard deviation; None of a single value."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1)) if np.all(np.isfinite(values)) else math.nan
 
 
 def _verdict(difference: Difference | None) -> str:
     if difference is None:
         return "is the baseline"
+    if difference.low is None:
+        return "is not matched"
     if difference.high < 0:
         return "better"
     return "worse" if difference.low > 0 else "no clear difference"

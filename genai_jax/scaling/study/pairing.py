@@ -16,11 +16,14 @@ RESAMPLES = 10_000
 
 
 class Difference(NamedTuple):
-    """Mean difference of an architecture's score to the baseline's, over paired seeds."""
+    """Mean difference of an architecture's score to the baseline's, over paired seeds.
+
+    The interval is None where seeds cannot be paired.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     pairs: int
 
 

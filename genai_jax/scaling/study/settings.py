@@ -40,7 +40,9 @@ def numbers(flag: str, text: str) -> list[float]:
     return sorted(set(values))
 
 
-def chosen(flag: str, text: str, known: Sequence[str], *, missing_ok: bool = False) -> list[str]:
+def chosen(
+    flag: str, text: str, known: Sequence[str], *, missing_ok: bool = False, what: str = "run"
+) -> list[str]:
     """The names in `known` that match a list of names or patterns with * and ?.
 
     Raises:
@@ -51,6 +53,6 @@ def chosen(flag: str, text: str, known: Sequence[str], *, missing_ok: bool = Fal
         matches = fnmatch.filter(known, pattern)
         if not matches and not missing_ok:
             listed = ", ".join(known)
-            raise ConfigError(f"--{flag}={pattern} matches no run of the study; runs are {listed}")
+            raise ConfigError(f"--{flag}={pattern} matches no {what} of the study; {what}s are {listed}")
         matching.update(matches)
     return [name for name in known if name in matching]
