@@ -11,8 +11,10 @@ from genai_jax.config import (
     ConfigError,
     MissingFile,
     field,
+    flag_name,
     help_text,
     last_value,
+    name_flags,
     parse,
     plain_type,
 )
@@ -94,6 +96,7 @@ GRADIENT = ("sample", "optimizer", "ema", "mesh", "profile", "compiler", "popula
 # Flags of the data that a request may override, and those of text that `evaluate` may.
 MOVABLE = ("dataset", "data_dir", "tokenizer")
 OF_OTHER_TEXT = ("text_key", "validation_percent")
+PLACES = (*MOVABLE, *OF_OTHER_TEXT)
 REQUESTS = {"sample_request": SampleRequest, "evaluate_request": EvaluateRequest}
 
 
@@ -198,16 +201,31 @@ def parse_request(argv: Sequence[str], kind: str) -> tuple[Any, Config]:
         raise ConfigError(f"--task={named}: --workdir={workdir} is a run of --task={task}")
     components = request_components(task_class(task), kind)
     request = parse(argv, components, user=f"a run of --task={task}")[0]
-    moved = vars(request.data) if "data" in components else {}
-    return request, _move(config, {name: x for name, x in moved.items() if x is not None})
+    for name in components.keys() - {"run", "distributed"}:
+        config = _move(config, name, set_in(request, name))
+    return request, config
 
 
-def _move(config: Config, moved: dict[str, Any]) -> Config:
-    """The configuration with other flags of the data."""
-    if "dataset" in moved and hasattr(config.data, "of"):
+def set_in(request: Config, component: str) -> dict[str, Any]:
+    """What a request sets instead of the run's own values in one component: field -> value."""
+    values = vars(getattr(request, component)) if component in request.components else {}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _move(config: Config, component: str, moved: dict[str, Any]) -> Config:
+    """The configuration with other values of one component."""
+    if not moved:
+        return config
+    places = {n: x for n, x in moved.items() if component == "data" and n in PLACES}
+    if "dataset" in places and hasattr(config.data, "of"):
         data = config.data.of(moved["dataset"])
         config = dataclasses.replace(config, components={**config.components, "data": data})
-    return without_kept(config.replace("data", **moved), moved) if moved else config
+    try:
+        config = config.replace(component, **moved)
+    except ValueError as error:
+        cls = type(config.components[component])
+        raise ConfigError(name_flags(str(error), component, cls)) from None
+    return without_kept(config, places) if places else config
 
 
 def request_components(cls: type, kind: str) -> dict[str, type]:
@@ -218,10 +236,24 @@ def request_components(cls: type, kind: str) -> dict[str, type]:
     names = MOVABLE
     if kind == "evaluate_request" and set(OF_OTHER_TEXT) <= set(fields):
         names += OF_OTHER_TEXT
-    movable = [(n, *_moved(fields[n], kind)) for n in names if n in fields]
-    if movable:
-        components["data"] = dataclasses.make_dataclass("Moved", movable, frozen=True)
+    movable = {"data": [(n, *_moved(fields[n], kind)) for n in names if n in fields]}
+    for component, other in cls.components.items():
+        for f in dataclasses.fields(other):
+            if kind.removesuffix("_request") in f.metadata.get("at_use", ()):
+                movable.setdefault(component, []).append((f.name, *_at_use(f, component)))
+    for component, declared in movable.items():
+        if declared:
+            components[component] = dataclasses.make_dataclass("Moved", declared, frozen=True)
     return components
+
+
+def _at_use(f: dataclasses.Field, component: str) -> tuple[Any, Any]:
+    """Type and declaration of a flag that replaces a value for one use of a trained run."""
+    text = (
+        f"What to use instead of the run's --{flag_name(component, f.name)}: {f.metadata['help']}"
+    )
+    limits = {n: f.metadata[n] for n in ("choices", "minimum", "maximum")}
+    return plain_type(f.type) | None, field(None, text, **limits)
 
 
 def _moved(f: dataclasses.Field, request: str) -> tuple[Any, Any]:

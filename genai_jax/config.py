@@ -38,6 +38,7 @@ def field(
     within_run: bool = False,
     path: bool = False,
     run: bool = False,
+    at_use: tuple[str, ...] = (),
     outside: Callable[[str | None], tuple[str, ...]] | None = None,
 ) -> Any:
     """Declares one field of a component.
@@ -52,12 +53,13 @@ def field(
       within_run: whether it is a number of steps that a shorter run cuts, which is then said.
       path: whether it names a file or folder, in which ~ stands for the home folder.
       run: whether that is the workdir of a run whose flags this run needs to be sampled.
+      at_use: the commands, of sample and evaluate, that may use a trained run with another value.
       outside: for a flag that may name code outside this project: value -> the names of such code
         in it. Beside `choices`, such a name is allowed.
     """
     metadata = dict(
         help=help, choices=choices, minimum=minimum, maximum=maximum, changeable=changeable,
-        within_run=within_run, path=path or run, run=run, outside=outside,
+        within_run=within_run, path=path or run, run=run, at_use=at_use, outside=outside,
     )  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 

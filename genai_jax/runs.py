@@ -10,18 +10,20 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from genai_jax.components import (
+    PLACES,
     make_task,
     parse_request,
     request_class,
+    set_in,
     tells_how_to_move,
 )
-from genai_jax.config import Config, ConfigError, parse
+from genai_jax.config import Config, ConfigError, flag_name, parse
 from genai_jax.errors import NothingHeldOut
 from genai_jax.files import writing_to
 from genai_jax.inspection import Inspection
@@ -29,7 +31,7 @@ from genai_jax.keyword_flags import as_flags, prompts_in_a_file, run_flags
 from genai_jax.other_data import other_data, refuse_own_data
 from genai_jax.requests import RunRequest, origin_of
 from genai_jax.sampled import Sampled, check_suffix, prepare_output, with_origin
-from genai_jax.tasks.protocol import Batch, Params, PyTree, Reports
+from genai_jax.tasks.protocol import Batch, Params, PyTree, Reports, held_out_spec
 from genai_jax.tasks.registry import task_class
 from genai_jax.trainer import train_here
 from genai_jax.training.batches import BatchPlacement
@@ -54,11 +56,12 @@ class Run(Inspection):
       task: what the run learns, a `genai_jax.tasks.protocol.Task`: its networks, losses, and data.
     """
 
-    def __init__(self, config: Config, request: RunRequest, moved: Collection[str] = ()):
-        self.config, self._chosen, self._step, self._moved = config, request, request.step(), moved
+    def __init__(self, config: Config, request: RunRequest, moved: Mapping[str, Any] | None = None):
+        self.config, self._chosen, self._step = config, request, request.step()
+        self._moved = moved or {}
         with tells_how_to_move(config):
             self.task = make_task(config)
-            if "validation_percent" in moved:
+            if "data.validation_percent" in self._moved:
                 refuse_own_data(config)
 
     def __repr__(self) -> str:
@@ -191,7 +194,8 @@ class Run(Inspection):
             if isinstance(self.task, Reports):
                 params = self._materialized
                 result |= self.task.report(params, model.mutables, self._batches, request)
-        result |= other_data(self.task, self.config) if self._moved and is_main() else {}
+        places = self._moved.keys() & {f"data.{name}" for name in PLACES}
+        result |= other_data(self.task, self.config) if places and is_main() else {}
         broken = [n for n, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
         if broken:
             raise ConfigError(
@@ -203,7 +207,8 @@ class Run(Inspection):
         named = {} if data is None else {"dataset": data}
         unit = {"loss_unit": self.task.loss_unit} if "loss" in result else {}
         where = {"step": model.step, "ema": model.ema, **named, "split": "validation"}
-        asked = request.changing_scores()
+        asked = {n: x for n, x in self._moved.items() if n not in places}
+        asked |= request.changing_scores()
         return {**where, **unit, **({"flags": asked} if asked else {}), **result}
 
     # What only Python asks.
@@ -219,7 +224,7 @@ class Run(Inspection):
         """The held-out loss and all held-out metrics, of one batch or of the held-out data.
 
         Args:
-          batch: arrays as `run.task.data.batch_spec` describes them, as `held_out` yields them; the
+          batch: arrays as `held_out` yields them, those of `run.task.data.batch_spec`; the
             held-out data if None.
           batches: held-out batches to read, -1 for all.
           seed: of metrics that involve randomness.
@@ -227,7 +232,7 @@ class Run(Inspection):
         Raises:
           ConfigError: a batch that is not of this kind.
         """
-        model, spec = self.model, self.task.data.batch_spec
+        model, spec = self.model, held_out_spec(self.task.data)
         with mesh_context(model.mesh), tells_how_to_move(self.config):
             if batch is None:
                 read = self._batches(batches)
@@ -246,7 +251,7 @@ class Run(Inspection):
         try:
             yield
         except NothingHeldOut as error:
-            if "dataset" not in self._moved:
+            if "data.dataset" not in self._moved:
                 raise
             raise ConfigError(f"{error}; --data.validation_percent=100 scores all of it") from None
 
@@ -256,7 +261,7 @@ class Run(Inspection):
 
     @functools.cached_property
     def _placement(self) -> BatchPlacement:
-        spec = self.task.data.batch_spec
+        spec = held_out_spec(self.task.data)
         return BatchPlacement(spec, batch_shardings(spec, self.model.mesh))
 
     def _batches(self, count: int) -> Iterator:
@@ -273,10 +278,14 @@ class Run(Inspection):
         return parse(as_flags({**chosen, **flags}), {"run": cls}, user=user)[0].run
 
 
-def moved(flags: Config) -> set[str]:
-    """The flags of the data that a request sets, without ``data.``."""
-    given = vars(flags.data) if "data" in flags.components else {}
-    return {name for name, value in given.items() if value is not None}
+def moved(flags: Config) -> dict[str, Any]:
+    """The flags that a request sets instead of the run's own: name -> value."""
+    return {
+        flag_name(component, name): value
+        for component in flags.components
+        if component not in ("run", "distributed")
+        for name, value in set_in(flags, component).items()
+    }
 
 
 def load(
@@ -301,7 +310,8 @@ def load(
       task: task of the run; needed only if its code lives outside genai_jax, which a workdir never
         decides to execute.
       code: the same for its other code, "my_package.my_module:Name" or a list of such names.
-      flags: where the run's data is now, if it moved: {"data.dataset": "text:new/place"}.
+      flags: where the run's data is now, if it moved, {"data.dataset": "text:new/place"}; other
+        values of what may differ at use: {"transformer.window": 256}.
 
     Raises:
       ConfigError: there is no such run, checkpoint, or average.

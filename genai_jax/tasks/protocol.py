@@ -132,6 +132,11 @@ class Data(Protocol):
         """Raises `ConfigError` if a model trained on data with this record cannot be used here."""
 
 
+def held_out_spec(data: Data) -> Mapping[str, ArraySpec]:
+    """The entries of held-out batches: those of training, unless the data has a `held_out_spec`."""
+    return getattr(data, "held_out_spec", None) or data.batch_spec
+
+
 @runtime_checkable
 class Keeps(Protocol):
     """Data of which a run keeps, in its workdir, what sampling and scoring need."""

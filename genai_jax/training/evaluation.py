@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from genai_jax.config import ConfigError
-from genai_jax.tasks.protocol import Batch, Mean, Params, PyTree, Rows, Task, batch_rows
+from genai_jax.tasks.protocol import (
+    Batch,
+    Mean,
+    Params,
+    PyTree,
+    Rows,
+    Task,
+    batch_rows,
+    held_out_spec,
+)
 from genai_jax.training.distributed import to_host
 from genai_jax.training.validate import check_example_metrics
 
@@ -28,7 +37,7 @@ class Evaluator:
         """
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for name, x in self._task.data.batch_spec.items()
+            for name, x in held_out_spec(self._task.data).items()
         }
         jax.eval_shape(self._of_batch, params, mutables, batch, jax.eval_shape(_key))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.config import Config, ConfigError
-from genai_jax.tasks.protocol import Task
+from genai_jax.tasks.protocol import Task, held_out_spec
 from genai_jax.training.batches import BatchPlacement
 from genai_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from genai_jax.training.evaluation import Evaluator
@@ -111,7 +111,7 @@ def _fitted(state: TrainState, params, steps: int) -> TrainState:
 def _evaluated(task: Task, config: Config, mesh, state: TrainState) -> dict[str, float]:
     if not (config.eval.batches and task.is_scored):
         return {}
-    spec = task.data.batch_spec
+    spec = held_out_spec(task.data)
     placement = BatchPlacement(spec, batch_shardings(spec, mesh))
     held_out = map(placement.to_devices, task.data.held_out(config.eval.batches))
     return Evaluator(task)(state.params, state.mutables, held_out, config.run.seed)

@@ -8,7 +8,7 @@ import jax
 
 from genai_jax.config import Config, ConfigError
 from genai_jax.standard_streams import message_stream
-from genai_jax.tasks.protocol import Task
+from genai_jax.tasks.protocol import Task, held_out_spec
 from genai_jax.training.announcements import beginning, ending
 from genai_jax.training.batches import BatchPlacement, DeviceBatches
 from genai_jax.training.checkpoint import Checkpointer
@@ -75,7 +75,8 @@ class Run:
         mesh, data = self.compiled.mesh, self.task.data
         self.placement = BatchPlacement(execution.batch_spec(), execution.data_shardings())
         # Members of a population are evaluated one after another, each by all devices.
-        self.held_out = BatchPlacement(data.batch_spec, batch_shardings(data.batch_spec, mesh))
+        scored = held_out_spec(data)
+        self.held_out = BatchPlacement(scored, batch_shardings(scored, mesh))
         self.source = execution.train(self.placement.rows)
         self.data_flags = data_flags(config)
         self.peak = peak_of(nearest_first(mesh)) if self.main else None

@@ -45,6 +45,14 @@ class DataConfig:
     )
     batch_size: int = field(8, "Sequences per step, over all devices.", minimum=1)
     sequence_length: int = field(256, "Tokens per sequence.", minimum=1)
+    held_out_length: int | None = field(
+        None,
+        "Tokens per sequence of held-out text, to score a model on longer texts than it was "
+        "trained on; if unset, as many as in training.",
+        minimum=1,
+        changeable=True,
+        at_use=("evaluate",),
+    )
     tokenizer: str = field(
         "bytes",
         "Tokenizer: bytes, numbers:N, a tokenizers .json file, or a SentencePiece .model file.",
@@ -140,6 +148,11 @@ class DataConfig:
             return self.passage_length
         return 4 * self.sequence_length if self.answer_after is None else 0
 
+    @property
+    def scored_length(self) -> int:
+        """Tokens per row of held-out text."""
+        return self.held_out_length or self.sequence_length
+
     def of(self, dataset: str) -> "DataConfig":
         """The same settings for another data set, without those that it does not use."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
@@ -217,7 +230,8 @@ class TextLoader:
             counted = lambda ids: (
                 (np.cumsum(ids == mark) > 0) & (ids != mark) & (ids != self.tokenizer.boundary_id)
             )
-        shape = (config.batch_size, config.sequence_length)
+        length = config.sequence_length if split == "train" else config.scored_length
+        shape = (config.batch_size, length)
         sizes = self.tokenizer.token_bytes() is None
         added = COUNT if rearrange else 0
         rewrite = self._rewrite and self._rewrite(split)
@@ -341,7 +355,7 @@ class TextLoader:
 
     def _evaluation_length(self, documents: "TokenizedSource", row: int, limit: int) -> int:
         """Number of evaluation batches in which `row` has tokens, at most `limit`; -1: no limit."""
-        length = self.config.sequence_length
+        length = self.config.scored_length
         tokens = 0
         for ordinal in range(row, len(documents), self.config.batch_size):
             size = len(documents[ordinal]) - 1

@@ -7,7 +7,14 @@ from genai_jax.config import field
 from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
 from genai_jax.networks.layers.rope_scaling import KINDS as ROPE_SCALINGS
 from genai_jax.networks.layers.rope_scaling import RopeScaling
+from genai_jax.networks.sequence.checks import (
+    check_base,
+    check_buckets,
+    check_rope,
+    check_sinks,
+)
 from genai_jax.networks.sequence.mixers import (
+    ATTENTIONS,
     MIXERS,
     OPTIONS,
     check_pattern,
@@ -18,6 +25,7 @@ from genai_jax.networks.sequence.mixers import (
 from genai_jax.networks.sequence.stack import REMAT
 
 PARAMETRIZATIONS = ("standard", "maximal_update")
+AT_USE = ("sample", "evaluate")  # commands for which trained networks may be asked otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +73,19 @@ class TransformerConfig:
         "none",
         "How rotations are slowed down for rows longer than those of earlier training.",
         choices=ROPE_SCALINGS,
+        at_use=AT_USE,
     )
     rope_factor: float | None = field(
         None,
         "What `rope_scaling` divides slow rotations by, such as the new length of a row relative "
         "to that of earlier training.",
         minimum=1,
+        at_use=AT_USE,
     )
     rope_length: int | None = field(
-        None, "Tokens of a row in earlier training, for rope_scaling=yarn and llama3.", minimum=1
-    )
+        None, "Tokens of a row in earlier training, for rope_scaling=yarn and llama3.", minimum=1,
+        at_use=AT_USE,
+    )  # fmt: skip
     max_length: int = field(2048, "Number of positions in the learned position table.", minimum=1)
     norm: str = field("rmsnorm", "Kind of normalization.", choices=NORMS)
     norm_placement: str = field(
@@ -99,6 +110,36 @@ class TransformerConfig:
         "Number of preceding tokens that a token attends to besides itself; all if unset.",
         minimum=0,
         maximum=2**30,
+        at_use=AT_USE,
+    )
+    sinks: int | None = field(
+        None,
+        "First tokens of its document that a token attends to besides its window, so that a model "
+        "can go on for ever with a state of constant size; none if unset.",
+        minimum=1,
+        maximum=2**16,
+        at_use=AT_USE,
+    )
+    dilation: int | None = field(
+        None,
+        "Distance of the tokens that dilated attention sees; 4 if unset.",
+        minimum=1,
+        maximum=2**20,
+    )
+    block_size: int | None = field(
+        None, "Tokens of a block of block-sparse attention; 64 if unset.", minimum=1, maximum=2**20
+    )
+    near_blocks: int | None = field(
+        None,
+        "Blocks before its own that block-sparse attention sees in full; 1 if unset.",
+        minimum=0,
+        maximum=2**20,
+    )
+    block_stride: int | None = field(
+        None,
+        "Distance of the earlier blocks that block-sparse attention sees besides; 4 if unset.",
+        minimum=1,
+        maximum=2**20,
     )
     dropout: float = field(
         0.0, "Dropout rate of embeddings and residual branches.", minimum=0, maximum=1
@@ -175,10 +216,10 @@ class TransformerConfig:
         for name in ("logits_soft_cap", "attention_soft_cap"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 caps everything: it must be above 0, or unset")
-        self._check_rope()
+        check_rope(self)
         check_pattern(self.pattern, self.num_layers)
         self._check_mixers()
-        self._check_base()
+        check_base(self)
 
     def _check_mixers(self):
         """Raises `ValueError` for options that no mixer of the pattern has, or that do not fit."""
@@ -191,74 +232,16 @@ class TransformerConfig:
                     f"which pattern={self.pattern or 'attention'} has none"
                 )
         biased = self.positions in ("alibi", "relative_buckets")
-        if biased and set(self.mixers) <= set(MIXERS) - {"attention"}:
+        if biased and set(self.mixers) <= set(MIXERS) - set(ATTENTIONS):
             raise ValueError(
                 f"positions={self.positions} is for attention, which pattern={self.pattern} lacks"
             )
-        self._check_buckets()
+        check_buckets(self)
+        check_sinks(self)
         if self.rotary_dim is not None and self.rotary_dim % 2:
             raise ValueError(f"rotary_dim={self.rotary_dim} is odd; rotations need pairs")
         if self.expand == 0:
             raise ValueError("expand=0 leaves no channels: it must be above 0, or unset")
-
-    def _check_rope(self):
-        """Raises `ValueError` for a scaling of rotations that lacks something, or is not used."""
-        needs = {"none": (), "linear": ("rope_factor",), "ntk": ("rope_factor",)}
-        needed = needs.get(self.rope_scaling, ("rope_factor", "rope_length"))
-        for name in ("rope_factor", "rope_length"):
-            value = getattr(self, name)
-            if value is None and name in needed:
-                raise ValueError(f"rope_scaling={self.rope_scaling} needs `{name}`")
-            if value is not None and name not in needed:
-                raise ValueError(f"{name}={value} is not used by rope_scaling={self.rope_scaling}")
-        if self.rope_scaling != "none" and self.positions != "rope":
-            raise ValueError(
-                f"rope_scaling={self.rope_scaling} is for positions=rope, not {self.positions}"
-            )
-        recurrent = set(MIXERS) - {"attention", "latent_attention"}
-        if self.rope_scaling != "none" and set(self.mixers) <= recurrent:
-            raise ValueError(
-                f"rope_scaling={self.rope_scaling} is for attention, which pattern={self.pattern} "
-                "lacks"
-            )
-
-    def _check_buckets(self):
-        """Raises `ValueError` for buckets without use, or that distances do not fill."""
-        for name in ("relative_buckets", "relative_distance"):
-            if self.positions != "relative_buckets" and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is for positions=relative_buckets, not "
-                    f"{self.positions}"
-                )
-        if self.buckets % 2 or self.furthest <= self.buckets // 2:
-            raise ValueError(
-                f"relative_buckets={self.buckets} must be even, and relative_distance="
-                f"{self.furthest} more than half of it"
-            )
-
-    def _check_base(self):
-        """Raises `ValueError` where the fields do not determine the base shape."""
-        if self.parametrization == "standard":
-            for name in ("base_width", "base_head_dim"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} is for parametrization=maximal_update"
-                    )
-            return
-        if self.base_width is None:
-            raise ValueError("parametrization=maximal_update needs `base_width`")
-        if self.base_width != self.embed_dim and not (self.head_dim or self.base_head_dim):
-            raise ValueError(
-                "parametrization=maximal_update: say what grows with the width, set `head_dim` "
-                "(more heads) or `base_head_dim` (wider ones)"
-            )
-        for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
-            # Not an integer, beyond rounding.
-            if abs(heads / self.growth["heads"] % 1 - 0.5) < 0.499:
-                raise ValueError(
-                    f"{name}={heads} is not a multiple of the {self.growth['heads']:g} times that "
-                    f"heads grow from base_width={self.base_width}"
-                )
 
     @property
     def kv_heads(self) -> int:
@@ -281,6 +264,26 @@ class TransformerConfig:
     def furthest(self) -> int:
         """Distance from which on all share the last bucket."""
         return self.relative_distance or 128
+
+    @property
+    def dilation_step(self) -> int:
+        """Distance of the tokens that dilated attention sees."""
+        return self.dilation or 4
+
+    @property
+    def block_width(self) -> int:
+        """Tokens of a block of block-sparse attention."""
+        return self.block_size or 64
+
+    @property
+    def blocks_near(self) -> int:
+        """Blocks before its own that a token sees."""
+        return 1 if self.near_blocks is None else self.near_blocks
+
+    @property
+    def blocks_apart(self) -> int:
+        """Distance of the further blocks that it sees."""
+        return self.block_stride or 4
 
     @property
     def taps(self) -> int:

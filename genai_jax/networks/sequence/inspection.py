@@ -71,6 +71,11 @@ def mixer_inputs(
 ) -> list[tuple[dict, jax.Array, jax.Array]]:
     """Of each layer: the attention's parameters, its input and its output, [length, embed_dim]."""
     config = model.config
+    if config.sinks:
+        raise ConfigError(
+            f"--transformer.sinks={config.sinks}: the weights of attention with sinks are not "
+            "computed"
+        )
     others = sorted({name for name in config.mixers if name != "attention"})
     if others:
         raise ConfigError(f"the mixer {others[0]} has no attention weights")

@@ -53,6 +53,8 @@ def chosen(
         matches = fnmatch.filter(known, pattern)
         if not matches and not missing_ok:
             listed = ", ".join(known)
-            raise ConfigError(f"--{flag}={pattern} matches no {what} of the study; {what}s are {listed}")
+            raise ConfigError(
+                f"--{flag}={pattern} matches no {what} of the study; {what}s are {listed}"
+            )
         matching.update(matches)
     return [name for name in known if name in matching]

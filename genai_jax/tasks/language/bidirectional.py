@@ -91,7 +91,8 @@ class BidirectionalModel(Task):
 
     def phases(self, params: Params) -> tuple[Phase, ...]:
         config = self.config
-        check_length(config.data.sequence_length)
+        for length in {config.data.sequence_length, config.data.scored_length}:
+            check_length(length)
         rows = config.data.batch_size // config.train.accumulate
         check_pipeline(config.transformer.num_layers, rows, config.parallel)
         growth = config.transformer.growth

@@ -160,7 +160,8 @@ class LanguageModel(Task):
     def _check_mesh(self):
         """Raises `ConfigError` for sizes that the mesh in use does not divide."""
         data, parallel = self.config.data, self.config.parallel
-        check_length(data.sequence_length, token_order(parallel))
+        for length in {data.sequence_length, data.scored_length}:
+            check_length(length, token_order(parallel))
         rows = data.batch_size // self.config.train.accumulate
         check_pipeline(self.config.transformer.num_layers, rows, parallel)
 

@@ -9,12 +9,14 @@ from genai_jax.config import Config, ConfigError
 
 def check_positions(config: Config):
     """Raises `ConfigError` for rows that are longer than the positions that are learned."""
-    shape, length = config.transformer, config.data.sequence_length
-    if shape.positions == "learned" and length > shape.max_length:
-        raise ConfigError(
-            f"--data.sequence_length={length} is longer than the learned positions: "
-            f"--transformer.max_length={shape.max_length}"
-        )
+    shape, data = config.transformer, config.data
+    for name in ("sequence_length", "held_out_length"):
+        length = getattr(data, name) or 0
+        if shape.positions == "learned" and length > shape.max_length:
+            raise ConfigError(
+                f"--data.{name}={length} is longer than the learned positions: "
+                f"--transformer.max_length={shape.max_length}"
+            )
 
 
 def check_attention(

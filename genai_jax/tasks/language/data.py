@@ -95,11 +95,30 @@ class TextData:
 
     @property
     def batch_spec(self) -> dict[str, ArraySpec]:
-        shape = (self.config.batch_size, self.config.sequence_length)
+        return self._spec(self.config.sequence_length)
+
+    @property
+    def held_out_spec(self) -> dict[str, ArraySpec]:
+        return self._spec(self.config.scored_length)
+
+    def _spec(self, length: int) -> dict[str, ArraySpec]:
+        shape = (self.config.batch_size, length)
         dtypes = dict.fromkeys(ENTRIES, jnp.int32) | {"loss_mask": jnp.float32}
         if self._token_bytes is None:
             dtypes["target_bytes"] = jnp.int32
         return {name: ArraySpec(shape, d, ("batch", "length")) for name, d in dtypes.items()}
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of earlier tokens from which on held-out tokens are scored apart.
+
+        The tokens of a training row, twice as many, and so on, if held-out rows are longer.
+        """
+        length, found = self.config.sequence_length, []
+        while length < self.config.scored_length:
+            found.append(length)
+            length *= 2
+        return tuple(found)
 
     @property
     def tokens_per_step(self) -> int:

@@ -80,7 +80,12 @@ class DiscreteDiffusion(BidirectionalModel):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        positions = config.transformer.positions
+        positions, scored = config.transformer.positions, config.data.held_out_length
+        if self.block is not None and scored not in (None, config.data.sequence_length):
+            raise ConfigError(
+                f"--data.held_out_length={scored}: blocks are scored in rows of the length of "
+                "training (--discrete_diffusion.block_size)"
+            )
         if self.block is not None and positions in ("alibi", "relative_buckets"):
             raise ConfigError(
                 f"--transformer.positions={positions}: blocks need positions that are read with "

@@ -32,14 +32,24 @@ def likelihood_metrics(
     log_probs: jax.Array, correct: jax.Array, batch: Batch, data: TextData
 ) -> dict[str, Mean]:
     """`text_metrics` without those of whole answers; `correct` may be a share in [0, 1]."""
-    mask = batch["loss_mask"]
+    mask, sizes = batch["loss_mask"], data.target_bytes(batch)
     nll, tokens = -jnp.sum(log_probs * mask, 1), jnp.sum(mask, 1)
-    size = jnp.sum(data.target_bytes(batch) * mask, 1)
-    return {
+    bits = lambda of: Mean(
+        -jnp.sum(log_probs * mask * of, 1) / math.log(2), jnp.sum(sizes * mask * of, 1)
+    )
+    metrics = {
         "loss": Mean(nll, tokens),
-        "bits_per_byte": Mean(nll / math.log(2), size),
+        "bits_per_byte": bits(1),
         "accuracy": Mean(jnp.sum(correct * mask, 1), tokens),
     }
+    for at in data.depths:
+        deep = (batch["positions"] >= at) & (batch["positions"] < 2 * at)
+        metrics[f"bits_per_byte_after_{at}"] = bits(deep)
+    if data.depths:
+        metrics[f"bits_per_byte_within_{data.depths[0]}"] = bits(
+            batch["positions"] < data.depths[0]
+        )
+    return metrics
 
 
 def perplexity(loss: float) -> float:
@@ -66,7 +76,10 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
     Bits per byte divides the bits of every target, ends of documents included, by the UTF-8 bytes
     of the text. With --data.answer_after, only answer tokens are scored, and `exact_match` is the
     fraction of answers whose every token is the argmax under teacher forcing. If the targets are
-    exactly the pixels of images, it includes bits per dimension.
+    exactly the pixels of images, it includes bits per dimension. With --data.held_out_length, bits
+    per byte are also those of tokens by the number N of tokens before them in their document:
+    `bits_per_byte_within_L`, N < L, the length of training, and `bits_per_byte_after_M`,
+    M <= N < 2 M; where there are none, they are left out.
 
     Raises:
       ConfigError: there are no targets.
@@ -74,7 +87,7 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
     size, tokens = reduced["bits_per_byte"].weight, reduced["loss"].weight
     if not size:
         raise ConfigError("the held-out data has no text to score")
-    metrics = {name: float(x.total / x.weight) for name, x in reduced.items()}
+    metrics = {name: float(x.total / x.weight) for name, x in reduced.items() if x.weight}
     loss = metrics["loss"]
     summary = {
         "loss": loss,
@@ -84,6 +97,7 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
         "tokens": int(tokens),
         "bytes": int(size),
     }
+    summary |= {n: x for n, x in metrics.items() if n.startswith("bits_per_byte_")}
     if data.is_values:
         summary["bits_per_dim"] = loss / math.log(2)
     if "exact_match" in reduced:

@@ -37,7 +37,7 @@ class SourceTargetData(TextData):
         self.own: SequenceToSequenceConfig = config.sequence_to_sequence
         objective, data = self.own.objective, config.data
         flag = f"--sequence_to_sequence.objective={objective}"
-        refuse_set("data", data, ["answer_after"], f"has no effect with {flag}")
+        refuse_set("data", data, ["answer_after", "held_out_length"], f"has no effect with {flag}")
         super().__init__(
             config, self.own.vocab_size, "--sequence_to_sequence.vocab_size", self.own.own_tokens
         )

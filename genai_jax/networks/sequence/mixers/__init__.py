@@ -22,13 +22,24 @@ class Entry(NamedTuple):
 
 
 WIDE = ("expand", "state_dim", "conv_width")
-OF_ATTENTION = ("window", "attention_soft_cap")
+OF_HEADS = ("attention_soft_cap", "num_kv_heads", "qk_norm")
+OF_BLOCKS = ("block_size", "near_blocks", "block_stride")
 # Options that only some mixers have.
-OPTIONS = (*WIDE, *OF_ATTENTION, "num_kv_heads", "qk_norm", "latent_dim", "rotary_dim")
+OPTIONS = (
+    *WIDE, "window", *OF_HEADS, "sinks", "dilation", *OF_BLOCKS, "latent_dim", "rotary_dim",
+)  # fmt: skip
+ATTENTIONS = ("attention", "dilated_attention", "block_sparse_attention")
 MIXERS = {
-    "attention": Entry("attention:Attention", (*OF_ATTENTION, "num_kv_heads", "qk_norm")),
+    "attention": Entry("attention:Attention", ("window", *OF_HEADS, "sinks")),
+    "dilated_attention": Entry(
+        "sparse_attention:DilatedAttention", ("window", *OF_HEADS, "dilation")
+    ),
+    "block_sparse_attention": Entry(
+        "sparse_attention:BlockSparseAttention", (*OF_HEADS, *OF_BLOCKS)
+    ),
     "latent_attention": Entry(
-        "latent_attention:LatentAttention", (*OF_ATTENTION, "latent_dim", "rotary_dim")
+        "latent_attention:LatentAttention",
+        ("window", "attention_soft_cap", "latent_dim", "rotary_dim"),
     ),
     "s4": Entry("s4:S4", ("state_dim",)),
     "s4d": Entry("s4:S4d", ("state_dim",)),

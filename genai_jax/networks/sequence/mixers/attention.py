@@ -8,12 +8,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 import kernels_pallas
+from genai_jax.config import ConfigError
 from genai_jax.networks.layers.dense import Dense, Norm
-from genai_jax.networks.layers.positions import alibi_slopes, rotary
+from genai_jax.networks.layers.positions import alibi_slopes, rotary, rotation
 from genai_jax.networks.parallel.attention import attention
-from genai_jax.networks.parallel.axes import ParallelConfig, token_order
+from genai_jax.networks.parallel.axes import (
+    SEQUENCE,
+    ParallelConfig,
+    axis_size,
+    describe_axis,
+    token_order,
+)
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.mixers.protocol import TokenContext
+from genai_jax.networks.sequence.mixers.streaming import (
+    StreamingState,
+    first_of_documents,
+    stream,
+)
 
 
 class AttentionState(NamedTuple):
@@ -71,9 +83,12 @@ class Attention(nn.Module):
         if c.qk_norm:
             q = Norm(dtype=self.dtype, name="query_norm")(q)
             k = Norm(dtype=self.dtype, name="key_norm")(k)
+        plain = q
         if context.rotation is not None:
             q, k = rotary(q, context.rotation), rotary(k, context.rotation)
-        if state is None:
+        if c.sinks:
+            out, state = self._stream(plain, q, k, v, context, state)
+        elif state is None:
             out = self._attend(q, k, v, context)
         else:
             out, state = self._decode(q, k, v, context, state)
@@ -89,9 +104,60 @@ class Attention(nn.Module):
         c = self.config
         return alibi_slopes(c.num_heads) if c.positions == "alibi" else None
 
+    @staticmethod
+    def own_mask(config: TransformerConfig) -> kernels_pallas.Mask:
+        """Which tokens a token sees unless the context says so: those before it in the window."""
+        causal = kernels_pallas.Causal()
+        if config.window is None:
+            return causal
+        return causal & kernels_pallas.Window(config.window, 0)
+
+    def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
+        return self.own_mask(self.config) if context.mask is None else context.mask
+
+    def _stream(
+        self, plain, q, k, v, context: TokenContext, state: StreamingState | None
+    ) -> tuple[jax.Array, StreamingState | None]:
+        """Attention to the window and to the first tokens; `plain` are queries without rotation.
+
+        The first tokens are as far away as the window is long, or as they are if that is less.
+
+        Raises:
+          ConfigError: a mesh that splits sequences.
+        """
+        c, new = self.config, k.shape[1]
+        if axis_size(SEQUENCE) > 1:
+            raise ConfigError(
+                f"{describe_axis(SEQUENCE)}: sinks need whole sequences on a device "
+                "(--transformer.sinks)"
+            )
+        options = dict(
+            window=c.window, scale=c.self_attention_scale, soft_cap=c.attention_soft_cap,
+            backend=self.backend,
+        )  # fmt: skip
+        first_q = plain
+        if context.rotation is not None:
+            near = jnp.minimum(context.positions, c.window + c.sinks)
+            angles = rotation(near, c.head_width, theta=c.rope_theta, scaling=c.rotary_scaling)
+            first_q = rotary(plain, angles)
+        if state is None:
+            first = first_of_documents(
+                k, v, context.positions, context.segment_ids, c.sinks, c.window
+            )
+            return stream(q, first_q, k, v, first, context.segment_ids, q_offset=0, **options), None
+        state = state._replace(length=context.positions[:, 0])
+        kept = state.keys.shape[1]
+        there = jnp.arange(kept + new) + state.length[:, None] >= kept
+        segments = jnp.ones(q.shape[:2], jnp.int32), there.astype(jnp.int32)
+        state, keys, values = state.add(k, v, context.lengths)
+        each = lambda a: jnp.broadcast_to(a[:, None], (len(a), new, *a.shape[1:]))
+        seen = context.positions[..., None] - jnp.arange(c.sinks) > c.window
+        first = each(state.first_keys), each(state.first_values), seen
+        return stream(q, first_q, keys, values, first, segments, q_offset=kept, **options), state
+
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
         """Attention among the tokens of a row."""
-        c, mask = self.config, mask_of(self.config, context)
+        c, mask = self.config, self._mask(context)
         # Full attention is the same in any order of the tokens.
         full = isinstance(mask, kernels_pallas.Full)
         return attention(
@@ -109,7 +175,7 @@ class Attention(nn.Module):
         Raises:
           ValueError: a mask under which earlier tokens would see later ones.
         """
-        if isinstance(mask_of(self.config, context), kernels_pallas.Full):
+        if isinstance(self._mask(context), kernels_pallas.Full):
             raise ValueError("decoding token by token needs a causal mask, not full attention")
         c, slopes = self.config, self._slopes()
         ends = context.positions[:, 0] + q.shape[1]
@@ -117,7 +183,7 @@ class Attention(nn.Module):
         if context.relative is not None:
             return self._decode_with_bias(q, cache, context), AttentionState(cache)
         out = kernels_pallas.decode(
-            q, cache, lengths=ends, mask=mask_of(c, context), scale=c.self_attention_scale,
+            q, cache, lengths=ends, mask=self._mask(context), scale=c.self_attention_scale,
             logits_soft_cap=c.attention_soft_cap,
             bias=None if slopes is None else kernels_pallas.Alibi(slopes),
         )  # fmt: skip
@@ -128,16 +194,22 @@ class Attention(nn.Module):
         c, (k, v) = self.config, (jnp.swapaxes(a, 1, 2) for a in (cache.k, cache.v))
         bias = context.relative.of_queries(context.positions, k.shape[1], c.furthest)
         return kernels_pallas.attention(
-            q, k, v, mask=mask_of(c, context), bias=bias, scale=c.self_attention_scale,
+            q, k, v, mask=self._mask(context), bias=bias, scale=c.self_attention_scale,
             logits_soft_cap=c.attention_soft_cap, q_offset=context.positions[:, 0],
         )  # fmt: skip
 
     @staticmethod
     def empty_state(
         config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
-    ) -> AttentionState:
-        """Arrays [batch, kv_heads, max_length, head_dim]; any number of tokens can be rewound."""
-        del rewind
+    ) -> "AttentionState | StreamingState":
+        """Arrays [batch, kv_heads, max_length, head_dim]; any number of tokens can be rewound.
+
+        With sinks the arrays have the tokens of the window, and those that can be rewound.
+        """
+        if config.sinks:
+            kept = config.window + rewind
+            shape = (config.sinks, kept, config.kv_heads, config.head_width)
+            return StreamingState.empty(batch, *shape, dtype)
         return AttentionState(
             kernels_pallas.ContiguousCache.empty(
                 batch, max_length, config.kv_heads, config.head_width, dtype
@@ -149,20 +221,11 @@ class Attention(nn.Module):
         """`dense` for the projections; `attention` for the pairs that a causal mask leaves."""
         heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
         seen = length if config.window is None else min(length, config.window + 1)
+        sinks = (config.sinks or 0) * max(length - seen, 0) / length
         return {
             "dense": 2 * layers * config.embed_dim * (2 * heads + 2 * kv_heads),
-            "attention": 4 * layers * heads * mean_keys(length, seen),
+            "attention": 4 * layers * heads * (mean_keys(length, seen) + sinks),
         }
-
-
-def mask_of(config: TransformerConfig, context: TokenContext) -> kernels_pallas.Mask:
-    """Which tokens a token sees: as the context says, or those before it within the window."""
-    if context.mask is not None:
-        return context.mask
-    causal = kernels_pallas.Causal()
-    if config.window is None:
-        return causal
-    return causal & kernels_pallas.Window(config.window, 0)
 
 
 def mean_keys(length: int, seen: int) -> float:

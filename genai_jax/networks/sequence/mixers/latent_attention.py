@@ -19,7 +19,7 @@ from genai_jax.networks.layers.positions import rotary, rotation
 from genai_jax.networks.parallel.attention import attention
 from genai_jax.networks.parallel.axes import ParallelConfig, token_order
 from genai_jax.networks.sequence.config import TransformerConfig
-from genai_jax.networks.sequence.mixers.attention import mask_of, mean_keys
+from genai_jax.networks.sequence.mixers.attention import Attention, mean_keys
 from genai_jax.networks.sequence.mixers.protocol import TokenContext
 
 
@@ -96,6 +96,9 @@ class LatentAttention(nn.Module):
             out = self._decode(q, q_rotated, context, state)
         return self.out(checkpoint_name(out, "attention")), state
 
+    def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
+        return Attention.own_mask(self.config) if context.mask is None else context.mask
+
     @property
     def _scale(self) -> float:
         c = self.config
@@ -103,7 +106,7 @@ class LatentAttention(nn.Module):
 
     def _attend(self, q, q_rotated, latent, k_rotated, context: TokenContext) -> jax.Array:
         """Attention among the tokens of a row, with the keys and values of each head."""
-        c, mask = self.config, mask_of(self.config, context)
+        c, mask = self.config, self._mask(context)
         # Copied in float32, in which the gradients of the copies are then summed.
         shared = jnp.broadcast_to(k_rotated.astype(jnp.float32)[:, :, None], q_rotated.shape)
         shared = shared.astype(self.dtype)
@@ -125,7 +128,7 @@ class LatentAttention(nn.Module):
         Raises:
           ValueError: a mask under which earlier tokens would see later ones.
         """
-        if isinstance(mask_of(self.config, context), kernels_pallas.Full):
+        if isinstance(self._mask(context), kernels_pallas.Full):
             raise ValueError("decoding token by token needs a causal mask, not full attention")
         kernel = lambda layer: layer.variables["params"]["kernel"].astype(self.dtype)
         q = jnp.einsum("blhd,chd->blhc", q, kernel(self.key))
@@ -135,7 +138,7 @@ class LatentAttention(nn.Module):
         if (cap := self.config.attention_soft_cap) is not None:
             scores = cap * jnp.tanh(scores / cap)
         places = jnp.arange(state.latent.shape[1])
-        seen = mask_of(self.config, context).allowed(context.positions[..., None], places)
+        seen = self._mask(context).allowed(context.positions[..., None], places)
         weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), -1)
         mixed = jnp.einsum(
             "bhlk,bkc->blhc", weights.astype(self.dtype), state.latent.astype(self.dtype)

@@ -1,0 +1,158 @@
+"""Attention to a window and to the first tokens of a document, the sinks of attention.
+
+Without its first tokens, which every later token attends to whatever they say, a decoder that sees
+only a window breaks down (Xiao et al. 2024, "Efficient streaming language models with attention
+sinks"). With them it can go on for ever with a state of constant size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas
+
+
+class StreamingState(NamedTuple):
+    """Keys and values of the first tokens of each row, and of the last ones.
+
+    It can be rewound by as many tokens as it keeps besides the window.
+
+    Attributes:
+      first_keys, first_values: [batch, sinks, kv_heads, head_dim].
+      keys, values: of the last tokens, the newest last: [batch, window + rewind, kv_heads,
+        head_dim].
+      length: tokens of each row so far, [batch].
+    """
+
+    first_keys: jax.Array
+    first_values: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, sinks: int, kept: int, heads: int, width: int, dtype):
+        first, last = (jnp.zeros((batch, n, heads, width), dtype) for n in (sinks, kept))
+        return cls(first, first, last, last, jnp.zeros(batch, jnp.int32))
+
+    def select(self, rows: jax.Array) -> "StreamingState":
+        return jax.tree.map(lambda a: a[rows], self)
+
+    def rewind(self, lengths: jax.Array) -> "StreamingState":
+        """See `protocol.State.rewind`; what was forgotten does not come back."""
+        back = (self.length - lengths)[:, None]
+        places = jnp.arange(self.keys.shape[1]) - back
+        return self._replace(
+            keys=_at(self.keys, places), values=_at(self.values, places),
+            length=lengths.astype(jnp.int32),
+        )  # fmt: skip
+
+    def add(self, k: jax.Array, v: jax.Array, lengths: jax.Array | None):
+        """The state with new tokens, of which the first lengths [batch] are real.
+
+        Returns:
+          It, and the keys and values before them and of them, [batch, window + rewind + new, ...].
+        """
+        new, kept = k.shape[1], self.keys.shape[1]
+        lengths = jnp.full_like(self.length, new) if lengths is None else lengths.astype(jnp.int32)
+        keys, values = jnp.concatenate([self.keys, k], 1), jnp.concatenate([self.values, v], 1)
+        last = jnp.arange(kept) + lengths[:, None]
+        sinks = jnp.arange(self.first_keys.shape[1]) - self.length[:, None]  # among the new ones
+        begins = ((sinks >= 0) & (sinks < lengths[:, None]))[..., None, None]
+        state = StreamingState(
+            jnp.where(begins, _at(k, sinks), self.first_keys),
+            jnp.where(begins, _at(v, sinks), self.first_values),
+            _at(keys, last), _at(values, last), self.length + lengths,
+        )  # fmt: skip
+        return state, keys, values
+
+
+def attend_to_first(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    seen: jax.Array,
+    scale: float | None,
+    soft_cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to a few keys for each query.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      keys, values: [batch, length, sinks, kv_heads, head_dim].
+      seen: which of them a query sees, [batch, length, sinks].
+      scale: of the scores; 1 / sqrt(head_dim) if None.
+      soft_cap: tanh cap of the scores, or None.
+
+    Returns:
+      What `kernels_pallas.merge` takes: out like q, and the log of the denominator, [batch, heads,
+      length], -inf where nothing is seen.
+    """
+    batch, length, heads, width = q.shape
+    grouped = q.reshape(batch, length, keys.shape[3], -1, width)
+    scores = jnp.einsum("blkgd,blskd->blkgs", grouped, keys, preferred_element_type=jnp.float32)
+    scores *= width**-0.5 if scale is None else scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, -1, keepdims=True), -1e30))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, -1, keepdims=True)
+    share = weights / jnp.where(total == 0, 1.0, total)
+    out = jnp.einsum("blkgs,blskd->blkgd", share.astype(q.dtype), values)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))
+    return out.reshape(q.shape), jnp.swapaxes(lse.reshape(batch, length, heads), 1, 2)
+
+
+def stream(
+    q: jax.Array, first_q: jax.Array, keys: jax.Array, values: jax.Array, first: tuple,
+    segment_ids: tuple | None, window: int, q_offset: int, **options,
+) -> jax.Array:  # fmt: skip
+    """Attention to the window before each query, and to its first tokens.
+
+    Args:
+      q: [batch, length, heads, head_dim].
+      first_q: what meets the first tokens: queries whose rotation is that of a bounded position.
+      keys, values: [batch, kv_length, kv_heads, head_dim].
+      first: keys and values of the first tokens for each query, and which of them it sees: the
+        last three of `attend_to_first`.
+      segment_ids: as of `kernels_pallas.attention`.
+      window: tokens before a query that it sees.
+      q_offset: place of the first query among the keys.
+      **options: `scale`, `soft_cap`, and `backend`.
+    """
+    scale, soft_cap = options["scale"], options["soft_cap"]
+    out, lse = kernels_pallas.attention(
+        q, keys, values, segment_ids=segment_ids, scale=scale, logits_soft_cap=soft_cap,
+        mask=kernels_pallas.Causal() & kernels_pallas.Window(window, 0),
+        q_offset=q_offset, backend=options["backend"], return_lse=True,
+    )  # fmt: skip
+    return kernels_pallas.merge(out, lse, *attend_to_first(first_q, *first, scale, soft_cap))[0]
+
+
+def first_of_documents(
+    k: jax.Array, v: jax.Array, positions: jax.Array, segment_ids: jax.Array | None, sinks: int,
+    window: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Keys and values of the first tokens of each token's document, and which of them it sees.
+
+    A token does not see there what it sees in its window. [batch, length, sinks, kv_heads,
+    head_dim], twice, and [batch, length, sinks].
+    """
+    numbers = jnp.arange(sinks)
+    begins = jnp.arange(k.shape[1]) - positions  # where the document of each token begins
+    places = begins[..., None] + numbers
+    seen = (places >= 0) & (positions[..., None] - numbers > window)
+    places = jnp.clip(places, 0, k.shape[1] - 1)
+    if segment_ids is not None:
+        other = jnp.take_along_axis(segment_ids, places.reshape(len(k), -1), 1)
+        seen &= other.reshape(places.shape) == segment_ids[..., None]
+    pick = lambda a: _at(a, places.reshape(len(a), -1)).reshape(*places.shape, *a.shape[2:])
+    return pick(k), pick(v), seen
+
+
+def _at(a: jax.Array, places: jax.Array) -> jax.Array:
+    """a [batch, length, ...] at places [batch, n]; any token where there is none."""
+    places = jnp.clip(places, 0, a.shape[1] - 1)
+    return jnp.take_along_axis(a, places.reshape(*places.shape, *(1,) * (a.ndim - 2)), 1)
