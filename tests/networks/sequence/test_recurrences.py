@@ -86,6 +86,25 @@ def test_in_parallel_it_is_the_loop(name):
         )
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "diagonal"])
+def test_strong_decays_have_the_gradients_of_the_loop(name):
+    """Documents end within a chunk after decays whose inverse overflows float32."""
+    parallel, step, (*inputs, decay), state = CASES[name]
+    at = 3 if name == "delta rule" else len(inputs)
+    inputs = (*inputs, decay)
+    inputs = (*inputs[:at], 300 * inputs[at], *inputs[at + 1 :])
+    fresh = jax.tree.map(jnp.zeros_like, state)
+    real = PACKED.real[..., None, None]
+    chunked = lambda inputs: parallel(*inputs, state, PACKED, chunk=8)
+    one_by_one = lambda inputs: loop(step, inputs, state, PACKED, fresh=fresh)
+
+    def gradient(run):
+        return jax.jit(jax.grad(lambda inputs: jnp.sum(jnp.sin(run(inputs)[0] * real))))(inputs)
+
+    for got, want in zip(gradient(chunked), gradient(one_by_one), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-4, rtol=1e-3)
+
+
 def test_the_delta_rule_replaces_what_a_key_had_stored():
     twice = jnp.stack([unit[:, 0], unit[:, 0]], 1)
     values = v[:, :2]

@@ -36,6 +36,15 @@ class Chunks(NamedTuple):
         pairs = self.pairs.astype(values.dtype)
         return jnp.einsum("bkij,bkj...->bki...", pairs, values, precision="highest")
 
+    def until_end(self, total: jax.Array) -> jax.Array:
+        """Decay of what each token wrote until its chunk ends, from `sums` of log decays.
+
+        0 for tokens of documents that end before; no difference to the sum of another document is
+        exponentiated, which would overflow, and have a gradient that is not a number.
+        """
+        enters = self.to_state.reshape(*self.to_state.shape, *(1,) * (total.ndim - 3))
+        return jnp.exp(jnp.where(enters, total[:, :, -1:] - total, -jnp.inf))
+
 
 def split(array: jax.Array, size: int) -> jax.Array:
     """[batch, length, ...] -> [batch, chunks, size, ...], padded with zeros at the end."""

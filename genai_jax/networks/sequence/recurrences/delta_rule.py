@@ -46,7 +46,8 @@ def delta_rule(
     difference = total[:, :, :, None] - total[:, :, None]
     weight = jnp.exp(jnp.where(parts.pairs[..., None], difference, -jnp.inf))
     weight = jnp.moveaxis(weight, -1, 2)  # [batch, chunks, heads, i, j]
-    q, k, v, total, rate = (jnp.moveaxis(a, 3, 2) for a in (q, k, v, total, rate))
+    last = parts.until_end(total)
+    q, k, v, total, rate, last = (jnp.moveaxis(a, 3, 2) for a in (q, k, v, total, rate, last))
     until = jnp.where(parts.from_state[:, :, None], jnp.exp(total), 0)[..., None]
     overlap = jnp.tril(jnp.einsum("bnhik,bnhjk->bnhij", k, k) * weight, -1)
     system = jnp.eye(size) + rate[..., None] * overlap
@@ -54,8 +55,6 @@ def delta_rule(
     solved = jax.scipy.linalg.solve_triangular(system, right, lower=True, unit_diagonal=True)
     from_values, from_state = jnp.split(solved, [v.shape[-1]], -1)
     scores = jnp.einsum("bnhik,bnhjk->bnhij", q, k) * weight
-    last = jnp.exp(total[..., -1:] - total)
-    last = jnp.where(parts.to_state[:, :, None], last, 0)[..., None]
     carried = jnp.where(parts.carries[:, :, None], jnp.exp(total[..., -1]), 0)[..., None, None]
 
     def step(state, chunk):
@@ -63,7 +62,7 @@ def delta_rule(
         u = from_values - from_state @ state
         return carried * state + written.swapaxes(-1, -2) @ u, read @ state + scores @ u
 
-    each = (from_values, from_state, scores, q * until, k * last, carried)
+    each = (from_values, from_state, scores, q * until, k * last[..., None], carried)
     state, y = jax.lax.scan(step, state, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), each))
     y = jnp.moveaxis(jnp.moveaxis(y, 0, 1), 2, 3)  # [batch, chunks, size, heads, values]
     return merge(y, length), state

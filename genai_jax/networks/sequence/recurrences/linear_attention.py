@@ -47,17 +47,16 @@ def linear_attention(
         difference = total[:, :, :, None] - total[:, :, None]
         weight = jnp.exp(jnp.where(pairs[..., None], difference, -jnp.inf))
         scores = jnp.sum(q[:, :, :, None] * k[:, :, None] * weight, -1)
-        until, after = jnp.exp(total), jnp.exp(total[:, :, -1:] - total)
+        until, after = jnp.exp(total), parts.until_end(total)
         carried = jnp.exp(total[:, :, -1])[..., None]
     else:
         difference = total[:, :, :, None] - total[:, :, None]
         weight = jnp.exp(jnp.where(pairs, difference, -jnp.inf))
         scores = jnp.einsum("bnihk,bnjhk->bnijh", q, k) * weight
-        until, after = jnp.exp(total)[..., None], jnp.exp(total[:, :, -1:] - total)[..., None]
+        until, after = jnp.exp(total)[..., None], parts.until_end(total)[..., None]
         carried = jnp.exp(total[:, :, -1])[..., None, None]
     y = jnp.einsum("bnijh,bnjhv->bnihv", scores, v)
-    written = jnp.where(parts.to_state[..., None, None], k * after, 0)
-    new = jnp.einsum("bnjhk,bnjhv->bnhkv", written, v)
+    new = jnp.einsum("bnjhk,bnjhv->bnhkv", k * after, v)
     carried = jnp.where(parts.carries[:, :, None, None, None], carried, 0)
     before, state = between_chunks(carried, new, state)
     read = jnp.where(parts.from_state[..., None, None], q * until, 0)
