@@ -1,10 +1,17 @@
 """What a router should do besides lowering the loss: use all experts, keep its logits small."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from genai_jax.networks.experts.config import MoeConfig
-from genai_jax.networks.experts.router import RouterSums
+from genai_jax.networks.experts.router import (
+    RouterSums,
+    collect_router_biases,
+    collect_router_sums,
+)
 
 # Factor of the gradient of biases, of which only the sign counts: the norm of all gradients, which
 # is logged and clipped, stays that of the loss.
@@ -42,8 +49,28 @@ def router_losses(sums: RouterSums, config: MoeConfig) -> tuple[jax.Array, dict[
         "dropped": jnp.mean(1 - sums.computed / choices[:, 0]),
         "largest_load": jnp.max(relative_load),
     }
-    loss = config.load_balance * load_balance + config.router_z_loss * router_z
+    balance = config.load_balance if config.routing == "token_choice" else 0.0
+    loss = balance * load_balance + config.router_z_loss * router_z
     return loss, {f"moe/{name}": value for name, value in metrics.items()}
+
+
+def router_terms(
+    written: Mapping[str, Any], params: Mapping[str, Any], config: MoeConfig
+) -> tuple[jax.Array | float, dict[str, jax.Array]]:
+    """What a network with experts adds to the loss of its task, and what to log; nothing without.
+
+    Args:
+      written: what the network wrote to the collection "router".
+      params: of the network.
+      config: of its experts.
+    """
+    if not config.num_experts:
+        return 0.0, {}
+    sums = collect_router_sums(written)
+    loss, metrics = router_losses(sums, config)
+    if config.balance_rate:
+        loss += balancing_term(sums, collect_router_biases(params))
+    return loss, metrics
 
 
 def balancing_term(sums: RouterSums, biases: jax.Array) -> jax.Array:

@@ -5,6 +5,12 @@ import dataclasses
 from genai_jax.config import field
 
 SCORES = ("softmax", "sigmoid")
+ROUTINGS = ("token_choice", "expert_choice")
+# Options of token choice alone.
+OF_TOKEN_CHOICE = (
+    "renormalize", "capacity_factor", "group_size", "exchange_factor", "load_balance",
+    "balance_rate",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +20,15 @@ class MoeConfig:
     num_experts: int = field(
         0, "Number of experts that replace the MLP of every block; 0 keeps the MLP.", minimum=0
     )
-    experts_per_token: int = field(2, "Number of experts that process each token.", minimum=1)
+    routing: str = field(
+        "token_choice",
+        "Whether a token chooses its experts, or an expert the tokens of a row, which gives all "
+        "experts the same work and is for models that see both sides.",
+        choices=ROUTINGS,
+    )
+    experts_per_token: int = field(
+        2, "Number of experts that process each token; with expert_choice, on average.", minimum=1
+    )
     expert_dim: int | None = field(
         None, "Hidden width of an expert; the width of the dense MLP if unset.", minimum=1
     )
@@ -60,6 +74,13 @@ class MoeConfig:
                 f"experts_per_token={self.experts_per_token} is more than "
                 f"num_experts={self.num_experts}"
             )
+        elif self.routing == "expert_choice":
+            for f in dataclasses.fields(self):
+                if f.name in OF_TOKEN_CHOICE and getattr(self, f.name) != f.default:
+                    raise ValueError(
+                        f"{f.name}={getattr(self, f.name)} is for routing=token_choice, not "
+                        "expert_choice"
+                    )
         elif self.experts_per_token == 1 < self.num_experts and self.renormalize:
             raise ValueError(
                 "experts_per_token=1 makes every renormalized weight 1, which leaves the router "

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router chooses, for each token, a few of many MLPs to process it."""
+"""Mixture of experts: many MLPs, of which a router has few process each token."""
 
 import dataclasses
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.exchange import apply_experts
-from genai_jax.networks.experts.router import Router, route, router_sums
+from genai_jax.networks.experts.expert_choice import Chosen, apply_chosen, choose
+from genai_jax.networks.experts.router import Router, chosen_sums, route, router_sums
 from genai_jax.networks.layers.dense import GATED, Mlp
 
 # Parameter path -> logical axes; a stack of blocks prepends one.
@@ -62,6 +63,9 @@ class MixtureOfExperts(nn.Module):
         real = jnp.ones(x.shape[:2], bool) if real is None else real
         router = Router(c.num_experts, self.width_growth, bool(c.balance_rate), name="router")
         logits, bias = router(x)
+        if c.routing == "expert_choice":
+            out = self._by_expert_choice(x, logits, real, hidden_dim)
+            return out + self._shared(x, hidden_dim) if c.shared_experts else out
         routes = route(logits, real, c, bias)
         if dropless or self.is_initializing():
             c = dataclasses.replace(c, capacity_factor=0.0, exchange_factor=0.0)
@@ -72,13 +76,26 @@ class MixtureOfExperts(nn.Module):
         if self.is_mutable_collection("router"):
             sums = router_sums(logits, routes, real, computed)
             self.sow("router", "sums", sums, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        if c.shared_experts:
-            shared = Mlp(
-                c.shared_experts * hidden_dim, self.activation, False, self.out_scale, self.dtype,
-                name="shared",
-            )  # fmt: skip
-            out = out + shared(x)
-        return out
+        return out + self._shared(x, hidden_dim) if c.shared_experts else out
+
+    def _by_expert_choice(
+        self, x: jax.Array, logits: jax.Array, real: jax.Array, hidden_dim: int
+    ) -> jax.Array:
+        chosen = choose(logits, real, self.config)
+        if self.is_mutable_collection("router"):
+            sums = chosen_sums(logits, chosen, real)
+            self.sow("router", "sums", sums, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        experts = Experts(
+            self.config, hidden_dim, self.activation, self.out_scale, self.dtype, name="experts"
+        )
+        return experts.of_chosen(x.astype(self.dtype), chosen)
+
+    def _shared(self, x: jax.Array, hidden_dim: int) -> jax.Array:
+        shared = Mlp(
+            self.config.shared_experts * hidden_dim, self.activation, False, self.out_scale,
+            self.dtype, name="shared",
+        )  # fmt: skip
+        return shared(x)
 
 
 class Experts(nn.Module):
@@ -90,18 +107,25 @@ class Experts(nn.Module):
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self, x: jax.Array, choice: jax.Array, weight: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Arguments and results are those of `apply_experts`."""
-        shapes = {"up": (x.shape[-1], self.hidden_dim), "down": (self.hidden_dim, x.shape[-1])}
+        kernels = self._kernels(x.shape[-1])
+        return apply_experts(self.config, self.activation, kernels, x, choice, weight)
+
+    def of_chosen(self, x: jax.Array, chosen: Chosen) -> jax.Array:
+        """Arguments and results are those of `apply_chosen`."""
+        return apply_chosen(self.activation, self._kernels(x.shape[-1]), x, chosen)
+
+    @nn.compact
+    def _kernels(self, width: int) -> dict[str, jax.Array]:
+        shapes = {"up": (width, self.hidden_dim), "down": (self.hidden_dim, width)}
         if self.activation in GATED:
             shapes["gate"] = shapes["up"]
-        kernels = {
+        return {
             name: self._kernel(name, shape).astype(self.dtype) for name, shape in shapes.items()
         }
-        return apply_experts(self.config, self.activation, kernels, x, choice, weight)
 
     def _kernel(self, name: str, shape: tuple[int, int]) -> jax.Array:
         scale = self.out_scale if name == "down" else 1.0

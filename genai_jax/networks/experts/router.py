@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from genai_jax.networks.experts.config import MoeConfig
+from genai_jax.networks.experts.expert_choice import Chosen
 from genai_jax.networks.experts.slots import one_hot
 from genai_jax.networks.parallel.axes import free_axes, on_one_device, token_spec
 
@@ -110,16 +111,25 @@ def router_sums(
       real: [batch, length] bool, False for padding.
       computed: [batch, length, choices] bool, which choices an expert computed.
     """
-    counted = real.astype(jnp.float32)
-    p = routes.probability
-    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-20)), -1)
     load = jnp.sum(one_hot(routes.choice, logits.shape[-1]), (0, 1, 2), dtype=jnp.float32)
+    return _sums(logits, routes.probability, real, load, jnp.sum(computed, dtype=jnp.float32))
+
+
+def chosen_sums(logits: jax.Array, chosen: Chosen, real: jax.Array) -> RouterSums:
+    """The same sums where experts choose their tokens: all of them are computed."""
+    load = jnp.sum(chosen.weight > 0, (0, 2), dtype=jnp.float32)
+    return _sums(logits, jax.nn.softmax(logits), real, load, jnp.sum(load))
+
+
+def _sums(logits, probability, real, load, computed) -> RouterSums:
+    counted = real.astype(jnp.float32)
+    entropy = -jnp.sum(probability * jnp.log(jnp.maximum(probability, 1e-20)), -1)
     return RouterSums(
         load=load,
-        probability=jnp.sum(p * counted[..., None], (0, 1)),
+        probability=jnp.sum(probability * counted[..., None], (0, 1)),
         squared_z=jnp.sum(jnp.square(jax.nn.logsumexp(logits, -1)) * counted),
         entropy=jax.lax.stop_gradient(jnp.sum(entropy * counted)),
-        computed=jnp.sum(computed, dtype=jnp.float32),
+        computed=computed,
         tokens=jnp.sum(counted),
     )
 

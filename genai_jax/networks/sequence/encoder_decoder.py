@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from genai_jax.networks.sequence import transformer
+from genai_jax.networks.sequence import perceiver, transformer
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.cross_attention import CrossAttention
 from genai_jax.networks.sequence.flops import transformer_forward_flops
 from genai_jax.networks.sequence.mixers.protocol import Encoded
+from genai_jax.networks.sequence.perceiver import LatentReader
 from genai_jax.networks.sequence.state import StackState
 from genai_jax.networks.sequence.transformer import Transformer
 
-PARTITION_RULES = transformer.PARTITION_RULES
+PARTITION_RULES = (*perceiver.PARTITION_RULES, *transformer.PARTITION_RULES)
 
 CONVENTION = (
     "6 x matmul parameters (head counted, input embedding not) x tokens of sources and targets + "
@@ -31,6 +32,7 @@ class EncoderDecoder(nn.Module):
       config: shapes and choices of both, with the number of blocks of the decoder.
       encoder_layers: blocks of the encoder.
       vocab_size: rows of the embeddings.
+      latents: vectors that read the source, and that the encoder works on in its place; 0: none.
       backend: backend of the kernels.
       dtype: dtype of matmuls and activations.
     """
@@ -38,6 +40,7 @@ class EncoderDecoder(nn.Module):
     config: TransformerConfig
     encoder_layers: int
     vocab_size: int
+    latents: int = 0
     backend: str = "auto"
     dtype: jnp.dtype = jnp.float32
 
@@ -46,6 +49,9 @@ class EncoderDecoder(nn.Module):
         shared = dict(vocab_size=self.vocab_size, backend=self.backend, dtype=self.dtype)
         self.encoder = Transformer(shape, **shared, mask=kernels_pallas.Full())
         self.decoder = Transformer(self.config, **shared, cross=True)
+        if self.latents:
+            once = dataclasses.replace(shape, num_layers=1)
+            self.reader = LatentReader(once, self.latents, self.backend, self.dtype)
 
     def __call__(
         self,
@@ -69,8 +75,11 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: jax.Array, segment_ids: jax.Array) -> Encoded:
         """The encoder's hidden states; positions count from 0 in each segment."""
-        x = self.decoder.embed_tokens(source)
-        hidden, _ = self.encoder.from_embeddings(x, positions_within(segment_ids), segment_ids)
+        x, positions = self.decoder.embed_tokens(source), positions_within(segment_ids)
+        if self.latents:
+            x, segment_ids = self.reader(x, positions, segment_ids)
+            positions = None
+        hidden, _ = self.encoder.from_embeddings(x, positions, segment_ids)
         return Encoded(hidden, segment_ids)
 
     def begin(self, source: jax.Array, lengths: jax.Array, max_length: int) -> StackState:
@@ -81,7 +90,7 @@ class EncoderDecoder(nn.Module):
         rows, source_length = source.shape
         encoded = self.encode(source, _ids_of(lengths, source_length))
         state = transformer.empty_state(
-            self.config, rows, max_length, self.dtype, source_length=source_length
+            self.config, rows, max_length, self.dtype, source_length=self.latents or source_length
         )
         # A token of length 0 leaves nothing but the keys and values of the source.
         nothing, start = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 1), jnp.int32)
@@ -97,6 +106,8 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[jax.Array, StackState]:
         """Hidden states of new tokens [batch, new], and the state with them; see `Transformer`."""
         source_length = state.places[0].keys.shape[2]
+        if self.latents:
+            source_lengths = jnp.where(source_lengths > 0, self.latents, 0)
         seen = Encoded(None, _ids_of(source_lengths, source_length))
         return self.decoder(tokens, positions, state=state, lengths=lengths, source=seen)
 
@@ -132,13 +143,18 @@ def forward_flops(
     vocab_size: int,
     source_length: int,
     length: int,
+    latents: int = 0,
 ) -> float:
     """FLOPs of a forward pass over one row: the encoder's attention and cross-attention in full."""
-    shape = dataclasses.replace(config, num_layers=encoder_layers)
+    shape, reading = dataclasses.replace(config, num_layers=encoder_layers), 0.0
+    if latents:
+        once = dataclasses.replace(config, num_layers=1)
+        reading = latents * sum(CrossAttention.flops(once, source_length, latents).values())
+        source_length = latents
     encoder = transformer_forward_flops(shape, vocab_size, source_length)
     # Counted for a causal mask, which leaves half; and the encoder has no output embedding.
     encoder |= {"attention": 2 * encoder["attention"], "head": 0}
     decoder = transformer_forward_flops(config, vocab_size, length)
     cross = CrossAttention.flops(config, source_length, length)
     of_targets = sum(decoder.values()) + sum(cross.values())
-    return source_length * sum(encoder.values()) + length * of_targets
+    return reading + source_length * sum(encoder.values()) + length * of_targets

@@ -14,20 +14,21 @@ import numpy as np
 
 import kernels_pallas
 from genai_jax.config import Config, ConfigError, field
+from genai_jax.losses.router import router_terms
 from genai_jax.networks.parallel.axes import check_length
 from genai_jax.networks.parallel.pipeline import check_pipeline
 from genai_jax.networks.sequence import transformer
-from genai_jax.networks.sequence.flops import transformer_forward_flops
+from genai_jax.networks.sequence.flops import inactive_parameters, transformer_forward_flops
 from genai_jax.networks.sequence.mixers import MIXERS
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.sampled import Texts
-from genai_jax.tasks.language.causal import OutputConfig
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
+from genai_jax.tasks.language.output import OutputConfig
 from genai_jax.tasks.language.sampling import TextRequest, settings_of
 from genai_jax.tasks.language.unmasking import Unmasker, UnmaskingSampler
 from genai_jax.tasks.protocol import Params, Phase, Task
-from genai_jax.training.optimizer import default_optimizer
+from genai_jax.training.optimizer import default_optimizer, moved_by_sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class BidirectionalModel(Task):
         self.mask_id = self.data.vocab_size - 1
         check_positions(config)
         check_mixers(config)
+        if config.moe.num_experts and config.transformer.use_bias:
+            raise ConfigError("--transformer.use_bias: experts have no biases (--moe.num_experts)")
         check_attention(config, *self.attention_of_a_step())
         self.partition_rules = tuple(
             (f"^model/.*{pattern}$", axes)
@@ -78,7 +81,7 @@ class BidirectionalModel(Task):
         """The network with this mask of the attention."""
         return Transformer(
             self.config.transformer, self.data.vocab_size, backend=self.config.run.attention,
-            dtype=self.dtype, parallel=self.config.parallel, mask=mask,
+            dtype=self.dtype, parallel=self.config.parallel, moe=self.config.moe, mask=mask,
         )  # fmt: skip
 
     @functools.cached_property
@@ -97,13 +100,25 @@ class BidirectionalModel(Task):
         check_pipeline(config.transformer.num_layers, rows, config.parallel)
         growth = config.transformer.growth
         optimizer = default_optimizer(config, self.partition_rules, growth=growth)
+        if rate := config.moe.balance_rate:
+            optimizer = moved_by_sign(optimizer, "router/bias$", rate)
         return (Phase("fill_in", ("model",), self._loss, optimizer),)
 
     def _loss(self, params, mutables, batch, info):
         raise NotImplementedError
 
-    def _dropout(self, key: jax.Array) -> dict | None:
-        return {"dropout": key} if self.config.transformer.dropout else None
+    def applied(
+        self, network: Transformer, params: Params, *inputs: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, tuple]:
+        """Hidden states of tokens, positions, and segment ids, and what its experts add.
+
+        key: of dropout, in training.
+        """
+        rngs = {"dropout": key} if key is not None and self.config.transformer.dropout else None
+        (hidden, _), written = network.apply(
+            {"params": params["model"]}, *inputs, rngs=rngs, mutable=["router"]
+        )
+        return hidden, router_terms(written, params["model"], self.config.moe)
 
     def _head_kernel(self, params: Params) -> jax.Array:
         return self.reading.apply({"params": params["model"]}, method="head_kernel")
@@ -178,12 +193,15 @@ class BidirectionalModel(Task):
     # Sizes.
 
     def flops_per_step(self) -> dict:
-        data = self.config.data
+        data, moe = self.config.data, self.config.moe
         parts = self._forward_flops()
-        return {
+        counted = {
             "flops_per_step": 3 * data.batch_size * data.sequence_length * sum(parts.values()),
             "convention": self._flops_convention,
         }
+        if moe.num_experts:
+            counted["inactive_parameters"] = inactive_parameters(self.config.transformer, moe)
+        return counted
 
     _flops_convention = (
         "6 x matmul parameters (head counted, input embedding not) x tokens + attention to the "
@@ -193,8 +211,9 @@ class BidirectionalModel(Task):
     def _forward_flops(self) -> dict[str, float]:
         """FLOPs of a forward pass per token, by part."""
         parts = transformer_forward_flops(
-            self.config.transformer, self.data.vocab_size, self.config.data.sequence_length
-        )
+            self.config.transformer, self.data.vocab_size, self.config.data.sequence_length,
+            self.config.moe,
+        )  # fmt: skip
         # Counted for a causal mask, which leaves half.
         return parts | {"attention": 2 * parts.get("attention", 0)}
 

@@ -12,10 +12,9 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.text.fill_in_middle import arranged
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.decoding.generate import Step, at_last_token
-from genai_jax.losses.router import balancing_term, router_losses
+from genai_jax.losses.router import router_terms
 from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.experts.config import MoeConfig
-from genai_jax.networks.experts.router import collect_router_biases, collect_router_sums
 from genai_jax.networks.layers.dense import GATED
 from genai_jax.networks.parallel.axes import (
     ParallelConfig,
@@ -42,27 +41,11 @@ from genai_jax.tasks.language.ablation import (
 )
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
+from genai_jax.tasks.language.output import OutputConfig
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
 from genai_jax.training.optimizer import default_optimizer, moved_by_sign
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputConfig:
-    """How a model of text predicts tokens."""
-
-    z_loss: float = field(0.0, "Weight of the squared log-normalizer.", minimum=0)
-    loss_chunk: int | None = field(
-        None,
-        "Positions per device whose logits exist at once; 0: all; chosen automatically if unset.",
-        minimum=0,
-    )
-    vocab_size: int | None = field(
-        None,
-        "Rows of the embeddings, at least the vocabulary of the tokenizer; its size if unset.",
-        minimum=1,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +102,11 @@ class LanguageModel(Task):
         check_positions(config)
         if config.moe.num_experts and shape.use_bias:
             raise ConfigError("--transformer.use_bias: experts have no biases (--moe.num_experts)")
+        if config.moe.routing == "expert_choice":
+            raise ConfigError(
+                "--moe.routing=expert_choice: an expert would choose among later tokens too; it "
+                "is for models that see both sides, such as --task=masked_language_model"
+            )
         check_attention(config)
         self.partition_rules = tuple(
             (f"^model/.*{pattern}$", axes) for pattern, axes in transformer.partition_rules(shape)
@@ -189,12 +177,8 @@ class LanguageModel(Task):
                 later += total / jnp.maximum(jnp.sum(mask), 1)
                 metrics[f"ahead_{i + 2}/nll"] = nll / jnp.maximum(jnp.sum(mask), 1)
             loss += self.config.language_model.ahead_weight * later / len(heads)
-        if self.config.moe.num_experts:
-            sums = collect_router_sums(written)
-            router_loss, more = router_losses(sums, self.config.moe)
-            loss, metrics = loss + router_loss, metrics | more
-            if self.config.moe.balance_rate:
-                loss += balancing_term(sums, collect_router_biases(params["model"]))
+        more, router = router_terms(written, params["model"], self.config.moe)
+        loss, metrics = loss + more, metrics | router
         return LossOutput(loss, metrics, mutables, weight)
 
     def _with_later_targets(self, batch):

@@ -18,13 +18,15 @@ from genai_jax.config import Config, ConfigError, field
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.decoding.unmask import ancestral
 from genai_jax.diffusion.absorbing import Masks, random_masks
-from genai_jax.losses.token import cross_entropy, token_scores
+from genai_jax.losses.token import token_scores
+from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.parallel.axes import SEQUENCE, ParallelConfig, axis_size, describe_axis
 from genai_jax.networks.sequence.block_masks import BlockCausal, TwoStreams
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.language.bidirectional import BidirectionalConfig, BidirectionalModel
+from genai_jax.tasks.language.output import token_loss
 from genai_jax.tasks.language.sampling import TextRequest
 from genai_jax.tasks.language.scores import likelihood_metrics, summarize_text
 from genai_jax.tasks.protocol import LossOutput, Mean
@@ -70,6 +72,7 @@ class DiscreteDiffusion(BidirectionalModel):
     components: ClassVar = {
         "data": DataConfig,
         "transformer": TransformerConfig,
+        "moe": MoeConfig,
         "parallel": ParallelConfig,
         "discrete_diffusion": DiscreteDiffusionConfig,
     }
@@ -135,38 +138,37 @@ class DiscreteDiffusion(BidirectionalModel):
         block = self.block or batch["targets"].shape[1]
         return random_masks(key, batch["loss_mask"] > 0, block)
 
-    def hidden(self, params, batch, masked: jax.Array, rngs=None) -> jax.Array:
-        """Hidden states [batch, length, embed_dim] of the targets, of which some are masked."""
-        clean, variables = batch["targets"], {"params": params["model"]}
+    def hidden(self, params, batch, masked: jax.Array, key=None) -> tuple[jax.Array, tuple]:
+        """Hidden states [batch, length, embed_dim] of the targets, of which some are masked.
+
+        And what `applied` returns beside them; key: of dropout, in training.
+        """
+        clean = batch["targets"]
         places = batch["positions"], batch["segment_ids"]
         noisy = jnp.where(masked, self.mask_id, clean)
         if self.block is None:
-            return self.reading.apply(variables, noisy, *places, rngs=rngs)[0]
+            return self.applied(self.reading, params, noisy, *places, key=key)
         tokens, *places = (
             jnp.concatenate(pair, 1) for pair in ((noisy, clean), *zip(places, places, strict=True))
         )
-        hidden, _ = self._in_two_streams.apply(variables, tokens, *places, rngs=rngs)
-        return hidden[:, : clean.shape[1]]
+        hidden, router = self.applied(self._in_two_streams, params, tokens, *places, key=key)
+        return hidden[:, : clean.shape[1]], router
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         key, dropout_key = jax.random.split(info.rng)
         masks = self.masks(key, batch)
-        hidden = self.hidden(params, batch, masks.masked, self._dropout(dropout_key))
-        loss, nll, correct = cross_entropy(
-            hidden, self._head_kernel(params), batch["targets"], masks.weight,
-            z_loss=self.own.z_loss, **self._head,
+        hidden, router = self.hidden(params, batch, masks.masked, dropout_key)
+        return token_loss(
+            hidden, self._head_kernel(params), batch, masks.weight, self.own,
+            self.config.transformer.logits_soft_cap, mutables, jnp.sum(batch["loss_mask"]), router,
         )  # fmt: skip
-        weight = jnp.sum(batch["loss_mask"])
-        count = jnp.maximum(weight, 1)
-        metrics = {"nll": nll / count, "accuracy": correct / count}
-        return LossOutput(loss / count, metrics, mutables, weight)
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         kernel = self._head_kernel(params)
 
         def scores(key):
             masks = self.masks(key, batch)
-            hidden = self.hidden(params, batch, masks.masked)
+            hidden, _ = self.hidden(params, batch, masks.masked)
             each = token_scores(hidden, kernel, batch["targets"], **self._head)
             return masks.weight * each.log_probs, masks.weight * each.correct
 

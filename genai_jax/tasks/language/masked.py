@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from genai_jax.config import field
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.decoding.unmask import mask_predict
-from genai_jax.losses.token import cross_entropy, token_scores
+from genai_jax.losses.token import token_scores
+from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.parallel.axes import ParallelConfig
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.requests import EvaluateRequest
 from genai_jax.tasks.language.bidirectional import BidirectionalConfig, BidirectionalModel
 from genai_jax.tasks.language.corruption import Corrupted, corrupt
+from genai_jax.tasks.language.output import token_loss
 from genai_jax.tasks.language.sampling import TextRequest
 from genai_jax.tasks.protocol import LossOutput, Mean
 
@@ -77,6 +79,7 @@ class MaskedLanguageModel(BidirectionalModel):
     components: ClassVar = {
         "data": DataConfig,
         "transformer": TransformerConfig,
+        "moe": MoeConfig,
         "parallel": ParallelConfig,
         "masked": MaskedConfig,
     }
@@ -95,29 +98,22 @@ class MaskedLanguageModel(BidirectionalModel):
             mask_fraction=own.mask_fraction, random_fraction=own.random_fraction,
         )  # fmt: skip
 
-    def _hidden(self, params, batch, tokens, rngs=None):
-        return self.reading.apply(
-            {"params": params["model"]}, tokens, batch["positions"], batch["segment_ids"],
-            rngs=rngs,
-        )[0]  # fmt: skip
+    def _hidden(self, params, batch, tokens, key=None):
+        places = batch["positions"], batch["segment_ids"]
+        return self.applied(self.reading, params, tokens, *places, key=key)
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         key, dropout_key = jax.random.split(info.rng)
         seen = self.corrupted(key, batch)
-        hidden = self._hidden(params, batch, seen.tokens, self._dropout(dropout_key))
-        chosen = seen.chosen.astype(jnp.float32)
-        loss, nll, correct = cross_entropy(
-            hidden, self._head_kernel(params), batch["targets"], chosen, z_loss=self.own.z_loss,
-            **self._head,
+        hidden, router = self._hidden(params, batch, seen.tokens, dropout_key)
+        return token_loss(
+            hidden, self._head_kernel(params), batch, seen.chosen.astype(jnp.float32), self.own,
+            self.config.transformer.logits_soft_cap, mutables, router=router,
         )  # fmt: skip
-        weight = jnp.sum(chosen)
-        count = jnp.maximum(weight, 1)
-        metrics = {"nll": nll / count, "accuracy": correct / count}
-        return LossOutput(loss / count, metrics, mutables, weight)
 
     def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
         seen = self.corrupted(key, batch)
-        hidden = self._hidden(params, batch, seen.tokens)
+        hidden, _ = self._hidden(params, batch, seen.tokens)
         scores = token_scores(hidden, self._head_kernel(params), batch["targets"], **self._head)
         total = lambda x: jnp.sum(x * seen.chosen, 1)
         count = jnp.sum(seen.chosen, 1, dtype=jnp.float32)

@@ -14,7 +14,7 @@ from genai_jax.config import Config, ConfigError, refuse_set
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.decoding.generate import Step, at_last_token
 from genai_jax.heat_map import write_heat_map
-from genai_jax.losses.token import cross_entropy, token_scores
+from genai_jax.losses.token import token_scores
 from genai_jax.networks.flops import count_flops
 from genai_jax.networks.parallel.axes import SEQUENCE, STAGE, axis_size, describe_axis
 from genai_jax.networks.sequence import encoder_decoder
@@ -25,6 +25,7 @@ from genai_jax.requests import ExactEvaluateRequest, Files
 from genai_jax.sampled import TEXT_SUFFIXES, Texts, check_suffix
 from genai_jax.tasks.language.bidirectional import check_mixers
 from genai_jax.tasks.language.checks import check_attention
+from genai_jax.tasks.language.output import token_loss
 from genai_jax.tasks.language.sampling import Decoder, TokenSampler, settings_of
 from genai_jax.tasks.language.scores import exact_matches, likelihood_metrics, summarize_text
 from genai_jax.tasks.language.sequence_to_sequence_flags import (
@@ -64,7 +65,7 @@ class SequenceToSequence(Task):
             shape = config.transformer
             self.model = EncoderDecoder(
                 shape, self.own.encoder_layers or shape.num_layers, self.data.vocab_size,
-                backend=config.run.attention, dtype=self.dtype,
+                latents=self.own.latents or 0, backend=config.run.attention, dtype=self.dtype,
             )  # fmt: skip
             rules = encoder_decoder.PARTITION_RULES
         self.partition_rules = tuple((f"^model/.*{path}$", axes) for path, axes in rules)
@@ -81,9 +82,10 @@ class SequenceToSequence(Task):
             refuse_set("run", config.run, ["attention"], why)
             return
         check_mixers(config)
-        if shape.positions == "learned" and max(lengths) > shape.max_length:
+        longest = max(*lengths, self.own.latents or 0)
+        if shape.positions == "learned" and longest > shape.max_length:
             raise ConfigError(
-                f"rows of {max(lengths)} tokens are longer than the learned positions: "
+                f"rows of {longest} tokens or latents are longer than the learned positions: "
                 f"--transformer.max_length={shape.max_length}"
             )
         check_attention(config, kernels_pallas.Full(), lengths.source)
@@ -124,14 +126,10 @@ class SequenceToSequence(Task):
 
     def _loss(self, params, mutables, batch, info) -> LossOutput:
         hidden = self.hidden(params, batch, {"dropout": info.rng})
-        loss, nll, correct = cross_entropy(
-            hidden, self._head_kernel(params), batch["targets"], batch["loss_mask"],
-            z_loss=self.own.z_loss, **self._head,
+        return token_loss(
+            hidden, self._head_kernel(params), batch, batch["loss_mask"], self.own,
+            self._head["soft_cap"], mutables,
         )  # fmt: skip
-        weight = jnp.sum(batch["loss_mask"])
-        count = jnp.maximum(weight, 1)
-        metrics = {"nll": nll / count, "accuracy": correct / count}
-        return LossOutput(loss / count, metrics, mutables, weight)
 
     # Metrics and samples.
 
@@ -268,8 +266,9 @@ class SequenceToSequence(Task):
         if self.own.network == "transformer":
             shape = self.config.transformer
             forward = rows * encoder_decoder.forward_flops(
-                shape, self.model.encoder_layers, self.data.vocab_size, *lengths
-            )
+                shape, self.model.encoder_layers, self.data.vocab_size, *lengths,
+                latents=self.own.latents or 0,
+            )  # fmt: skip
             return {"flops_per_step": 3 * forward, "convention": encoder_decoder.CONVENTION}
         of = lambda length: jax.ShapeDtypeStruct((rows, length), jnp.int32)
         inputs = [of(lengths.source)] * 2 + [of(lengths.target)] * 3

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from genai_jax.config import field
 from genai_jax.sampled import TEXT_SUFFIXES
+from genai_jax.tasks.language.output import OutputConfig
 from genai_jax.tasks.language.sampling import TextRequest
 
 NETWORKS = ("transformer", "recurrent")
@@ -13,7 +14,7 @@ OBJECTIVES = {"span_corruption": 0.15, "denoising": 0.3, "prefix": None, "pairs"
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceToSequenceConfig:
+class SequenceToSequenceConfig(OutputConfig):
     objective: str = field(
         "span_corruption",
         "What is learned: to restore hidden spans (span_corruption, T5), a text with gaps and "
@@ -28,6 +29,12 @@ class SequenceToSequenceConfig:
     )
     encoder_layers: int | None = field(
         None, "Blocks of the encoder; as many as the decoder has if unset.", minimum=1
+    )
+    latents: int | None = field(
+        None,
+        "Latent vectors that read the source and take its place in the encoder, whose cost then "
+        "hardly grows with the source (Perceiver); none if unset.",
+        minimum=1,
     )
     mask_rate: float | None = field(
         None,
@@ -54,12 +61,6 @@ class SequenceToSequenceConfig:
         "that of sources.",
         minimum=1,
     )
-    z_loss: float = field(0.0, "Weight of the squared log-normalizer.", minimum=0)
-    loss_chunk: int | None = field(
-        None,
-        "Positions per device whose logits exist at once; 0: all; chosen automatically if unset.",
-        minimum=0,
-    )
     vocab_size: int | None = field(
         None,
         "Rows of the embeddings, at least the vocabulary of the tokenizer with sentinels, mask, "
@@ -73,6 +74,8 @@ class SequenceToSequenceConfig:
             "span_length": ("span_corruption", "denoising"),
             "sentinels": ("span_corruption",),
             "sentence_permutation": ("denoising",),
+            # Rows of the other objectives have several sources.
+            "latents": ("span_corruption", "denoising"),
             "target_length": ("pairs",),
         }
         for name, objectives in uses.items():
@@ -86,11 +89,11 @@ class SequenceToSequenceConfig:
             raise ValueError(
                 f"mask_rate={self.mask_rate:g} leaves {what}: it must be above 0 and below 1"
             )
-        if self.network != "transformer" and self.encoder_layers is not None:
-            raise ValueError(
-                f"encoder_layers={self.encoder_layers} is for network=transformer, not "
-                f"{self.network}"
-            )
+        for name in ("encoder_layers", "latents"):
+            if self.network != "transformer" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for network=transformer, not {self.network}"
+                )
 
     @property
     def rate(self) -> float:
