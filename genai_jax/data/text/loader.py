@@ -37,9 +37,9 @@ class DataConfig:
         "python_docs",
         "Data set: the name of a TFDS data set, text:PATH, python_docs, python_source, "
         "package_docs, package_source, digit_pixels, spoken_characters, arithmetic "
-        "(addition:DIGITS, modular_addition:P, modular_division:P), repeats:N, or a function of "
-        "your own, as my_package.my_module:my_documents; for pairs of texts, pairs:PATH or "
-        "number_names:DIGITS.",
+        "(addition:DIGITS, modular_addition:P, modular_division:P), repeats:N, needles:CHARACTERS, "
+        "or a function of your own, as my_package.my_module:my_documents; for pairs of texts, "
+        "pairs:PATH or number_names:DIGITS.",
         path=True,
         outside=own_data,
     )
@@ -321,6 +321,10 @@ class TextLoader:
             }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         return facts | {"sha256": digest.hexdigest()}
+
+    def held_out_count(self) -> int:
+        """Documents of the validation split."""
+        return len(self._open("validation").source)
 
     def held_out_document(self, index: int) -> str:
         """One document of the validation split."""

@@ -16,7 +16,7 @@ from genai_jax.config import ConfigError, refuse_set
 from genai_jax.data.audio import spoken_characters
 from genai_jax.data.images import digits
 from genai_jax.data.own_code import SPLITS, own_data
-from genai_jax.data.text import arithmetic, packages, stdlib
+from genai_jax.data.text import arithmetic, needles, packages, stdlib
 from genai_jax.data.text import files as text_files
 from genai_jax.data.text.own_documents import own_documents
 from genai_jax.errors import NothingHeldOut, printable
@@ -39,6 +39,7 @@ SYNTHETIC = {
     "modular_addition": arithmetic.modular_addition,
     "modular_division": arithmetic.modular_division,
     "repeats": arithmetic.repeats,
+    "needles": needles.documents,
 }
 KEYS = ("source_key", "target_key")
 PAIRED = ("pairs", "number_names")  # kinds of data sets whose documents are pairs

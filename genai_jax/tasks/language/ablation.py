@@ -1,28 +1,15 @@
 """Attention heads without their output: what a language model can do without them."""
 
-import dataclasses
 import re
 
 import jax.numpy as jnp
 
-from genai_jax.config import ConfigError, field
+from genai_jax.config import ConfigError
 from genai_jax.errors import printable
 from genai_jax.networks.sequence.config import TransformerConfig
-from genai_jax.requests import ExactEvaluateRequest
 from genai_jax.tasks.protocol import Params
 
 Heads = tuple[tuple[int, int], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageEvaluateRequest(ExactEvaluateRequest):
-    ablate: str = field(
-        "", "Attention heads whose output is set to zero: LAYER.HEAD, counted from 0, or several "
-        "with commas between, as in 0.1,1.0.",
-    )  # fmt: skip
-
-    def __post_init__(self):
-        heads_of(self.ablate)
 
 
 def heads_of(text: str) -> Heads:

@@ -17,8 +17,11 @@ from genai_jax.losses.token import cross_entropy, token_scores
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.layers.dense import GATED
 from genai_jax.networks.parallel.axes import (
+    SEQUENCE,
     ParallelConfig,
+    axis_size,
     check_length,
+    describe_axis,
     in_token_order,
     token_order,
 )
@@ -35,12 +38,13 @@ from genai_jax.networks.sequence.inspection import attention_weights, logit_lens
 from genai_jax.networks.sequence.transformer import Transformer
 from genai_jax.sampled import Texts
 from genai_jax.tasks.language.ablation import (
-    LanguageEvaluateRequest,
     heads_of,
     without_heads,
 )
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
+from genai_jax.tasks.language.evaluate_request import LanguageEvaluateRequest
+from genai_jax.tasks.language.needle import lengths_of, needle_scores
 from genai_jax.tasks.language.output import OutputConfig
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
@@ -210,15 +214,36 @@ class LanguageModel(Task):
         model = without_heads(params["model"], self.config.transformer, heads)
         return {**params, "model": model}
 
-    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
-        batch = in_token_order(batch, self.config.parallel)
+    def _scores(self, params, batch):
+        """Of the targets of a batch in token order."""
         hidden, _ = self._hidden(params, batch)
-        scores = token_scores(
+        return token_scores(
             hidden, self._head_kernel(params), batch["targets"],
             soft_cap=self.config.transformer.logits_soft_cap,
             chunk_size=self.config.language_model.loss_chunk,
         )  # fmt: skip
+
+    def example_metrics(self, params, mutables, batch, key) -> dict[str, Mean]:
+        batch = in_token_order(batch, self.config.parallel)
+        scores = self._scores(params, batch)
         return text_metrics(scores.log_probs, scores.correct, batch, self.data)
+
+    def report(self, params, mutables, batches, request: LanguageEvaluateRequest) -> dict:
+        """The needles that were found; see `needle_scores`."""
+        if not request.needle_lengths:
+            return {}
+        params, parallel = self.scored(params, request), self.config.parallel
+        if axis_size(SEQUENCE) > 1:
+            raise ConfigError(
+                f"{describe_axis(SEQUENCE)}: needles are sought in whole rows (--needle_lengths)"
+            )
+        run = jax.jit(lambda p, b: self._scores(p, in_token_order(b, parallel)).correct)
+        shape = self.config.transformer
+        limit = shape.max_length if shape.positions == "learned" else None
+        lengths = lengths_of(request.needle_lengths)
+        return needle_scores(
+            lambda batch: run(params, batch), self.data, lengths, request.needles or 20, limit
+        )
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
         return summarize_text(reduced, self.data)

@@ -9,7 +9,8 @@ from genai_jax.config import ConfigError
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.inspection import head_scores
 from genai_jax.networks.sequence.transformer import Transformer
-from genai_jax.tasks.language.ablation import LanguageEvaluateRequest, heads_of, without_heads
+from genai_jax.tasks.language.ablation import heads_of, without_heads
+from genai_jax.tasks.language.evaluate_request import LanguageEvaluateRequest
 
 CONFIG = TransformerConfig(num_layers=2, embed_dim=8, num_heads=2, mlp_dim=0)
 TOKENS = jnp.array([[1, 2, 3, 1, 2]])
