@@ -11,7 +11,6 @@ from genai_jax.config import (
     ConfigError,
     MissingFile,
     field,
-    flag_name,
     help_text,
     last_value,
     name_flags,
@@ -240,20 +239,20 @@ def request_components(cls: type, kind: str) -> dict[str, type]:
     for component, other in cls.components.items():
         for f in dataclasses.fields(other):
             if kind.removesuffix("_request") in f.metadata.get("at_use", ()):
-                movable.setdefault(component, []).append((f.name, *_at_use(f, component)))
+                movable.setdefault(component, []).append((f.name, *_at_use(f)))
     for component, declared in movable.items():
         if declared:
             components[component] = dataclasses.make_dataclass("Moved", declared, frozen=True)
     return components
 
 
-def _at_use(f: dataclasses.Field, component: str) -> tuple[Any, Any]:
+def _at_use(f: dataclasses.Field) -> tuple[Any, Any]:
     """Type and declaration of a flag that replaces a value for one use of a trained run."""
-    text = (
-        f"What to use instead of the run's --{flag_name(component, f.name)}: {f.metadata['help']}"
-    )
     limits = {n: f.metadata[n] for n in ("choices", "minimum", "maximum")}
-    return plain_type(f.type) | None, field(None, text, **limits)
+    declared = field(
+        None, f"Instead of the run's: {f.metadata['help']} If unset, the run's is used.", **limits
+    )
+    return plain_type(f.type) | None, declared
 
 
 def _moved(f: dataclasses.Field, request: str) -> tuple[Any, Any]:

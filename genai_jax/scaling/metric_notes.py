@@ -68,7 +68,7 @@ def note_of(metric: str, task: str) -> str:
         return COUNTS[name]
     if name == "bits_per_dim":
         note = BITS_PER_DIM.get(task, _OF_DIMENSIONS.format("as the task defines it"))
-    elif name == "bits_per_byte" and task in BITS_PER_BYTE:
+    elif name.startswith("bits_per_byte") and task in BITS_PER_BYTE:
         note = BITS_PER_BYTE[task]
     else:
         note = next((note for start, note in NOTES if name.startswith(start)), "")
