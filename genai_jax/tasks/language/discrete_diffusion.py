@@ -89,6 +89,11 @@ class DiscreteDiffusion(BidirectionalModel):
                 f"--data.held_out_length={scored}: blocks are scored in rows of the length of "
                 "training (--discrete_diffusion.block_size)"
             )
+        if self.block is not None and config.moe.routing == "expert_choice":
+            raise ConfigError(
+                "--moe.routing=expert_choice: an expert would choose among tokens of later blocks "
+                "too (--discrete_diffusion.block_size); use token_choice"
+            )
         if self.block is not None and positions in ("alibi", "relative_buckets"):
             raise ConfigError(
                 f"--transformer.positions={positions}: blocks need positions that are read with "

@@ -123,6 +123,10 @@ def test_bidirectional_models_train_with_experts(text_folder):
         ([*MOE, "--moe.capacity_factor=2"], "--moe.capacity_factor=2.0 is for"),
         ([*MOE, "--moe.balance_rate=0.1"], "--moe.balance_rate=0.1 is for"),
         (["--moe.routing=expert_choice"], "needs experts"),
+        (
+            [*MOE, "--task=discrete_diffusion", "--discrete_diffusion.block_size=4"],
+            "among tokens of later blocks",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(flags, words):
