@@ -38,7 +38,7 @@ OF_A_RUN = ("train", "compile_check", "coordinate_check", "ladder")  # take ever
 LOOPS = {
     "steps", "sweeps", "resamples", "seeds", "max_tokens", "num_samples", "likelihood_steps",
     "likelihood_probes", "importance_samples", "batches", "held_out_times", "jobs", "slices",
-    "timeout_s", "heartbeat_s", "prefetch", "n_critic", "critic_steps", "columns",
+    "timeout_s", "heartbeat_s", "prefetch", "n_critic", "critic_steps", "columns", "needles",
 }  # fmt: skip
 TINY_REQUEST = {
     "sample": {"num_samples": 2, "max_tokens": 3, "steps": 2, "sweeps": 2},

@@ -298,16 +298,18 @@ def _is_dimension(x) -> bool:
 def _muon_dimensions(axes: tuple):
     """The input and output axes of a hidden matrix; None for parameters that Muon leaves to Adam.
 
-    A hidden matrix has the residual stream ("embed") on one side and all other axes on the other.
+    A hidden matrix has the residual stream ("embed") on one side, or else the inside of a mixer
+    ("inner"), and all other axes on the other.
     """
     inner = [i for i, a in enumerate(axes) if a not in _BATCH_AXES]
     names = [axes[i] for i in inner]
-    if len(inner) < 2 or {"vocabulary", None} & set(names) or names.count("embed") != 1:
+    stream = "embed" if "embed" in names else "inner"
+    if len(inner) < 2 or {"vocabulary", None} & set(names) or names.count(stream) != 1:
         return None
-    embed = [i for i in inner if axes[i] == "embed"]
-    other = [i for i in inner if axes[i] != "embed"]
-    if names[0] == "embed":
-        return optax.contrib.MuonDimensionNumbers(tuple(embed), tuple(other))
-    if names[-1] == "embed":
-        return optax.contrib.MuonDimensionNumbers(tuple(other), tuple(embed))
+    one = tuple(i for i in inner if axes[i] == stream)
+    other = tuple(i for i in inner if axes[i] != stream)
+    if names[0] == stream:
+        return optax.contrib.MuonDimensionNumbers(one, other)
+    if names[-1] == stream:
+        return optax.contrib.MuonDimensionNumbers(other, one)
     return None

@@ -12,6 +12,7 @@ from genai_jax.training.optimizer import (
     OPTIMIZERS,
     SCHEDULES,
     OptimizerConfig,
+    _muon_dimensions,
     learning_rate_schedule,
     make_optimizer,
 )
@@ -154,3 +155,20 @@ def test_clipping_bounds_the_update():
         jax.tree.map(lambda x: 100 * x, PARAMS), optimizer.init(PARAMS), PARAMS
     )
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "sides"),
+    [
+        (("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
+        (("layers", "mlp", "embed"), ((1,), (2,))),
+        (("layers", "embed", "inner"), ((1,), (2,))),
+        (("layers", "inner", "heads", "head_dim"), ((1,), (2, 3))),
+        (("vocabulary", "embed"), None),
+        (("layers", None, "mlp"), None),
+        (("layers", "embed"), None),
+    ],
+)
+def test_muon_sees_matrices_of_the_stream_and_inside_of_mixers(axes, sides):
+    found = _muon_dimensions(axes)
+    assert (None if found is None else tuple(found)) == sides

@@ -22,7 +22,7 @@ def lengths_of(text: str) -> list[int]:
       ValueError: text of another form.
     """
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isascii() and part.isdigit() and 0 < len(part) < 8 for part in parts):
+    if not all(part.isascii() and part.isdigit() and 0 < len(part) < 7 for part in parts):
         raise ValueError(f"needle_lengths={printable(text)} is not a list of numbers of tokens")
     return [int(part) for part in parts]
 

@@ -28,7 +28,7 @@ class Mlstm(Recurrent):
         (r"(in|gate)/kernel", ("embed", "mlp")),
         (r"convolution/kernel", (None, "mlp")),
         (r"convolution/bias", ("mlp",)),
-        (r"(query|key|value)/kernel", (None, "heads", "head_dim")),
+        (r"(query|key|value)/kernel", ("inner", "heads", "head_dim")),
         (r"(input_gate|forget_gate)/kernel", (None, "heads")),
         (r"(input_gate|forget_gate)/bias", ("heads",)),
         (r"read_norm/scale", ("head_dim",)),
