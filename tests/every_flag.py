@@ -26,6 +26,7 @@ from genai_jax import train
 from genai_jax.components import components_of, make_task, parse_run
 from genai_jax.config import ConfigError
 from genai_jax.tasks.registry import task_class
+from tests.every_flag_values import NUMBERS, WITH
 from tests.families import taken
 
 RECORD = pathlib.Path(__file__).parent / "golden" / "every_flag.json"
@@ -151,85 +152,6 @@ BASES = {
 }  # fmt: skip
 # Components that say where and how long a run is, or that only sampling uses.
 ELSEWHERE = {"run", "checkpoint", "distributed", "mesh", "population", "profile", "sampler"}
-# Numbers are flags of every family, too many to go through: what is off by default, and these.
-NUMBERS = {
-    "unet.embed_dim": "8",
-    "autoencoder_loss.discriminator_start": "1",
-    "moe.group_size": "8",
-    "language_model.vocab_size": "300",
-    "data.fim_rate": "0.5",
-    "language_model.ahead": "2",
-    "moe.balance_rate": "0.01",
-    "transformer.expand": "1.5",
-    "transformer.state_dim": "4",
-    "transformer.conv_width": "3",
-    "transformer.latent_dim": "8",
-    "transformer.rotary_dim": "4",
-    "masked.vocab_size": "300",
-    "masked.span_length": "3",
-    "discrete_diffusion.vocab_size": "300",
-    "sequence_to_sequence.vocab_size": "400",
-    "sequence_to_sequence.mask_rate": "0.3",
-    "sequence_to_sequence.span_length": "2",
-    "sequence_to_sequence.sentinels": "20",
-    "sequence_to_sequence.target_length": "24",
-    "transformer.rope_factor": "2",
-    "transformer.rope_length": "8",
-    "transformer.relative_buckets": "8",
-    "transformer.relative_distance": "40",
-    "transformer.window": "3",
-    "transformer.sinks": "2",
-    "transformer.dilation": "2",
-    "transformer.block_size": "4",
-    "transformer.near_blocks": "0",
-    "transformer.block_stride": "2",
-    "data.held_out_length": "24",
-    "sequence_to_sequence.latents": "3",
-    "transformer.num_kv_heads": "1",
-    "word_vectors.negatives": "2",
-    "word_vectors.noise_power": "0.5",
-    "word_vectors.subsample": "0",
-    "word_vectors.x_max": "10",
-    "word_vectors.alpha": "0.5",
-    "word_vectors.window": "2",
-    "data.max_words": "100",
-}
-WITH = {  # what a flag, or one value of it, needs
-    "transformer.base_width": "transformer.parametrization=maximal_update transformer.head_dim=8 "
-    "transformer.embed_dim=8",
-    "transformer.base_head_dim": "transformer.parametrization=maximal_update "
-    "transformer.base_width=8",
-    "transformer.parametrization": "transformer.base_width=8 transformer.head_dim=8",
-    "transformer.rope_scaling=linear": "transformer.rope_factor=2",
-    "transformer.rope_scaling=ntk": "transformer.rope_factor=2",
-    "transformer.rope_scaling=yarn": "transformer.rope_factor=2 transformer.rope_length=8",
-    "transformer.rope_scaling=llama3": "transformer.rope_factor=2 transformer.rope_length=8",
-    "transformer.rope_factor": "transformer.rope_scaling=linear",
-    "transformer.rope_length": "transformer.rope_factor=2 transformer.rope_scaling=yarn",
-    "transformer.sinks": "transformer.window=3",
-    "transformer.dilation": "transformer.pattern=attention,dilated_attention",
-    "transformer.block_size": "transformer.pattern=attention,block_sparse_attention",
-    "transformer.near_blocks": "transformer.pattern=attention,block_sparse_attention",
-    "transformer.block_stride": "transformer.pattern=attention,block_sparse_attention",
-    "transformer.relative_buckets": "transformer.positions=relative_buckets",
-    "transformer.relative_distance": "transformer.positions=relative_buckets",
-    "sequence_to_sequence.sentence_permutation": "sequence_to_sequence.objective=denoising",
-    "data.fim_level": "data.fim_rate=0.5",
-    "data.fim_suffix_first": "data.fim_rate=0.5",
-    "moe.group_size": "moe.capacity_factor=1.5",
-    "moe.renormalize": "moe.experts_per_token=1",
-    "ema.snapshot_every": "ema.relative_width=0.1",
-    "sample.count": "sample.every=2",
-    "gan.fade_steps": "gan.grow_from=x",
-    "gan.path_length_every": "gan.path_length=0.5",
-    "gan.r1_every": "gan.r1=0.5",
-    "augmentation.ramp_images": "augmentation.target=0.5 augmentation.kinds=flip",
-    "augmentation.target": "augmentation.kinds=flip",
-    "augmentation.probability": "augmentation.kinds=flip",
-    "data.captions": "diffusion.condition=text",
-    "word_vectors.x_max": "word_vectors.objective=glove",
-    "word_vectors.alpha": "word_vectors.objective=glove",
-}
 LARGE = ("transformer.mlp_dim", "transformer.head_dim", "data.num_frames")
 
 

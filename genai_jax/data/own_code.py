@@ -13,7 +13,8 @@ from genai_jax.outside import check_call, is_outside, load_outside
 FILES = ("text", "images", "hf", "webdataset", "pairs")  # read from a path, as in text:PATH
 # No functions.
 KINDS = (
-    *FILES, "addition", "modular_addition", "modular_division", "repeats", "number_names"
+    *FILES, "addition", "modular_addition", "modular_division", "repeats", "needles",
+    "number_names",
 )  # fmt: skip
 SPLITS = ("train", "validation")
 

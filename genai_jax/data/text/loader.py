@@ -12,23 +12,14 @@ from genai_jax.config import ConfigError, field
 from genai_jax.data.kept import MOST_BYTES, Keeper, KeptData
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
-from genai_jax.data.text.byte_counts import closed
 from genai_jax.data.text.fill_in_middle import COUNT, FillInMiddle, Sentinels
 from genai_jax.data.text.packing import Batch, Packer
-from genai_jax.data.text.passages import Passages
-from genai_jax.data.text.sources import (
-    MemorySource,
-    Source,
-    encode_document,
-    open_source,
-    unused_flags,
-)
+from genai_jax.data.text.sources import MemorySource, Source, open_source, unused_flags
 from genai_jax.data.text.tokenization import load_tokenizer
+from genai_jax.data.text.tokenized import TokenizedSource
 
 if TYPE_CHECKING:
     from genai_jax.data.prefetch import BatchIterator
-
-_CACHED_BYTES = 64 * 2**20  # token ids of a source up to this size are cached, 4 bytes per token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +228,7 @@ class TextLoader:
         rewrite = self._rewrite and self._rewrite(split)
         return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite)
 
-    def _unique(self, documents: "TokenizedSource") -> Sequence[int]:
+    def _unique(self, documents: TokenizedSource) -> Sequence[int]:
         """Indices of the passages to train on; those for fewer unique tokens are a subset.
 
         Raises:
@@ -342,7 +333,7 @@ class TextLoader:
             keeper.leave_out("validation", source.size_bytes)
         keeper.finish()
 
-    def _open(self, split: str) -> "TokenizedSource":
+    def _open(self, split: str) -> TokenizedSource:
         if split not in self._documents:
             kept = self._kept.documents(split) if self._kept else None
             read = lambda: self._source(split)
@@ -357,7 +348,7 @@ class TextLoader:
         passages = self.config.passage_characters if split == "train" else 0
         return TokenizedSource(source, self.tokenizer, passages)
 
-    def _evaluation_length(self, documents: "TokenizedSource", row: int, limit: int) -> int:
+    def _evaluation_length(self, documents: TokenizedSource, row: int, limit: int) -> int:
         """Number of evaluation batches in which `row` has tokens, at most `limit`; -1: no limit."""
         length = self.config.scored_length
         tokens = 0
@@ -369,38 +360,3 @@ class TextLoader:
             if 0 <= limit * length <= tokens:
                 return limit
         return -(-tokens // length)
-
-
-class TokenizedSource:
-    """The passages of a source as int32 ids: a boundary before each, and after a document's end.
-
-    If the bytes of a token depend on the text, they are a second column; what a document has and
-    none of its tokens stands for belongs to its end.
-    """
-
-    def __init__(self, source: Source, tokenizer, passage_length: int = 0):
-        self.source = source
-        self._tokenizer, self.sizes = tokenizer, tokenizer.token_bytes() is None
-        small = source.size_bytes is not None and source.size_bytes <= _CACHED_BYTES
-        self._cache: dict[int, np.ndarray] | None = {} if small else None
-        # Cutting needs the documents' lengths, known only for sources in memory.
-        self._passages = Passages(source, passage_length if source.size_bytes is not None else 0)
-
-    def __len__(self) -> int:
-        return len(self._passages)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        boundary = self._tokenizer.boundary_id
-        text, ends = self._passages[index]
-        around = (1, int(ends))
-        if not self.sizes:
-            ids = np.pad(self._tokenizer.encode(text), around, constant_values=boundary)
-        else:
-            ids, sizes = self._tokenizer.encode_with_sizes(text)
-            ids, sizes = np.pad(ids, around, constant_values=boundary), np.pad(sizes, around)
-            ids = np.stack([ids, closed(sizes, len(encode_document(text)))], 1)
-        if self._cache is not None:
-            self._cache[index] = ids
-        return ids

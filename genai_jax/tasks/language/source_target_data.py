@@ -107,8 +107,9 @@ class SourceTargetData(TextData):
         stops[self.tokenizer.boundary_id] = True
         return stops
 
-    @property
-    def batch_spec(self) -> dict[str, ArraySpec]:
+    def _spec(self, length: int) -> dict[str, ArraySpec]:
+        """The entries of a batch, the same for training and held-out data."""
+        del length
         rows = self.config.batch_size
         dtypes = dict.fromkeys(ENTRIES, jnp.int32) | {"loss_mask": jnp.float32}
         if self.has_sizes:
