@@ -17,6 +17,9 @@ from genai_jax.scaling.study.pairing import LEVEL, RESAMPLES, Difference
 from genai_jax.scaling.study.settings import names
 
 
+COLORS = 10  # of lines in matplotlib's default cycle
+
+
 def main_section(scored, rates, differences, references, missing, config) -> Section:
     rows, numbers, notes = [], {}, config.parsed_notes()
     also, members = names(config.also), scored | references
@@ -175,9 +178,10 @@ def _rates_figure(rows: Sequence[tuple], label: str):
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row[0] for row in rows):
+    for i, name in enumerate(dict.fromkeys(row[0] for row in rows)):
         own = [row for row in rows if row[0] == name and math.isfinite(row[2])]
-        axes.plot([row[1] for row in own], [row[2] for row in own], marker="o", label=name)
+        marker = "osv^D"[i // COLORS % 5]  # the colors come again
+        axes.plot([row[1] for row in own], [row[2] for row in own], marker=marker, label=name)
     axes.set(xlabel="learning rate", ylabel=label)
     log_axes(axes, "x")
     axes.grid(alpha=0.3)
