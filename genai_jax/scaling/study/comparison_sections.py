@@ -16,7 +16,6 @@ from genai_jax.scaling.study.groups import label_of, learning_rate, seed
 from genai_jax.scaling.study.pairing import LEVEL, RESAMPLES, Difference
 from genai_jax.scaling.study.settings import names
 
-
 COLORS = 10  # of lines in matplotlib's default cycle
 
 
