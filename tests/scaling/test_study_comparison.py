@@ -102,6 +102,24 @@ def test_references_are_listed_without_a_match(runs):
     assert any("Not matched" in text and "counts2, counts3" in text for text in both.paragraphs)
 
 
+def test_another_metric_may_choose_the_rate(runs):
+    """By a score that falls with the rate, the other of the two is chosen."""
+
+    def scored(run):
+        result, rate = score(run), run.config.optimizer.learning_rate
+        rows = [row | {"eval/other": rate} for row in result.rows]
+        return result._replace(rows=rows)
+
+    config = settings(selection_metric="eval/other")
+    finished = {run.name: [scored(run)] for run in comparison.needed(runs, {}, config)}
+    second = comparison.needed(runs, finished, config)
+    more = [run for run in second if run.name not in finished]
+    assert {run.config.optimizer.learning_rate for run in more} == {1e-3}
+    found = comparison.analyze([scored(run) for run in second], config)
+    assert found[0].numbers["plain/learning_rate"] == 1e-3
+    assert found[2].tables[0].columns[2] == "eval/other"
+
+
 @pytest.mark.parametrize(
     ("references", "words"), [("other", "no architecture of the study"), ("pl*", "baseline=plain")]
 )

@@ -26,6 +26,9 @@ class ComparisonConfig(StudyConfig):
         True, "Whether all runs must have the same --data.* flags and see equally many tokens or "
         "examples; turn it off if tasks read the same data in different forms."
     )  # fmt: skip
+    selection_metric: str | None = field(
+        None, "Metric that chooses the learning rate, lower is better; --study.metric if unset."
+    )
     selection_seed: int = field(
         0, "Seed whose runs choose the learning rate and are then not scored."
     )
@@ -41,6 +44,11 @@ class ComparisonConfig(StudyConfig):
     )  # fmt: skip
     also: str = field("", "Additional metrics to show in the table, comma-separated.")
     notes: str = field("", "Notes for the table, as architecture: text; architecture: text.")
+
+    @property
+    def selects_by(self) -> str:
+        """The metric that chooses the learning rate."""
+        return self.selection_metric or self.metric
 
     def split(
         self, architectures: Mapping[str, list[T]], *, missing_ok: bool = False

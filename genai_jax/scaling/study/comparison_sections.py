@@ -127,25 +127,25 @@ def matching_section(scored, config) -> Section:
 
 def rates_section(architectures, rates, config) -> Section:
     """Every learning rate that was tried with the selection seed."""
-    rows, edges = [], []
+    rows, edges, metric = [], [], config.selects_by
     for name, members in architectures.items():
         tried = [r for r in members if seed(r) == config.selection_seed]
         if len({learning_rate(r) for r in tried}) < 2:
             continue
         ordered = sorted(tried, key=learning_rate)
-        edges.append((name, edge((learning_rate(r), r.final(config.metric)) for r in ordered)))
+        edges.append((name, edge((learning_rate(r), r.final(metric)) for r in ordered)))
         for r in ordered:
             mark = "chosen" if learning_rate(r) == rates[name] else None
-            rows.append((name, learning_rate(r), r.final(config.metric), mark))
+            rows.append((name, learning_rate(r), r.final(metric), mark))
     if not rows:
         return Section("Learning rates", ["Every architecture has a single learning rate."])
     paragraphs = [
         "Each architecture uses the learning rate that is best with seed "
         f"{config.selection_seed} at the same budget; that seed is not part of the scores above.",
-        *sentences("learning rate", edges, f"best {config.metric}"),
+        *sentences("learning rate", edges, f"best {metric}"),
     ]
-    columns = ("architecture", "learning rate", config.metric, "")
-    label = label_of(architectures[config.baseline][0], config.metric)
+    columns = ("architecture", "learning rate", metric, "")
+    label = label_of(architectures[config.baseline][0], metric)
     figures = {"learning_rates": _rates_figure(rows, label)}
     return Section("Learning rates", paragraphs, [Table("learning_rates", columns, rows)], figures)
 

@@ -28,15 +28,15 @@ class Difference(NamedTuple):
 
 
 def chosen_rate(results: Sequence[Result], config: ComparisonConfig) -> float:
-    """The learning rate with the best score among the results with the selection seed."""
+    """The learning rate that the results with the selection seed choose."""
     tried = [r for r in results if seed(r) == config.selection_seed]
     if not tried:
         raise ConfigError(
             f"{group_of(results[0])} has no finished run with "
             f"--study.selection_seed={config.selection_seed}, which chooses its learning rate"
         )
-    best = min(tried, key=lambda r: r.final(config.metric))
-    if not math.isfinite(best.final(config.metric)):
+    best = min(tried, key=lambda r: r.final(config.selects_by))
+    if not math.isfinite(best.final(config.selects_by)):
         raise ConfigError(
             f"{group_of(best)} diverged at every learning rate: "
             f"{', '.join(f'{learning_rate(r):g}' for r in tried)}"
