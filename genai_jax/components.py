@@ -15,9 +15,9 @@ from genai_jax.config import (
     last_value,
     name_flags,
     parse,
-    plain_type,
 )
 from genai_jax.flagfiles import expand_flagfiles
+from genai_jax.moved_flags import flag_at_use, moved_flag
 from genai_jax.outside import allow, is_allowed, is_outside
 from genai_jax.outside_flags import named_code, own_components
 from genai_jax.requests import EvaluateRequest, SampleRequest
@@ -219,6 +219,9 @@ def _move(config: Config, component: str, moved: dict[str, Any]) -> Config:
     if "dataset" in places and hasattr(config.data, "of"):
         data = config.data.of(moved["dataset"])
         config = dataclasses.replace(config, components={**config.components, "data": data})
+    for name, others in getattr(config.components[component], "resets", {}).items():
+        if name in moved:
+            moved = dict.fromkeys(others) | moved
     try:
         config = config.replace(component, **moved)
     except ValueError as error:
@@ -235,41 +238,15 @@ def request_components(cls: type, kind: str) -> dict[str, type]:
     names = MOVABLE
     if kind == "evaluate_request" and set(OF_OTHER_TEXT) <= set(fields):
         names += OF_OTHER_TEXT
-    movable = {"data": [(n, *_moved(fields[n], kind)) for n in names if n in fields]}
+    movable = {"data": [(n, *moved_flag(fields[n], kind)) for n in names if n in fields]}
     for component, other in cls.components.items():
         for f in dataclasses.fields(other):
             if kind.removesuffix("_request") in f.metadata.get("at_use", ()):
-                movable.setdefault(component, []).append((f.name, *_at_use(f)))
+                movable.setdefault(component, []).append((f.name, *flag_at_use(f)))
     for component, declared in movable.items():
         if declared:
             components[component] = dataclasses.make_dataclass("Moved", declared, frozen=True)
     return components
-
-
-def _at_use(f: dataclasses.Field) -> tuple[Any, Any]:
-    """Type and declaration of a flag that replaces a value for one use of a trained run."""
-    limits = {n: f.metadata[n] for n in ("choices", "minimum", "maximum")}
-    declared = field(
-        None, f"Instead of the run's: {f.metadata['help']} If unset, the run's is used.", **limits
-    )
-    return plain_type(f.type) | None, declared
-
-
-def _moved(f: dataclasses.Field, request: str) -> tuple[Any, Any]:
-    """Type and declaration of the flag of a request that overrides a field."""
-    kind, path = plain_type(f.type) | None, f.metadata["path"]
-    if f.name == "dataset" and request == "evaluate_request":
-        moved = field(None, "The run's data set, if it moved, or another one to score.", path=path)
-    elif f.name == "validation_percent":
-        moved = field(
-            None,
-            "Percentage of the documents of --data.dataset to score; 100 for all.",
-            minimum=1,
-            maximum=100,
-        )
-    else:
-        moved = field(None, f"What to use instead of the run's --data.{f.name}.", path=path)
-    return kind, moved
 
 
 @contextlib.contextmanager

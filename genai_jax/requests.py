@@ -7,6 +7,8 @@ A task adds its own flags in a subclass, which its attributes `sample_request` a
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from genai_jax.config import ConfigError, field
@@ -103,16 +105,20 @@ class EvaluateRequest(ExactEvaluateRequest):
     seed: int = field(0, "Random seed for metrics that involve randomness.", minimum=0)
 
 
-def distinguishing(request: SampleRequest, step: int) -> str:
+def distinguishing(
+    request: SampleRequest, step: int, changed: Mapping[str, Any] = MappingProxyType({})
+) -> str:
     """The part of a file's name that differs between requests: the step and the flags that are set.
 
-    What a name cannot hold, or more than 100 characters, is replaced by a hash.
+    What a name cannot hold, or more than 100 characters, is replaced by a hash. `changed` are the
+    flags of the run that have another value here, by name.
     """
     parts = [f"step-{step}"]
     for f in dataclasses.fields(request):
         value = getattr(request, f.name)
         if f.name not in NAMED_OTHERWISE and value != f.default:
             parts.append(f"{f.name}-{value}")
+    parts += [f"{name}-{value}" for name, value in changed.items()]
     text = "_".join(["", *parts])
     plain = re.sub(r"[^\w.,=-]+", "-", text)
     if plain == text and len(text) <= 100:
@@ -120,9 +126,14 @@ def distinguishing(request: SampleRequest, step: int) -> str:
     return f"{plain[:100]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def origin_of(request: RunRequest, step: int) -> Origin:
-    """What the files of samples record about the request that they answer."""
+def origin_of(
+    request: RunRequest, step: int, changed: Mapping[str, Any] = MappingProxyType({})
+) -> Origin:
+    """What the files of samples record about the request that they answer.
+
+    changed: the flags of the run that have another value here, by name.
+    """
     values = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
     left_out = ("workdir", "output", "checkpoint_step", "task", "code")
     settings = {n: x for n, x in values.items() if x is not None and n not in left_out}
-    return Origin(step, settings, distinguishing(request, step))
+    return Origin(step, settings | dict(changed), distinguishing(request, step, changed))

@@ -147,7 +147,7 @@ class Run(Inspection):
         quiet = without_orbax_messages()
         with mesh_context(model.mesh), tells_how_to_move(self.config), quiet:
             sampled = self.task.sample(self._materialized, model.mutables, request)
-        return with_origin(sampled, origin_of(request, model.step))
+        return with_origin(sampled, origin_of(request, model.step, self._changed))
 
     def write(self, sampled: Sampled, output: str = "") -> list[str]:
         """Writes what `sampled` returned, by default to the workdir; returns the command's lines.
@@ -194,7 +194,7 @@ class Run(Inspection):
             if isinstance(self.task, Reports):
                 params = self._materialized
                 result |= self.task.report(params, model.mutables, self._batches, request)
-        places = self._moved.keys() & {f"data.{name}" for name in PLACES}
+        places = self._moved.keys() - self._changed.keys()
         result |= other_data(self.task, self.config) if places and is_main() else {}
         broken = [n for n, x in result.items() if isinstance(x, float) and not math.isfinite(x)]
         if broken:
@@ -207,8 +207,7 @@ class Run(Inspection):
         named = {} if data is None else {"dataset": data}
         unit = {"loss_unit": self.task.loss_unit} if "loss" in result else {}
         where = {"step": model.step, "ema": model.ema, **named, "split": "validation"}
-        asked = {n: x for n, x in self._moved.items() if n not in places}
-        asked |= request.changing_scores()
+        asked = self._changed | request.changing_scores()
         return {**where, **unit, **({"flags": asked} if asked else {}), **result}
 
     # What only Python asks.
@@ -254,6 +253,12 @@ class Run(Inspection):
             if "data.dataset" not in self._moved:
                 raise
             raise ConfigError(f"{error}; --data.validation_percent=100 scores all of it") from None
+
+    @property
+    def _changed(self) -> dict[str, Any]:
+        """The flags of the run that have another value here, besides where the data are."""
+        places = {f"data.{name}" for name in PLACES}
+        return {name: x for name, x in self._moved.items() if name not in places}
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:

@@ -16,11 +16,11 @@ def main(argv: Sequence[str]) -> int:
     request = flags.run
     check_suffix(request.output, request.suffixes)
     prepare_output(request.output)
-    from genai_jax.runs import Run
+    from genai_jax.runs import Run, moved
     from genai_jax.training.distributed import join_processes
 
     with join_processes(flags.distributed):
-        opened = Run(config, request)
+        opened = Run(config, request, moved(flags))
         for line in opened.write(opened.answer(request), request.output):
             print(line)
     return 0

@@ -59,13 +59,20 @@ def test_a_window_of_the_whole_row_changes_nothing_and_a_shorter_one_does(workdi
     narrow = genai_jax.load(workdir, flags={"transformer.window": 2}).evaluate()
     assert abs(narrow["loss"] - plain["loss"]) > 1e-4
     assert narrow["flags"] == {"transformer.window": 2} and "flags" not in plain
-    flags = {"transformer.window": LONG, "transformer.sinks": 4}
-    assert genai_jax.load(workdir, flags=flags).evaluate()["loss"] == pytest.approx(plain["loss"])
+    sunk = genai_jax.load(workdir, flags={"transformer.window": 2, "transformer.sinks": 4})
+    assert abs(sunk.evaluate()["loss"] - narrow["loss"]) > 1e-4
+    alone, both = (
+        run.sample(prompt="the cat", temperature=0.0, max_tokens=30, num_samples=1)
+        for run in (genai_jax.load(workdir, flags={"transformer.window": 2}), sunk)
+    )
+    assert alone != both
 
 
 def test_the_commands_take_what_may_differ(workdir):
     flags = {"transformer.rope_scaling": "ntk", "transformer.rope_factor": 4.0}
-    assert genai_jax.load(workdir, flags=flags).evaluate()["flags"] == flags
+    scaled = genai_jax.load(workdir, flags=flags)
+    assert scaled.evaluate()["flags"] == flags
+    assert scaled.sampled(max_tokens=2, num_samples=1).origin.settings.items() >= flags.items()
     out, _ = run("sample", f"--workdir={workdir}", "--transformer.window=4", "--max_tokens=12",
                  "--transformer.sinks=2", "--num_samples=1")  # fmt: skip
     assert out

@@ -35,6 +35,7 @@ LAYERS = (
     ("genai_jax.losses", 3),
     ("genai_jax.training", 4),
     ("genai_jax.components", 5),
+    ("genai_jax.moved_flags", 5),
     ("genai_jax.outside_flags", 5),
     ("genai_jax.keyword_flags", 6),
     ("genai_jax.other_data", 6),

@@ -12,7 +12,7 @@ import optax
 
 from genai_jax.config import Config, ConfigError, field
 from genai_jax.outside import check_call, load_outside, outside_name
-from genai_jax.training.parametrization import learning_rate_factor
+from genai_jax.training.parametrization import STREAMS, learning_rate_factor
 from genai_jax.training.sharding import logical_axes
 from genai_jax.training.trees import path_name
 
@@ -298,12 +298,12 @@ def _is_dimension(x) -> bool:
 def _muon_dimensions(axes: tuple):
     """The input and output axes of a hidden matrix; None for parameters that Muon leaves to Adam.
 
-    A hidden matrix has the residual stream ("embed") on one side, or else the inside of a mixer
-    ("inner"), and all other axes on the other.
+    A hidden matrix has the residual stream ("embed") on one side, or else the inside of a mixer,
+    and all other axes on the other.
     """
     inner = [i for i, a in enumerate(axes) if a not in _BATCH_AXES]
     names = [axes[i] for i in inner]
-    stream = "embed" if "embed" in names else "inner"
+    stream = next((axis for axis in STREAMS if axis in names), None)
     if len(inner) < 2 or {"vocabulary", None} & set(names) or names.count(stream) != 1:
         return None
     one = tuple(i for i in inner if axes[i] == stream)

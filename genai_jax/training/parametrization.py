@@ -30,15 +30,17 @@ from genai_jax.config import ConfigError
 
 RULES = ("sgd", "adam", "muon")
 STACKED = ("layers", "experts")  # axes that stack many parameters in one array
-_WIDTHS = ("embed", "heads", "kv_heads", "head_dim", "mlp")
+_WIDTHS = ("embed", "heads", "kv_heads", "head_dim", "mlp", "inner", "latent")
+STREAMS = ("embed", "inner", "latent")  # what hidden matrices read or write
 _COUNTS = ("vocabulary", None)  # axes that do not grow with the width of the network
 
 
 def fans(axes: tuple) -> tuple[tuple, tuple]:
     """The input axes of a parameter, which it contracts, and its output axes.
 
-    A matrix has the residual stream ("embed") on one side and its input axes first. The input axis
-    of an embedding is the vocabulary; a scale or bias has no input axes.
+    A matrix has the residual stream ("embed"), or else the inside of a mixer ("inner", "latent"),
+    on one side and its input axes first. The input axis of an embedding is the vocabulary; a scale
+    or bias has no input axes.
 
     Args:
       axes: logical axes of a parameter, as the sharding table names them.
@@ -51,9 +53,10 @@ def fans(axes: tuple) -> tuple[tuple, tuple]:
         raise ConfigError(
             f"maximal-update parametrization has no rule for a parameter with axes {axes}"
         )
-    if len(inner) < 2 or "embed" not in inner:
+    stream = next((axis for axis in STREAMS if axis in inner), None)
+    if len(inner) < 2 or stream is None:
         return (), inner
-    if inner[-1] == "embed":
+    if inner[-1] == stream:
         return inner[:-1], inner[-1:]
     return inner[:1], inner[1:]
 

@@ -179,10 +179,12 @@ def test_wider_heads_have_scores_of_one_over_head_dim():
     shape = TransformerConfig(num_heads=4, embed_dim=64, parametrization="maximal_update",
                               base_width=16, base_head_dim=4)  # fmt: skip
     assert shape.head_width == 16 and shape.attention_scale == 4**0.5 / 16
-    assert shape.growth == {"embed": 4, "mlp": 4, "heads": 1, "kv_heads": 1, "head_dim": 4}
+    heads = {"heads": 1, "kv_heads": 1, "head_dim": 4, "latent": 4}
+    assert shape.growth == {"embed": 4, "mlp": 4, "inner": 4, **heads}
     more = dataclasses.replace(SHAPE, **MORE_HEADS)
     assert more.attention_scale is None
-    assert more.growth == {"embed": 2, "mlp": 2, "heads": 2, "kv_heads": 2, "head_dim": 1}
+    heads = {"heads": 2, "kv_heads": 2, "head_dim": 1, "latent": 1}
+    assert more.growth == {"embed": 2, "mlp": 2, "inner": 2, **heads}
     # In decoding as in training: queries and keys are normalized, so the scale alone differs.
     model = Transformer(dataclasses.replace(SHAPE, **WIDER_HEADS), 11)
     variables = {"params": fresh()[1]}

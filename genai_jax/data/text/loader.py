@@ -226,7 +226,8 @@ class TextLoader:
         sizes = self.tokenizer.token_bytes() is None
         added = COUNT if rearrange else 0
         rewrite = self._rewrite and self._rewrite(split)
-        return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite)
+        flag = "sequence_length" if length == config.sequence_length else "held_out_length"
+        return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite, flag)
 
     def _unique(self, documents: TokenizedSource) -> Sequence[int]:
         """Indices of the passages to train on; those for fewer unique tokens are a subset.

@@ -44,7 +44,8 @@ def words(rng: np.random.Generator, characters: int) -> str:
 def documents(characters: int) -> list[str]:
     """20,000 texts of random words, each with a fact in it and the same fact at its end.
 
-    A text has between a quarter of `characters` of them and all. They are the same every time.
+    The words of a text have between a quarter of `characters` and all of them. The texts are the
+    same every time.
     """
     if not 100 <= characters <= 100_000:
         raise ConfigError(

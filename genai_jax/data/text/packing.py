@@ -46,7 +46,9 @@ class Packer:
         rearrange: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
         added: int = 0,
         rewrite: Callable[[dict[str, np.ndarray], tuple[int, int, int]], Batch] | None = None,
+        flag: str = "sequence_length",
     ):
+        self._flag = flag
         self._rewrite = rewrite
         self._rearrange, self._added = rearrange, added
         self._get_document = get_document
@@ -126,7 +128,7 @@ class Packer:
                     return
                 raise ConfigError(
                     f"a question with its answer has {remaining} tokens and does not fit into "
-                    f"--data.sequence_length={self._length}"
+                    f"--data.{self._flag}={self._length}"
                 )
             room = self._length - start - self._added
             taken = document[offset : offset + size + 1]

@@ -11,13 +11,17 @@ from genai_jax.networks.layers.dense import activate
 
 
 class Chosen(NamedTuple):
-    """The tokens of each expert: places in a row [batch, experts, capacity], and their weights.
+    """The tokens of each expert.
 
-    A weight is 0 where a row has too few tokens for the capacity.
+    Attributes:
+      place: of the tokens in their row, [batch, experts, capacity].
+      weight: of what the expert computes, of the same shape; 0 where a row has too few tokens.
+      probability: scores of the tokens that sum to 1 over experts, [batch, length, experts].
     """
 
     place: jax.Array
     weight: jax.Array
+    probability: jax.Array
 
 
 def choose(logits: jax.Array, real: jax.Array, config: MoeConfig) -> Chosen:
@@ -32,18 +36,21 @@ def choose(logits: jax.Array, real: jax.Array, config: MoeConfig) -> Chosen:
       real: [batch, length] bool; padding is never chosen, and does not raise what an expert takes.
       config: number of experts, and how logits become scores.
     """
-    length, share = logits.shape[1], config.experts_per_token / config.num_experts
-    score = jax.nn.softmax(logits) if config.score == "softmax" else jax.nn.sigmoid(logits)
+    if config.score == "softmax":
+        probability = score = jax.nn.softmax(logits)
+    else:
+        score = jax.nn.sigmoid(logits)
+        probability = score / jnp.sum(score, -1, keepdims=True)
     preference = jnp.where(real[..., None], jax.lax.stop_gradient(score), -1.0)
-    capacity = _taken(length, config)
+    capacity = _taken(logits.shape[1], config)
     place = jax.lax.top_k(jnp.swapaxes(preference, 1, 2), capacity)[1]
     weight = jnp.take_along_axis(jnp.swapaxes(score, 1, 2), place, 2)
-    count = jnp.sum(real, 1)
-    taken = jnp.ceil(count * share - 1e-6)[:, None, None]
-    return Chosen(place, jnp.where(jnp.arange(capacity) < taken, weight, 0.0))
+    taken = _taken(jnp.sum(real, 1, dtype=jnp.int32), config)[:, None, None]
+    return Chosen(place, jnp.where(jnp.arange(capacity) < taken, weight, 0.0), probability)
 
 
-def _taken(tokens: int, config: MoeConfig) -> int:
+def _taken(tokens, config: MoeConfig):
+    """Tokens that an expert takes of so many: an integer, or an array of them."""
     return -(-tokens * config.experts_per_token // config.num_experts)
 
 
@@ -65,6 +72,6 @@ def apply_chosen(
     up = by_expert(rows, kernels["up"])
     gate = by_expert(rows, kernels["gate"]) if "gate" in kernels else None
     out = by_expert(activate(up, gate, activation), kernels["down"])
-    out = (out * chosen.weight[..., None].astype(out.dtype)).reshape(batch, -1, width)
-    add = lambda place, out: jnp.zeros((length, width), out.dtype).at[place].add(out)
-    return jax.vmap(add)(flat[..., 0], out)
+    weighted = (out.astype(jnp.float32) * chosen.weight[..., None]).reshape(batch, -1, width)
+    add = lambda place, out: jnp.zeros((length, width), jnp.float32).at[place].add(out)
+    return jax.vmap(add)(flat[..., 0], weighted).astype(x.dtype)

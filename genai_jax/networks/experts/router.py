@@ -116,9 +116,17 @@ def router_sums(
 
 
 def chosen_sums(logits: jax.Array, chosen: Chosen, real: jax.Array) -> RouterSums:
-    """The same sums where experts choose their tokens: all of them are computed."""
-    load = jnp.sum(chosen.weight > 0, (0, 2), dtype=jnp.float32)
-    return _sums(logits, jax.nn.softmax(logits), real, load, jnp.sum(load))
+    """The same sums where experts choose their tokens.
+
+    What is not `computed` is the share of the tokens that no expert chose.
+    """
+    taken = chosen.weight > 0
+    load = jnp.sum(taken, (0, 2), dtype=jnp.float32)
+    mark = lambda place, taken: jnp.zeros(logits.shape[1], bool).at[place].max(taken)
+    reached = jax.vmap(mark)(*(a.reshape(len(a), -1) for a in (chosen.place, taken)))
+    tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1)
+    computed = jnp.sum(load) * jnp.sum(reached, dtype=jnp.float32) / tokens
+    return _sums(logits, chosen.probability, real, load, computed)
 
 
 def _sums(logits, probability, real, load, computed) -> RouterSums:

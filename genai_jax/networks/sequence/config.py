@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from genai_jax.config import field
 from genai_jax.networks.layers.dense import ACTIVATIONS, GATED, NORMS
@@ -31,6 +32,9 @@ AT_USE = ("sample", "evaluate")  # commands for which trained networks may be as
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shapes and choices of a transformer; the defaults are a small Llama-like model."""
+
+    # At use, a new value of a field resets those that belong to its old one.
+    resets: ClassVar = {"rope_scaling": ("rope_factor", "rope_length")}
 
     num_layers: int = field(4, "Number of blocks.", minimum=1)
     embed_dim: int = field(256, "Width of the residual stream.", minimum=1)
@@ -326,7 +330,9 @@ class TransformerConfig:
         width = self.embed_dim / self.base_width
         head = self.head_width / (self.base_head_dim or self.head_width)
         heads = {"heads": width / head, "kv_heads": width / head, "head_dim": head}
-        return {"embed": width, "mlp": width, **heads}
+        # The latents of latent attention are as wide as four heads, or as a flag says.
+        latent = 1.0 if self.latent_dim else head
+        return {"embed": width, "mlp": width, "inner": width, "latent": latent, **heads}
 
     @property
     def width_growth(self) -> float:

@@ -21,7 +21,7 @@ PARTITION_RULES = (*perceiver.PARTITION_RULES, *transformer.PARTITION_RULES)
 CONVENTION = (
     "6 x matmul parameters (head counted, input embedding not) x tokens of sources and targets + "
     "causal attention halved, that of the encoder and to the source not; as if one pair filled "
-    "each row; no rematerialization"
+    "each row; where latents read the source, the encoder counts them; no rematerialization"
 )
 
 
@@ -50,7 +50,7 @@ class EncoderDecoder(nn.Module):
         self.encoder = Transformer(shape, **shared, mask=kernels_pallas.Full())
         self.decoder = Transformer(self.config, **shared, cross=True)
         if self.latents:
-            once = dataclasses.replace(shape, num_layers=1)
+            once = dataclasses.replace(shape, num_layers=1, pattern=None)
             self.reader = LatentReader(once, self.latents, self.backend, self.dtype)
 
     def __call__(
@@ -148,7 +148,7 @@ def forward_flops(
     """FLOPs of a forward pass over one row: the encoder's attention and cross-attention in full."""
     shape, reading = dataclasses.replace(config, num_layers=encoder_layers), 0.0
     if latents:
-        once = dataclasses.replace(config, num_layers=1)
+        once = dataclasses.replace(config, num_layers=1, pattern=None)
         reading = latents * sum(CrossAttention.flops(once, source_length, latents).values())
         source_length = latents
     encoder = transformer_forward_flops(shape, vocab_size, source_length)

@@ -78,7 +78,10 @@ def mixer_inputs(
         )
     others = sorted({name for name in config.mixers if name != "attention"})
     if others:
-        raise ConfigError(f"the mixer {others[0]} has no attention weights")
+        raise ConfigError(
+            f"--transformer.pattern={config.pattern}: weights are computed of the mixer attention, "
+            f"not of {others[0]}"
+        )
     places = len(config.mixers)
     written = _captured(model, params, tokens)
     found = [_of_place(written["layers"], i, places) for i in range(places)]

@@ -20,10 +20,14 @@ class Dilated(kernels_pallas.Mask):
     step: int
     count: int | None = None
 
+    def __post_init__(self):
+        if self.step < 1 or (self.count or 0) < 0:
+            raise ValueError(f"{self}: step must be at least 1, and count not negative")
+
     def allowed(self, q_ids, k_ids):
         back = q_ids - k_ids
         seen = (back >= 0) & (back % self.step == 0)
-        return seen if self.count is None else seen & (back <= self.step * self.count)
+        return seen if self.count is None else seen & (back // self.step <= self.count)
 
     def key_range(self, q_start: int, q_stop: int, kv_length: int) -> tuple[int, int]:
         start = 0 if self.count is None else max(q_start - self.step * self.count, 0)
@@ -55,6 +59,10 @@ class BlockSparse(kernels_pallas.Mask):
     block: int
     near: int
     stride: int
+
+    def __post_init__(self):
+        if min(self.block, self.stride) < 1 or self.near < 0:
+            raise ValueError(f"{self}: block and stride must be at least 1, and near not negative")
 
     def allowed(self, q_ids, k_ids):
         q_block, k_block = q_ids // self.block, k_ids // self.block

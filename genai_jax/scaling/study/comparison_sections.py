@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from genai_jax.config import ConfigError
 from genai_jax.scaling.edges import edge, sentences
 from genai_jax.scaling.report_types import Section, Table
 from genai_jax.scaling.study.comparability import ComparisonConfig, matched
@@ -42,12 +43,12 @@ def main_section(scored, rates, differences, references, missing, config) -> Sec
                 f"{name}/difference_low": difference.low,
                 f"{name}/difference_high": difference.high,
             }
-        more = [float(np.mean([r.final(metric) for r in members[name]])) for metric in also]
+        others = [_mean(members[name], metric, name in references) for metric in also]
         rows.append(
             (
                 name, mean, _spread(values), len(values),
                 *(difference[:3] if difference else (None, None, None)),
-                _verdict(difference), *more, rates.get(name), notes.get(name),
+                _verdict(difference), *others, rates.get(name), notes.get(name),
             )
         )  # fmt: skip
     columns = (
@@ -77,6 +78,16 @@ def main_section(scored, rates, differences, references, missing, config) -> Sec
             "(--study.references).",
         )  # fmt: skip
     return Section("Comparison", [text, *more], [table], figures, numbers)
+
+
+def _mean(results, metric: str, is_reference: bool) -> float | None:
+    """Mean of a metric, which a reference may lack."""
+    try:
+        return float(np.mean([r.final(metric) for r in results]))
+    except ConfigError:
+        if is_reference:
+            return None
+        raise
 
 
 def _spread(values: np.ndarray) -> float | None:

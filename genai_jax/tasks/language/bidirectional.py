@@ -204,8 +204,9 @@ class BidirectionalModel(Task):
         return counted
 
     _flops_convention = (
-        "6 x matmul parameters (head counted, input embedding not) x tokens + attention to the "
-        "whole row, not halved; as if one document filled each row; no rematerialization"
+        "6 x matmul parameters (head counted, input embedding not; of experts those that a token "
+        "chooses) x tokens + attention to the whole row, not halved; as if one document filled "
+        "each row; no rematerialization"
     )
 
     def _forward_flops(self) -> dict[str, float]:

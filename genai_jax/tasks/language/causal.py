@@ -44,7 +44,7 @@ from genai_jax.tasks.language.ablation import (
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.evaluate_request import LanguageEvaluateRequest
-from genai_jax.tasks.language.needle import lengths_of, needle_scores
+from genai_jax.tasks.language.needle import check_needles, lengths_of, needle_scores
 from genai_jax.tasks.language.output import OutputConfig
 from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
@@ -210,6 +210,7 @@ class LanguageModel(Task):
 
     def scored(self, params: Params, request: LanguageEvaluateRequest) -> Params:
         """See `genai_jax.tasks.protocol.Task`."""
+        check_needles(self.data, lengths_of(request.needle_lengths), self.decoder().max_length)
         heads = heads_of(request.ablate)
         model = without_heads(params["model"], self.config.transformer, heads)
         return {**params, "model": model}
@@ -238,12 +239,10 @@ class LanguageModel(Task):
                 f"{describe_axis(SEQUENCE)}: needles are sought in whole rows (--needle_lengths)"
             )
         run = jax.jit(lambda p, b: self._scores(p, in_token_order(b, parallel)).correct)
-        shape = self.config.transformer
-        limit = shape.max_length if shape.positions == "learned" else None
-        lengths = lengths_of(request.needle_lengths)
         return needle_scores(
-            lambda batch: run(params, batch), self.data, lengths, request.needles or 20, limit
-        )
+            lambda batch: run(params, batch), self.data, lengths_of(request.needle_lengths),
+            request.needles or 20, self.decoder().max_length,
+        )  # fmt: skip
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:
         return summarize_text(reduced, self.data)

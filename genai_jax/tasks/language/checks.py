@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 import kernels_pallas
 from genai_jax.config import Config, ConfigError
+from genai_jax.networks.sequence.config import TransformerConfig
+from genai_jax.networks.sequence.mixers import ATTENTIONS, load_mixer
 
 
 def check_positions(config: Config):
@@ -26,7 +28,7 @@ def check_attention(
 
     Args:
       config: of the run.
-      mask: of the attention; causal if None.
+      mask: of the attention; those of the mixers if None.
       length: tokens of a row; as many as the data has if None.
     """
     shape, data, backend = config.transformer, config.data, config.run.attention
@@ -37,6 +39,15 @@ def check_attention(
         for heads in (shape.num_heads, shape.kv_heads)
     )
     try:
-        kernels_pallas.explain(q, k, k, backend=backend, mask=mask or kernels_pallas.Causal())
+        for seen in masks_of(shape) if mask is None else (mask,):
+            kernels_pallas.explain(
+                q, k, k, backend=backend, mask=seen, return_lse=shape.sinks is not None
+            )
     except ValueError as error:
         raise ConfigError(f"--attention={backend}: {error}") from None
+
+
+def masks_of(shape: TransformerConfig) -> list[kernels_pallas.Mask]:
+    """The masks of the attentions among the mixers of a decoder; causal if there are none."""
+    found = [load_mixer(name) for name in shape.mixers if name in ATTENTIONS]
+    return [mixer.own_mask(shape) for mixer in found] or [kernels_pallas.Causal()]

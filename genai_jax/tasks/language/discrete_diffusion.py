@@ -94,6 +94,12 @@ class DiscreteDiffusion(BidirectionalModel):
                 "--moe.routing=expert_choice: an expert would choose among tokens of later blocks "
                 "too (--discrete_diffusion.block_size); use token_choice"
             )
+        for name in ("capacity_factor", "exchange_factor"):
+            if self.block is not None and getattr(config.moe, name):
+                raise ConfigError(
+                    f"--moe.{name}={getattr(config.moe, name)}: tokens of later blocks "
+                    "would decide which ones an expert drops (--discrete_diffusion.block_size)"
+                )
         if self.block is not None and positions in ("alibi", "relative_buckets"):
             raise ConfigError(
                 f"--transformer.positions={positions}: blocks need positions that are read with "

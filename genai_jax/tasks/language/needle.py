@@ -10,6 +10,7 @@ from genai_jax.data.text.needles import haystacks, words
 from genai_jax.errors import printable
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.protocol import Batch
+from genai_jax.training.distributed import to_host
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CHARACTERS = 100_000  # of made-up hay
@@ -50,9 +51,7 @@ def needle_scores(
       ConfigError: a length that is too short, or longer than the model can read; tokens that are
         not text.
     """
-    for length in lengths:
-        if limit is not None and length > limit:
-            raise ConfigError(f"--needle_lengths={length}: the model reads at most {limit} tokens")
+    check_needles(data, lengths, limit)
     hay = _hay(data, max(lengths, default=0))
     found: dict[str, float] = {}
     for length in lengths:
@@ -65,20 +64,37 @@ def needle_scores(
                 "segment_ids": np.ones_like(stacks.tokens),
                 "loss_mask": stacks.is_answer.astype(np.float32),
             }  # fmt: skip
-            right = np.asarray(correct(batch)) | ~stacks.is_answer
+            right = _in_parts(correct, batch, data.config.batch_size) | ~stacks.is_answer
             shares.append(float(np.mean(np.all(right, 1))))
             found[f"needle/{length}/{depth:g}"] = shares[-1]
         found[f"needle/{length}"] = float(np.mean(shares))
     return found
 
 
-def _hay(data: TextData, tokens: int) -> list[str]:
-    """Held-out text of about so many tokens, or random words."""
-    if data.config.tokenizer.startswith("numbers:"):
+def _in_parts(correct, batch: Batch, size: int) -> np.ndarray:
+    """`correct` of a batch of any number of rows, `size` at a time; the last ones come again."""
+    rows = len(batch["tokens"])
+    found = []
+    for start in range(0, rows, size):
+        places = np.minimum(np.arange(start, start + size), rows - 1)
+        found.append(to_host(correct({name: a[places] for name, a in batch.items()})))
+    return np.concatenate(found)[:rows]
+
+
+def check_needles(data: TextData, lengths: Sequence[int], limit: int | None):
+    """Raises `ConfigError` for tokens that are not text, or lengths that the model cannot read."""
+    for length in lengths:
+        if limit is not None and length > limit:
+            raise ConfigError(f"--needle_lengths={length}: the model reads at most {limit} tokens")
+    if lengths and data.config.tokenizer.startswith("numbers:"):
         raise ConfigError(
             f"--needle_lengths: needles are text, which --data.tokenizer={data.tokenizer.spec} "
             "does not read"
         )
+
+
+def _hay(data: TextData, tokens: int) -> list[str]:
+    """Held-out text of about so many tokens, or random words."""
     if data.config.dataset.startswith("needles:"):
         return [words(np.random.default_rng(23), CHARACTERS)]
     texts, size = [], 0
@@ -87,4 +103,6 @@ def _hay(data: TextData, tokens: int) -> list[str]:
         size += len(texts[-1])
         if size > 20 * tokens:
             break
+    if not size:
+        raise ConfigError("--needle_lengths: the held-out data has no text to hide needles in")
     return texts

@@ -77,7 +77,8 @@ def summarize_text(reduced: dict[str, Mean], data: TextData) -> dict[str, float]
     of the text. With --data.answer_after, only answer tokens are scored, and `exact_match` is the
     fraction of answers whose every token is the argmax under teacher forcing. If the targets are
     exactly the pixels of images, it includes bits per dimension. With --data.held_out_length, bits
-    per byte are also those of tokens by the number N of tokens before them in their document:
+    per byte are also those of tokens by the number N of tokens before them in their document, as
+    far as it is in the same row:
     `bits_per_byte_within_L`, N < L, the length of training, and `bits_per_byte_after_M`,
     M <= N < 2 M; where there are none, they are left out.
 

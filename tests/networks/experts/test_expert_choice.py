@@ -13,6 +13,7 @@ from genai_jax.losses.router import router_losses
 from genai_jax.networks.experts.config import MoeConfig
 from genai_jax.networks.experts.expert_choice import choose
 from genai_jax.networks.experts.mixture import MixtureOfExperts
+from genai_jax.networks.experts.router import chosen_sums
 from tests.commands import TINY
 
 EMBED, HIDDEN, LENGTH = 8, 12, 10
@@ -62,9 +63,16 @@ def test_it_is_the_loop_over_experts_and_tokens():
     out, sums = run(X, REAL)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_array_equal(sums.load, 5 + 3)  # every expert takes half of both rows
-    assert sums.tokens == 16 and sums.computed == 32
+    logits = np.asarray(X, np.float64) @ np.asarray(params()["router"]["kernel"], np.float64)
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    reached = set()
+    for row, count in enumerate((10, 6)):
+        best = np.argsort(-scores[row, :count], 0)[: count // 2]
+        reached |= {(row, int(t)) for t in best.ravel()}
+    assert sums.tokens == 16
     loss, metrics = router_losses(jax.tree.map(lambda a: a[None], sums), CONFIG)
-    assert metrics["moe/largest_load"] == 1 and metrics["moe/dropped"] == 0
+    assert metrics["moe/largest_load"] == 1
+    assert metrics["moe/dropped"] == pytest.approx(1 - len(reached) / 16)
     assert loss == pytest.approx(CONFIG.router_z_loss * float(metrics["moe/router_z"]))
 
 
@@ -92,6 +100,15 @@ def test_an_expert_takes_what_a_row_has():
     assert chosen.place.shape == (1, 2, 3)
     assert set(chosen.place[0, 0, :2].tolist()) == {1, 2}
     assert np.count_nonzero(chosen.weight) == 4  # ceil(3 / 2) for each
+
+
+def test_tokens_that_no_expert_chose_are_reported():
+    config = MoeConfig(num_experts=2, experts_per_token=1, routing="expert_choice", score="sigmoid")
+    logits = jnp.arange(4.0)[None, :, None] * jnp.ones(2)  # both prefer the last two
+    real = jnp.ones((1, 4), bool)
+    sums = chosen_sums(logits, choose(logits, real, config), real)
+    _, metrics = router_losses(jax.tree.map(lambda a: a[None], sums), config)
+    assert metrics["moe/dropped"] == 0.5
 
 
 MOE = ("--moe.num_experts=4", "--moe.routing=expert_choice")

@@ -79,5 +79,5 @@ def test_a_mixer_without_weights_is_refused():
     model, variables = make()
     config = dataclasses.replace(model.config)
     object.__setattr__(config, "pattern", "attention,my.module:Other")
-    with pytest.raises(ConfigError, match=r"the mixer my\.module:Other has no attention weights"):
+    with pytest.raises(ConfigError, match=r"of the mixer attention, not of my\.module:Other"):
         attention_weights(Transformer(config, VOCABULARY), variables["params"], TOKENS)

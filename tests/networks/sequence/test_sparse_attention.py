@@ -177,6 +177,35 @@ def test_sinks_and_window_are_one_softmax():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(pattern="dilated_attention", dilation=3),
+        dict(pattern="dilated_attention", dilation=2, window=4),
+        dict(pattern="block_sparse_attention", block_size=4, near_blocks=0, block_stride=2),
+        dict(pattern="block_sparse_attention", block_size=3, near_blocks=1, block_stride=3),
+    ],
+)
+def test_pairs_that_a_mask_leaves_are_counted(fields):
+    """With the diagonal as a half, as for every attention."""
+    config = TransformerConfig(num_layers=1, embed_dim=8, num_heads=2, **fields)
+    mixer, length = load_mixer(config.mixers[0]), 25
+    places = np.arange(length)
+    pairs = mixer.own_mask(config).allowed(places[:, None], places).sum()
+    found = mixer.flops(config, length, 1)["attention"]
+    assert found == pytest.approx(4 * 8 * (pairs / length - 0.5))
+
+
+def test_pairs_of_sinks_are_counted():
+    config = TransformerConfig(num_layers=1, embed_dim=8, num_heads=2, window=3, sinks=2)
+    mixer, length = load_mixer("attention"), 25
+    back = np.arange(length)[:, None] - np.arange(length)
+    more = np.sum((back > 3) & (np.arange(length) < 2))
+    of_window = mixer.flops(dataclasses.replace(config, sinks=None), length, 1)["attention"]
+    found = mixer.flops(config, length, 1)["attention"] - of_window
+    assert found == pytest.approx(4 * 8 * more / length)
+
+
 def test_a_query_that_sees_no_first_token_gets_nothing_of_them():
     q, keys = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 2, 3, 1, 4))
     seen = jnp.array([[[False] * 3, [True, False, False]]])

@@ -124,8 +124,11 @@ class Attention(nn.Module):
 
         Raises:
           ConfigError: a mesh that splits sequences.
+          ValueError: another mask.
         """
         c, new = self.config, k.shape[1]
+        if context.mask is not None:
+            raise ValueError(f"sinks={c.sinks} cannot be combined with the mask {context.mask}")
         if axis_size(SEQUENCE) > 1:
             raise ConfigError(
                 f"{describe_axis(SEQUENCE)}: sinks need whole sequences on a device "
@@ -221,7 +224,7 @@ class Attention(nn.Module):
         """`dense` for the projections; `attention` for the pairs that a causal mask leaves."""
         heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
         seen = length if config.window is None else min(length, config.window + 1)
-        sinks = (config.sinks or 0) * max(length - seen, 0) / length
+        sinks = sum(max(length - seen - s, 0) for s in range(config.sinks or 0)) / length
         return {
             "dense": 2 * layers * config.embed_dim * (2 * heads + 2 * kv_heads),
             "attention": 4 * layers * heads * (mean_keys(length, seen) + sinks),

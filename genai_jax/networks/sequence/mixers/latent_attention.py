@@ -57,9 +57,9 @@ class LatentAttention(nn.Module):
 
     PARTITION_RULES: ClassVar = (
         (r"(query|rotated_query)/kernel", ("embed", "heads", "head_dim")),
-        (r"(latent|rotated_key)/kernel", ("embed", "inner")),
+        (r"(latent|rotated_key)/kernel", ("embed", "latent")),
         (r"latent_norm/scale", (None,)),
-        (r"(key|value)/kernel", ("inner", "heads", "head_dim")),
+        (r"(key|value)/kernel", ("latent", "heads", "head_dim")),
         (r"out/kernel", ("heads", "head_dim", "embed")),
         (r"out/bias", ("embed",)),
     )

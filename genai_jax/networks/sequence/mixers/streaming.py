@@ -137,7 +137,8 @@ def first_of_documents(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Keys and values of the first tokens of each token's document, and which of them it sees.
 
-    A token does not see there what it sees in its window. [batch, length, sinks, kv_heads,
+    A token does not see there what it sees in its window. Positions must begin with 0 in each
+    document. [batch, length, sinks, kv_heads,
     head_dim], twice, and [batch, length, sinks].
     """
     numbers = jnp.arange(sinks)
