@@ -244,7 +244,7 @@ def test_flops_are_those_of_each_mixer():
     ("flags", "said"),
     [
         (["pattern=attention,mambo"], "--transformer.pattern=attention,mambo has the unknown mixer "
-         "'mambo'; known: attention, latent_attention, s4,"),
+         "'mambo'; known: attention, dilated_attention,"),
         (["pattern=attention,attention", "num_layers=5"], "--transformer.num_layers=5 is not "
          "divisible by the 2 mixers of --transformer.pattern=attention,attention"),
         (["pattern="], "unknown mixer ''"),
