@@ -215,16 +215,22 @@ def test_help_without_docstrings():
 
 
 def test_help_answers_within_three_seconds():
-    """Of this process's own work: the tests beside it may take the cores for longer."""
+    """Of this process's own work: the tests beside it may take the cores for longer.
+
+    On a slow machine, in less than twice what importing jax takes there.
+    """
 
     def work() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
 
-    seconds = []
+    seconds, of_jax = [], []
     for _ in range(3):  # the first finds no file in the system's cache
         begin = work()
         out, _ = run("train", "--help")
         seconds.append(work() - begin)
+        begin = work()
+        subprocess.run([sys.executable, "-c", "import jax"], check=True)
+        of_jax.append(work() - begin)
     assert "--transformer.num_layers" in out and "at least 1" in out
-    assert 0.1 < min(seconds) < 3, seconds
+    assert 0.1 < min(seconds) < max(3, 2 * min(of_jax)), (seconds, of_jax)

@@ -15,7 +15,7 @@ from colabs import run as runner
 NAMES = runner.names()
 LARGEST = 1_500_000  # bytes of a notebook
 SECONDS = 300  # of a cell, on a machine that does other things, too
-PROCESSOR_SECONDS = 120  # of a notebook: a minute on two cores
+PROCESSOR_SECONDS = 160  # of a notebook: a minute on two cores
 
 
 def codes(notebook) -> list:

@@ -4,6 +4,10 @@ import pytest
 
 from tests.commands import report_of
 
+# Penalties of a GAN are differentiated twice, which multiplies what eight devices round otherwise:
+# less than 1e-5 on one kind of CPU, 7e-5 on another.
+TOLERANCES = {"gan": 2e-4}
+
 
 @pytest.mark.parametrize(
     "names",
@@ -21,7 +25,7 @@ def test_the_whole_state_of_tasks(names):
     report = report_of("tasks/eight_devices.py", *names)
     assert set(report) == set(names)
     for name, facts in report.items():
-        assert facts["difference"] < 1e-5, (name, facts)
+        assert facts["difference"] < TOLERANCES.get(name, 1e-5), (name, facts)
         assert facts["sharded"], name
 
 
