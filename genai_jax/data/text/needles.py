@@ -1,6 +1,5 @@
 """Needles in haystacks: a fact somewhere in a long text, and the question about it at the end."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -76,13 +75,13 @@ class Haystacks(NamedTuple):
 
 
 def haystacks(
-    tokenizer, hay: Sequence[str], length: int, depth: float, rows: int, seed: int
+    tokenizer, hay: np.ndarray, length: int, depth: float, rows: int, seed: int
 ) -> Haystacks:
     """Texts with a needle at a depth and its question at the end, and what answers it.
 
     Args:
       tokenizer: of the model.
-      hay: texts that are cut to size; joined, and repeated where they are too short.
+      hay: ids that are cut to size, and repeated where they are too short.
       length: tokens of a row.
       depth: where the needle is, from 0, the beginning, to 1, just before the question.
       rows: number of needles.
@@ -91,7 +90,6 @@ def haystacks(
     Raises:
       ConfigError: a length without room for needle, question, and answer.
     """
-    whole = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in hay])
     read = np.full((rows, length + 1), tokenizer.boundary_id, np.int32)
     is_answer = np.zeros((rows, length), bool)
     for row in range(rows):
@@ -103,8 +101,7 @@ def haystacks(
                 f"--needle_lengths={length} has no room for a needle, its question, and its "
                 f"answer, of {length - room} tokens"
             )
-        start = rng.integers(len(whole))
-        straw = np.resize(np.roll(whole, -start), room)
+        straw = np.resize(np.roll(hay, -rng.integers(len(hay))), room)
         cut = round(depth * room)
         read[row, 1:] = np.concatenate([straw[:cut], fact, straw[cut:], question, answer])
         is_answer[row, length - len(answer) :] = True

@@ -229,19 +229,26 @@ class LanguageModel(Task):
         scores = self._scores(params, batch)
         return text_metrics(scores.log_probs, scores.correct, batch, self.data)
 
+    @functools.cached_property
+    def _correct(self):
+        return jax.jit(
+            lambda params, batch: (
+                self._scores(params, in_token_order(batch, self.config.parallel)).correct
+            )
+        )
+
     def report(self, params, mutables, batches, request: LanguageEvaluateRequest) -> dict:
         """The needles that were found; see `needle_scores`."""
         if not request.needle_lengths:
             return {}
-        params, parallel = self.scored(params, request), self.config.parallel
+        params = self.scored(params, request)
         if axis_size(SEQUENCE) > 1:
             raise ConfigError(
                 f"{describe_axis(SEQUENCE)}: needles are sought in whole rows (--needle_lengths)"
             )
-        run = jax.jit(lambda p, b: self._scores(p, in_token_order(b, parallel)).correct)
         return needle_scores(
-            lambda batch: run(params, batch), self.data, lengths_of(request.needle_lengths),
-            request.needles or 20, self.decoder().max_length,
+            functools.partial(self._correct, params), self.data,
+            lengths_of(request.needle_lengths), request.needles or 20, self.decoder().max_length,
         )  # fmt: skip
 
     def summarize(self, reduced, params, mutables, key) -> dict[str, float]:

@@ -52,7 +52,8 @@ def needle_scores(
         not text.
     """
     check_needles(data, lengths, limit)
-    hay = _hay(data, max(lengths, default=0))
+    texts = _hay(data, max(lengths, default=0))
+    hay = np.concatenate([np.asarray(data.tokenizer.encode(text), np.int32) for text in texts])
     found: dict[str, float] = {}
     for length in lengths:
         shares = []

@@ -30,7 +30,7 @@ def test_documents_end_with_the_fact_that_they_have():
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_a_haystack_has_its_needle_at_the_depth(depth):
     tokenizer = load_tokenizer("bytes", None)
-    hay = ["the cat saw a red fox. " * 3, "A dog."]
+    hay = np.asarray(tokenizer.encode("the cat saw a red fox. " * 3 + "A dog."), np.int32)
     stacks = haystacks(tokenizer, hay, 150, depth, rows=3, seed=0)
     assert stacks.tokens.shape == stacks.targets.shape == (3, 150)
     np.testing.assert_array_equal(stacks.tokens[:, 1:], stacks.targets[:, :-1])

@@ -96,8 +96,8 @@ class LatentAttention(nn.Module):
             out = self._decode(q, q_rotated, context, state)
         return self.out(checkpoint_name(out, "attention")), state
 
-    def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
-        return Attention.own_mask(self.config) if context.mask is None else context.mask
+    own_mask = staticmethod(Attention.own_mask)
+    _mask = Attention._mask
 
     @property
     def _scale(self) -> float:

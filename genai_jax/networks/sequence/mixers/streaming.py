@@ -107,7 +107,8 @@ def attend_to_first(
 
 def stream(
     q: jax.Array, first_q: jax.Array, keys: jax.Array, values: jax.Array, first: tuple,
-    segment_ids: tuple | None, window: int, q_offset: int, **options,
+    segment_ids: tuple | None, window: int, q_offset: int, scale: float | None,
+    soft_cap: float | None, backend: str,
 ) -> jax.Array:  # fmt: skip
     """Attention to the window before each query, and to its first tokens.
 
@@ -120,13 +121,14 @@ def stream(
       segment_ids: as of `kernels_pallas.attention`.
       window: tokens before a query that it sees.
       q_offset: place of the first query among the keys.
-      **options: `scale`, `soft_cap`, and `backend`.
+      scale: of the scores; 1 / sqrt(head_dim) if None.
+      soft_cap: tanh cap of the scores, or None.
+      backend: backend of `kernels_pallas`.
     """
-    scale, soft_cap = options["scale"], options["soft_cap"]
     out, lse = kernels_pallas.attention(
         q, keys, values, segment_ids=segment_ids, scale=scale, logits_soft_cap=soft_cap,
         mask=kernels_pallas.Causal() & kernels_pallas.Window(window, 0),
-        q_offset=q_offset, backend=options["backend"], return_lse=True,
+        q_offset=q_offset, backend=backend, return_lse=True,
     )  # fmt: skip
     return kernels_pallas.merge(out, lse, *attend_to_first(first_q, *first, scale, soft_cap))[0]
 
