@@ -1,15 +1,21 @@
 """Every test runs on the CPU, on programs that are compiled quickly and kept between runs."""
 
 import contextlib
+import gc
 import itertools
 import os
 import pathlib
 import signal
+import sys
 import threading
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Some containers forbid Python to keep what it compiles. A command of the tests would then spend 3
+# more seconds on its imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Compiled programs are kept outside the clone, so that a second clone is warm. jax's keys cover its
 # version, XLA's flags and the features of the CPU.
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -63,6 +69,20 @@ def pytest_configure(config):
         for path, size in zip(files, total, strict=True):
             if size > CACHE_BYTES:
                 path.unlink()
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+# Linux ends a process with more than 65,530, and a worker would come to as many.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Lets compiled programs go after a file of tests, if there are many: each is several maps."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

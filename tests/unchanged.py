@@ -1,8 +1,8 @@
 """Tests that run again only when what they depend on has changed.
 
-Compiling kernels and pod programs for chips that are not here, running kernels in an interpreter
-of a GPU, and training with every choice of every flag take minutes, and depend on some files and on
-the versions of jax and of the compilers. A test says so with
+Compiling kernels and pod programs for chips that are not here, running kernels in interpreters of
+TPUs and GPUs, and training with every choice of every flag take minutes, and depend on some files
+and on the versions of jax and of the compilers. A test says so with
 `@pytest.mark.depends_on("kernels")`, a name of `GROUPS`. `tests/golden/unchanged.json` holds, per
 group, the hash of its files and the versions with which all of its tests passed; where both match,
 the tests of the group are skipped. `make record` runs the groups and rewrites the file, `make
@@ -51,16 +51,14 @@ GROUPS = {
             PROCESS,
         )
     ),
-    "interpreted GPU kernels": Group(
+    "interpreted kernels": Group(
         (
             "kernels_pallas/**/*.py",
             "kernels_pallas/tuning.csv",
             "tests/kernels_pallas/*cases.py",
-            "tests/kernels_pallas/tpu_calls.py",
-            "tests/kernels_pallas/test_decoding_gpu.py",
-            "tests/kernels_pallas/test_gpu_flash.py",
-            "tests/kernels_pallas/test_grouped_matmul.py",
-            "tests/kernels_pallas/test_linear_cross_entropy.py",
+            "tests/kernels_pallas/tpu_*.py",
+            "tests/kernels_pallas/ring_devices.py",
+            "tests/kernels_pallas/test_*.py",
         ),
         compilers=False,
     ),

@@ -13,6 +13,8 @@ from kernels_pallas import Causal, Full, Window, attention, chunked
 
 from .cases import FAST, FEATURES, close, make, run
 
+pytestmark = pytest.mark.depends_on("interpreted kernels")
+
 # Small blocks make it cheap to compile both paths with several blocks and groups.
 PATHS = {
     "unrolled": dict(ROWS=32, UNROLLED_LENGTH=1024),

@@ -22,6 +22,8 @@ from tests.conftest import ROOT
 
 from .cases import FAST, close, make
 
+pytestmark = pytest.mark.depends_on("interpreted kernels")
+
 
 def test_eight_devices_match_one():
     result = subprocess.run(

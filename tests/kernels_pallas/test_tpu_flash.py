@@ -17,6 +17,8 @@ from kernels_pallas.tpu.visits import Blocks
 from .cases import FEATURES, close, make
 from .tpu_calls import NAMES, PLAIN, SIZES, SMALL, STRICT, exact, kernel, results, split
 
+pytestmark = pytest.mark.depends_on("interpreted kernels")
+
 
 def check_all(got, want):
     (out, lse), gradients = got

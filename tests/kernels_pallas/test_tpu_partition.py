@@ -9,6 +9,8 @@ import pytest
 
 from kernels_pallas.partition import mesh_axes
 
+pytestmark = pytest.mark.depends_on("interpreted kernels")
+
 
 def test_eight_devices_match_one():
     command = [sys.executable, "-m", "tests.kernels_pallas.tpu_mesh"]

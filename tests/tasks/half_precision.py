@@ -1,4 +1,4 @@
-"""Finds long sums in half precision in a traced program."""
+"""Finds long sums in half precision, and what LAPACK does, in a traced program."""
 
 from collections.abc import Iterator
 
@@ -9,6 +9,10 @@ from jax.extend import core
 HALF = (jnp.bfloat16, jnp.float16)
 SUMS = {"reduce_sum", "reduce_window_sum", "reduce"}  # long where they shorten an array
 ALWAYS = {"scatter-add", "cumsum", "psum", "reduce_scatter"}
+FACTORIZATIONS = {
+    "cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd",
+    "triangular_solve", "tridiagonal", "tridiagonal_solve",
+}  # fmt: skip
 
 
 def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterator[str]:
@@ -45,9 +49,21 @@ def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterat
             carry = slice(constants, constants + count)
         elif name == "while":
             carry = slice(equation.params["body_nconsts"], None)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(inner):
-                yield from half_sums(getattr(inner, "jaxpr", inner), rows, carry)
+        for inner in _programs_of(equation):
+            yield from half_sums(inner, rows, carry)
+
+
+def batched_factorizations(program: core.Jaxpr) -> Iterator[str]:
+    """Describes each call of LAPACK for several matrices, of a program and those inside it.
+
+    On a CPU, jax 0.10 gives such calls to the same few threads on which they wait, so that two at
+    once can wait forever.
+    """
+    for equation in program.eqns:
+        if equation.primitive.name in FACTORIZATIONS and equation.invars[0].aval.ndim > 2:
+            yield _described(equation.primitive.name, equation, equation.outvars[0])
+        for inner in _programs_of(equation):
+            yield from batched_factorizations(inner)
 
 
 def _adds(equation) -> bool:
@@ -61,6 +77,13 @@ def _described(name: str, equation, out) -> str:
     ours = [f for f in frames if "genai_jax" in f.file_name or "kernels_pallas" in f.file_name]
     place = f" at {ours[0].file_name.rpartition('/')[2]}:{ours[0].line_num}" if ours else ""
     return f"{name} of {equation.invars[0].aval.str_short()} to {out.aval.str_short()}{place}"
+
+
+def _programs_of(equation) -> Iterator[core.Jaxpr]:
+    """The programs inside an equation: of loops, branches, calls."""
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+        if _is_program(inner):
+            yield getattr(inner, "jaxpr", inner)
 
 
 def _is_program(value) -> bool:

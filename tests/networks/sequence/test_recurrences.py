@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from genai_jax.networks.sequence.recurrences.boundaries import Boundaries
-from genai_jax.networks.sequence.recurrences.delta_rule import delta_rule, delta_rule_step
+from genai_jax.networks.sequence.recurrences.delta_rule import (
+    delta_rule,
+    delta_rule_step,
+    unit_inverse,
+)
 from genai_jax.networks.sequence.recurrences.diagonal import linear_recurrence, linear_step
 from genai_jax.networks.sequence.recurrences.exponential_gate import (
     Memory,
@@ -113,6 +117,19 @@ def test_the_delta_rule_replaces_what_a_key_had_stored():
     np.testing.assert_allclose(y[:, 1], values[:, 1], atol=1e-5)
     y, _ = linear_attention(twice, twice, values, 0 * one, jnp.zeros_like(matrix))
     np.testing.assert_allclose(y[:, 1], values[:, 0] + values[:, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 32])
+def test_inverses_of_triangular_matrices_are_those_in_float64(size):
+    """Also of ones, the keys of a repeated token, whose powers overflow."""
+    lower = np.tril(np.stack([np.ones((size, size)), rng.uniform(-1, 1, (size, size))]), -1)
+    want = np.linalg.inv(np.eye(size) + lower)
+    got = unit_inverse(jnp.asarray(lower, jnp.float32))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    slope = rng.standard_normal((2, size, size))
+    (grad,) = jax.vjp(unit_inverse, jnp.asarray(lower, jnp.float32))[1](jnp.float32(slope))
+    of_inverse = -np.tril(want.swapaxes(1, 2) @ slope @ want.swapaxes(1, 2), -1)
+    np.testing.assert_allclose(grad, of_inverse, atol=1e-4 * np.abs(of_inverse).max(initial=1))
 
 
 def test_exponential_gates_do_not_overflow():

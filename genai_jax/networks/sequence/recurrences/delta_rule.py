@@ -1,7 +1,10 @@
 """The gated delta rule: linear attention that replaces what a key had stored."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genai_jax.networks.sequence.recurrences.boundaries import Boundaries, masked
 from genai_jax.networks.sequence.recurrences.chunks import chunks_of, merge, split
@@ -50,9 +53,8 @@ def delta_rule(
     q, k, v, total, rate, last = (jnp.moveaxis(a, 3, 2) for a in (q, k, v, total, rate, last))
     until = jnp.where(parts.from_state[:, :, None], jnp.exp(total), 0)[..., None]
     overlap = jnp.tril(jnp.einsum("bnhik,bnhjk->bnhij", k, k) * weight, -1)
-    system = jnp.eye(size) + rate[..., None] * overlap
     right = jnp.concatenate([rate[..., None] * v, rate[..., None] * until * k], -1)
-    solved = jax.scipy.linalg.solve_triangular(system, right, lower=True, unit_diagonal=True)
+    solved = unit_inverse(rate[..., None] * overlap) @ right
     from_values, from_state = jnp.split(solved, [v.shape[-1]], -1)
     scores = jnp.einsum("bnhik,bnhjk->bnhij", q, k) * weight
     carried = jnp.where(parts.carries[:, :, None], jnp.exp(total[..., -1]), 0)[..., None, None]
@@ -66,6 +68,39 @@ def delta_rule(
     state, y = jax.lax.scan(step, state, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), each))
     y = jnp.moveaxis(jnp.moveaxis(y, 0, 1), 2, 3)  # [batch, chunks, size, heads, values]
     return merge(y, length), state
+
+
+@jax.custom_jvp
+def unit_inverse(lower: jax.Array) -> jax.Array:
+    """(I + lower)^-1, for strictly lower triangular matrices [..., n, n].
+
+    The inverse of blocks on the diagonal, of twice the size each time, from that of their halves:
+    log2(n) - 1 pairs of matmuls, as exact as substitution row by row. On CPUs, jax 0.10 can wait
+    forever for triangular systems if a program solves several at once.
+    """
+    size = lower.shape[-1]
+
+    def between(block):
+        """What is below the diagonal in blocks of twice the size, and in none of their halves."""
+        row, column = np.indices((size, size)) // block
+        return jnp.where((row % 2 == 1) & (column == row - 1), lower, 0)
+
+    inverse, block = jnp.eye(size) - between(1), 2
+    while block < size:
+        inverse -= matmul(inverse, between(block), inverse)
+        block *= 2
+    return inverse
+
+
+@unit_inverse.defjvp
+def _unit_inverse_jvp(primals, tangents):
+    inverse = unit_inverse(*primals)
+    return inverse, -matmul(inverse, jnp.tril(*tangents, -1), inverse)
+
+
+def matmul(*matrices: jax.Array) -> jax.Array:
+    """Their product, in full precision on every backend."""
+    return functools.reduce(functools.partial(jnp.matmul, precision="highest"), matrices)
 
 
 def delta_rule_step(state: jax.Array, inputs: tuple[jax.Array, ...]):

@@ -60,16 +60,21 @@ def low_rank_system(
 ) -> System:
     """S4, by the bilinear method: A is dense (Gu et al. 2022a, equation 3).
 
+    (I - step A / 2)^-1 is that of a diagonal plus a product, by the formula of Sherman and Morrison
+    (Gu et al. 2022a, appendix C.2).
+
     Args:
       log_step: [channels].
       values, p, b, c: [channels, state], complex; see `LowRank`.
     """
-    half = jnp.exp(log_step)[:, None, None] / 2
+    half = jnp.exp(log_step)[:, None] / 2
+    diagonal = 1 / (1 - half * values)
+    left, right = diagonal * p, diagonal * p.conj()
+    scale = half / (1 + half * jnp.sum(p.conj() * left, -1, keepdims=True))
     eye = jnp.eye(values.shape[-1])
-    a = eye * values[:, None, :] - p[..., :, None] * p[..., None, :].conj()
-    both = jnp.concatenate([eye + half * a, 2 * half * b[..., None]], -1)
-    solved = jnp.linalg.solve(eye - half * a, both)
-    return System(solved[..., :-1], solved[..., -1], c)
+    inverse = eye * diagonal[:, None] - (scale * left)[..., None] * right[:, None]
+    entry = diagonal * b - scale * left * jnp.sum(right * b, -1, keepdims=True)
+    return System(2 * inverse - eye, 2 * half * entry, c)
 
 
 def low_rank_response(
