@@ -41,6 +41,12 @@ TASK_FLAGS = {
     "encoder_decoder": (
         *TRANSFORMER, "--transformer.positions=relative_buckets", "--transformer.qk_norm",
     ),
+    "latent_reader": (
+        "--task=sequence_to_sequence", "--sequence_to_sequence.vocab_size=358",
+        "--sequence_to_sequence.latents=4",
+        "--sequence_to_sequence.encoder_layers=1", "--data.sequence_length=32",
+        "--transformer.num_layers=1", "--transformer.embed_dim=16", "--transformer.num_heads=2",
+    ),
     "additive_attention": (
         *PAIRS[:-3], "--sequence_to_sequence.network=recurrent", "--recurrent.embed_dim=8",
         "--recurrent.hidden_dim=8", "--recurrent.attention_dim=8",

@@ -16,7 +16,7 @@ TOLERANCES = {"gan": 2e-4}
         ("classifier", "gan", "ladder", "flow", "rbm"),
         (
             "skip_gram", "glove", "neural_lm", "blocks_of_text", "encoder_decoder",
-            "additive_attention",
+            "latent_reader", "additive_attention",
         ),
     ],
     ids=["diffusion", "others", "text"],

@@ -1,5 +1,10 @@
-"""Needles in haystacks: a fact somewhere in a long text, and the question about it at the end."""
+"""Needles in haystacks: a fact somewhere in a long text, which is asked for at its end.
 
+A fact is the number of some thing, " lamps: 417.", as in the retrieval of values by their keys of
+Liu et al. 2023 ("Lost in the middle", section 3).
+"""
+
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -15,22 +20,25 @@ WORDS = (
     "the", "a", "old", "red", "small", "house", "road", "river", "near", "over", "under", "went",
     "came", "saw", "and", "but", "slowly", "again", "there", "then", "quiet", "long", "one", "day",
 )  # fmt: skip
-DOCUMENTS = 20_000
+DOCUMENTS = 10_000
+FACTS = 4  # of a document
 
 
 class Needle(NamedTuple):
-    """A fact, its question, and the answer: the question and the answer are the fact again."""
+    """A fact, the question, which is a question mark and the name of the thing, and the answer."""
 
     fact: str
     question: str
     answer: str
 
 
-def needle(rng: np.random.Generator) -> Needle:
-    """A made-up fact: the number of some thing, of three digits."""
-    question = f" The number of {THINGS[rng.integers(len(THINGS))]} is"
-    answer = f" {rng.integers(100, 1000)}."
-    return Needle(question + answer, question, answer)
+def needles(rng: np.random.Generator, count: int) -> list[Needle]:
+    """Made-up facts: the numbers of so many different things, of three digits."""
+    made_up = []
+    for i in rng.permutation(len(THINGS))[:count]:
+        thing, answer = f" {THINGS[i]}:", f" {rng.integers(100, 1000)}."
+        made_up.append(Needle(thing + answer, f" ?{thing}", answer))
+    return made_up
 
 
 def words(rng: np.random.Generator, characters: int) -> str:
@@ -41,10 +49,11 @@ def words(rng: np.random.Generator, characters: int) -> str:
 
 
 def documents(characters: int) -> list[str]:
-    """20,000 texts of random words, each with a fact in it and the same fact at its end.
+    """10,000 texts of random words with four facts in them, a question mark, and the facts again.
 
-    The words of a text have between a quarter of `characters` and all of them. The texts are the
-    same every time.
+    The facts are asked for in another order. The words of a text have between a quarter of
+    `characters` and all of them. The texts are the same every time. With ``--data.answer_after=?``,
+    only what follows the question mark is predicted.
     """
     if not 100 <= characters <= 100_000:
         raise ConfigError(
@@ -53,11 +62,13 @@ def documents(characters: int) -> list[str]:
     rng = np.random.default_rng((characters, 19))
     texts = []
     for length in rng.integers(characters // 4, characters + 1, DOCUMENTS):
-        fact = needle(rng)
-        hay = words(rng, int(length))
-        cut = hay.find(" ", int(rng.integers(len(hay))))
-        cut = len(hay) if cut < 0 else cut
-        texts.append(hay[:cut] + fact.fact + hay[cut:] + fact.question + fact.answer)
+        hidden = needles(rng, FACTS)
+        hay = words(rng, int(length)).split(" ")
+        cuts = [0, *sorted(rng.integers(len(hay) + 1, size=FACTS)), len(hay)]
+        pieces = ["".join(f" {word}" for word in hay[a:b]) for a, b in itertools.pairwise(cuts)]
+        facts = [piece + each.fact for piece, each in zip(pieces, hidden)]  # noqa: B905
+        asked = [hidden[i].fact for i in rng.permutation(FACTS)]
+        texts.append("".join([*facts, pieces[-1], " ?", *asked])[1:])
     return texts
 
 
@@ -94,7 +105,8 @@ def haystacks(
     is_answer = np.zeros((rows, length), bool)
     for row in range(rows):
         rng = np.random.default_rng((seed, row))
-        fact, question, answer = (np.asarray(tokenizer.encode(t), np.int32) for t in needle(rng))
+        (one,) = needles(rng, 1)
+        fact, question, answer = (np.asarray(tokenizer.encode(t), np.int32) for t in one)
         room = length - len(fact) - len(question) - len(answer)
         if room < 0:
             raise ConfigError(

@@ -19,7 +19,7 @@ OTHERS = {f"dilated{2**i}" for i in range(10) if i != 2}  # one dilation for all
 NAMES = [name for name in MIXERS if name not in OTHERS]
 CONFIG = TransformerConfig(
     num_layers=len(NAMES), embed_dim=16, num_heads=4, mlp_dim=0, pattern=",".join(NAMES),
-    state_dim=4, dilation=2, block_size=4,
+    state_dim=4, dilation=2, block_size=4, window=5, sinks=2,
 )  # fmt: skip
 VOCABULARY = 12
 TOKENS = jax.random.randint(jax.random.key(0), (8, 12), 0, VOCABULARY)

@@ -13,18 +13,25 @@ from genai_jax.tasks.language.evaluate_request import LanguageEvaluateRequest
 from genai_jax.tasks.language.needle import lengths_of, needle_scores
 from tests.commands import TINY
 
-FACT = r" The number of (\w+) is (\d{3})\."
+FACT = r"(\w+): (\d{3})\."
 
 
-def test_documents_end_with_the_fact_that_they_have():
+def test_documents_ask_for_the_facts_that_they_have():
     texts = documents(200)
-    assert len(texts) == 20_000 and texts == documents(200)
-    places = []
+    assert len(texts) == 10_000 and texts == documents(200)
+    places, in_order = [], 0
     for text in texts[:200]:
-        first, last = re.finditer(FACT, text)
-        assert first.groups() == last.groups() and last.end() == len(text)
-        places.append(first.start() / (len(text) - len(first[0]) - len(last[0])))
-    assert min(places) < 0.1 and max(places) > 0.9 and 0.4 < np.mean(places) < 0.6
+        told, end = text.split(" ?")
+        facts, asked = (re.findall(FACT, part) for part in (told, end))
+        assert len(facts) == 4 and sorted(facts) == sorted(asked)
+        assert end == "".join(f" {thing}: {number}." for thing, number in asked)
+        in_order += facts == asked
+        words_before = [
+            len(re.sub(FACT, "", told[: m.start()]).split()) for m in re.finditer(FACT, told)
+        ]
+        places += [n / len(re.sub(FACT, "", told).split()) for n in words_before]
+    assert min(places) == 0 and max(places) == 1 and 0.45 < np.mean(places) < 0.55
+    assert in_order < 30  # of 200; one in 24 by chance
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
@@ -36,11 +43,12 @@ def test_a_haystack_has_its_needle_at_the_depth(depth):
     np.testing.assert_array_equal(stacks.tokens[:, 1:], stacks.targets[:, :-1])
     for row in range(3):
         text = tokenizer.decode(stacks.targets[row])
-        (first, last) = re.finditer(FACT, text)
+        first, last = re.finditer(" " + FACT, text)
         assert first.groups() == last.groups() and last.end() == len(text) == 150
+        assert text[: last.start()].endswith(" ?")
         hidden = tokenizer.decode(stacks.targets[row][stacks.is_answer[row]])
         assert hidden == f" {first[2]}."
-        room = 150 - len(first[0]) - len(last[0])
+        room = 150 - len(first[0]) - len(last[0]) - 2
         assert first.start() == round(depth * room)
     assert len({tokenizer.decode(row) for row in stacks.targets}) == 3
 
@@ -76,8 +84,8 @@ def test_a_model_is_asked_for_needles(task):
 
 def test_what_does_not_fit_is_refused(task):
     right = lambda batch: np.ones_like(batch["targets"], bool)
-    with pytest.raises(ConfigError, match="--needle_lengths=30 has no room"):
-        needle_scores(right, task.data, [30], rows=1, limit=None)
+    with pytest.raises(ConfigError, match="--needle_lengths=20 has no room"):
+        needle_scores(right, task.data, [20], rows=1, limit=None)
     with pytest.raises(ConfigError, match="the model reads at most 64 tokens"):
         needle_scores(right, task.data, [128], rows=1, limit=64)
     with pytest.raises(ConfigError, match="needles:5: the number of characters"):
