@@ -51,14 +51,33 @@ GROUPS = {
             PROCESS,
         )
     ),
-    "interpreted kernels": Group(
+    "interpreted GPU kernels": Group(
         (
             "kernels_pallas/**/*.py",
             "kernels_pallas/tuning.csv",
             "tests/kernels_pallas/*cases.py",
-            "tests/kernels_pallas/tpu_*.py",
+            "tests/kernels_pallas/tpu_calls.py",
+            "tests/kernels_pallas/test_decoding_gpu.py",
+            "tests/kernels_pallas/test_gpu_flash.py",
+            "tests/kernels_pallas/test_grouped_matmul.py",
+            "tests/kernels_pallas/test_linear_cross_entropy.py",
+        ),
+        compilers=False,
+    ),
+    "interpreted TPU kernels": Group(
+        (
+            "kernels_pallas/**/*.py",
+            "kernels_pallas/tuning.csv",
+            "tests/kernels_pallas/*cases.py",
             "tests/kernels_pallas/ring_devices.py",
-            "tests/kernels_pallas/test_*.py",
+            "tests/kernels_pallas/test_chunked.py",
+            "tests/kernels_pallas/test_decoding.py",
+            "tests/kernels_pallas/test_decoding_tpu.py",
+            "tests/kernels_pallas/test_ring.py",
+            "tests/kernels_pallas/test_selective_scan.py",
+            "tests/kernels_pallas/test_tpu_flash.py",
+            "tests/kernels_pallas/test_tpu_partition.py",
+            "tests/kernels_pallas/tpu_*.py",
         ),
         compilers=False,
     ),

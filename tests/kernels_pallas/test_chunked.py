@@ -13,7 +13,7 @@ from kernels_pallas import Causal, Full, Window, attention, chunked
 
 from .cases import FAST, FEATURES, close, make, run
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 # Small blocks make it cheap to compile both paths with several blocks and groups.
 PATHS = {

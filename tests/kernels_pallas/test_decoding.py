@@ -22,7 +22,7 @@ from kernels_pallas.reach import first_key
 from .cases import close
 from .decode_cases import FEATURES, KINDS, decoded, empty, make, normal, whole
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ SMALL = dict(capacity=192, heads=4, kv_heads=2, head_dim=64, dtype=jnp.bfloat16)
 
 
 @interpreted
-@pytest.mark.depends_on("interpreted kernels")
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.parametrize(
     "kind, features",
     [

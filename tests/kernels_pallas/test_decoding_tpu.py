@@ -18,7 +18,7 @@ from kernels_pallas.tpu import decode as kernel
 from .cases import close
 from .decode_cases import decoded, make, whole
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 LENGTHS = np.array([13, 0, 31])
 SMALL = dict(lengths=LENGTHS, capacity=32, heads=4, kv_heads=2)

@@ -61,7 +61,7 @@ def check(arrays, static):
 
 
 @interpreted
-@pytest.mark.depends_on("interpreted kernels")
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_match_the_reference(name):
@@ -74,7 +74,7 @@ def test_kernels_match_the_reference(name):
 
 
 @interpreted
-@pytest.mark.depends_on("interpreted kernels")
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.smoke
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 def test_half_precision_is_as_accurate_as_xla(head_dim):
@@ -86,7 +86,7 @@ def test_half_precision_is_as_accurate_as_xla(head_dim):
 
 
 @interpreted
-@pytest.mark.depends_on("interpreted kernels")
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.smoke
 @pytest.mark.parametrize("q_length, kv_length", [(1, 1), (1, 129), (130, 1), (257, 200)])
 def test_lengths(q_length, kv_length):
@@ -97,7 +97,7 @@ def test_lengths(q_length, kv_length):
 
 
 @interpreted
-@pytest.mark.depends_on("interpreted kernels")
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.smoke
 def test_gradients_of_parts_of_the_keys_add_up():
     """As in ring attention: each part's gradients are computed from the lse of all keys."""

@@ -18,8 +18,6 @@ from kernels_pallas.tpu import grouped_matmul as tpu
 
 from .cases import FAST, close, finished
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
-
 module = importlib.import_module("kernels_pallas.grouped_matmul")
 grouped_matmul, reference = module.grouped_matmul, module.reference
 
@@ -113,6 +111,7 @@ def test_tpu_kernels_have_no_race(capfd):
 
 
 @pytest.mark.smoke
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 def test_gpu_kernels_match_the_definition():
     """Also checks for races: the interpreter raises an error if there is one."""

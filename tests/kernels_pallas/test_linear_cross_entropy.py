@@ -17,8 +17,6 @@ from kernels_pallas.tpu import linear_cross_entropy as tpu
 
 from .cases import FAST, close, finished
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
-
 module = importlib.import_module("kernels_pallas.linear_cross_entropy")
 linear_cross_entropy, reference = module.linear_cross_entropy, module.reference
 
@@ -144,6 +142,7 @@ def test_tpu_kernels_have_no_race(capfd):
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
+@pytest.mark.depends_on("interpreted GPU kernels")
 @pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="jax has no GPU interpreter")
 @pytest.mark.parametrize(
     "options", ["plain", pytest.param("z-loss, soft cap", marks=pytest.mark.smoke)]

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 from .cases import FAST, close, make
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 
 def test_eight_devices_match_one():

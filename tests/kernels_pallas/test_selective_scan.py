@@ -17,7 +17,7 @@ from kernels_pallas.tpu import selective_scan as tpu
 
 from .cases import FAST, close, finished
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 module = importlib.import_module("kernels_pallas.selective_scan")
 selective_scan, reference = module.selective_scan, module.reference

@@ -17,7 +17,7 @@ from kernels_pallas.tpu.visits import Blocks
 from .cases import FEATURES, close, make
 from .tpu_calls import NAMES, PLAIN, SIZES, SMALL, STRICT, exact, kernel, results, split
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 
 def check_all(got, want):

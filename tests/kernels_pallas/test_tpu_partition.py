@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas.partition import mesh_axes
 
-pytestmark = pytest.mark.depends_on("interpreted kernels")
+pytestmark = pytest.mark.depends_on("interpreted TPU kernels")
 
 
 def test_eight_devices_match_one():
