@@ -1,5 +1,6 @@
 """The flagfiles of experiments/pods: they parse, and are what their comments say."""
 
+import importlib.util
 import json
 import math
 import re
@@ -101,6 +102,27 @@ def test_parameters_are_as_many_as_published(name, runs):
     _, _, params = runs[name]
     model = next(model for model in PUBLISHED if name.startswith(model))
     assert size_of(params["model"]) == pytest.approx(PUBLISHED[model], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "matmul_parameters", "layers", "width", "expected"),
+    [
+        ("llama3_8b_v6e_256", 8.03e9 - 128_256 * 4096, 32, 4096, 0.404),
+        ("llama3_70b_v6e_256", 70.55e9 - 128_256 * 8192, 80, 8192, 0.470),
+    ],
+)
+def test_published_figures_are_in_our_convention(name, matmul_parameters, layers, width, expected):
+    spec = importlib.util.spec_from_file_location("check", PODS / "check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    full = 12 * layers * width * 8192  # a token: pairs of queries and keys, forward and backward
+    dense = 6 * matmul_parameters
+    by_hand = check.PUBLISHED[name].mfu * (dense + full / 2) / (dense + full)
+    assert check.in_our_convention(name) == pytest.approx(by_hand, rel=1e-3)
+    assert by_hand == pytest.approx(expected, abs=5e-4)
+    assert f"| {expected:.1%} ({check.PUBLISHED[name].mfu:.1%} reported) |" in (
+        PODS / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", FLAGFILES)
