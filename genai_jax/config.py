@@ -181,6 +181,11 @@ def _in_english(message: str) -> str:
         (r"invalid literal for int\(\) with base 10: .*", "it is not a whole number"),
         (r"could not convert string to float: .*", "it is not a number"),
         (r"\('Non-boolean argument to boolean flag', .*\)", "it is neither true nor false"),
+        (r"is not an? non-negative (number|integer)$", r"is not \1 >= 0"),
+        (r"is not an? (number|integer) in the range \[(.*), (.*)\]$", r"is not a \1 from \2 to \3"),
+        (r"is not (number|integer) >= (.*)$", r"is not a \1 of at least \2"),
+        (r"is not (number|integer) <= (.*)$", r"is not a \1 of at most \2"),
+        (r"is not a integer (.*)$", r"is not a whole number \1"),
     ):
         message = re.sub(words, ours, message)
     return message

@@ -1,18 +1,15 @@
-"""Finds long sums in half precision, and what LAPACK does, in a traced program."""
+"""Finds long sums in half precision in a traced program."""
 
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
+
+from tests.tasks.traced import described, programs_of
 
 HALF = (jnp.bfloat16, jnp.float16)
 SUMS = {"reduce_sum", "reduce_window_sum", "reduce"}  # long where they shorten an array
 ALWAYS = {"scatter-add", "cumsum", "psum", "reduce_scatter"}
-FACTORIZATIONS = {
-    "cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd",
-    "triangular_solve", "tridiagonal", "tridiagonal_solve",
-}  # fmt: skip
 
 
 def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterator[str]:
@@ -37,11 +34,11 @@ def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterat
                 continue
             shortens = name in SUMS and first.aval.size > out.aval.size and _adds(equation)
             if shortens or name in ALWAYS:
-                yield _described(name, equation, out)
+                yield described(name, equation, out)
             elif name in ("add_any", "add") and out.aval.size % rows:
                 added = {v for v in equation.invars if _is_variable(v)}
                 if added & turns or (name == "add_any" and added & sums):
-                    yield _described(name, equation, out)
+                    yield described(name, equation, out)
                 sums.add(out)
         carry = slice(0)
         if name == "scan":
@@ -49,45 +46,14 @@ def half_sums(program: core.Jaxpr, rows: int, carry: slice = slice(0)) -> Iterat
             carry = slice(constants, constants + count)
         elif name == "while":
             carry = slice(equation.params["body_nconsts"], None)
-        for inner in _programs_of(equation):
+        for inner in programs_of(equation):
             yield from half_sums(inner, rows, carry)
-
-
-def batched_factorizations(program: core.Jaxpr) -> Iterator[str]:
-    """Describes each call of LAPACK for several matrices, of a program and those inside it.
-
-    On a CPU, jax 0.10 gives such calls to the same few threads on which they wait, so that two at
-    once can wait forever.
-    """
-    for equation in program.eqns:
-        if equation.primitive.name in FACTORIZATIONS and equation.invars[0].aval.ndim > 2:
-            yield _described(equation.primitive.name, equation, equation.outvars[0])
-        for inner in _programs_of(equation):
-            yield from batched_factorizations(inner)
 
 
 def _adds(equation) -> bool:
     """Whether a reduction is a sum: `reduce` says so in a program of its own."""
     inner = equation.params.get("jaxpr")
     return inner is None or any(e.primitive.name == "add" for e in inner.eqns)
-
-
-def _described(name: str, equation, out) -> str:
-    frames = equation.source_info.traceback.frames if equation.source_info.traceback else ()
-    ours = [f for f in frames if "genai_jax" in f.file_name or "kernels_pallas" in f.file_name]
-    place = f" at {ours[0].file_name.rpartition('/')[2]}:{ours[0].line_num}" if ours else ""
-    return f"{name} of {equation.invars[0].aval.str_short()} to {out.aval.str_short()}{place}"
-
-
-def _programs_of(equation) -> Iterator[core.Jaxpr]:
-    """The programs inside an equation: of loops, branches, calls."""
-    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-        if _is_program(inner):
-            yield getattr(inner, "jaxpr", inner)
-
-
-def _is_program(value) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _is_variable(value) -> bool:

@@ -5,16 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genai_jax.components import make_task, parse_run
+from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.networks.layers.convolution import Conv
 from genai_jax.networks.layers.embedding import Embed
-from genai_jax.tasks.protocol import step_spec
-from genai_jax.training.execution import initializer
-from genai_jax.training.phases import phases_of
-from genai_jax.training.step import make_step
 from tests.every_flag import BASES, flags_of_base, needs_a_run
-from tests.tasks.half_precision import batched_factorizations, half_sums
+from tests.tasks.factorizations import batched_factorizations
+from tests.tasks.half_precision import half_sums
+from tests.tasks.traced import traced_step
 
 ROWS = 7  # prime, so that it divides no size but those of a batch
 # Beside the bases, what changes how parameters are used: base -> flags of each case.
@@ -57,36 +55,28 @@ MORE = {
     ),
 }  # fmt: skip
 WHOLE = {"few_step shortcut": ("--few_step.bootstrap=1.0",)}  # else for a part of the rows
-# The first two run in float32 only; the others have no training step.
-ELSEWHERE = {"normalizing_flow", "word_vectors", "ngram", "hmm", "responder"}
+FLOAT32 = {"normalizing_flow", "word_vectors"}  # run in nothing else
+WITHOUT_A_STEP = {"ngram", "hmm", "responder"}
 RECORDED = pytest.mark.depends_on("every flag")  # those that need other runs
 CASES = [
     pytest.param(base, flags, marks=[RECORDED] if needs_a_run(base) else [])
-    for base in sorted(BASES.keys() - ELSEWHERE)
+    for base in sorted(BASES.keys() - FLOAT32 - WITHOUT_A_STEP)
     for flags in ((), *MORE.get(base, ()))
 ]
-
-
-def traced_step(*flags: str):
-    """The training step of a run as a program; nothing is compiled."""
-    config = parse_run(["--dtype=bfloat16", *flags])
-    task = make_task(config)
-    state = jax.eval_shape(initializer(task, config), jax.random.key(0))
-    phases = phases_of(task, config)(state.params)
-    step = make_step(
-        phases, accumulate=config.train.accumulate, averages={}, materialize=task.materialize
-    )
-    batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in step_spec(task).items()}
-    return jax.make_jaxpr(step)(state.replace(ema={}), batch)
 
 
 @pytest.mark.parametrize(("base", "flags"), CASES)
 def test_no_step_adds_up_in_half_precision(base, flags):
     """And none needs LAPACK for many matrices at once, for which jax 0.10 can wait forever."""
-    own = (f"--data.batch_size={ROWS}", *WHOLE.get(base, ()), *flags)
+    own = ("--dtype=bfloat16", f"--data.batch_size={ROWS}", *WHOLE.get(base, ()), *flags)
     program = traced_step(*flags_of_base(base), *own)
     assert list(half_sums(program.jaxpr, ROWS)) == []
     assert list(batched_factorizations(program.jaxpr)) == []
+
+
+@pytest.mark.parametrize("base", sorted(FLOAT32))
+def test_no_step_in_float32_needs_lapack_for_many_matrices(base):
+    assert not [*batched_factorizations(traced_step(*flags_of_base(base)).jaxpr)]
 
 
 def test_sums_in_half_precision_are_found():

@@ -23,9 +23,9 @@ HUGE = 2**31 - 2
         ("transformer.mlp_dim", r"the state .* needs 2,304\.0 GiB"),
         ("language_model.vocab_size", r"the state .* needs 768\.0 GiB"),
         ("moe.num_experts", "the state .* GiB"),
-        ("population.size", r"in the range \[1, 65536\]"),
+        ("population.size", "is not a whole number from 1 to 65536"),
         ("train.accumulate", f"not divisible by 1 .* {HUGE} part"),
-        ("transformer.window", r"in the range \[0, 1073741824\]"),
+        ("transformer.window", "is not a whole number from 0 to 1073741824"),
         ("eval.batches", None),
     ],
 )
@@ -34,9 +34,7 @@ def test_a_size_that_no_memory_holds_says_what_it_would_need(flag, said, tmp_pat
     if said:
         with pytest.raises(ConfigError, match=said):
             train.main([*flags, f"--{flag}={HUGE}"])
-    with pytest.raises(
-        ConfigError, match=rf"--{flag}={2 * HUGE}: .* is not an integer in the range"
-    ):
+    with pytest.raises(ConfigError, match=f"--{flag}={2 * HUGE}: .* is not a whole number from"):
         train.main([*flags, f"--{flag}={2 * HUGE}"])
 
 

@@ -13,7 +13,7 @@ PROBLEMS = 20_000  # size of an `addition` or `repeats` data set, unless there a
 
 def modular_addition(modulus: int) -> list[str]:
     """Every "a + b = c" with c = a + b modulo `modulus`, as words for the tokenizer "numbers"."""
-    _check(modulus)
+    _check("modular_addition", modulus)
     return [f"{a} + {b} = {(a + b) % modulus}" for a in range(modulus) for b in range(modulus)]
 
 
@@ -22,9 +22,11 @@ def modular_division(modulus: int) -> list[str]:
 
     With the modulus 97, the data set of Power et al. 2022, "Grokking", figure 1.
     """
-    _check(modulus)
+    _check("modular_division", modulus)
     if any(modulus % n == 0 for n in range(2, int(modulus**0.5) + 1)):
-        raise ConfigError(f"modular_division:{modulus}: the modulus must be a prime number")
+        raise ConfigError(
+            f"--data.dataset=modular_division:{modulus}: the modulus must be a prime number"
+        )
     return [
         f"{b * c % modulus} / {b} = {c}" for b in range(1, modulus) for c in range(modulus)
     ]  # fmt: skip
@@ -38,7 +40,9 @@ def addition(digits: int) -> list[str]:
     same every time.
     """
     if not 1 <= digits <= 9:
-        raise ConfigError(f"addition:{digits}: the number of digits must be from 1 to 9")
+        raise ConfigError(
+            f"--data.dataset=addition:{digits}: the number of digits must be from 1 to 9"
+        )
     limit = 10 ** (2 * digits)
     rng = np.random.default_rng((digits, 13))
     if limit <= 2 * PROBLEMS:
@@ -58,7 +62,9 @@ def repeats(symbols: int) -> list[str]:
     induction heads"). The documents are the same every time.
     """
     if not 8 <= symbols <= 10_000:
-        raise ConfigError(f"repeats:{symbols}: the number of symbols must be from 8 to 10,000")
+        raise ConfigError(
+            f"--data.dataset=repeats:{symbols}: the number of symbols must be from 8 to 10,000"
+        )
     rng = np.random.default_rng((symbols, 17))
     documents = []
     for period in rng.integers(symbols // 4, 3 * symbols // 4 + 1, PROBLEMS):
@@ -67,6 +73,6 @@ def repeats(symbols: int) -> list[str]:
     return documents
 
 
-def _check(modulus: int):
+def _check(kind: str, modulus: int):
     if modulus < 2:
-        raise ConfigError(f"the modulus of modular arithmetic must be at least 2, not {modulus}")
+        raise ConfigError(f"--data.dataset={kind}:{modulus}: the modulus must be at least 2")

@@ -92,7 +92,7 @@ def _report_skipped(path: str, counts: dict[str, int], binary: list[str], docume
     skipped = [f"{len(binary):,} not text: {names}"] * bool(binary) + skipped
     note = f" (skipped: {'; '.join(skipped)})" if skipped else ""
     if not documents:
-        raise ConfigError(f"{place} is empty: it has no text to train on{note}")
+        raise ConfigError(f"--data.dataset={place} has no text to train on{note}")
     if binary:
         say(f"warning: {place}: skipped {'; '.join(skipped)}")
     elif skipped:

@@ -57,7 +57,8 @@ def documents(characters: int) -> list[str]:
     """
     if not 100 <= characters <= 100_000:
         raise ConfigError(
-            f"needles:{characters}: the number of characters must be from 100 to 100,000"
+            f"--data.dataset=needles:{characters}: the number of characters must be from 100 to "
+            "100,000"
         )
     rng = np.random.default_rng((characters, 19))
     texts = []
@@ -66,7 +67,7 @@ def documents(characters: int) -> list[str]:
         hay = words(rng, int(length)).split(" ")
         cuts = [0, *sorted(rng.integers(len(hay) + 1, size=FACTS)), len(hay)]
         pieces = ["".join(f" {word}" for word in hay[a:b]) for a, b in itertools.pairwise(cuts)]
-        facts = [piece + each.fact for piece, each in zip(pieces, hidden)]  # noqa: B905
+        facts = [piece + each.fact for piece, each in zip(pieces[:-1], hidden, strict=True)]
         asked = [hidden[i].fact for i in rng.permutation(FACTS)]
         texts.append("".join([*facts, pieces[-1], " ?", *asked])[1:])
     return texts
@@ -103,16 +104,19 @@ def haystacks(
     """
     read = np.full((rows, length + 1), tokenizer.boundary_id, np.int32)
     is_answer = np.zeros((rows, length), bool)
-    for row in range(rows):
-        rng = np.random.default_rng((seed, row))
-        (one,) = needles(rng, 1)
-        fact, question, answer = (np.asarray(tokenizer.encode(t), np.int32) for t in one)
+    rngs = [np.random.default_rng((seed, row)) for row in range(rows)]
+    hidden = [
+        [np.asarray(tokenizer.encode(text), np.int32) for text in needles(rng, 1)[0]]
+        for rng in rngs
+    ]
+    longest = max(sum(map(len, parts)) for parts in hidden)
+    if length < longest:
+        raise ConfigError(
+            f"--needle_lengths={length} is too short: a needle, its question, and its answer take "
+            f"up to {longest} tokens"
+        )
+    for row, (rng, (fact, question, answer)) in enumerate(zip(rngs, hidden, strict=True)):
         room = length - len(fact) - len(question) - len(answer)
-        if room < 0:
-            raise ConfigError(
-                f"--needle_lengths={length} has no room for a needle, its question, and its "
-                f"answer, of {length - room} tokens"
-            )
         straw = np.resize(np.roll(hay, -rng.integers(len(hay))), room)
         cut = round(depth * room)
         read[row, 1:] = np.concatenate([straw[:cut], fact, straw[cut:], question, answer])

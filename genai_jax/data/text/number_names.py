@@ -31,7 +31,9 @@ def number_names(digits: int) -> list[tuple[str, str]]:
       ConfigError: other than 1 to 6 digits.
     """
     if not 1 <= digits <= 6:
-        raise ConfigError(f"number_names:{digits}: the number of digits must be from 1 to 6")
+        raise ConfigError(
+            f"--data.dataset=number_names:{digits}: the number of digits must be from 1 to 6"
+        )
     numbers = np.random.default_rng((digits, 17)).permutation(10**digits)[:PAIRS]
     return [(english(n), german(n)) for n in map(int, numbers)]
 

@@ -23,9 +23,7 @@ from genai_jax.tasks.protocol import LossOutput, Mean
 
 @dataclasses.dataclass(frozen=True)
 class MaskedConfig(BidirectionalConfig):
-    mask_rate: float = field(
-        0.15, "Share of tokens that are to be predicted.", minimum=0, maximum=1
-    )
+    mask_rate: float = field(0.15, "Share of tokens that are to be predicted, above 0 and below 1.")
     span_length: float | None = field(
         None,
         "Mean length of the spans of tokens that are to be predicted; if unset, tokens are chosen "
@@ -45,15 +43,16 @@ class MaskedConfig(BidirectionalConfig):
 
     def __post_init__(self):
         if not 0 < self.mask_rate < 1:
-            what = "nothing to predict" if self.mask_rate == 0 else "nothing to predict it from"
+            what = "nothing to predict" if self.mask_rate <= 0 else "nothing to predict it from"
             raise ValueError(
                 f"mask_rate={self.mask_rate} leaves {what}: it must be above 0 and below 1"
             )
         shortest = 1 / (1 - self.mask_rate)
         if self.span_length is not None and self.span_length < shortest:
             raise ValueError(
-                f"span_length={self.span_length} must be at least {shortest:.4g}, the mean run of "
-                f"tokens chosen independently at mask_rate={self.mask_rate}; unset, they are"
+                f"span_length={self.span_length} must be at least {shortest:.4g} with "
+                f"mask_rate={self.mask_rate}: tokens chosen independently have runs of that mean "
+                "length; leave it unset for those"
             )
         if self.mask_fraction == 0:
             raise ValueError("mask_fraction=0: the model would never see a mask")

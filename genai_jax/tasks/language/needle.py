@@ -1,5 +1,6 @@
 """How often a language model finds a needle in a haystack, by length and depth."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -23,8 +24,11 @@ def lengths_of(text: str) -> list[int]:
       ValueError: text of another form.
     """
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isascii() and part.isdigit() and 0 < len(part) < 7 for part in parts):
-        raise ValueError(f"needle_lengths={printable(text)} is not a list of numbers of tokens")
+    if not all(re.fullmatch("[1-9][0-9]{0,5}", part) for part in parts):
+        raise ValueError(
+            f"needle_lengths={printable(text)} is not a list of numbers of tokens from 1 to "
+            "999999, as in 128,512"
+        )
     return [int(part) for part in parts]
 
 

@@ -38,10 +38,8 @@ class SequenceToSequenceConfig(OutputConfig):
     )
     mask_rate: float | None = field(
         None,
-        "Share of the tokens that are hidden; 0.15 for span corruption and 0.3 for denoising if "
-        "unset.",
-        minimum=0,
-        maximum=1,
+        "Share of the tokens that are hidden, above 0 and below 1; 0.15 for span corruption and "
+        "0.3 for denoising if unset.",
     )
     span_length: float | None = field(
         None, "Mean number of tokens that are hidden in one place; 3 if unset.", minimum=1
@@ -84,8 +82,8 @@ class SequenceToSequenceConfig(OutputConfig):
                     f"{name}={getattr(self, name)} is for objective={' or '.join(objectives)}, not "
                     f"{self.objective}"
                 )
-        if self.mask_rate in (0, 1):
-            what = "nothing to restore" if self.mask_rate == 0 else "nothing to restore it from"
+        if self.mask_rate is not None and not 0 < self.mask_rate < 1:
+            what = "nothing to restore" if self.mask_rate <= 0 else "nothing to restore it from"
             raise ValueError(
                 f"mask_rate={self.mask_rate:g} leaves {what}: it must be above 0 and below 1"
             )

@@ -51,7 +51,7 @@ class WordDataConfig:
         minimum=1,
     )  # fmt: skip
     max_words: int | None = field(
-        None, "Most words of the vocabulary, the most frequent ones; all if unset.", minimum=1
+        None, "Most words of the vocabulary, the most frequent ones; all if unset.", minimum=2
     )
     data_dir: str | None = _shared("data_dir")
     text_key: str = _shared("text_key")

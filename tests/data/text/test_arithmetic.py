@@ -97,7 +97,7 @@ def test_invalid_problem_names_are_errors():
         ("addition", "write addition:N with a whole number N"),
         ("modular_division:x", "write modular_division:N"),
         ("modular_division:91", "the modulus must be a prime number"),
-        ("modular_addition:1", "must be at least 2, not 1"),
+        ("modular_addition:1", "modular_addition:1: the modulus must be at least 2"),
         ("repeats:7", "the number of symbols must be from 8 to 10,000"),
         ("addition:10", "the number of digits must be from 1 to 9"),
     ):

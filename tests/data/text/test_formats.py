@@ -48,7 +48,7 @@ def test_what_was_written_is_read(tmp_path, kind, packed):
         assert read(path, text_key="body") == DOCUMENTS
     write_documents(path.with_name(f"A.{kind.upper()}{packed.upper()}"), ["x"], "body")
     (tmp_path / f"b.{kind}").write_bytes(b"")
-    assert "is empty" in refused(tmp_path / f"b.{kind}")
+    assert "has no text to train on" in refused(tmp_path / f"b.{kind}")
 
 
 def test_a_folder_of_all_formats_is_read_in_order(tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_rows_without_text_are_counted(tmp_path, capsys):
         assert read(path) == ["one", "two"]
         assert "skipped 4 rows without text\n" in capsys.readouterr().err
         write_documents(path, [None, ""])
-        assert "is empty" in refused(path)
+        assert "has no text to train on" in refused(path)
 
 
 def test_a_missing_column_names_those_that_there_are(tmp_path):
@@ -151,7 +151,7 @@ def test_files_that_are_not_text_are_refused_alone_and_skipped_in_a_folder(tmp_p
         for strict in (True, False):
             said = refused(tmp_path / name, strict=strict)
             assert f"{name} is " in said and "reads plain text" in said
-    assert "is empty: it has no text to train on (skipped: 17 not text: a.txt" in refused(tmp_path)
+    assert "has no text to train on (skipped: 17 not text: a.txt" in refused(tmp_path)
     (tmp_path / "good.txt").write_text("good")
     assert read(tmp_path) == ["good"]
     said = capsys.readouterr().err

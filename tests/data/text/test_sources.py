@@ -132,12 +132,12 @@ def test_fingerprint_changes_with_content(tmp_path):
 def test_empty_file(tmp_path, content):
     path = tmp_path / "empty.txt"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=r"empty\.txt is empty"):
+    with pytest.raises(ConfigError, match=r"empty\.txt has no text to train on"):
         open_source(text_config(path), "train")
 
 
 def test_empty_folder_and_missing_path(tmp_path):
-    with pytest.raises(ConfigError, match="is empty"):
+    with pytest.raises(ConfigError, match="has no text to train on"):
         open_source(text_config(tmp_path), "train")
     with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
         open_source(text_config(tmp_path / "nowhere"), "train")

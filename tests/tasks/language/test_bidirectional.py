@@ -217,6 +217,7 @@ def test_the_mask_is_one_more_row(text):
     [
         ("--masked.mask_rate=0", "mask_rate=0.0 leaves nothing to predict: it must be above 0"),
         ("--masked.mask_rate=1", "mask_rate=1.0 leaves nothing to predict it from"),
+        ("--masked.mask_rate=2", "mask_rate=2.0 leaves .* it must be above 0 and below 1"),
         ("--masked.span_length=1.1", "span_length=1.1 must be at least 1.176"),
         ("--masked.mask_fraction=0", "mask_fraction=0: the model would never see a mask"),
         ("--masked.mask_fraction=0.95", "must add up to at most 1"),

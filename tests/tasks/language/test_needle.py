@@ -84,16 +84,16 @@ def test_a_model_is_asked_for_needles(task):
 
 def test_what_does_not_fit_is_refused(task):
     right = lambda batch: np.ones_like(batch["targets"], bool)
-    with pytest.raises(ConfigError, match="--needle_lengths=20 has no room"):
+    with pytest.raises(ConfigError, match=r"=20 is too short: .* take up to 3\d tokens"):
         needle_scores(right, task.data, [20], rows=1, limit=None)
     with pytest.raises(ConfigError, match="the model reads at most 64 tokens"):
         needle_scores(right, task.data, [128], rows=1, limit=64)
-    with pytest.raises(ConfigError, match="needles:5: the number of characters"):
+    with pytest.raises(ConfigError, match=r"--data\.dataset=needles:5: the number of characters"):
         documents(5)
     with pytest.raises(ValueError, match="needles=3 has no effect"):
         LanguageEvaluateRequest(workdir="w", needles=3)
-    for text in ("a", "12,", "-3", "1.5"):
-        with pytest.raises(ValueError, match="is not a list of numbers"):
+    for text in ("a", "12,", "-3", "1.5", "0", "1000000"):
+        with pytest.raises(ValueError, match="is not a list of numbers of tokens from 1 to 999999"):
             lengths_of(text)
     numbers = make_task(
         parse_run([*TINY, "--data.dataset=repeats:9", "--data.tokenizer=numbers:9"])

@@ -175,6 +175,7 @@ def test_held_out_noise_does_not_depend_on_the_seed_and_that_of_training_does(te
          "has 100 spans to hide, more than the 50 sentinels"),
         (["--sequence_to_sequence.mask_rate=0"], "mask_rate=0 leaves nothing to restore"),
         (["--sequence_to_sequence.mask_rate=1"], "mask_rate=1 leaves nothing to restore it from"),
+        (["--sequence_to_sequence.mask_rate=-1"], "mask_rate=-1 leaves nothing to restore: "),
         ([f"{OBJECTIVE}=prefix", "--sequence_to_sequence.sentinels=5"], "is for --sequence_to"),
         (["--sequence_to_sequence.target_length=5"], "is for --sequence_to_sequence.objective=pa"),
         (["--recurrent.cell=lstm"], "has no effect with --sequence_to_sequence.network=transf"),

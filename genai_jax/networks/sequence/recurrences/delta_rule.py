@@ -1,7 +1,5 @@
 """The gated delta rule: linear attention that replaces what a key had stored."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,21 +84,18 @@ def unit_inverse(lower: jax.Array) -> jax.Array:
         return jnp.where((row % 2 == 1) & (column == row - 1), lower, 0)
 
     inverse, block = jnp.eye(size) - between(1), 2
-    while block < size:
-        inverse -= matmul(inverse, between(block), inverse)
-        block *= 2
+    with jax.default_matmul_precision("highest"):
+        while block < size:
+            inverse -= inverse @ between(block) @ inverse
+            block *= 2
     return inverse
 
 
 @unit_inverse.defjvp
 def _unit_inverse_jvp(primals, tangents):
     inverse = unit_inverse(*primals)
-    return inverse, -matmul(inverse, jnp.tril(*tangents, -1), inverse)
-
-
-def matmul(*matrices: jax.Array) -> jax.Array:
-    """Their product, in full precision on every backend."""
-    return functools.reduce(functools.partial(jnp.matmul, precision="highest"), matrices)
+    with jax.default_matmul_precision("highest"):
+        return inverse, -(inverse @ jnp.tril(*tangents, -1) @ inverse)
 
 
 def delta_rule_step(state: jax.Array, inputs: tuple[jax.Array, ...]):

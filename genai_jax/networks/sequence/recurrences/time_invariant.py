@@ -9,7 +9,7 @@ import numpy as np
 from genai_jax.networks.sequence.recurrences.boundaries import Boundaries, masked
 from genai_jax.networks.sequence.recurrences.chunks import chunks_of, merge, split
 
-CHUNK = 32
+CHUNK = 16
 
 
 class System(NamedTuple):
@@ -71,19 +71,21 @@ def by_chunks(system: System, x: jax.Array, bounds: Boundaries, chunk: int = CHU
     kernel = jnp.sum(powers * system.c, -1).real  # [size, channels]
     lag = np.arange(size)[:, None] - np.arange(size)
     toeplitz = jnp.where((lag >= 0)[..., None], kernel[np.maximum(lag, 0)], 0)  # [i, j, channels]
-    observed = _observations(system, size)  # C A^(t + 1)
+    # Re(C h) as a product of real numbers: complex matmuls are slow on some devices.
+    observed = _side_by_side(_observations(system, size).conj())  # C A^(t + 1)
+    entered = _side_by_side(powers[::-1])
     over = _power(system, size)
 
     @jax.checkpoint
     def step(h, chunk):
         x, pairs, from_state, to_state = chunk
         y = jnp.einsum("bij,ijc,bjc->bic", pairs.astype(x.dtype), toeplitz, x)
-        y += jnp.einsum("bi,icn,bcn->bic", from_state.astype(h.dtype), observed, h).real
-        new = jnp.einsum("bj,jcn,bjc->bcn", to_state.astype(h.dtype), powers[::-1], x)
-        carried = over.advance(h) * from_state[:, -1, None, None]
-        return carried + new, y
+        y += from_state[..., None] * jnp.einsum("icn,bcn->bic", observed, h)
+        new = jnp.einsum("jcn,bjc->bcn", entered, to_state[..., None] * x)
+        carried = _side_by_side(over.advance(jax.lax.complex(*jnp.split(h, 2, -1))))
+        return carried * from_state[:, -1, None, None] + new, y
 
-    h = jnp.zeros((batch, channels, system.b.shape[-1]), system.b.dtype)
+    h = jnp.zeros((batch, channels, 2 * system.b.shape[-1]))
     each = (x, parts.pairs, parts.from_state, parts.to_state)
     _, y = jax.lax.scan(step, h, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), each))
     return merge(jnp.moveaxis(y, 0, 1), length)
@@ -97,6 +99,11 @@ def to_complex(a: jax.Array) -> jax.Array:
 def from_complex(a: jax.Array) -> jax.Array:
     """The inverse of `to_complex`."""
     return jnp.stack([a.real, a.imag], -1)
+
+
+def _side_by_side(a: jax.Array) -> jax.Array:
+    """[..., n] complex -> [..., 2 n], the real parts and then the imaginary ones."""
+    return jnp.concatenate([a.real, a.imag], -1)
 
 
 def _powers(system: System, length: int) -> jax.Array:
