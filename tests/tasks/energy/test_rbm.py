@@ -148,7 +148,7 @@ def test_the_gradient_of_the_loss_is_the_statistics_of_the_chains_less_those_of_
 
 @pytest.mark.parametrize("flag", ["chains", "num_hidden", "sweeps"])
 def test_bad_flags_are_refused_in_one_line(flag):
-    with pytest.raises(ConfigError, match=f"--rbm.{flag}=0: 0 is not an integer") as error:
+    with pytest.raises(ConfigError, match=f"--rbm.{flag}=0: 0 is not a whole number") as error:
         parse_run([*TINY, f"--rbm.{flag}=0"])
     assert "\n" not in str(error.value)
 
