@@ -96,6 +96,23 @@ def test_pairs_of_a_row_and_padding_do_not_change_a_pair(name):
     np.testing.assert_array_equal(packed[:, 3:], run(name, changed)[:, 3:])
 
 
+def test_latents_read_a_source_wherever_its_padding_is():
+    batch, n = a_batch(), 5
+    source = batch["source"][:, :n]
+
+    def padded(before, filler):
+        around = ((0, 0), (before, SOURCE - n - before))
+        ids = np.pad(np.ones_like(source), around)
+        padded = np.pad(source, around, constant_values=filler)
+        return run("latents", batch | {"source": padded, "source_ids": ids})
+
+    right = padded(0, 0)
+    np.testing.assert_array_equal(right, padded(0, 7))
+    np.testing.assert_array_equal(padded(4, 0), padded(4, 7))
+    for before in (2, 4):
+        np.testing.assert_allclose(padded(before, 0), right, atol=2e-6)
+
+
 @every
 def test_cached_decoding_equals_the_full_pass(name):
     """With sources of two lengths, several tokens in a call, and rows that come twice."""

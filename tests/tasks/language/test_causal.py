@@ -9,6 +9,7 @@ import pytest
 from genai_jax.components import parse_run
 from genai_jax.config import ConfigError
 from genai_jax.tasks.language.causal import LanguageModel, LanguageRequest
+from genai_jax.tasks.language.sampling import TokenSampler
 from genai_jax.training.evaluation import Evaluator
 from tests.commands import TINY
 
@@ -50,6 +51,43 @@ def test_samples_begin_with_their_prompts_and_end_at_the_stop(task, params):
     stop = texts[0][4]
     cut = task.sample(params, {}, dataclasses.replace(request, stop=stop)).texts
     assert cut[0] == "né" + texts[0][2:].split(stop)[0]
+
+
+@pytest.mark.parametrize("suffix_first", [0, 1])
+def test_a_gap_is_filled_between_prompt_and_suffix(suffix_first, text_folder, monkeypatch):
+    """In the order of the training data; what the model writes stands in between."""
+    data = [f"--data.dataset=text:{text_folder}", "--data.fim_rate=0.5"]
+    flags = [*TINY, *data, f"--data.fim_suffix_first={suffix_first}"]
+    task = LanguageModel(parse_run(flags))
+    pre, suf, mid = task.data.sentinels
+    prefix, suffix = [*b"def "], [*b"():"]
+    boundary, seen = task.data.tokenizer.boundary_id, []
+    before = (
+        [pre, suf, *suffix, mid, *prefix] if suffix_first else [pre, *prefix, suf, *suffix, mid]
+    )
+    plain = TokenSampler.__call__
+
+    def call(self, params, prompts, *rest):
+        seen.extend(prompts)
+        return plain(self, params, prompts, *rest)
+
+    monkeypatch.setattr(TokenSampler, "__call__", call)
+    params = jax.jit(lambda rng: task.init(rng)[0])(jax.random.key(0))
+    request = LanguageRequest(prompt="def ", suffix="():", num_samples=2, max_tokens=5)
+    texts = task.sample(params, {}, request).texts
+    assert [ids.tolist() for ids in seen] == [[boundary, *before]] * 2
+    assert all(t.startswith("def ") and t.endswith("():") for t in texts)
+    assert texts[0] != texts[1]
+
+
+def test_what_cannot_fill_a_gap_is_named(task, params):
+    with pytest.raises(
+        ConfigError, match=r"^--suffix=\):: the model was trained without --data.fim"
+    ):
+        task.sample(params, {}, LanguageRequest(suffix="):"))
+    for name in ("prompt_file", "stop"):
+        with pytest.raises(ValueError, match=f"^{name}=x has no effect with suffix=y"):
+            LanguageRequest(suffix="y", **{name: "x"})
 
 
 def test_greedy_sampling_refuses_what_only_randomness_uses():

@@ -86,8 +86,10 @@ class Attention(nn.Module):
         plain = q
         if context.rotation is not None:
             q, k = rotary(q, context.rotation), rotary(k, context.rotation)
-        if c.sinks:
-            out, state = self._stream(plain, q, k, v, context, state)
+        if isinstance(state, StreamingState):
+            out, state = self._continue_stream(plain, q, k, v, context, state)
+        elif c.sinks:
+            out = self._stream(plain, q, k, v, context)
         elif state is None:
             out = self._attend(q, k, v, context)
         else:
@@ -115,18 +117,14 @@ class Attention(nn.Module):
     def _mask(self, context: TokenContext) -> kernels_pallas.Mask:
         return self.own_mask(self.config) if context.mask is None else context.mask
 
-    def _stream(
-        self, plain, q, k, v, context: TokenContext, state: StreamingState | None
-    ) -> tuple[jax.Array, StreamingState | None]:
+    def _stream(self, plain, q, k, v, context: TokenContext) -> jax.Array:
         """Attention to the window and to the first tokens; `plain` are queries without rotation.
-
-        The first tokens are as far away as the window is long, or as they are if that is less.
 
         Raises:
           ConfigError: a mesh that splits sequences.
           ValueError: another mask.
         """
-        c, new = self.config, k.shape[1]
+        c = self.config
         if context.mask is not None:
             raise ValueError(f"sinks={c.sinks} cannot be combined with the mask {context.mask}")
         if axis_size(SEQUENCE) > 1:
@@ -134,29 +132,55 @@ class Attention(nn.Module):
                 f"{describe_axis(SEQUENCE)}: sinks need whole sequences on a device "
                 "(--transformer.sinks)"
             )
-        options = dict(
-            window=c.window, scale=c.self_attention_scale, soft_cap=c.attention_soft_cap,
-            backend=self.backend,
-        )  # fmt: skip
-        first_q = plain
-        if context.rotation is not None:
-            near = jnp.minimum(context.positions, c.window + c.sinks)
-            angles = rotation(near, c.head_width, theta=c.rope_theta, scaling=c.rotary_scaling)
-            first_q = rotary(plain, angles)
-        if state is None:
-            first = first_of_documents(
-                k, v, context.positions, context.segment_ids, c.sinks, c.window
-            )
-            return stream(q, first_q, k, v, first, context.segment_ids, q_offset=0, **options), None
+        first = first_of_documents(k, v, context.positions, context.segment_ids, c.sinks, c.window)
+        first = (self._near(plain, context), *first)
+        return self._see(q, k, v, first, context.segment_ids, q_offset=0)
+
+    def _continue_stream(self, plain, q, k, v, context: TokenContext, state: StreamingState):
+        """Attention of new tokens to those within reach, and to the first ones of their row.
+
+        Returns the state with them.
+
+        Raises:
+          ValueError: another mask.
+        """
+        c, new, kept = self.config, k.shape[1], state.keys.shape[1]
+        if context.mask is not None:
+            raise ValueError(f"window={c.window}: decoding cannot be combined with {context.mask}")
         state = state._replace(length=context.positions[:, 0])
-        kept = state.keys.shape[1]
         there = jnp.arange(kept + new) + state.length[:, None] >= kept
         segments = jnp.ones(q.shape[:2], jnp.int32), there.astype(jnp.int32)
         state, keys, values = state.add(k, v, context.lengths)
-        each = lambda a: jnp.broadcast_to(a[:, None], (len(a), new, *a.shape[1:]))
-        seen = context.positions[..., None] - jnp.arange(c.sinks) > c.window
-        first = each(state.first_keys), each(state.first_values), seen
-        return stream(q, first_q, keys, values, first, segments, q_offset=kept, **options), state
+        first, bias = None, None
+        if c.sinks:
+            each = lambda a: jnp.broadcast_to(a[:, None], (len(a), new, *a.shape[1:]))
+            seen = context.positions[..., None] - jnp.arange(c.sinks) > c.window
+            first = (self._near(plain, context), each(state.first_keys), each(state.first_values))
+            first = (*first, seen)
+        elif c.positions == "alibi":
+            bias = kernels_pallas.Alibi(self._slopes())
+        elif context.relative is not None:
+            places = kept + jnp.arange(new)[None]
+            bias = context.relative.of_queries(places, kept + new, c.furthest)
+        return self._see(q, keys, values, first, segments, q_offset=kept, bias=bias), state
+
+    def _near(self, plain: jax.Array, context: TokenContext) -> jax.Array:
+        """Queries for the first tokens: as far away as the window is long, or as they are."""
+        c = self.config
+        if context.rotation is None:
+            return plain
+        near = jnp.minimum(context.positions, c.window + c.sinks)
+        return rotary(
+            plain, rotation(near, c.head_width, theta=c.rope_theta, scaling=c.rotary_scaling)
+        )
+
+    def _see(self, q, keys, values, first, segment_ids, **options) -> jax.Array:
+        c = self.config
+        return stream(
+            q, keys, values, first, segment_ids, mask=self.own_mask(c),
+            scale=c.self_attention_scale, soft_cap=c.attention_soft_cap, backend=self.backend,
+            **options,
+        )  # fmt: skip
 
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
         """Attention among the tokens of a row."""
@@ -202,16 +226,22 @@ class Attention(nn.Module):
         )  # fmt: skip
 
     @staticmethod
+    def reach(config: TransformerConfig) -> int | None:
+        """How far back a token sees, besides the first tokens; None: as far as there are tokens."""
+        return config.window
+
+    @classmethod
     def empty_state(
-        config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
+        cls, config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
     ) -> "AttentionState | StreamingState":
         """Arrays [batch, kv_heads, max_length, head_dim]; any number of tokens can be rewound.
 
-        With sinks the arrays have the tokens of the window, and those that can be rewound.
+        Where tokens do not see further back than `reach`, the arrays have so many tokens and those
+        that can be rewound, however long a row is.
         """
-        if config.sinks:
-            kept = config.window + rewind
-            shape = (config.sinks, kept, config.kv_heads, config.head_width)
+        reach = cls.reach(config)
+        if config.sinks or (reach is not None and reach < max_length):
+            shape = (config.sinks or 0, reach + rewind, config.kv_heads, config.head_width)
             return StreamingState.empty(batch, *shape, dtype)
         return AttentionState(
             kernels_pallas.ContiguousCache.empty(

@@ -24,6 +24,10 @@ class DilatedAttention(Attention):
     def own_mask(config: TransformerConfig) -> kernels_pallas.Mask:
         return Dilated(config.dilation_step, config.window)
 
+    @staticmethod
+    def reach(config: TransformerConfig) -> int | None:
+        return None if config.window is None else config.window * config.dilation_step
+
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
         step, length = self.config.dilation_step, q.shape[1]
         if context.mask is not None or axis_size(SEQUENCE) > 1:

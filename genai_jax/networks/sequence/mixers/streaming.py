@@ -1,8 +1,8 @@
-"""Attention to a window and to the first tokens of a document, the sinks of attention.
+"""Attention with a state of constant size: to a window, and to the first tokens of a document.
 
-Without its first tokens, which every later token attends to whatever they say, a decoder that sees
-only a window breaks down (Xiao et al. 2024, "Efficient streaming language models with attention
-sinks"). With them it can go on for ever with a state of constant size.
+A decoder that was trained on whole rows breaks down when it sees only a window: every token attends
+to the first ones, the sinks of attention, whatever they say (Xiao et al. 2024, "Efficient streaming
+language models with attention sinks"). With a window and these it can go on for ever.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ import kernels_pallas
 class StreamingState(NamedTuple):
     """Keys and values of the first tokens of each row, and of the last ones.
 
-    It can be rewound by as many tokens as it keeps besides the window.
+    It can be rewound by as many tokens as it keeps besides those within reach.
 
     Attributes:
       first_keys, first_values: [batch, sinks, kv_heads, head_dim].
-      keys, values: of the last tokens, the newest last: [batch, window + rewind, kv_heads,
+      keys, values: of the last tokens, the newest last: [batch, reach + rewind, kv_heads,
         head_dim].
       length: tokens of each row so far, [batch].
     """
@@ -52,7 +52,7 @@ class StreamingState(NamedTuple):
         """The state with new tokens, of which the first lengths [batch] are real.
 
         Returns:
-          It, and the keys and values before them and of them, [batch, window + rewind + new, ...].
+          It, and the keys and values before them and of them, [batch, reach + rewind + new, ...].
         """
         new, kept = k.shape[1], self.keys.shape[1]
         lengths = jnp.full_like(self.length, new) if lengths is None else lengths.astype(jnp.int32)
@@ -106,31 +106,32 @@ def attend_to_first(
 
 
 def stream(
-    q: jax.Array, first_q: jax.Array, keys: jax.Array, values: jax.Array, first: tuple,
-    segment_ids: tuple | None, window: int, q_offset: int, scale: float | None,
-    soft_cap: float | None, backend: str,
+    q: jax.Array, keys: jax.Array, values: jax.Array, first: tuple | None,
+    segment_ids: tuple | jax.Array | None, mask: kernels_pallas.Mask, q_offset: int,
+    scale: float | None, soft_cap: float | None, backend: str, bias=None,
 ) -> jax.Array:  # fmt: skip
-    """Attention to the window before each query, and to its first tokens.
+    """Attention to tokens before each query, and to its first tokens.
 
     Args:
       q: [batch, length, heads, head_dim].
-      first_q: what meets the first tokens: queries whose rotation is that of a bounded position.
       keys, values: [batch, kv_length, kv_heads, head_dim].
-      first: keys and values of the first tokens for each query, and which of them it sees: the
-        last three of `attend_to_first`.
+      first: the first four of `attend_to_first`, whose queries are rotated as if they were near;
+        None for a network without sinks.
       segment_ids: as of `kernels_pallas.attention`.
-      window: tokens before a query that it sees.
+      mask: which of the keys a query sees.
       q_offset: place of the first query among the keys.
       scale: of the scores; 1 / sqrt(head_dim) if None.
       soft_cap: tanh cap of the scores, or None.
       backend: backend of `kernels_pallas`.
+      bias: of the scores with `keys`, as of `kernels_pallas.attention`.
     """
     out, lse = kernels_pallas.attention(
         q, keys, values, segment_ids=segment_ids, scale=scale, logits_soft_cap=soft_cap,
-        mask=kernels_pallas.Causal() & kernels_pallas.Window(window, 0),
-        q_offset=q_offset, backend=backend, return_lse=True,
+        mask=mask, q_offset=q_offset, bias=bias, backend=backend, return_lse=True,
     )  # fmt: skip
-    return kernels_pallas.merge(out, lse, *attend_to_first(first_q, *first, scale, soft_cap))[0]
+    if first is None:
+        return out
+    return kernels_pallas.merge(out, lse, *attend_to_first(*first, scale, soft_cap))[0]
 
 
 def first_of_documents(
