@@ -116,6 +116,17 @@ def test_the_figures_of_the_readme_are_those_of_the_pages():
             assert seconds in (ROOT / page).read_text(encoding="utf-8"), f"{page}: {seconds}"
 
 
+def test_every_sequence_model_has_a_figure_in_a_table_of_the_families():
+    """Beside its name, or on the page whose flagfile it is."""
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/families").glob("*.md")]
+    names = {path.stem for path in (ROOT / "experiments/sequences").glob("*.flags")} - {"base"}
+    assert len(names) > 33
+    for name in names:
+        first = rf"^\| flagfiles? \| \[`experiments/sequences/{name}\.flags`"
+        beside = rf"^\|.*`{name}(\.flags)?`[^|`]*\d[\d.]"
+        assert any(re.search(f"{first}|{beside}", page, re.MULTILINE) for page in pages), name
+
+
 def test_every_command_is_in_the_guides():
     guides = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for path in (ROOT / "genai_jax").glob("*.py"):

@@ -3,7 +3,8 @@
 Bavarian et al. 2022, "Efficient training of language models to fill in the middle", section 3. A
 text is cut into prefix, middle, and suffix at two uniform places. In the order PSM it becomes
 ``PRE prefix SUF suffix MID middle``, in the order SPM ``PRE SUF suffix MID prefix middle``, where
-PRE, SUF, and MID are three tokens after those of the tokenizer.
+PRE, SUF, and MID are three tokens after those of the tokenizer. A boundary follows each middle,
+also where the text was cut, so that a model learns where a middle ends.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 COUNT = 3  # tokens besides those of the tokenizer
+ADDED = COUNT + 1  # most tokens by which a text grows
 
 
 class Sentinels(NamedTuple):
@@ -58,7 +60,9 @@ class FillInMiddle(NamedTuple):
         cuts = np.sort(rng.integers(1, end + 1, 2))
         prefix, middle, suffix = np.split(ids[1:end], cuts - 1)
         parts = arranged(prefix, suffix, self.sentinels, rng.random() < self.suffix_first)
-        return np.concatenate([ids[:1], *parts, middle, ids[end:]]).astype(ids.dtype)
+        mark = np.zeros_like(ids[:1])  # stands for no text
+        mark.reshape(-1)[0] = self.boundary
+        return np.concatenate([ids[:1], *parts, middle, mark if end == len(ids) else ids[end:]])
 
 
 def arranged(
@@ -78,6 +82,7 @@ def restored(ids: np.ndarray, sentinels: Sentinels, boundary: int) -> np.ndarray
     """The inverse of `FillInMiddle` for ids [length] of one text, rearranged or not.
 
     In the order SPM, which part of what follows MID is the prefix cannot be seen and need not be.
+    The boundary after a middle stays, also where the text had none.
     """
     at = {name: np.flatnonzero(ids == mark) for name, mark in sentinels._asdict().items()}
     if not len(at["middle"]):

@@ -12,7 +12,7 @@ from genai_jax.config import ConfigError, field
 from genai_jax.data.kept import MOST_BYTES, Keeper, KeptData
 from genai_jax.data.own_code import SPLITS, own_data
 from genai_jax.data.shuffle import permuted
-from genai_jax.data.text.fill_in_middle import COUNT, FillInMiddle, Sentinels
+from genai_jax.data.text.fill_in_middle import ADDED, FillInMiddle, Sentinels
 from genai_jax.data.text.packing import Batch, Packer
 from genai_jax.data.text.sources import MemorySource, Source, open_source, unused_flags
 from genai_jax.data.text.tokenization import load_tokenizer
@@ -127,9 +127,9 @@ class DataConfig:
                 f"fim_rate={self.fim_rate} rearranges text, answer_after={self.answer_after} needs "
                 "its order: set one of them"
             )
-        elif self.sequence_length <= COUNT:
+        elif self.sequence_length <= ADDED:
             raise ValueError(
-                f"sequence_length={self.sequence_length} has no room for the {COUNT} tokens that "
+                f"sequence_length={self.sequence_length} has no room for the {ADDED} tokens that "
                 "fim_rate adds"
             )
 
@@ -224,7 +224,7 @@ class TextLoader:
         length = config.sequence_length if split == "train" else config.scored_length
         shape = (config.batch_size, length)
         sizes = self.tokenizer.token_bytes() is None
-        added = COUNT if rearrange else 0
+        added = ADDED if rearrange else 0
         rewrite = self._rewrite and self._rewrite(split)
         flag = "sequence_length" if length == config.sequence_length else "held_out_length"
         return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite, flag)

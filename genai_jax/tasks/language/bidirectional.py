@@ -25,7 +25,7 @@ from genai_jax.sampled import Texts
 from genai_jax.tasks.language.checks import check_attention, check_positions
 from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.output import OutputConfig
-from genai_jax.tasks.language.sampling import TextRequest, settings_of
+from genai_jax.tasks.language.sampling import TextRequest, settings_of, texts_to_embed
 from genai_jax.tasks.language.unmasking import Unmasker, UnmaskingSampler
 from genai_jax.tasks.protocol import Params, Phase, Task
 from genai_jax.training.optimizer import default_optimizer, moved_by_sign
@@ -163,9 +163,7 @@ class BidirectionalModel(Task):
 
     def embed(self, params, mutables, inputs) -> np.ndarray:
         """Hidden states [texts, length, embed_dim] of texts, each with the boundary token last."""
-        texts = [inputs] if isinstance(inputs, str) else inputs
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise ConfigError("a masked model embeds a text or a list of texts")
+        texts = texts_to_embed(inputs)
         shape, tokenizer = self.config.transformer, self.data.tokenizer
         ids = [np.append(tokenizer.encode(text), tokenizer.boundary_id) for text in texts]
         lengths = np.array([len(x) for x in ids], np.int32)

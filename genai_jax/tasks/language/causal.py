@@ -46,7 +46,13 @@ from genai_jax.tasks.language.data import TextData
 from genai_jax.tasks.language.evaluate_request import LanguageEvaluateRequest
 from genai_jax.tasks.language.needle import check_needles, lengths_of, needle_scores
 from genai_jax.tasks.language.output import OutputConfig
-from genai_jax.tasks.language.sampling import Decoder, TextRequest, TextSampler, settings_of
+from genai_jax.tasks.language.sampling import (
+    Decoder,
+    TextRequest,
+    TextSampler,
+    settings_of,
+    texts_to_embed,
+)
 from genai_jax.tasks.language.scores import summarize_text, text_metrics
 from genai_jax.tasks.protocol import LossOutput, Mean, Params, Phase, Task
 from genai_jax.training.optimizer import default_optimizer, moved_by_sign
@@ -313,9 +319,7 @@ class LanguageModel(Task):
 
     def embed(self, params, mutables, inputs) -> np.ndarray:
         """Hidden states [texts, length, embed_dim] of texts, each after the boundary token."""
-        texts = [inputs] if isinstance(inputs, str) else inputs
-        if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-            raise ConfigError("a language model embeds a text or a list of texts")
+        texts = texts_to_embed(inputs)
         ids = [self._ids(text) for text in texts]
         lengths = np.array([len(x) for x in ids], np.int32)
         tokens = np.zeros((len(ids), max(lengths, default=0)), np.int32)

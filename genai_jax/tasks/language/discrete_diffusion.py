@@ -1,8 +1,8 @@
 """Absorbing-state discrete diffusion of text (Austin et al. 2021), whole rows or block by block.
 
-What a token is has a probability given all that is not masked; one that is not masked stays (Sahoo
-et al. 2024, section 3.2.3). The mask itself is among the logits, as is every unused row of the
-embeddings, and is left out of samples: probabilities of tokens then sum to at most 1, and the bound
+The network predicts each masked token from those that are not masked, which stay as they are (Sahoo
+et al. 2024, section 3.2.3). The logits include the mask itself and every unused row of the
+embeddings, which samples leave out: the probabilities of tokens sum to at most 1, and the bound
 holds.
 """
 

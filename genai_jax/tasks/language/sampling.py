@@ -78,6 +78,18 @@ def read_prompts(prompt: str, prompt_file: str) -> list[str]:
     return lines
 
 
+def texts_to_embed(inputs: Any) -> Sequence[str]:
+    """The texts of a call of `Task.embed`.
+
+    Raises:
+      ConfigError: neither a text nor a list of texts.
+    """
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ConfigError(f"the model embeds a text or a list of texts, not {inputs!r:.80}")
+    return texts
+
+
 class Decoder(NamedTuple):
     """How a model generates tokens.
 

@@ -17,9 +17,9 @@ OBJECTIVES = {"span_corruption": 0.15, "denoising": 0.3, "prefix": None, "pairs"
 class SequenceToSequenceConfig(OutputConfig):
     objective: str = field(
         "span_corruption",
-        "What is learned: to restore hidden spans (span_corruption, T5), a text with gaps and "
-        "shuffled sentences (denoising, BART), the second half of a text (prefix), or the targets "
-        "of pairs.",
+        "What is learned: to restore hidden spans (span_corruption, T5) or a text with gaps and "
+        "shuffled sentences (denoising, BART), to write a text of which the first half is read "
+        "(prefix), or to write the targets of pairs.",
         choices=tuple(OBJECTIVES),
     )
     network: str = field(

@@ -199,7 +199,10 @@ class WordVectors(Task):
         means = {name: float(x.total / max(x.weight, 1)) for name, x in reduced.items()}
         pairs = int(next(iter(reduced.values())).weight)
         if not pairs:
-            raise ConfigError("the held-out data has no words to score")
+            raise ConfigError(
+                f"--data.dataset={self.config.data.dataset}: its held-out text has no two known "
+                "words beside each other to score"
+            )
         if self._is_glove:
             shift = means["residual"] / means["weight"]
             loss = means["squared"] - shift * means["residual"]

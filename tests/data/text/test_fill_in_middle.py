@@ -18,14 +18,15 @@ BOUNDARY = TOKENIZER.boundary_id
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_rearranged_document_is_restored(ends):
     ids = np.array([BOUNDARY, *range(1, 40), *[BOUNDARY] * ends])
+    whole = np.array([BOUNDARY, *range(1, 40), BOUNDARY])
     seen = set()
     for suffix_first in (0.0, 1.0):
         fill = FillInMiddle(1.0, suffix_first, SENTINELS, BOUNDARY, seed=1)
         for place in range(50):
             new = fill(ids, (place,))
-            assert len(new) == len(ids) + 3 and new[0] == BOUNDARY
-            np.testing.assert_array_equal(restored(new, SENTINELS, BOUNDARY), ids)
-            np.testing.assert_array_equal(np.sort(new)[: len(ids)], np.sort(ids))
+            assert len(new) == len(whole) + 3 and new[0] == new[-1] == BOUNDARY
+            np.testing.assert_array_equal(restored(new, SENTINELS, BOUNDARY), whole)
+            np.testing.assert_array_equal(np.sort(new)[: len(whole)], np.sort(whole))
             marks = [int(np.flatnonzero(new == mark)[0]) for mark in SENTINELS]
             assert marks == sorted(marks)
             assert (marks[1] == marks[0] + 1) or not suffix_first
@@ -41,6 +42,8 @@ def test_sentinels_stand_for_no_bytes():
     ids = np.stack([[BOUNDARY, 1, 2, 3, BOUNDARY], [0, 4, 2, 1, 1]], 1)
     new = FillInMiddle(1.0, 0.0, SENTINELS, BOUNDARY, seed=0)(ids, (0,))
     assert new[:, 1].sum() == 8 and new.shape == (8, 2)
+    cut = FillInMiddle(1.0, 0.0, SENTINELS, BOUNDARY, seed=0)(ids[:-1], (0,))
+    assert cut[:, 1].sum() == 7 and cut[-1].tolist() == [BOUNDARY, 0]
 
 
 @pytest.mark.parametrize("level", ["document", "context"])
@@ -69,7 +72,9 @@ def test_rows_hold_every_token_once(level, text_folder):
     if level == "context":  # each piece is whole
         marks = [np.isin(p, SENTINELS).sum() for p in filled]
         assert set(marks) <= {0, 3} and np.mean(marks) > 2
+        assert all(p[-1] == BOUNDARY for p, n in zip(filled, marks, strict=True) if n)
         text = np.concatenate([restored(p, SENTINELS, BOUNDARY)[1:] for p in filled])
+        text, plain = text[text != BOUNDARY], plain[plain != BOUNDARY]
         np.testing.assert_array_equal(text, plain[: len(text)])
     else:  # documents go on in the next row
         text = np.concatenate([p[1:] for p in filled])
@@ -91,7 +96,7 @@ def test_what_comes_before_a_middle():
     [
         (["fim_level=context"], "--data.fim_level=context has no effect without --data.fim_rate"),
         (["fim_rate=0.5", "answer_after=x"], "rearranges text"),
-        (["fim_rate=0.5", "sequence_length=3"], "has no room for the 3 tokens"),
+        (["fim_rate=0.5", "sequence_length=3"], "has no room for the 4 tokens"),
         (["fim_rate=1.5"], "--data.fim_rate=1.5"),
     ],
 )

@@ -1,6 +1,7 @@
 """The task as a whole: scores with a closed form, and text that comes back out."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -78,6 +79,12 @@ def test_a_gap_is_filled_between_prompt_and_suffix(suffix_first, text_folder, mo
     assert [ids.tolist() for ids in seen] == [[boundary, *before]] * 2
     assert all(t.startswith("def ") and t.endswith("():") for t in texts)
     assert texts[0] != texts[1]
+
+
+def test_what_cannot_be_embedded_is_named(task, params):
+    for inputs in (3, ["a", 3]):
+        with pytest.raises(ConfigError, match=re.escape(f"a list of texts, not {inputs}")):
+            task.embed(params, {}, inputs)
 
 
 def test_what_cannot_fill_a_gap_is_named(task, params):

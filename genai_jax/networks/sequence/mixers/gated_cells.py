@@ -143,9 +143,10 @@ class MinimalGru(_Cell):
 
 
 class Liquid(_Cell):
-    """The closed-form continuous-time cell (Hasani et al. 2022, equation 10), one unit per token.
+    """The closed-form continuous-time cell (Hasani et al. 2022, equation 10).
 
-    A gate that depends on time moves the state between two candidates.
+    A gate that depends on the elapsed time, one unit per token, mixes two candidates for the state.
+    Time constant and offset are linear in input and state: with a time of 1 only their sum counts.
     """
 
     gates: ClassVar[int] = 4
