@@ -42,6 +42,7 @@ benchmark: $(VENV)/test.installed
 	$(RUN) -m benchmarks.population
 	$(RUN) -m benchmarks.scaling_fit
 	$(RUN) -m benchmarks.pictures
+	$(RUN) -m benchmarks.mixer_step
 
 $(VENV)/core.installed: setup.py pyproject.toml | $(VENV)
 	$(PIP) -e .

@@ -142,6 +142,23 @@ def test_the_unseen_have_the_mass_of_the_singletons():
     assert list(good_turing_factors(few)[:3]) == [0, 0, 1]
 
 
+def test_a_fitted_model_gives_the_mass_of_the_singletons_to_the_unseen():
+    times, vocabulary = [300, 100, 50, 30, 20, 14, 10, 8], 600  # tokens that occur 1, 2, ... times
+    words = 1 + np.arange(sum(times))
+    text = np.repeat(words, np.repeat(1 + np.arange(len(times)), times))
+    counter = Counter(1, vocabulary)
+    tokens = np.concatenate([[BOUNDARY], text])[None]
+    place = np.arange(text.size)[None]
+    counter.add(tokens[:, :-1], tokens[:, 1:], place, place >= 0)
+    model = smooth(counter.levels(BOUNDARY), vocabulary, "good_turing")
+    tables = jax.tree.map(jax.numpy.asarray, ngram.filled_tables(model, vocabulary, 600))
+    p = np.asarray(ngram.distribution(tables, np.zeros(0, np.int32), vocabulary, False))
+    unseen = np.ones(vocabulary, bool)
+    unseen[words] = False
+    assert float(p[unseen].sum()) == pytest.approx(300 / text.size, rel=1e-5)
+    assert float(p.sum()) == pytest.approx(1, rel=1e-5)
+
+
 def test_katz_backs_off_to_the_order_below(probabilities):
     p, texts = probabilities("good_turing"), documents()
     levels = counted(texts).levels(BOUNDARY)
