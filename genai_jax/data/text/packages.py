@@ -4,19 +4,17 @@ The files are read and parsed, never imported. What a package has as tests is le
 differs between versions of the packages, and so does the fingerprint of the source.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
-import pathlib
 import sys
 import warnings
 from collections.abc import Iterator
 
+from genai_jax.data.text.kept_texts import kept_texts
 from genai_jax.data.text.stdlib import docstrings, module_name
-from genai_jax.errors import ConfigError, printable
-from genai_jax.files import MIB, read_bytes, read_object, write_text
+from genai_jax.errors import printable
+from genai_jax.files import MIB, read_bytes
 
 PACKAGES = {  # name on PyPI -> name in Python, of what setup.py requires
     "absl-py": "absl",
@@ -40,20 +38,19 @@ PACKAGES = {  # name on PyPI -> name in Python, of what setup.py requires
 }
 _TESTS = {"__pycache__", "conftest.py", "test", "testing", "tests"}
 _GENERATED = ("_pb2.py", "_pb2_grpc.py")
-_FORMAT = 1  # of the cache
 
 
 def docs() -> list[str]:
     """The docstrings of each module, one document per module."""
     files = list(_files())
-    key = _key(files)
-    documents = _cached(key)
-    if documents is None:
+
+    def extract():
         print("note: package_docs: parsing the installed packages, once", file=sys.stderr)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # about escapes in their strings
-            documents = [text for file in files if (text := _docstrings(*file))]
-        _keep(key, documents)
+            return [text for file in files if (text := _docstrings(*file))]
+
+    documents = kept_texts("package_docs", files, extract)
     _say("package_docs", documents)
     return documents
 
@@ -117,51 +114,3 @@ def _versions() -> Iterator[str]:
             yield f"{package} {printable(importlib.metadata.version(package))}"
         except importlib.metadata.PackageNotFoundError:
             continue
-
-
-# Parsing takes long, so the docstrings are kept: text, which is never executed.
-
-
-def _cache_folder() -> pathlib.Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(root).expanduser() / "genai_jax" / "package_docs"
-
-
-def _key(files: list[tuple[str, str]]) -> str:
-    """A hash of what identifies the files, and how they are read."""
-    stats = ((file, os.stat(path)) for file, path in files)
-    facts = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    text = json.dumps([_FORMAT, sys.version, facts])
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _cached(key: str) -> list[str] | None:
-    """The documents that were kept; None if there are none, or they are damaged."""
-    path = _cache_folder() / "docs.json"
-    if not path.exists():
-        return None
-    try:
-        kept = read_object(path, limit=512 * MIB)
-    except ConfigError:
-        return None
-    documents = kept.get("documents")
-    if kept.get("key") != key or not isinstance(documents, list):
-        return None
-    if not all(isinstance(text, str) for text in documents):
-        return None
-    return documents if kept.get("sha256") == _digest(documents) else None
-
-
-def _keep(key: str, documents: list[str]):
-    """Writes the documents for the next time, where that is possible."""
-    path = _cache_folder() / "docs.json"
-    content = {"key": key, "sha256": _digest(documents), "documents": documents}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(content))
-    except OSError:  # the next run parses again
-        pass
-
-
-def _digest(documents: list[str]) -> str:
-    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()

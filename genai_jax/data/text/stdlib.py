@@ -11,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 
 from genai_jax.config import ConfigError
+from genai_jax.data.text.kept_texts import kept_texts
 
 _SKIPPED = {
     "__pycache__", "dist-packages", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3",
@@ -26,7 +27,13 @@ def docs() -> list[str]:
     except ImportError:  # some distributions leave it out
         topics = {}
     documents = [topics[name].strip() + "\n" for name in sorted(topics)]
-    return documents + [text for text in map(docstrings, *zip(*_modules(), strict=True)) if text]
+    root = sysconfig.get_path("stdlib")
+    files = [(file, os.path.join(root, file)) for file in _files(root)]
+    return documents + kept_texts("python_docs", files, _docstrings)
+
+
+def _docstrings() -> list[str]:
+    return [text for text in map(docstrings, *zip(*_modules(), strict=True)) if text]
 
 
 def source() -> list[str]:
@@ -47,14 +54,18 @@ def module_name(file: str) -> str:
 def _modules() -> Iterator[tuple[str, str]]:
     """Yields (module name, source text), sorted by path."""
     root = sysconfig.get_path("stdlib")
-    files = sorted(_python_files(root), key=lambda file: file.split(os.sep))
-    if not files:
-        raise ConfigError(f"this Python has no standard library source in {root}")
-    for file in files:
+    for file in _files(root):
         with open(os.path.join(root, file), "rb") as stream:
             text = importlib.util.decode_source(stream.read())
         if text.strip():
             yield module_name(file), text
+
+
+def _files(root: str) -> list[str]:
+    files = sorted(_python_files(root), key=lambda file: file.split(os.sep))
+    if not files:
+        raise ConfigError(f"this Python has no standard library source in {root}")
+    return files
 
 
 def _python_files(root: str) -> Iterator[str]:

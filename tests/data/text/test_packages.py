@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from genai_jax.data.text import packages
+from genai_jax.data.text import packages, stdlib
 from genai_jax.data.text.loader import DataConfig
 from genai_jax.data.text.sources import _embedded, open_source
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def test_the_cache_is_used_until_a_file_changes_and_only_if_it_is_intact(two, ca
         assert documents[1:] == EXPECTED[1:]
         return "parsing" in capsys.readouterr().err
 
-    kept = two / "cache" / "genai_jax" / "package_docs" / "docs.json"
+    kept = two / "cache" / "genai_jax" / "package_docs" / f"{sys.implementation.cache_tag}.json"
     assert [parsed(), parsed()] == [True, False]
     (two / "site" / "one" / "__init__.py").write_text('"""A new version."""\n')
     assert [parsed(), parsed()] == [True, False]
@@ -77,6 +77,30 @@ def test_the_cache_is_used_until_a_file_changes_and_only_if_it_is_intact(two, ca
     kept.unlink()
     os.mkfifo(kept)
     assert [parsed(), parsed()] == [True, False]
+
+
+def test_a_cache_that_cannot_be_written_has_no_effect(two, monkeypatch):
+    (two / "cache").write_text("a file")
+    assert [packages.docs(), packages.docs()] == [EXPECTED] * 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def nobody(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    assert packages.docs() == EXPECTED
+
+
+def test_the_documentation_of_python_is_parsed_once(two, monkeypatch):
+    parsed, plain = [], stdlib.docstrings
+    monkeypatch.setattr(stdlib, "docstrings", lambda *x: parsed.append(x[0]) or plain(*x))
+    monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(two / "lib"))
+    (two / "lib").mkdir()
+    for text in ("First.", "First.", "Another."):
+        (two / "lib" / "module.py").write_text(f'"""{text}"""\n')
+        os.utime(two / "lib" / "module.py", ns=(0, 0))
+        assert stdlib.docs()[-1] == f"module\n------\n{text}\n"
+    assert parsed == ["module"] * 2
 
 
 def test_the_fingerprint_tells_versions_apart(two):
