@@ -22,6 +22,7 @@ def codes(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+@pytest.mark.depends_on("whole runs")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.commands import environment
 from tests.conftest import ROOT
 from tests.fuzz import BAD, Result
@@ -12,6 +14,7 @@ from tests.fuzz_calls import Call
 FAMILIES = "language_model,vae"  # whose runs are trained first
 
 
+@pytest.mark.depends_on("whole runs")
 def test_odd_calls_end_well():
     result = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--calls=80", "--seed=0", f"--families={FAMILIES}"],

@@ -5,10 +5,12 @@ import re
 
 import matplotlib
 import numpy as np
+import pytest
 
 from tests.conftest import ROOT
 
 
+@pytest.mark.depends_on("whole runs")
 def test_the_guide_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

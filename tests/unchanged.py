@@ -1,8 +1,9 @@
 """Tests that run again only when what they depend on has changed.
 
 Compiling kernels and pod programs for chips that are not here, running kernels in interpreters of
-TPUs and GPUs, and training with every choice of every flag take minutes, and depend on some files
-and on the versions of jax and of the compilers. A test says so with
+TPUs and GPUs, training with every choice of every flag, and whole notebooks and runs of several
+devices and processes take minutes, and depend on some files and on the versions of jax and of the
+compilers. A test says so with
 `@pytest.mark.depends_on("kernels")`, a name of `GROUPS`. `tests/golden/unchanged.json` holds, per
 group, the hash of its files and the versions with which all of its tests passed; where both match,
 the tests of the group are skipped. `make record` runs the groups and rewrites the file, `make
@@ -121,6 +122,36 @@ GROUPS = {
             "kernels_pallas/*.py",
             "tests/every_flag.py",
             "tests/golden/every_flag.json",
+        ),
+        ("flax", "optax", "orbax-checkpoint"),
+        compilers=False,
+    ),
+    "whole runs": Group(
+        (
+            "genai_jax/**/*.py",
+            "kernels_pallas/**/*.py",
+            "colabs/*.ipynb",
+            "colabs/run.py",
+            "docs/python.md",
+            "benchmarks/roll_call.py",
+            "tests/fuzz*.py",
+            "tests/kill.py",
+            "tests/networks/experts/test_mixture.py",
+            "tests/networks/parallel/*.py",
+            "tests/networks/sequence/*mixers.py",
+            "tests/tasks/eight_devices.py",
+            "tests/tasks/autoencoder/eight_devices_vq.py",
+            "tests/tasks/test_eight_devices.py",
+            "tests/test_colabs.py",
+            "tests/test_fuzz.py",
+            "tests/test_kill.py",
+            "tests/test_python_guide.py",
+            "tests/training/*_of_eight.py",
+            "tests/training/*_on_eight.py",
+            "tests/training/eight_devices*.py",
+            "tests/training/test_own_step.py",
+            "tests/training/test_processes.py",
+            "tests/training/test_sharding.py",
         ),
         ("flax", "optax", "orbax-checkpoint"),
         compilers=False,

@@ -4,6 +4,8 @@ import pytest
 
 from tests.commands import report_of
 
+pytestmark = pytest.mark.depends_on("whole runs")
+
 # Penalties of a GAN are differentiated twice, which multiplies what eight devices round otherwise:
 # less than 1e-5 on one kind of CPU, 7e-5 on another.
 TOLERANCES = {"gan": 2e-4}

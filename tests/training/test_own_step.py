@@ -84,6 +84,7 @@ def test_mistakes_are_one_line():
         step(state, {"x": 1.0})
 
 
+@pytest.mark.depends_on("whole runs")
 def test_eight_devices_give_the_same():
     report = report_of("training/own_step_on_eight.py")
     state, metrics = with_ours(3)

@@ -24,6 +24,8 @@ from tests.conftest import ROOT
 from tests.tasks.runs import copy_until, steps_in
 from tests.test_train import reached, rows
 
+pytestmark = pytest.mark.depends_on("whole runs")
+
 STEPS = 8
 FLAGS = (
     *TINY,

@@ -39,6 +39,7 @@ def test_a_size_that_its_axis_does_not_divide_is_named():
         spec_of("parameter x", (6, 4), ("embed", "mlp"), mesh)
 
 
+@pytest.mark.depends_on("whole runs")
 def test_eight_devices_equal_one_in_the_whole_state():
     report = report_of("training/eight_devices.py")
     meshes = {"data", "fsdp", "tensor", "mixed", "log_probs_mixed", "log_probs_sequence"}

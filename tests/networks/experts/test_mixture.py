@@ -247,6 +247,7 @@ def test_counting_goes_on_from_block_to_block():
     assert isinstance(places, Places)
 
 
+@pytest.mark.depends_on("whole runs")
 def test_eight_devices_equal_one_in_the_whole_state():
     report = report_of("training/eight_devices_moe.py")
     refused = report.pop("refused")

@@ -4,6 +4,8 @@ import pytest
 
 from tests.commands import report_of
 
+pytestmark = pytest.mark.depends_on("whole runs")
+
 REFUSALS = {
     "length": "length 20 is not divisible by mesh axis `sequence` of size 8",
     "zigzag": "length 24 is not divisible by twice mesh axis `sequence` of size 8",

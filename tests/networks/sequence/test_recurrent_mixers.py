@@ -163,6 +163,7 @@ def test_options_that_no_mixer_has_are_named(flags, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.depends_on("whole runs")
 def test_eight_devices_equal_one():
     report = report_of("networks/sequence/eight_devices_mixers.py")
     assert set(report["hidden"]) == set(NAMES) and report["sharded"] > 40
