@@ -3,7 +3,7 @@
     python -m benchmarks.mixer_step
 
 Every round times a matmul, the step of each network, and the selective scans of a step of Mamba,
-forward and backward, which are no matmuls. Shares are the FLOPs that a run reports, divided by the
+forward and backward, which are not matmuls. Shares are the FLOPs that a run reports, divided by the
 time and by the rate of the matmul; medians of rounds.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import kernels_pallas
 from benchmarks.train_step import MATMUL_SIZE, seconds_of
 from genai_jax.components import parse_run
+from genai_jax.networks.sequence.flops import transformer_forward_flops
 from genai_jax.tasks.language.causal import LanguageModel
 from genai_jax.training.execution import build
 from genai_jax.training.sharding import make_mesh, mesh_context
@@ -63,6 +64,13 @@ def scans():
     return lambda: [gradient(*inputs) for _ in range(shape.num_layers)]
 
 
+def scans_of_flops() -> float:
+    """The share of the scans, and of the short convolutions, in the FLOPs of `mamba.flags`."""
+    config = parse_run([f"--flagfile={FOLDER}/mamba.flags"])
+    parts = transformer_forward_flops(config.transformer, 256, config.data.sequence_length)
+    return parts["recurrence"] / sum(parts.values())
+
+
 def main(rounds: int = 9) -> dict:
     steps = {name: step_of(name) for name in NAMES}
     matrix = jax.random.normal(jax.random.key(1), (MATMUL_SIZE, MATMUL_SIZE))
@@ -70,7 +78,7 @@ def main(rounds: int = 9) -> dict:
     multiplying = lambda: multiply(matrix, matrix)
     for once in (multiplying, scan, *(once for once, _ in steps.values())):
         seconds_of(once), seconds_of(once)
-    rates, scan_share = [], []
+    rates, scan_share, rest = [], [], []
     times, shares = ({name: [] for name in steps} for _ in range(2))
     for _ in range(rounds):
         for name, (once, flops) in steps.items():
@@ -78,6 +86,7 @@ def main(rounds: int = 9) -> dict:
             times[name].append(seconds_of(once))
             shares[name].append(flops / times[name][-1] / rates[-1])
         scan_share.append(seconds_of(scan) / times["mamba"][-1])
+        rest.append(shares["mamba"][-1] * (1 - scans_of_flops()) / (1 - scan_share[-1]))
     return {
         "matmul_gflops_per_second": statistics.median(rates) / 1e9,
         "rounds": rounds,
@@ -89,6 +98,7 @@ def main(rounds: int = 9) -> dict:
             for name in steps
         },
         "selective_scans_of_mamba_step": statistics.median(scan_share),
+        "share_of_matmul_of_mamba_without_scans": statistics.median(rest),
         "versions": {"jax": jax.__version__},
     }
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 COUNT = 3  # tokens besides those of the tokenizer
-ADDED = COUNT + 1  # most tokens by which a text grows
+ADDED = COUNT + 1  # tokens by which a text grows that is cut
 
 
 class Sentinels(NamedTuple):
@@ -53,16 +53,25 @@ class FillInMiddle(NamedTuple):
           place: identifies the text, for the randomness.
         """
         rng = np.random.default_rng((self.seed, *place))
-        if rng.random() >= self.rate:
+        end = len(ids) - self._ends(ids)
+        if rng.random() >= self.rate or end < 2:
             return ids
-        flat = ids if ids.ndim == 1 else ids[:, 0]
-        end = len(ids) - int(flat[-1] == self.boundary and len(ids) > 1)
         cuts = np.sort(rng.integers(1, end + 1, 2))
         prefix, middle, suffix = np.split(ids[1:end], cuts - 1)
         parts = arranged(prefix, suffix, self.sentinels, rng.random() < self.suffix_first)
-        mark = np.zeros_like(ids[:1])  # stands for no text
-        mark.reshape(-1)[0] = self.boundary
-        return np.concatenate([ids[:1], *parts, middle, mark if end == len(ids) else ids[end:]])
+        last = ids[end:]
+        if not len(last):
+            last = np.zeros_like(ids[:1])  # stands for no text
+            last.reshape(-1)[0] = self.boundary
+        return np.concatenate([ids[:1], *parts, middle, last])
+
+    def added(self, ids: np.ndarray) -> int:
+        """By how many tokens a text grows if it is rearranged."""
+        return COUNT if self._ends(ids) else ADDED
+
+    def _ends(self, ids: np.ndarray) -> bool:
+        """Whether the last token is the boundary after a text."""
+        return len(ids) > 1 and bool(ids.reshape(len(ids), -1)[-1, 0] == self.boundary)
 
 
 def arranged(

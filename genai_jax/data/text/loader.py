@@ -127,10 +127,10 @@ class DataConfig:
                 f"fim_rate={self.fim_rate} rearranges text, answer_after={self.answer_after} needs "
                 "its order: set one of them"
             )
-        elif self.sequence_length <= ADDED:
+        elif self.fim_level == "context" and self.sequence_length <= ADDED:
             raise ValueError(
                 f"sequence_length={self.sequence_length} has no room for the {ADDED} tokens that "
-                "fim_rate adds"
+                "fim_level=context adds"
             )
 
     @property
@@ -224,7 +224,7 @@ class TextLoader:
         length = config.sequence_length if split == "train" else config.scored_length
         shape = (config.batch_size, length)
         sizes = self.tokenizer.token_bytes() is None
-        added = ADDED if rearrange else 0
+        added = rearrange.added if rearrange else None
         rewrite = self._rewrite and self._rewrite(split)
         flag = "sequence_length" if length == config.sequence_length else "held_out_length"
         return Packer(get_document, rows, *shape, counted, sizes, rearrange, added, rewrite, flag)

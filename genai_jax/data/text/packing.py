@@ -30,7 +30,7 @@ class Packer:
       sizes: whether batches have an entry ``target_bytes``.
       rearrange: (ids of what a row takes of a document, (document, offset)) -> the same, or with
         `added` further tokens; None to leave them.
-      added: tokens that `rearrange` may add.
+      added: ids -> how many tokens `rearrange` adds to them, if it does.
       rewrite: (arrays of a row, where it begins: (row, documents finished, tokens into the next))
         -> other arrays in their place; None to leave them.
     """
@@ -44,7 +44,7 @@ class Packer:
         counted: Callable[[np.ndarray], np.ndarray] | None = None,
         sizes: bool = False,
         rearrange: Callable[[np.ndarray, tuple[int, int]], np.ndarray] | None = None,
-        added: int = 0,
+        added: Callable[[np.ndarray], int] | None = None,
         rewrite: Callable[[dict[str, np.ndarray], tuple[int, int, int]], Batch] | None = None,
         flag: str = "sequence_length",
     ):
@@ -130,10 +130,9 @@ class Packer:
                     f"a question with its answer has {remaining} tokens and does not fit into "
                     f"--data.{self._flag}={self._length}"
                 )
-            room = self._length - start - self._added
             taken = document[offset : offset + size + 1]
-            if self._rearrange and room > 0:
-                size = min(remaining, room)
+            if self._rearrange and (fits := self._fitting(document[offset:], self._length - start)):
+                size = fits
                 place = (self._rows[index] + finished * self._batch_size, offset)
                 taken = self._rearrange(document[offset : offset + size + 1], place)
             stop = start + len(taken) - 1
@@ -151,6 +150,12 @@ class Packer:
             else:
                 self._cursors[index] = (finished, offset + size)
             start, segment = stop, segment + 1
+
+    def _fitting(self, rest: np.ndarray, room: int) -> int:
+        """How many tokens after the first fit into a row when they are rearranged; 0 if none do."""
+        if len(rest) - 1 + self._added(rest) <= room:
+            return len(rest) - 1
+        return max(min(len(rest) - 2, room - self._added(rest[:-1])), 0)
 
     def _document(self, index: int) -> np.ndarray | None:
         if self._current[index] is None:

@@ -68,7 +68,7 @@ def main():
     eight, split = hidden_and_gradients(params, jax.devices(), mesh)
     gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(a).max()), one, eight)
     hidden, gradients = gaps
-    gradients = {name: max(jax.tree.leaves(of)) for name, of in gradients.items()}
+    gradients = {name: float(np.max(jax.tree.leaves(of))) for name, of in gradients.items()}
     print(json.dumps({"hidden": hidden, "gradients": gradients, "sharded": split}))
 
 

@@ -13,7 +13,7 @@ from genai_jax.networks.sequence import transformer
 from genai_jax.networks.sequence.config import TransformerConfig
 from genai_jax.networks.sequence.mixers import load_mixer
 from genai_jax.networks.sequence.mixers.protocol import TokenContext
-from genai_jax.networks.sequence.mixers.streaming import attend_to_first
+from genai_jax.networks.sequence.mixers.streaming import StreamingState, attend_to_first
 from genai_jax.networks.sequence.sparse_masks import BlockSparse, Dilated
 from genai_jax.networks.sequence.transformer import Transformer
 
@@ -123,11 +123,13 @@ def test_a_state_of_constant_size_goes_on_as_the_full_pass():
         (dict(positions="relative_buckets", relative_buckets=6, relative_distance=8), 3),
         (dict(pattern="dilated_attention", dilation=2), 6),
         (dict(pattern="attention,rg_lru", num_layers=2), 3),
+        (dict(pattern="attention,block_sparse_attention", num_layers=2, block_size=4), 3),
+        (dict(pattern="attention,dilated_attention", num_layers=2, dilation=2, sinks=2), 3),
     ],
-    ids=["rope", "alibi", "relative_buckets", "dilated", "hybrid"],
+    ids=["rope", "alibi", "relative_buckets", "dilated", "hybrid", "blocks", "sinks"],
 )
 def test_a_window_needs_no_more_than_its_tokens(fields, reach):
-    """For decoding, after prompts of two lengths; with states that were taken back, too."""
+    """For decoding, after prompts of two lengths, and after tokens were taken back."""
     shape = dict(num_layers=1, embed_dim=8, num_heads=2, num_kv_heads=1, window=3, mlp_dim=8)
     config = TransformerConfig(**(shape | fields))
     model, rows = Transformer(config, 11), jnp.arange(2)
@@ -135,9 +137,9 @@ def test_a_window_needs_no_more_than_its_tokens(fields, reach):
     want, _ = apply(params, TOKENS)
     state = transformer.empty_state(config, 2, LENGTH, jnp.float32, rewind=2)
     longer = transformer.empty_state(config, 2, 10 * LENGTH, jnp.float32, rewind=2)
-    sizes = [a.shape for a in jax.tree.leaves(state)]
-    assert sizes == [a.shape for a in jax.tree.leaves(longer)]
-    assert (1, 2, reach + 2, 1, 4) in sizes  # layers, rows, tokens, heads, head_dim
+    sizes = lambda state: [a.shape for a in jax.tree.leaves(state)]
+    assert ("block" in str(config.pattern)) == (sizes(state) != sizes(longer))
+    assert (1, 2, reach + 2, 1, 4) in sizes(state)  # layers, rows, tokens, heads, head_dim
     ends = np.array([8, 3])
     _, state = apply(params, TOKENS[:, :8], None, None, state, jnp.asarray(ends))
     wrong, places = jnp.full((2, 2), 9), ends[:, None] + jnp.arange(2)
@@ -165,6 +167,35 @@ def test_a_stream_that_was_rewound_continues_as_if_the_tokens_had_never_come():
         y, state = apply(params, token, ends[:, None], None, state, jnp.ones(2, jnp.int32))
         np.testing.assert_allclose(y[:, 0], want[np.arange(2), ends], atol=1e-5)
         ends = ends + 1
+
+
+def test_what_a_stream_cannot_take_back():
+    state = StreamingState.empty(2, 0, 3, 2, 1, 1, jnp.float32)
+    tokens = jnp.arange(16.0).reshape(2, 8, 1, 1)
+    state, *_ = state.add(tokens, tokens, None)
+    kept = state.rewind(jnp.array([6, 8])).keys[..., 0, 0]
+    np.testing.assert_array_equal(kept[:, 2:], [[3, 4, 5], [13, 14, 15]])
+    for length in (5, 9):  # longer ago than is kept, and not seen yet
+        assert np.isnan(state.rewind(jnp.full(2, length)).values).all()
+    with pytest.raises(ValueError, match=r"cannot be rewound: make it with `empty_state"):
+        StreamingState.empty(2, 0, 3, 0, 1, 1, jnp.float32).rewind(jnp.zeros(2, int))
+
+
+def test_sinks_are_those_of_plain_attention():
+    """Other attention in the same network is as it would be without them."""
+    config = TransformerConfig(
+        num_layers=2, embed_dim=8, num_heads=2, window=2, sinks=2,
+        pattern="attention,dilated_attention", dilation=2,
+    )  # fmt: skip
+    mixer = load_mixer("dilated_attention")
+    x, context = (
+        jax.random.normal(jax.random.key(2), (2, LENGTH, 8)),
+        TokenContext(jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))),
+    )
+    params = jax.jit(mixer(config=config).init)(jax.random.key(1), x, context)
+    plain = dataclasses.replace(config, sinks=None)
+    got, want = (jax.jit(mixer(config=c).apply)(params, x, context)[0] for c in (config, plain))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_packed_documents_have_their_own_first_tokens():

@@ -62,7 +62,8 @@ def test_a_gap_is_filled_between_prompt_and_suffix(suffix_first, text_folder, mo
     task = LanguageModel(parse_run(flags))
     pre, suf, mid = task.data.sentinels
     prefix, suffix = [*b"def "], [*b"():"]
-    boundary, seen = task.data.tokenizer.boundary_id, []
+    tokenizer, seen, written = task.data.tokenizer, [], []
+    boundary = tokenizer.boundary_id
     before = (
         [pre, suf, *suffix, mid, *prefix] if suffix_first else [pre, *prefix, suf, *suffix, mid]
     )
@@ -70,14 +71,17 @@ def test_a_gap_is_filled_between_prompt_and_suffix(suffix_first, text_folder, mo
 
     def call(self, params, prompts, *rest):
         seen.extend(prompts)
-        return plain(self, params, prompts, *rest)
+        written.append(plain(self, params, prompts, *rest))
+        return written[0]
 
     monkeypatch.setattr(TokenSampler, "__call__", call)
     params = jax.jit(lambda rng: task.init(rng)[0])(jax.random.key(0))
     request = LanguageRequest(prompt="def ", suffix="():", num_samples=2, max_tokens=5)
     texts = task.sample(params, {}, request).texts
     assert [ids.tolist() for ids in seen] == [[boundary, *before]] * 2
-    assert all(t.startswith("def ") and t.endswith("():") for t in texts)
+    for row, end, text in zip(written[0].tokens, written[0].lengths, texts, strict=True):
+        middle = [i for i in row[len(before) + 1 : end] if i != boundary]
+        assert text == "def " + tokenizer.decode(np.array(middle)) + "():" and middle
     assert texts[0] != texts[1]
 
 

@@ -1,5 +1,6 @@
 """Self-attention with grouped queries (Ainslie et al. 2023), the mixer of the transformer."""
 
+import dataclasses
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -88,7 +89,7 @@ class Attention(nn.Module):
             q, k = rotary(q, context.rotation), rotary(k, context.rotation)
         if isinstance(state, StreamingState):
             out, state = self._continue_stream(plain, q, k, v, context, state)
-        elif c.sinks:
+        elif self.sinks_of(c):
             out = self._stream(plain, q, k, v, context)
         elif state is None:
             out = self._attend(q, k, v, context)
@@ -134,7 +135,7 @@ class Attention(nn.Module):
             )
         first = first_of_documents(k, v, context.positions, context.segment_ids, c.sinks, c.window)
         first = (self._near(plain, context), *first)
-        return self._see(q, k, v, first, context.segment_ids, q_offset=0)
+        return self._see(q, k, v, first, context.segment_ids, q_offset=0, backend=self.backend)
 
     def _continue_stream(self, plain, q, k, v, context: TokenContext, state: StreamingState):
         """Attention of new tokens to those within reach, and to the first ones of their row.
@@ -147,12 +148,12 @@ class Attention(nn.Module):
         c, new, kept = self.config, k.shape[1], state.keys.shape[1]
         if context.mask is not None:
             raise ValueError(f"window={c.window}: decoding cannot be combined with {context.mask}")
-        state = state._replace(length=context.positions[:, 0])
+        state = dataclasses.replace(state, length=context.positions[:, 0])
         there = jnp.arange(kept + new) + state.length[:, None] >= kept
         segments = jnp.ones(q.shape[:2], jnp.int32), there.astype(jnp.int32)
         state, keys, values = state.add(k, v, context.lengths)
         first, bias = None, None
-        if c.sinks:
+        if self.sinks_of(c):
             each = lambda a: jnp.broadcast_to(a[:, None], (len(a), new, *a.shape[1:]))
             seen = context.positions[..., None] - jnp.arange(c.sinks) > c.window
             first = (self._near(plain, context), each(state.first_keys), each(state.first_values))
@@ -162,7 +163,9 @@ class Attention(nn.Module):
         elif context.relative is not None:
             places = kept + jnp.arange(new)[None]
             bias = context.relative.of_queries(places, kept + new, c.furthest)
-        return self._see(q, keys, values, first, segments, q_offset=kept, bias=bias), state
+        # As for `kernels_pallas.decode`, training alone decides about the backend.
+        options = dict(q_offset=kept, bias=bias, backend="auto")
+        return self._see(q, keys, values, first, segments, **options), state
 
     def _near(self, plain: jax.Array, context: TokenContext) -> jax.Array:
         """Queries for the first tokens: as far away as the window is long, or as they are."""
@@ -178,8 +181,7 @@ class Attention(nn.Module):
         c = self.config
         return stream(
             q, keys, values, first, segment_ids, mask=self.own_mask(c),
-            scale=c.self_attention_scale, soft_cap=c.attention_soft_cap, backend=self.backend,
-            **options,
+            scale=c.self_attention_scale, soft_cap=c.attention_soft_cap, **options,
         )  # fmt: skip
 
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
@@ -230,18 +232,22 @@ class Attention(nn.Module):
         """How far back a token sees, besides the first tokens; None: as far as there are tokens."""
         return config.window
 
+    @staticmethod
+    def sinks_of(config: TransformerConfig) -> int:
+        """First tokens that a token sees besides those of the mask."""
+        return config.sinks or 0
+
     @classmethod
     def empty_state(
         cls, config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
     ) -> "AttentionState | StreamingState":
-        """Arrays [batch, kv_heads, max_length, head_dim]; any number of tokens can be rewound.
+        """Keys and values of max_length tokens, or of as many as a token sees and `rewind` more.
 
-        Where tokens do not see further back than `reach`, the arrays have so many tokens and those
-        that can be rewound, however long a row is.
+        The former, [batch, kv_heads, max_length, head_dim], can be rewound by any number of tokens.
         """
-        reach = cls.reach(config)
-        if config.sinks or (reach is not None and reach < max_length):
-            shape = (config.sinks or 0, reach + rewind, config.kv_heads, config.head_width)
+        reach, sinks = cls.reach(config), cls.sinks_of(config)
+        if sinks or (reach is not None and reach + rewind < max_length):
+            shape = (sinks, reach, rewind, config.kv_heads, config.head_width)
             return StreamingState.empty(batch, *shape, dtype)
         return AttentionState(
             kernels_pallas.ContiguousCache.empty(

@@ -28,6 +28,10 @@ class DilatedAttention(Attention):
     def reach(config: TransformerConfig) -> int | None:
         return None if config.window is None else config.window * config.dilation_step
 
+    @staticmethod
+    def sinks_of(config: TransformerConfig) -> int:
+        return 0
+
     def _attend(self, q, k, v, context: TokenContext) -> jax.Array:
         step, length = self.config.dilation_step, q.shape[1]
         if context.mask is not None or axis_size(SEQUENCE) > 1:
@@ -68,6 +72,14 @@ class BlockSparseAttention(Attention):
     @staticmethod
     def own_mask(config: TransformerConfig) -> kernels_pallas.Mask:
         return BlockSparse(config.block_width, config.blocks_near, config.blocks_apart)
+
+    @staticmethod
+    def reach(config: TransformerConfig) -> int | None:
+        return None
+
+    @staticmethod
+    def sinks_of(config: TransformerConfig) -> int:
+        return 0
 
     @staticmethod
     def flops(config: TransformerConfig, length: int, layers: int) -> dict[str, float]:

@@ -5,7 +5,8 @@ to the first ones, the sinks of attention, whatever they say (Xiao et al. 2024, 
 language models with attention sinks"). With a window and these it can go on for ever.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,21 @@ import jax.numpy as jnp
 import kernels_pallas
 
 
-class StreamingState(NamedTuple):
-    """Keys and values of the first tokens of each row, and of the last ones.
-
-    It can be rewound by as many tokens as it keeps besides those within reach.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["first_keys", "first_values", "keys", "values", "length"],
+    meta_fields=["spare"],
+)
+@dataclasses.dataclass(frozen=True)
+class StreamingState:
+    """Keys and values of the first tokens of each row, and of the last ones; a pytree.
 
     Attributes:
       first_keys, first_values: [batch, sinks, kv_heads, head_dim].
-      keys, values: of the last tokens, the newest last: [batch, reach + rewind, kv_heads,
+      keys, values: of the last tokens, the newest last: [batch, reach + spare, kv_heads,
         head_dim].
       length: tokens of each row so far, [batch].
+      spare: by how many tokens it can be rewound.
     """
 
     first_keys: jax.Array
@@ -30,29 +36,42 @@ class StreamingState(NamedTuple):
     keys: jax.Array
     values: jax.Array
     length: jax.Array
+    spare: int
 
     @classmethod
-    def empty(cls, batch: int, sinks: int, kept: int, heads: int, width: int, dtype):
-        first, last = (jnp.zeros((batch, n, heads, width), dtype) for n in (sinks, kept))
-        return cls(first, first, last, last, jnp.zeros(batch, jnp.int32))
+    def empty(cls, batch: int, sinks: int, reach: int, spare: int, heads: int, width: int, dtype):
+        first, last = (jnp.zeros((batch, n, heads, width), dtype) for n in (sinks, reach + spare))
+        return cls(first, first, last, last, jnp.zeros(batch, jnp.int32), spare)
 
     def select(self, rows: jax.Array) -> "StreamingState":
         return jax.tree.map(lambda a: a[rows], self)
 
     def rewind(self, lengths: jax.Array) -> "StreamingState":
-        """See `protocol.State.rewind`; what was forgotten does not come back."""
+        """See `protocol.State.rewind`.
+
+        Rows that are rewound by more tokens than can be have nan in place of keys and values.
+
+        Raises:
+          ValueError: no tokens are kept besides those within reach.
+        """
+        if not self.spare:
+            raise ValueError(
+                "a state of the last tokens cannot be rewound: make it with "
+                "`empty_state(..., rewind=N)` to go back by up to N tokens"
+            )
         back = (self.length - lengths)[:, None]
         places = jnp.arange(self.keys.shape[1]) - back
-        return self._replace(
-            keys=_at(self.keys, places), values=_at(self.values, places),
-            length=lengths.astype(jnp.int32),
-        )  # fmt: skip
+        known = ((back >= 0) & (back <= self.spare))[..., None, None]
+        moved = lambda a: jnp.where(known, _at(a, places), jnp.nan)
+        return dataclasses.replace(
+            self, keys=moved(self.keys), values=moved(self.values), length=lengths.astype(jnp.int32)
+        )
 
     def add(self, k: jax.Array, v: jax.Array, lengths: jax.Array | None):
         """The state with new tokens, of which the first lengths [batch] are real.
 
         Returns:
-          It, and the keys and values before them and of them, [batch, reach + rewind + new, ...].
+          It, and the keys and values before them and of them, [batch, reach + spare + new, ...].
         """
         new, kept = k.shape[1], self.keys.shape[1]
         lengths = jnp.full_like(self.length, new) if lengths is None else lengths.astype(jnp.int32)
@@ -63,7 +82,7 @@ class StreamingState(NamedTuple):
         state = StreamingState(
             jnp.where(begins, _at(k, sinks), self.first_keys),
             jnp.where(begins, _at(v, sinks), self.first_values),
-            _at(keys, last), _at(values, last), self.length + lengths,
+            _at(keys, last), _at(values, last), self.length + lengths, self.spare,
         )  # fmt: skip
         return state, keys, values
 
@@ -125,12 +144,13 @@ def stream(
       backend: backend of `kernels_pallas`.
       bias: of the scores with `keys`, as of `kernels_pallas.attention`.
     """
-    out, lse = kernels_pallas.attention(
-        q, keys, values, segment_ids=segment_ids, scale=scale, logits_soft_cap=soft_cap,
-        mask=mask, q_offset=q_offset, bias=bias, backend=backend, return_lse=True,
+    attend = functools.partial(
+        kernels_pallas.attention, q, keys, values, segment_ids=segment_ids, scale=scale,
+        logits_soft_cap=soft_cap, mask=mask, q_offset=q_offset, bias=bias, backend=backend,
     )  # fmt: skip
     if first is None:
-        return out
+        return attend()
+    out, lse = attend(return_lse=True)
     return kernels_pallas.merge(out, lse, *attend_to_first(*first, scale, soft_cap))[0]
 
 
