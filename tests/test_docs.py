@@ -123,7 +123,7 @@ def test_every_sequence_model_has_a_figure_in_a_table_of_the_families():
     assert len(names) > 33
     for name in names:
         flagfile = rf"^\| flagfiles? \| \[`experiments/sequences/{name}\.flags`"
-        first = rf"{flagfile}.*\n\| measured \|[^`]*?\d"
+        first = rf"{flagfile}.*\n\| measured \|[^`\n]*?\d"
         beside = rf"^\|.*`{name}(\.flags)?`[^|`]*(\d\.\d|\d%)"
         assert any(re.search(f"{first}|{beside}", page, re.MULTILINE) for page in pages), name
 

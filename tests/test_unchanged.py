@@ -1,10 +1,13 @@
 """Tests of an unchanged group are skipped; only a group that passed as a whole is recorded."""
 
+import fnmatch
 import json
+import re
 
 import pytest
 
 from tests import unchanged
+from tests.conftest import ROOT
 
 ARGUMENTS = ("-p", "tests.unchanged", "-p", "no:cacheprovider")
 TESTS = """
@@ -40,6 +43,23 @@ def run(project, *arguments, **outcomes):
     result = project.runpytest_inprocess(*ARGUMENTS, *arguments)
     result.assert_outcomes(**outcomes)
     return result
+
+
+def test_whole_runs_depend_on_what_their_tests_import_and_start():
+    pattern = "|".join(fnmatch.translate(p) for p in unchanged.GROUPS["whole runs"].files)
+    tracked = [p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*.py")]
+    files = [name for name in tracked if re.match(pattern, name)]
+    assert len(files) > 25
+    missing = set()
+    for name in files:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        modules = re.findall(r"^(?:from|import) ((?:tests|benchmarks|colabs)[\w.]*)", text, re.M)
+        modules += re.findall(r"^from tests import (\w+)", text, re.M)
+        needed = {f"{module.replace('.', '/')}.py" for module in modules}
+        needed |= {f"tests/{script}" for script in re.findall(r'report_of\("([\w/]+\.py)"', text)}
+        exist = {path for path in needed if (ROOT / path).is_file()}
+        missing |= {f"{name} -> {path}" for path in exist if not re.match(pattern, path)}
+    assert not missing
 
 
 def test_a_recorded_group_runs_again_when_a_file_or_a_version_changes(project, monkeypatch):

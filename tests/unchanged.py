@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import platform
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -37,7 +38,7 @@ class Group(NamedTuple):
     """What the results of some tests depend on."""
 
     files: tuple[str, ...]  # globs, relative to the repository; each matches at least one file
-    packages: tuple[str, ...] = ()  # besides jax and jaxlib
+    packages: tuple[str, ...] = ()  # besides jax and jaxlib; "python" for the version of Python
     compilers: bool = True  # those of `make targets`
 
 
@@ -129,31 +130,45 @@ GROUPS = {
     "whole runs": Group(
         (
             "genai_jax/**/*.py",
+            "genai_jax/**/*.json",
             "kernels_pallas/**/*.py",
+            "kernels_pallas/tuning.csv",
+            "experiments/pods/*.flags",
+            "experiments/pods/shapes/*.flags",
+            "experiments/quickstart/*.flags",
             "colabs/*.ipynb",
             "colabs/run.py",
             "docs/python.md",
             "benchmarks/roll_call.py",
+            "tests/commands.py",
+            "tests/conftest.py",
+            "tests/families.py",
             "tests/fuzz*.py",
             "tests/kill.py",
+            "tests/lives.py",
             "tests/networks/experts/test_mixture.py",
             "tests/networks/parallel/*.py",
-            "tests/networks/sequence/*mixers.py",
+            "tests/networks/sequence/eight_devices_mixers.py",
+            "tests/networks/sequence/recurrence.py",
+            "tests/networks/sequence/test_recurrent_mixers.py",
             "tests/tasks/eight_devices.py",
             "tests/tasks/autoencoder/eight_devices_vq.py",
+            "tests/tasks/runs.py",
             "tests/tasks/test_eight_devices.py",
             "tests/test_colabs.py",
             "tests/test_fuzz.py",
             "tests/test_kill.py",
             "tests/test_python_guide.py",
+            "tests/test_train.py",
             "tests/training/*_of_eight.py",
             "tests/training/*_on_eight.py",
             "tests/training/eight_devices*.py",
             "tests/training/test_own_step.py",
             "tests/training/test_processes.py",
             "tests/training/test_sharding.py",
+            "tests/training/test_step.py",
         ),
-        ("flax", "optax", "orbax-checkpoint"),
+        ("python", "flax", "optax", "orbax-checkpoint", "grain", "matplotlib", "nbclient"),
         compilers=False,
     ),
 }
@@ -178,7 +193,9 @@ def versions(group: str) -> str:
     """The versions that the group's results depend on; of compilers, what this jax asks for."""
     names = ("jax", "jaxlib", *GROUPS[group].packages)
     compilers = packages() if GROUPS[group].compilers else ()
-    return ", ".join((*(f"{name}=={version(name)}" for name in names), *compilers))
+    python = ".".join(platform.python_version_tuple()[:2])
+    found = (f"{name}=={python if name == 'python' else version(name)}" for name in names)
+    return ", ".join((*found, *compilers))
 
 
 def read() -> dict:

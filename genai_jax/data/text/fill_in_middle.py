@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 COUNT = 3  # tokens besides those of the tokenizer
-ADDED = COUNT + 1  # tokens by which a text grows that is cut
+ADDED = COUNT + 1  # most tokens that are added: a text that is cut off also gets a boundary
 
 
 class Sentinels(NamedTuple):

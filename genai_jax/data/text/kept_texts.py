@@ -10,12 +10,14 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
 from genai_jax.errors import ConfigError
-from genai_jax.files import MIB, read_object, write_text
+from genai_jax.files import MIB, read_object, read_text
 
-_FORMAT = 2
+EXTRACTING = ("packages.py", "stdlib.py")
+KEPT = 4  # files of each name, the newest: those of several versions of Python and environments
 
 
 def kept_texts(
@@ -29,14 +31,14 @@ def kept_texts(
       name: of the texts, and of their folder.
       files: (name that counts, path) of what the texts come from; a file that has another size or
         time of change is another one.
-      extract: called if nothing is kept, or not of these files.
+      extract: called if nothing is kept for these files, or the code that reads them has changed.
     """
     key = _key(files)
     try:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # a user without a home
         return extract()
-    path = root / "genai_jax" / name / f"{sys.implementation.cache_tag}.json"
+    path = root / "genai_jax" / name / f"{key[:16]}.json"
     texts = _read(path, key)
     if texts is None:
         texts = extract()
@@ -48,7 +50,8 @@ def _key(files: Sequence[tuple[str, str]]) -> str:
     """A hash of what identifies the files, and how they are read."""
     stats = ((file, os.stat(path)) for file, path in files)
     facts = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-    text = json.dumps([_FORMAT, sys.version, facts])
+    code = [read_text(pathlib.Path(__file__).with_name(name)) for name in EXTRACTING]
+    text = json.dumps([code, sys.version, facts])
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -67,11 +70,15 @@ def _read(path: pathlib.Path, key: str) -> list[str] | None:
 
 
 def _write(path: pathlib.Path, content: dict):
-    draft = path.with_name(f"{path.name}.{os.getpid()}")  # several commands may write at once
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(draft, json.dumps(content))
-        os.replace(draft, path)
+        # Several commands may write at once, each a file of its own.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".draft", delete=False) as f:
+            f.write(json.dumps(content).encode())
+        os.replace(f.name, path)
+        files = sorted(path.parent.iterdir(), key=lambda file: -file.stat().st_mtime)
+        for file in files[KEPT:]:
+            file.unlink()
 
 
 def _digest(texts: list[str]) -> str:

@@ -30,7 +30,7 @@ class Packer:
       sizes: whether batches have an entry ``target_bytes``.
       rearrange: (ids of what a row takes of a document, (document, offset)) -> the same, or with
         `added` further tokens; None to leave them.
-      added: ids -> how many tokens `rearrange` adds to them, if it does.
+      added: ids -> how many tokens `rearrange` adds to them at most; needed with it.
       rewrite: (arrays of a row, where it begins: (row, documents finished, tokens into the next))
         -> other arrays in their place; None to leave them.
     """
@@ -155,7 +155,8 @@ class Packer:
         """How many tokens after the first fit into a row when they are rearranged; 0 if none do."""
         if len(rest) - 1 + self._added(rest) <= room:
             return len(rest) - 1
-        return max(min(len(rest) - 2, room - self._added(rest[:-1])), 0)
+        size = max(min(len(rest) - 2, room - self._added(rest[:1])), 0)  # of a text that is cut
+        return size if size + self._added(rest[: size + 1]) <= room else 0
 
     def _document(self, index: int) -> np.ndarray | None:
         if self._current[index] is None:

@@ -39,15 +39,14 @@ def check_attention(
         for heads in (shape.num_heads, shape.kv_heads)
     )
     try:
-        for seen in masks_of(shape) if mask is None else (mask,):
-            kernels_pallas.explain(
-                q, k, k, backend=backend, mask=seen, return_lse=shape.sinks is not None
-            )
+        for seen, sinks in masks_of(shape) if mask is None else [(mask, 0)]:
+            kernels_pallas.explain(q, k, k, backend=backend, mask=seen, return_lse=sinks > 0)
     except ValueError as error:
         raise ConfigError(f"--attention={backend}: {error}") from None
 
 
-def masks_of(shape: TransformerConfig) -> list[kernels_pallas.Mask]:
-    """The masks of the attentions among the mixers of a decoder; causal if there are none."""
+def masks_of(shape: TransformerConfig) -> list[tuple[kernels_pallas.Mask, int]]:
+    """Mask and sinks of each attention among the mixers of a decoder; causal if there are none."""
     found = [load_mixer(name) for name in shape.mixers if name in ATTENTIONS]
-    return [mixer.own_mask(shape) for mixer in found] or [kernels_pallas.Causal()]
+    each = [(mixer.own_mask(shape), mixer.sinks_of(shape)) for mixer in found]
+    return each or [(kernels_pallas.Causal(), 0)]

@@ -102,6 +102,17 @@ def test_a_document_that_just_fits_is_not_cut(size, rows):
         assert np.sum((targets != BOUNDARY) & ~np.isin(targets, SENTINELS)) == expected
 
 
+def test_a_boundary_within_a_text_does_no_harm():
+    fill = FillInMiddle(1.0, 0.5, SENTINELS, BOUNDARY, seed=0)
+    for size in range(20, 45):
+        for inside in range(1, size):
+            document = np.array([BOUNDARY, *range(1, size + 1), BOUNDARY])
+            document[inside] = document[size] = BOUNDARY
+            packer = Packer(lambda _, d=document: d, [0], 1, 32, rearrange=fill, added=fill.added)
+            for _ in range(3):
+                assert packer.next_batch()["segment_ids"].all()
+
+
 def test_what_comes_before_a_middle():
     before = np.concatenate(arranged(np.array([1, 2]), np.array([3]), SENTINELS, False))
     assert before.tolist() == [SENTINELS.prefix, 1, 2, SENTINELS.suffix, 3, SENTINELS.middle]

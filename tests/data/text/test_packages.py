@@ -63,10 +63,15 @@ def test_the_cache_is_used_until_a_file_changes_and_only_if_it_is_intact(two, ca
         assert documents[1:] == EXPECTED[1:]
         return "parsing" in capsys.readouterr().err
 
-    kept = two / "cache" / "genai_jax" / "package_docs" / f"{sys.implementation.cache_tag}.json"
+    folder = two / "cache" / "genai_jax" / "package_docs"
     assert [parsed(), parsed()] == [True, False]
-    (two / "site" / "one" / "__init__.py").write_text('"""A new version."""\n')
-    assert [parsed(), parsed()] == [True, False]
+    (first,) = folder.iterdir()
+    for version in "ABCDE":
+        (two / "site" / "one" / "__init__.py").write_text(f'"""Version {version}."""\n')
+        os.utime(two / "site" / "one" / "__init__.py", ns=(0, ord(version)))
+        assert [parsed(), parsed()] == [True, False]
+    assert len(list(folder.iterdir())) == 4 and not first.exists()
+    kept = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     whole = json.loads(kept.read_text())
     for damaged in (
         "", "[]", "{", '{"key": 1}', json.dumps(whole | {"documents": ["other"]}),

@@ -177,6 +177,9 @@ def test_what_a_stream_cannot_take_back():
     np.testing.assert_array_equal(kept[:, 2:], [[3, 4, 5], [13, 14, 15]])
     for length in (5, 9):  # longer ago than is kept, and not seen yet
         assert np.isnan(state.rewind(jnp.full(2, length)).values).all()
+    twice = state.rewind(jnp.array([7, 7])).rewind(jnp.array([6, 5]))
+    np.testing.assert_array_equal(twice.keys[0, 2:, 0, 0], [3, 4, 5])
+    assert np.isnan(twice.keys[1]).all()
     with pytest.raises(ValueError, match=r"cannot be rewound: make it with `empty_state"):
         StreamingState.empty(2, 0, 3, 0, 1, 1, jnp.float32).rewind(jnp.zeros(2, int))
 

@@ -163,7 +163,7 @@ class Attention(nn.Module):
         elif context.relative is not None:
             places = kept + jnp.arange(new)[None]
             bias = context.relative.of_queries(places, kept + new, c.furthest)
-        # As for `kernels_pallas.decode`, training alone decides about the backend.
+        # The backend of the run is for training; decoding chooses, as `kernels_pallas.decode` does.
         options = dict(q_offset=kept, bias=bias, backend="auto")
         return self._see(q, keys, values, first, segments, **options), state
 
@@ -241,7 +241,7 @@ class Attention(nn.Module):
     def empty_state(
         cls, config: TransformerConfig, batch: int, max_length: int, dtype, rewind: int = 0
     ) -> "AttentionState | StreamingState":
-        """Keys and values of max_length tokens, or of as many as a token sees and `rewind` more.
+        """Keys and values of max_length tokens, or only of those within reach and `rewind` more.
 
         The former, [batch, kv_heads, max_length, head_dim], can be rewound by any number of tokens.
         """

@@ -16,7 +16,7 @@ import kernels_pallas
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["first_keys", "first_values", "keys", "values", "length"],
+    data_fields=["first_keys", "first_values", "keys", "values", "length", "longest"],
     meta_fields=["spare"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class StreamingState:
       keys, values: of the last tokens, the newest last: [batch, reach + spare, kv_heads,
         head_dim].
       length: tokens of each row so far, [batch].
+      longest: the most tokens that each row has had, [batch]; what came before the last
+        reach + spare of those is lost.
       spare: by how many tokens it can be rewound.
     """
 
@@ -36,12 +38,14 @@ class StreamingState:
     keys: jax.Array
     values: jax.Array
     length: jax.Array
+    longest: jax.Array
     spare: int
 
     @classmethod
     def empty(cls, batch: int, sinks: int, reach: int, spare: int, heads: int, width: int, dtype):
         first, last = (jnp.zeros((batch, n, heads, width), dtype) for n in (sinks, reach + spare))
-        return cls(first, first, last, last, jnp.zeros(batch, jnp.int32), spare)
+        none = jnp.zeros(batch, jnp.int32)
+        return cls(first, first, last, last, none, none, spare)
 
     def select(self, rows: jax.Array) -> "StreamingState":
         return jax.tree.map(lambda a: a[rows], self)
@@ -49,19 +53,20 @@ class StreamingState:
     def rewind(self, lengths: jax.Array) -> "StreamingState":
         """See `protocol.State.rewind`.
 
-        Rows that are rewound by more tokens than can be have nan in place of keys and values.
+        Rows rewound by more than `spare` tokens, or forward, get nan in place of keys and values.
 
         Raises:
           ValueError: no tokens are kept besides those within reach.
         """
         if not self.spare:
             raise ValueError(
-                "a state of the last tokens cannot be rewound: make it with "
-                "`empty_state(..., rewind=N)` to go back by up to N tokens"
+                "this state keeps only the tokens within reach and cannot be rewound: make it "
+                "with `empty_state(..., rewind=N)` to go back by up to N tokens"
             )
         back = (self.length - lengths)[:, None]
         places = jnp.arange(self.keys.shape[1]) - back
-        known = ((back >= 0) & (back <= self.spare))[..., None, None]
+        known = (back >= 0) & (self.longest[:, None] - lengths[:, None] <= self.spare)
+        known = known[..., None, None]
         moved = lambda a: jnp.where(known, _at(a, places), jnp.nan)
         return dataclasses.replace(
             self, keys=moved(self.keys), values=moved(self.values), length=lengths.astype(jnp.int32)
@@ -82,7 +87,8 @@ class StreamingState:
         state = StreamingState(
             jnp.where(begins, _at(k, sinks), self.first_keys),
             jnp.where(begins, _at(v, sinks), self.first_values),
-            _at(keys, last), _at(values, last), self.length + lengths, self.spare,
+            _at(keys, last), _at(values, last), self.length + lengths,
+            jnp.maximum(self.longest, self.length + lengths), self.spare,
         )  # fmt: skip
         return state, keys, values
 
